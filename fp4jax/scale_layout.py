@@ -1,0 +1,52 @@
+"""Layouts of block scales: linear [..., M, S], M-major [..., S, M], and the 128x4 swizzle of Blackwell's tensor cores.
+
+S counts scales along K (K/16 for NVFP4, K/128 for block FP8). The functions only move elements: any dtype, no
+arithmetic.
+"""
+
+import math
+
+import jax.numpy as jnp
+from jaxtyping import Array, Shaped
+
+SCALE_LAYOUTS = ("linear", "m_major", "swizzled")
+_ROWS, _COLS = 128, 4  # one swizzled tile; its rows are split as 4 groups of 32
+
+
+def to_m_major(block_scale: Shaped[Array, "... m s"]) -> Shaped[Array, "... s m"]:
+    """Linear [..., M, S] -> physically [..., S, M], what masked FP8 GEMMs read."""
+    return jnp.swapaxes(block_scale, -1, -2)
+
+
+def from_m_major(block_scale: Shaped[Array, "... s m"]) -> Shaped[Array, "... m s"]:
+    """Inverse of `to_m_major`."""
+    return jnp.swapaxes(block_scale, -1, -2)
+
+
+def swizzle(block_scale: Shaped[Array, "... m s"]) -> Shaped[Array, "... mt st 32 4 4"]:
+    """Linear [..., M, S] -> [..., ceil(M/128), ceil(S/4), 32, 4, 4], dtype kept, pads zero.
+
+    Scale (m, s) sits at [m // 128, s // 4, m % 32, (m % 128) // 32, s % 4], the layout that tcgen05 block-scaled MMA
+    reads (PTX ISA, scale factor layout). For [E, M, S] the consumer's logical view is the result transposed by (3, 4,
+    1, 5, 2, 0).
+    """
+    if block_scale.ndim < 2:
+        raise ValueError(f"swizzle: block_scale must be [..., M, S], got shape {block_scale.shape}")
+    *lead, m, s = block_scale.shape
+    m_tiles, s_tiles = -(-m // _ROWS), -(-s // _COLS)
+    pads = [(0, 0)] * len(lead) + [(0, m_tiles * _ROWS - m), (0, s_tiles * _COLS - s)]
+    tiles = jnp.pad(block_scale, pads).reshape(*lead, m_tiles, 4, 32, s_tiles, _COLS)
+    n = len(lead)
+    return tiles.transpose(*range(n), n, n + 3, n + 2, n + 1, n + 4)
+
+
+def unswizzle(swizzled: Shaped[Array, "..."], shape: tuple[int, ...]) -> Shaped[Array, "..."]:
+    """Inverse of `swizzle`: the 128x4 layout, in any shape with the right count -> linear `shape` [..., M, S]."""
+    *lead, m, s = shape
+    m_tiles, s_tiles = -(-m // _ROWS), -(-s // _COLS)
+    physical = (*lead, m_tiles, s_tiles, 32, 4, _COLS)
+    if swizzled.size != math.prod(physical):
+        raise ValueError(f"unswizzle: shape {tuple(shape)} needs {math.prod(physical)} elements, got {swizzled.shape}")
+    n = len(lead)
+    tiles = swizzled.reshape(physical).transpose(*range(n), n, n + 3, n + 2, n + 1, n + 4)
+    return tiles.reshape(*lead, m_tiles * _ROWS, s_tiles * _COLS)[..., :m, :s]
