@@ -1,0 +1,206 @@
+"""The expert layer, composed from the ops: quantize, dispatch, permute, GEMM, SwiGLU, GEMM, depermute, combine."""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from fp4jax.expert_parallel import FORMS, WIRE_FORMATS, agree_global_scale, combine, dispatch, from_fp8
+from fp4jax.grouped_gemm import contiguous_grouped_gemm, masked_grouped_gemm
+from fp4jax.implementations import IMPLEMENTATIONS
+from fp4jax.nvfp4 import NVFP4Tensor, quantize
+from fp4jax.permute import depermute_combine, permute_to_contiguous, permute_to_masked
+from fp4jax.swiglu import silu, swiglu_quantize
+
+LAYOUTS = ("masked", "contiguous")
+ACTIVATION_FORMATS = ("nvfp4", "bf16")
+
+
+class MoEWeights(NamedTuple):
+    """Expert weights of one device, L local experts.
+
+    w13 [L, 2I, H] (gate rows first) and w2 [L, H, I]: NVFP4Tensor, or bf16 / f32 arrays. input_scale_1: f32 decode
+    scale of the tokens, (); per-expert scales [L, 1, 1] are reduced to their maximum over all devices. input_scale_2:
+    f32 [L, 1, 1]. None = a dynamic scale per token.
+    """
+
+    w13: Any
+    w2: Any
+    input_scale_1: Any = None
+    input_scale_2: Any = None
+
+
+class MoEStats(NamedTuple):
+    """dropped i32 []: routes lost to bad ids or capacities, summed over the devices of the axis."""
+
+    dropped: Int[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """Static choices of `moe_layer`.
+
+    num_experts: of all devices together. wire_format and form: see `expert_parallel.dispatch`; unused without
+    `axis_name`.
+    layout: "masked" [L, M, ..] or "contiguous" (prefill). activation_format_1 / _2: "nvfp4" (W4A4) or "bf16" (W4A16)
+    operand of each GEMM; tokens that crossed as nvfp4 stay as they are. capacity: rows per local expert (M),
+    contiguous: rows in all; None = the worst case for distinct ids per token. pair_capacity: rows per (sender,
+    receiver), None = worst case.
+    axis_name: mesh axis of the surrounding shard_map, None = one device.
+    """
+
+    num_experts: int
+    wire_format: str = "nvfp4"
+    form: str = "per_peer"
+    layout: str = "masked"
+    activation_format_1: str = "nvfp4"
+    activation_format_2: str = "nvfp4"
+    capacity: int | None = None
+    pair_capacity: int | None = None
+    axis_name: str | None = None
+    implementation: str | None = None
+
+    def __post_init__(self):
+        for name, choices in (
+            ("wire_format", WIRE_FORMATS),
+            ("form", FORMS),
+            ("layout", LAYOUTS),
+            ("activation_format_1", ACTIVATION_FORMATS),
+            ("activation_format_2", ACTIVATION_FORMATS),
+            ("implementation", (None, *IMPLEMENTATIONS)),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"MoEConfig: {name}={getattr(self, name)!r} is unknown; choose one of {choices}")
+        for name in ("num_experts", "capacity", "pair_capacity"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"MoEConfig: {name} must be at least 1, got {value}")
+
+
+def moe_layer(
+    x: Float[Array, "t h"],
+    topk_ids: Int[Array, "t k"],
+    topk_weights: Float[Array, "t k"],
+    weights: MoEWeights,
+    config: MoEConfig,
+) -> tuple[Float[Array, "t h"], MoEStats]:
+    """y[t] = sum over slots j of topk_weights[t, j] * expert_{topk_ids[t, j]}(x[t]); expert(x) = w2 (silu(gate) * up).
+
+    x bf16 (or f32: then the GEMMs round to f32). With `config.axis_name`, called inside shard_map with this device's
+    tokens, routing and local experts. Raises ValueError where weights and config do not fit.
+    """
+    _check_weights(x, weights, config)
+    axis, scope = config.axis_name, jax.named_scope
+    scale_1 = None if weights.input_scale_1 is None else agree_global_scale(weights.input_scale_1, axis)
+    to_nvfp4 = functools.partial(
+        quantize, global_scale="per_token" if scale_1 is None else scale_1, implementation=config.implementation
+    )
+    rows, ids, row_weights, dispatched = x, topk_ids, topk_weights, None
+    quantize_at_home = (config.activation_format_1 if axis is None else config.wire_format) == "nvfp4"
+    if quantize_at_home:
+        with scope("quantize"):
+            rows = to_nvfp4(x)
+    if axis is not None:
+        with scope("dispatch"):
+            dispatched = dispatch(
+                rows, topk_ids, topk_weights, axis_name=axis, num_experts=config.num_experts, form=config.form,
+                wire_format=config.wire_format, pair_capacity=config.pair_capacity,
+                implementation=config.implementation,
+            )  # fmt: skip
+            rows, ids, row_weights = dispatched.x, dispatched.local_ids, dispatched.local_weights
+        if isinstance(rows, tuple):
+            rows = from_fp8(*rows)
+        if config.activation_format_1 == "nvfp4" and not isinstance(rows, NVFP4Tensor):
+            with scope("quantize"):
+                rows = to_nvfp4(rows)
+    y, dropped = _experts(rows, ids, row_weights, weights, config, x.dtype)
+    if dispatched is not None and axis is not None:
+        with scope("combine"):
+            home_weights = topk_weights if config.form == "per_slot" else None
+            y = combine(y, dispatched, topk_weights=home_weights, axis_name=axis, implementation=config.implementation)
+        dropped = lax.psum(dropped + dispatched.dropped, axis)
+    return y, MoEStats(dropped)
+
+
+def dense_moe(
+    x: Float[Array, "t h"],
+    topk_ids: Int[Array, "t k"],
+    topk_weights: Float[Array, "t k"],
+    w13: Float[Array, "e two_i h"],
+    w2: Float[Array, "e h i"],
+) -> Float[Array, "t h"]:
+    """The same layer with every expert on every token, unquantized and differentiable: E/k times the FLOPs.
+
+    The reference for training and calibration; an id of -1 adds nothing.
+    """
+    gate_up = jnp.einsum("th,enh->etn", x, w13.astype(x.dtype))
+    gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
+    y = jnp.einsum("eti,ehi->eth", (silu(gate) * up).astype(x.dtype), w2.astype(x.dtype))
+    mixing = jnp.sum(jax.nn.one_hot(topk_ids, w13.shape[0]) * topk_weights[..., None], axis=1)
+    return jnp.einsum("te,eth->th", mixing, y.astype(jnp.float32)).astype(x.dtype)
+
+
+def _experts(rows, ids, row_weights, weights, config, dtype):
+    """Local experts on rows [rows, H] (plain or NVFP4) -> weighted sums [rows, H] and the number of dropped routes."""
+    scope, impl = jax.named_scope, config.implementation
+    local_experts = weights.w13.shape[0]
+    x, scales, row_scale, x_scale = rows, None, None, None
+    if isinstance(rows, NVFP4Tensor):
+        x, scales = rows.qdata, rows.block_scale
+        row_scale, x_scale = (None, rows.global_scale) if rows.global_scale.ndim == 0 else (rows.global_scale, None)
+    # Tokens that arrived in NVFP4 for a bf16 GEMM are decoded on the way; their global scale goes to the epilogue.
+    decode = scales is not None and config.activation_format_1 == "bf16"
+
+    with scope("permute"):
+        options = dict(row_scale=row_scale, num_experts=local_experts, decode=decode, implementation=impl)
+        if config.layout == "masked":
+            capacity = max(1, ids.shape[0]) if config.capacity is None else config.capacity
+            p = permute_to_masked(x, scales, ids, capacity=capacity, **options)
+            counts, masked_m, gemm = p.masked_m, p.masked_m, masked_grouped_gemm
+            scale_2 = weights.input_scale_2
+        else:
+            p = permute_to_contiguous(x, scales, ids, num_rows=config.capacity, **options)
+            counts, masked_m, gemm = p.group_sizes, None, contiguous_grouped_gemm
+            scale_2 = _scale_of_row(weights.input_scale_2, p.group_sizes, p.x.shape[0])
+    x_scale = x_scale if p.row_scale is None else p.row_scale
+    operand = p.x
+    if scales is not None and not decode:
+        operand, x_scale = NVFP4Tensor(p.x, p.scales, x_scale), None
+
+    with scope("gemm_1"):
+        gate_up = gemm(operand, weights.w13, counts, x_scale=x_scale, out_dtype=dtype, implementation=impl)
+    with scope("swiglu_quantize"):
+        out = "nvfp4" if config.activation_format_2 == "nvfp4" else "bf16"
+        scale_2 = "per_token" if scale_2 is None else scale_2
+        act = swiglu_quantize(gate_up, masked_m, global_scale=scale_2, out=out, implementation=impl)
+    with scope("gemm_2"):
+        y = gemm(act, weights.w2, counts, out_dtype=dtype, implementation=impl)
+    with scope("depermute"):
+        return depermute_combine(y, p.row_map, row_weights, implementation=impl), p.dropped
+
+
+def _scale_of_row(scale, group_sizes, num_rows):
+    """Per-expert scales [L, 1, 1] -> [rows, 1] for rows sorted by expert; a pad takes the last expert's."""
+    if scale is None:
+        return None
+    expert = jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(num_rows), side="right")
+    return scale.reshape(-1)[jnp.minimum(expert, scale.shape[0] - 1)][:, None]
+
+
+def _check_weights(x, weights, config):
+    devices = 1 if config.axis_name is None else lax.axis_size(config.axis_name)
+    w13, w2 = weights.w13.shape, weights.w2.shape
+    hidden = x.shape[-1]
+    if len(w13) != 3 or len(w2) != 3 or w13[2] != hidden or w2 != (w13[0], hidden, w13[1] // 2) or w13[1] % 2:
+        raise ValueError(f"moe_layer: w13 must be [L, 2I, H] and w2 [L, H, I] for H = {hidden}, got {w13} and {w2}")
+    if w13[0] * devices != config.num_experts:
+        raise ValueError(
+            f"moe_layer: {w13[0]} local experts on {devices} devices are not config.num_experts={config.num_experts}"
+        )
+    scale = weights.input_scale_2
+    if scale is not None and scale.shape != (w13[0], 1, 1):
+        raise ValueError(f"moe_layer: input_scale_2 must be [{w13[0]}, 1, 1], got {scale.shape}")
