@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from fp4jax.implementations import resolve_implementation
-from fp4jax.nvfp4 import NVFP4Tensor, decode_blocks
+from fp4jax.nvfp4 import NVFP4Tensor, check_scale_shape, decode_blocks
 
 # Rows are multiplied in tiles of one fixed shape: a library dot gives a row the same bits whenever its shape is the
 # same, so a row's bits depend on that row and the weights, not on M, on its neighbours or on the number of devices.
@@ -158,8 +158,8 @@ def _check_args(op, x, w, sizes, x_scale, expected_m, ndim):
         raise ValueError(f"{op}: w.global_scale must be [E, 1, 1] or [E, N, 1], got {w.global_scale.shape}")
     if isinstance(x, NVFP4Tensor) and x_scale is not None:
         raise ValueError(f"{op}: x_scale is for a plain x; an NVFP4Tensor carries its own global_scale")
-    if x_scale is not None and jnp.ndim(x_scale) not in (0, ndim):
-        raise ValueError(f"{op}: x_scale must have rank 0 or {ndim}, got shape {jnp.shape(x_scale)}")
+    if x_scale is not None:
+        check_scale_shape(f"{op}: x_scale", jnp.shape(x_scale), x.shape)
     if expected_m is not None and expected_m < 0:
         raise ValueError(f"{op}: expected_m must not be negative, got {expected_m}")
     return x.shape[:-1]

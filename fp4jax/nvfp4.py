@@ -73,7 +73,7 @@ class NVFP4Tensor:
         wanted = (*self.qdata.shape[:-1], k // BLOCK_SIZE)
         if self.block_scale.shape != wanted:
             raise ValueError(f"NVFP4Tensor.block_scale must be {wanted}, got {self.block_scale.shape}")
-        _check_scale_shape("NVFP4Tensor.global_scale", self.global_scale.shape, self.shape)
+        check_scale_shape("NVFP4Tensor.global_scale", self.global_scale.shape, self.shape)
         return self
 
 
@@ -236,9 +236,10 @@ def _sign_of_input(codes, blocks):
 def _squared_error(blocks, codes, block_scale, scale):
     """Sum of (x - value)^2 per block in f32, halves added pairwise 16-8-4-2-1."""
     value = decode_blocks(_pack(codes.reshape(*codes.shape[:-2], -1)), block_scale, jnp.float32) * scale
-    # The barriers keep XLA from contracting product and sum into one FMA, which would change the last bit.
-    error = blocks - lax.optimization_barrier(value).reshape(blocks.shape)
-    total = lax.optimization_barrier(error * error)
+    # The barriers keep XLA from contracting product and sum into one FMA, which would change the last bit. CPUs flush
+    # subnormal errors and squares, GPUs do not: flush them everywhere.
+    error = flush_subnormals(blocks - lax.optimization_barrier(value).reshape(blocks.shape))
+    total = flush_subnormals(lax.optimization_barrier(error * error))
     while total.shape[-1] > 1:
         half = total.shape[-1] // 2
         total = total[..., :half] + total[..., half:]
@@ -264,7 +265,7 @@ def _as_scale(global_scale, shape):
     scale = jnp.asarray(global_scale)
     if not jnp.issubdtype(scale.dtype, jnp.floating):
         raise TypeError(f"quantize: global_scale must be float32, got {scale.dtype}")
-    _check_scale_shape("quantize: global_scale", scale.shape, shape)
+    check_scale_shape("quantize: global_scale", scale.shape, shape)
     if not isinstance(scale, jax.core.Tracer):
         values, (low, high) = np.asarray(scale, np.float64), GLOBAL_SCALE_RANGE
         bad = values[~((values >= low) & (values <= high))]
@@ -273,7 +274,8 @@ def _as_scale(global_scale, shape):
     return scale.astype(jnp.float32)
 
 
-def _check_scale_shape(name, scale_shape, shape):
+def check_scale_shape(name: str, scale_shape: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless a scale of `scale_shape` is () or broadcasts over the rows of a tensor of `shape`."""
     fits = len(scale_shape) == len(shape) and scale_shape[-1] == 1
     fits = fits and all(s in (1, d) for s, d in zip(scale_shape[:-1], shape[:-1], strict=True))
     if scale_shape != () and not fits:

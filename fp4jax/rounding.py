@@ -18,13 +18,15 @@ def div_rn(a: Float[Array, "..."] | np.float32, b: Float[Array, "..."] | np.floa
     """a / b in f32, broadcast and correctly rounded (nearest even).
 
     XLA may rewrite f32 division as multiplication by a reciprocal (CPU) or approximate it (GPU). The float64 quotient
-    rounded to f32 is the correctly rounded f32 quotient (53 >= 2 * 24 + 2 bits); the barriers keep XLA from turning it
-    back into f32 division, or into multiplication by the reciprocal of a broadcast divisor.
+    rounded to f32 is the correctly rounded f32 quotient (53 >= 2 * 24 + 2 bits). The barriers keep XLA from turning it
+    back into f32 division, from multiplying by the reciprocal of a broadcast divisor, and, where one quotient divides
+    another, from leaving out the rounding to f32 in between (seen on a GPU under jit).
     """
     a, b = jnp.broadcast_arrays(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32))
     with jax.enable_x64(True):
         a, b = lax.optimization_barrier((a.astype(jnp.float64), b.astype(jnp.float64)))
-        return lax.optimization_barrier(a / b).astype(jnp.float32)
+        quotient = lax.optimization_barrier(a / b).astype(jnp.float32)
+    return lax.optimization_barrier(quotient)
 
 
 def round_to_e4m3(x: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import checkify
 from jax.sharding import PartitionSpec as P
 
 from fp4jax.expert_parallel import agree_global_scale, combine, dispatch, from_fp8, wire_bytes
 from fp4jax.moe import MoEConfig, MoEWeights, dense_moe, moe_layer
 from fp4jax.nvfp4 import NVFP4Tensor, dequantize, quantize
+from fp4jax.permute import permute_to_masked
 
 EP = P("ep")
 
@@ -352,6 +354,18 @@ def test_no_tokens(make_mesh, layer):
         y, dropped = run_layer(make_mesh(2), empty, form=form)
         assert y.shape == (0, H)
         assert dropped == 0
+
+
+def test_checked_ops_report_the_device_under_shard_map(make_mesh):
+    def body(x, ids):
+        q = quantize(x, global_scale="per_token", checked=True)
+        return permute_to_masked(q.qdata, q.block_scale, ids, num_experts=2, capacity=4, checked=True).masked_m
+
+    run = jax.jit(checkify.checkify(jax.shard_map(body, mesh=make_mesh(4), in_specs=EP, out_specs=EP)))
+    x, ids = jnp.ones((16, 32)), jnp.zeros((16, 1), jnp.int32)
+    assert run(x, ids)[0].get() is None
+    assert "index 2: quantize: 1 input elements are NaN or Inf" in run(x.at[9, 3].set(jnp.nan), ids)[0].get()
+    assert "index 0: permute_to_masked: 1 routes have a bad id" in run(x, ids.at[3].set(7))[0].get()
 
 
 # --- bytes on the wire ---

@@ -1,0 +1,110 @@
+"""Router logits -> which experts a token visits, and with what weight.
+
+    scores = softmax(logits) or sigmoid(logits);  ids = top_k(scores + bias);  weights = scores[ids] (/ sum) * factor
+
+Everything is float32. Ties go to the lower expert index, so that routing is the same on every device.
+"""
+
+from typing import Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+Scoring = Literal["softmax", "sigmoid"]
+
+# A row whose selected scores all underflow gets weights 0 instead of 0/0.
+_MIN_WEIGHT_SUM = 1e-20
+# DeepSeek-V3 ranks a group by the sum of its two best biased scores.
+_SCORES_PER_GROUP = 2
+
+
+class Routing(NamedTuple):
+    """Experts of every token and their weights, best expert first."""
+
+    topk_ids: Int[Array, "T k"]
+    topk_weights: Float[Array, "T k"]
+
+
+def check_routing(
+    num_experts: int, *, top_k: int, scoring: str = "softmax", num_groups: int = 1, topk_groups: int = 1
+) -> None:
+    """Raise ValueError, with the offending values, for a combination that `route` cannot serve."""
+    if scoring not in get_args(Scoring):
+        raise ValueError(f"scoring must be one of {get_args(Scoring)}, got {scoring!r}")
+    if num_groups < 1 or num_experts % num_groups:
+        raise ValueError(f"num_groups={num_groups} must be positive and divide num_experts={num_experts}")
+    if not 1 <= topk_groups <= num_groups:
+        raise ValueError(f"topk_groups={topk_groups} must be between 1 and num_groups={num_groups}")
+    reachable = topk_groups * (num_experts // num_groups)
+    if not 1 <= top_k <= reachable:
+        raise ValueError(
+            f"top_k={top_k} must be between 1 and the {reachable} experts that "
+            f"topk_groups={topk_groups} of num_groups={num_groups} leave of num_experts={num_experts}"
+        )
+
+
+def route(
+    logits: Float[Array, "T E"],
+    *,
+    top_k: int,
+    scoring: Scoring = "softmax",
+    renormalize: bool = True,
+    correction_bias: Float[Array, "E"] | None = None,
+    num_groups: int = 1,
+    topk_groups: int = 1,
+    routed_scaling_factor: float = 1.0,
+) -> Routing:
+    """Choose `top_k` experts per token: by score plus `correction_bias`; weights come from the score alone.
+
+    Models: Qwen3 is softmax with `renormalize` = its `norm_topk_prob`; ERNIE-4.5 is softmax with a correction bias;
+    DeepSeek-V3 is sigmoid with a correction bias, groups and a scaling factor. With `num_groups > 1` only experts of
+    the `topk_groups` best groups can be chosen; a group counts as the sum of its two best biased scores.
+    `renormalize` divides the chosen weights by their sum, before `routed_scaling_factor` multiplies them.
+
+    Raises:
+      ValueError: for impossible counts, an unknown scoring, or a bias that does not fit the logits.
+    """
+    num_experts = logits.shape[1]
+    check_routing(num_experts, top_k=top_k, scoring=scoring, num_groups=num_groups, topk_groups=topk_groups)
+    if correction_bias is not None and correction_bias.shape != (num_experts,):
+        raise ValueError(f"correction_bias has shape {correction_bias.shape}, expected ({num_experts},)")
+    logits = logits.astype(jnp.float32)
+    scores = jax.nn.softmax(logits, axis=-1) if scoring == "softmax" else jax.nn.sigmoid(logits)
+    choice = scores if correction_bias is None else scores + correction_bias.astype(jnp.float32)
+    if num_groups > 1:
+        choice = _mask_groups(choice, num_groups, topk_groups)
+    _, topk_ids = jax.lax.top_k(choice, top_k)
+    weights = jnp.take_along_axis(scores, topk_ids, axis=1)
+    if renormalize:
+        weights = weights / jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), _MIN_WEIGHT_SUM)
+    return Routing(topk_ids, weights * routed_scaling_factor)
+
+
+def _mask_groups(choice: jax.Array, num_groups: int, topk_groups: int) -> jax.Array:
+    """-inf for every expert outside the best groups (not 0: a biased score may be negative)."""
+    tokens, num_experts = choice.shape
+    grouped = choice.reshape(tokens, num_groups, num_experts // num_groups)
+    best, _ = jax.lax.top_k(grouped, min(_SCORES_PER_GROUP, grouped.shape[-1]))
+    _, group_ids = jax.lax.top_k(jnp.sum(best, axis=-1), topk_groups)
+    kept = jnp.any(jax.nn.one_hot(group_ids, num_groups, dtype=jnp.bool_), axis=1)
+    return jnp.where(kept[:, :, None], grouped, -jnp.inf).reshape(tokens, num_experts)
+
+
+def load_balance_loss(
+    logits: Float[Array, "T E"], topk_ids: Int[Array, "T k"], *, scoring: Scoring = "softmax"
+) -> Float[Array, ""]:
+    """E * sum_e(share of routes to e * mean score of e): 1 when experts are used evenly, E when one takes all.
+
+    The auxiliary loss of Switch Transformers (arXiv:2101.03961, eq. 4) with k routes per token. Differentiable through
+    the scores; the shares are constants. Sigmoid scores are normalised over the experts first.
+    """
+    num_experts = logits.shape[1]
+    logits = logits.astype(jnp.float32)
+    if scoring == "softmax":
+        scores = jax.nn.softmax(logits, axis=-1)
+    else:
+        scores = jax.nn.sigmoid(logits)
+        scores = scores / jnp.maximum(jnp.sum(scores, axis=-1, keepdims=True), _MIN_WEIGHT_SUM)
+    share = jnp.mean(jax.nn.one_hot(topk_ids, num_experts, dtype=jnp.float32), axis=(0, 1))
+    return num_experts * jnp.sum(jax.lax.stop_gradient(share) * jnp.mean(scores, axis=0))
