@@ -137,11 +137,13 @@ def dense_moe(
 
     The reference for training and calibration; an id of -1 adds nothing.
     """
-    gate_up = jnp.einsum("th,enh->etn", x, w13.astype(x.dtype))
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None  # GPUs would use TF32 otherwise
+    gate_up = jnp.einsum("th,enh->etn", x, w13.astype(x.dtype), precision=precision)
     gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
-    y = jnp.einsum("eti,ehi->eth", (silu(gate) * up).astype(x.dtype), w2.astype(x.dtype))
+    y = jnp.einsum("eti,ehi->eth", (silu(gate) * up).astype(x.dtype), w2.astype(x.dtype), precision=precision)
     mixing = jnp.sum(jax.nn.one_hot(topk_ids, w13.shape[0]) * topk_weights[..., None], axis=1)
-    return jnp.einsum("te,eth->th", mixing, y.astype(jnp.float32)).astype(x.dtype)
+    mixed = jnp.einsum("te,eth->th", mixing, y.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+    return mixed.astype(x.dtype)
 
 
 def _experts(rows, ids, row_weights, weights, config, dtype):

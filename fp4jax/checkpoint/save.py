@@ -1,0 +1,79 @@
+"""Write a model as a Hugging Face folder: config.json and safetensors with the names other tools expect."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from safetensors.numpy import save_file
+
+from fp4jax.checkpoint.names import tensor_slots
+from fp4jax.nvfp4 import NVFP4Tensor
+
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+CONFIG_NAME = "config.json"
+
+
+def model_params(model: nnx.Module) -> dict[Any, nnx.Param]:
+    """Path -> parameter of a model; the experts' activation scales, which are not weights, left out."""
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {path: param for path, param in flat if not str(path[-1]).startswith("input_scale")}
+
+
+def save_model(model: nnx.Module, config: Any, folder: str | os.PathLike, *, max_shard_bytes: int = 5 << 30) -> None:
+    """Write `config.json` and the weights in `config.dtype`; more than `max_shard_bytes` become numbered shards.
+
+    Files are replaced one by one, each atomically, the config last.
+
+    Raises:
+      ValueError: naming the parameter, for experts that are quantized in memory.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    params = {path: param.get_value() for path, param in model_params(model).items()}
+    for path, value in params.items():
+        if isinstance(value, NVFP4Tensor):
+            raise ValueError(f"{'.'.join(map(str, path))} is NVFP4: save the model before quantize_experts")
+    host = {path: np.asarray(jax.device_get(value)).astype(config.dtype) for path, value in params.items()}
+    tensors = {}
+    for name, slot in tensor_slots({path: value.shape for path, value in host.items()}).items():
+        value = host[slot.path]
+        if slot.expert is not None:
+            value = value[slot.expert, slot.start : slot.start + slot.shape[0]]
+        tensors[name] = np.ascontiguousarray(value)
+    _write_shards(tensors, folder, max_shard_bytes)
+    _write_text(folder / CONFIG_NAME, json.dumps(config.to_hf(), indent=2) + "\n")
+
+
+def _write_shards(tensors: dict[str, np.ndarray], folder: Path, max_shard_bytes: int) -> None:
+    shards: list[dict[str, np.ndarray]] = [{}]
+    size = 0
+    for name in sorted(tensors):
+        if shards[-1] and size + tensors[name].nbytes > max_shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensors[name]
+        size += tensors[name].nbytes
+    files = [WEIGHTS_NAME]
+    if len(shards) > 1:
+        files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for file, shard in zip(files, shards, strict=True):
+        part = folder / (file + ".part")
+        save_file(shard, part, metadata={"format": "pt"})
+        part.chmod(0o644)  # safetensors makes files only their owner can read
+        os.replace(part, folder / file)
+    if len(shards) > 1:
+        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        total = sum(value.nbytes for value in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_text(folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    os.replace(part, path)

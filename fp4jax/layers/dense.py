@@ -1,0 +1,121 @@
+"""Flax NNX modules, thin over the pure functions: linears (bf16, NVFP4), RMSNorm, SwiGLU MLP.
+
+Weights are [out, in], as checkpoints store them. `dtype` is what a module computes in, `param_dtype` what it stores;
+float32 means float32 products on every device (no TF32).
+"""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from fp4jax import nvfp4
+from fp4jax.nvfp4 import NVFP4Tensor
+
+
+def exact_precision(dtype: Any) -> jax.lax.Precision | None:
+    """float32 models multiply in float32 on every device; GPUs would use TF32 otherwise."""
+    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
+
+
+def dot(
+    x: Float[Array, "... K"], weight: Float[Array, "N K"], *, dtype: Any, out_dtype: Any = None
+) -> Float[Array, "... N"]:
+    """x W^T with operands rounded to `dtype`, sums in float32, rounded once to `out_dtype` (None: `dtype`)."""
+    return jnp.einsum(
+        "...k,nk->...n",
+        x.astype(dtype),
+        weight.astype(dtype),
+        precision=exact_precision(dtype),
+        preferred_element_type=out_dtype or dtype,
+    )
+
+
+def normal_param(rngs: nnx.Rngs, shape: tuple[int, ...], stddev: float, dtype: Any) -> nnx.Param:
+    """A parameter with normal initial values, drawn in float32."""
+    return nnx.Param((jax.random.normal(rngs.params(), shape, jnp.float32) * stddev).astype(dtype))
+
+
+class Linear(nnx.Module):
+    """y = x W^T with W [out, in]; products in `dtype`, sums in float32, one rounding at the end."""
+
+    def __init__(
+        self, in_features: int, out_features: int, *, dtype: Any, param_dtype: Any, stddev: float, rngs: nnx.Rngs
+    ):
+        self.dtype = jnp.dtype(dtype)
+        self.weight = normal_param(rngs, (out_features, in_features), stddev, param_dtype)
+
+    def __call__(self, x: Float[Array, "... K"]) -> Float[Array, "... N"]:
+        return dot(x, self.weight[...], dtype=self.dtype)
+
+
+class NVFP4Linear(nnx.Module):
+    """y = (x W^T) with W an NVFP4Tensor [N, K]; `activation_format` "bf16" is W4A16, "nvfp4" is W4A4.
+
+    Codes times block scales are exact in bf16; the global scales are applied to the float32 sums. W4A4 quantizes x with
+    `input_scale` where given, else with one scale per token.
+    """
+
+    def __init__(
+        self,
+        weight: NVFP4Tensor,
+        *,
+        dtype: Any,
+        activation_format: Literal["nvfp4", "bf16"] = "nvfp4",
+        input_scale: Float[Array, ""] | None = None,
+    ):
+        if activation_format not in ("nvfp4", "bf16"):
+            raise ValueError(f"activation_format must be 'nvfp4' or 'bf16', got {activation_format!r}")
+        if len(weight.shape) != 2:
+            raise ValueError(f"NVFP4Linear takes one weight [N, K], got shape {weight.shape}")
+        self.dtype = jnp.dtype(dtype)
+        self.activation_format = activation_format
+        self.weight = nnx.Param(weight)
+        self.input_scale = nnx.data(None if input_scale is None else nnx.Param(input_scale))
+
+    @classmethod
+    def from_linear(cls, linear: Linear, **kwargs: Any) -> "NVFP4Linear":
+        """Quantize a linear's weight (one computed global scale); keyword arguments go to the constructor."""
+        return cls(nvfp4.quantize(linear.weight[...]), dtype=linear.dtype, **kwargs)
+
+    def __call__(self, x: Float[Array, "... K"]) -> Float[Array, "... N"]:
+        weight = self.weight.get_value()
+        scale = weight.global_scale if weight.global_scale.ndim == 0 else weight.global_scale[:, 0]
+        rows = x.reshape(-1, x.shape[-1])
+        if self.activation_format == "nvfp4":
+            given = "per_token" if self.input_scale is None else self.input_scale[...]
+            quantized = nvfp4.quantize(rows, global_scale=given)
+            rows = nvfp4.decode_blocks(quantized.qdata, quantized.block_scale, self.dtype)
+            scale = quantized.global_scale * scale
+        decoded = nvfp4.decode_blocks(weight.qdata, weight.block_scale, self.dtype)
+        out = dot(rows, decoded, dtype=self.dtype, out_dtype=jnp.float32)
+        return (out * scale).astype(self.dtype).reshape(*x.shape[:-1], -1)
+
+
+class RMSNorm(nnx.Module):
+    """y = x / sqrt(mean(x^2) + eps) * weight over the last axis; float32 inside, one rounding."""
+
+    def __init__(self, features: int, *, eps: float, dtype: Any, param_dtype: Any):
+        self.eps = eps
+        self.dtype = jnp.dtype(dtype)
+        self.weight = nnx.Param(jnp.ones(features, param_dtype))
+
+    def __call__(self, x: Float[Array, "... H"]) -> Float[Array, "... H"]:
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+        return (x * self.weight[...].astype(jnp.float32)).astype(self.dtype)
+
+
+class MLP(nnx.Module):
+    """down(silu(gate(x)) * up(x)): a dense SwiGLU layer, also used for shared experts."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, **linear: Any):
+        self.gate_proj = Linear(hidden_size, intermediate_size, **linear)
+        self.up_proj = Linear(hidden_size, intermediate_size, **linear)
+        self.down_proj = Linear(intermediate_size, hidden_size, **linear)
+
+    def __call__(self, x: Float[Array, "... H"]) -> Float[Array, "... H"]:
+        gate = self.gate_proj(x).astype(jnp.float32)
+        return self.down_proj(jax.nn.silu(gate) * self.up_proj(x).astype(jnp.float32))

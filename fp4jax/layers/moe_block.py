@@ -1,0 +1,316 @@
+"""The expert layer as a Flax NNX module: router, routed experts, shared experts, latent projections.
+
+Experts are stored stacked, w13 [E, 2I, H] (gate rows first) and w2 [E, H, I], plain or as NVFP4Tensor. What the model
+fixes is in `RoutingConfig`, what the serving side chooses in `ExpertSettings`.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from fp4jax import moe, nvfp4, routing
+from fp4jax.layers.dense import MLP, Linear, exact_precision, normal_param
+from fp4jax.nvfp4 import NVFP4Tensor
+
+EP_AXIS = "ep"
+
+
+@dataclass(frozen=True)
+class RoutingConfig:
+    """Arguments of `routing.route` that belong to the model; `correction_bias=True` makes it a parameter."""
+
+    num_experts: int
+    top_k: int
+    scoring: routing.Scoring = "softmax"
+    renormalize: bool = True
+    correction_bias: bool = False
+    num_groups: int = 1
+    topk_groups: int = 1
+    routed_scaling_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        routing.check_routing(
+            self.num_experts,
+            top_k=self.top_k,
+            scoring=self.scoring,
+            num_groups=self.num_groups,
+            topk_groups=self.topk_groups,
+        )
+
+
+@dataclass(frozen=True)
+class ExpertSettings:
+    """How the experts run; changes numerics and traffic, never the weights.
+
+    `differentiable` chooses `moe.dense_moe` (training, plain weights, one device); otherwise `moe.moe_layer`, inside
+    shard_map over the axis "ep" of `mesh` when one is given. The other fields are those of `moe.MoEConfig`.
+    """
+
+    differentiable: bool = False
+    activation_format: Literal["nvfp4", "bf16"] = "bf16"
+    wire_format: Literal["nvfp4", "fp8", "bf16"] = "bf16"
+    form: Literal["per_peer", "per_slot"] = "per_peer"
+    layout: Literal["masked", "contiguous"] = "masked"
+    capacity: int | None = None
+    pair_capacity: int | None = None
+    mesh: Mesh | None = None
+    implementation: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.activation_format not in ("nvfp4", "bf16"):
+            raise ValueError(f"activation_format must be 'nvfp4' or 'bf16', got {self.activation_format!r}")
+        if self.mesh is not None and self.mesh.axis_names != (EP_AXIS,):
+            raise ValueError(f"the mesh of the experts must have the one axis {EP_AXIS!r}, got {self.mesh.axis_names}")
+        if self.differentiable and (self.mesh is not None or self.activation_format != "bf16"):
+            raise ValueError(
+                "differentiable=True runs on one device with activation_format='bf16', "
+                f"got mesh={self.mesh} and activation_format={self.activation_format!r}"
+            )
+
+
+class MoEAux(NamedTuple):
+    """What a forward pass reports besides its result, summed over MoE layers."""
+
+    dropped: Int[Array, ""]
+    balance_loss: Float[Array, ""]
+
+
+class ExpertAmax(NamedTuple):
+    """Largest absolute values seen by one block: inputs of GEMM 1, and per expert inputs of GEMM 2 (0: never hit)."""
+
+    input_1: Float[Array, ""]
+    input_2: Float[Array, "E"]
+
+
+class MoEBlock(nnx.Module):
+    """Router and routed experts, plus optional shared experts and latent projections.
+
+    y = fc2_latent_proj(experts(fc1_latent_proj(x))) + sigmoid(shared_gate(x)) * shared(x); each optional part only when
+    its size is given. The router and the shared experts see the original x. `path` is the block's name in errors.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        moe_intermediate_size: int,
+        router: RoutingConfig,
+        *,
+        shared_intermediate_size: int | None = None,
+        shared_gate: bool = False,
+        latent_size: int | None = None,
+        dtype: Any,
+        param_dtype: Any,
+        stddev: float = 0.02,
+        path: str = "mlp",
+        rngs: nnx.Rngs,
+    ):
+        linear = dict(dtype=dtype, param_dtype=param_dtype, stddev=stddev, rngs=rngs)
+        self.dtype, self.path = jnp.dtype(dtype), path
+        self.router_config, self.settings = router, ExpertSettings()
+        self.gate = Linear(hidden_size, router.num_experts, **{**linear, "dtype": jnp.float32})
+        self.correction_bias = nnx.data(None)
+        if router.correction_bias:
+            self.correction_bias = nnx.Param(jnp.zeros(router.num_experts, jnp.float32))
+        self.fc1_latent_proj = self.fc2_latent_proj = nnx.data(None)
+        if latent_size is not None:
+            self.fc1_latent_proj = Linear(hidden_size, latent_size, **linear)
+            self.fc2_latent_proj = Linear(latent_size, hidden_size, **linear)
+        width, experts = latent_size or hidden_size, router.num_experts
+        self.w13 = normal_param(rngs, (experts, 2 * moe_intermediate_size, width), stddev, param_dtype)
+        self.w2 = normal_param(rngs, (experts, width, moe_intermediate_size), stddev, param_dtype)
+        self.input_scale_1: nnx.Param | None = nnx.data(None)
+        self.input_scale_2: nnx.Param | None = nnx.data(None)
+        self.shared_experts = self.shared_expert_gate = nnx.data(None)
+        if shared_intermediate_size is not None:
+            self.shared_experts = MLP(hidden_size, shared_intermediate_size, **linear)
+        if shared_gate:
+            if shared_intermediate_size is None:
+                raise ValueError("shared_gate=True needs shared_intermediate_size")
+            self.shared_expert_gate = Linear(hidden_size, 1, **linear)
+
+    def __call__(self, x: Float[Array, "... H"]) -> tuple[Float[Array, "... H"], MoEAux]:
+        rows = x.reshape(-1, x.shape[-1])
+        route, balance_loss = self._route(rows)
+        hidden = rows if self.fc1_latent_proj is None else self.fc1_latent_proj(rows)
+        y, dropped = self.experts(hidden.astype(self.dtype), route)
+        y = self._finish(y, rows)
+        return y.reshape(x.shape), MoEAux(dropped, balance_loss)
+
+    def _route(self, rows: jax.Array) -> tuple[routing.Routing, jax.Array]:
+        config = self.router_config
+        logits = self.gate(rows)
+        route = routing.route(
+            logits,
+            top_k=config.top_k,
+            scoring=config.scoring,
+            renormalize=config.renormalize,
+            correction_bias=None if self.correction_bias is None else self.correction_bias[...],
+            num_groups=config.num_groups,
+            topk_groups=config.topk_groups,
+            routed_scaling_factor=config.routed_scaling_factor,
+        )
+        return route, routing.load_balance_loss(logits, route.topk_ids, scoring=config.scoring)
+
+    def _finish(self, y: jax.Array, rows: jax.Array) -> jax.Array:
+        """Latent projection up, then shared experts on the original rows."""
+        if self.fc2_latent_proj is not None:
+            y = self.fc2_latent_proj(y)
+        if self.shared_experts is None:
+            return y
+        shared = self.shared_experts(rows)
+        if self.shared_expert_gate is not None:
+            shared = jax.nn.sigmoid(self.shared_expert_gate(rows).astype(jnp.float32)) * shared
+        return (y.astype(jnp.float32) + shared.astype(jnp.float32)).astype(self.dtype)
+
+    def experts(self, x: jax.Array, route: routing.Routing) -> tuple[jax.Array, jax.Array]:
+        """Routed experts on rows x [T, H] with a given routing: weighted sums [T, H], number of dropped routes."""
+        w13, w2 = self.w13.get_value(), self.w2.get_value()
+        settings = self.settings
+        if settings.differentiable:
+            if isinstance(w13, NVFP4Tensor):
+                raise ValueError(f"{self.path}: differentiable=True needs plain expert weights; these are NVFP4")
+            y = moe.dense_moe(x, *route, w13.astype(self.dtype), w2.astype(self.dtype))
+            return y.astype(self.dtype), jnp.int32(0)
+        if not isinstance(w13, NVFP4Tensor):
+            w13, w2 = w13.astype(self.dtype), w2.astype(self.dtype)
+        weights = moe.MoEWeights(
+            w13,
+            w2,
+            None if self.input_scale_1 is None else self.input_scale_1[...],
+            None if self.input_scale_2 is None else self.input_scale_2[...],
+        )
+        config = moe.MoEConfig(
+            num_experts=self.router_config.num_experts,
+            wire_format=settings.wire_format,
+            form=settings.form,
+            layout=settings.layout,
+            activation_format_1=settings.activation_format,
+            activation_format_2=settings.activation_format,
+            capacity=settings.capacity,
+            pair_capacity=settings.pair_capacity,
+            axis_name=None if settings.mesh is None else EP_AXIS,
+            implementation=settings.implementation,
+        )
+        if settings.mesh is None:
+            y, stats = moe.moe_layer(x, *route, weights, config)
+            return y.astype(self.dtype), stats.dropped
+        return _sharded_experts(x, route, weights, config, settings.mesh)
+
+    def configure(self, settings: ExpertSettings) -> None:
+        """Set how the experts run and place their weights: sharded over "ep" with a mesh, else on one device.
+
+        The other parameters are not moved; `models.configure_experts` does that for a whole model.
+        """
+        mesh = settings.mesh
+        if mesh is not None and self.router_config.num_experts % mesh.size:
+            raise ValueError(
+                f"{self.path}: {self.router_config.num_experts} experts cannot be split over {mesh.size} devices"
+            )
+        self.settings = settings
+        place = jax.devices()[0] if mesh is None else NamedSharding(mesh, P(EP_AXIS))
+        for param in self.sharded_params():
+            param.set_value(jax.device_put(param.get_value(), place))
+
+    def sharded_params(self) -> list[nnx.Param]:
+        """Parameters with a leading expert axis; all others are the same on every device."""
+        return [param for param in (self.w13, self.w2, self.input_scale_2) if param is not None]
+
+    def quantize_experts(self, *, four_over_six: bool = False) -> None:
+        """Replace the expert weights by NVFP4 with one global scale per expert and projection (gate and up apart)."""
+        w13 = self.w13.get_value()
+        if isinstance(w13, NVFP4Tensor):
+            raise ValueError(f"{self.path}: the experts are quantized already")
+        half = w13.shape[1] // 2
+        gate, up, down = (
+            nvfp4.quantize(w, global_scale="per_expert", four_over_six=four_over_six)
+            for w in (w13[:, :half], w13[:, half:], self.w2.get_value())
+        )
+        scale = jnp.concatenate([jnp.broadcast_to(t.global_scale, (w13.shape[0], half, 1)) for t in (gate, up)], axis=1)
+        self.w13.set_value(
+            NVFP4Tensor(
+                jnp.concatenate([gate.qdata, up.qdata], axis=1),
+                jnp.concatenate([gate.block_scale, up.block_scale], axis=1),
+                scale,
+            )
+        )
+        self.w2.set_value(down)
+
+    def calibrate(self, x: Float[Array, "... H"]) -> tuple[Float[Array, "... H"], ExpertAmax]:
+        """Forward pass with plain weights that also reports the amax of both GEMMs' inputs (one expert at a time)."""
+        w13, w2 = self.w13.get_value(), self.w2.get_value()
+        if isinstance(w13, NVFP4Tensor):
+            raise ValueError(f"{self.path}: calibrate before quantize_experts, with plain expert weights")
+        rows = x.reshape(-1, x.shape[-1])
+        route, _ = self._route(rows)
+        hidden = (rows if self.fc1_latent_proj is None else self.fc1_latent_proj(rows)).astype(self.dtype)
+
+        def amax_of_expert(expert_and_weight: tuple[jax.Array, jax.Array]) -> jax.Array:
+            expert, weight = expert_and_weight
+            gate_up = jnp.einsum("th,nh->tn", hidden, weight.astype(self.dtype), precision=exact_precision(self.dtype))
+            gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=1)
+            hit = jnp.any(route.topk_ids == expert, axis=1, keepdims=True)
+            return jnp.max(jnp.where(hit, jnp.abs(jax.nn.silu(gate) * up), 0.0))
+
+        amax_2 = jax.lax.map(amax_of_expert, (jnp.arange(w13.shape[0]), w13))
+        y = moe.dense_moe(hidden, *route, w13.astype(self.dtype), w2.astype(self.dtype)).astype(self.dtype)
+        amax_1 = jnp.max(jnp.abs(hidden.astype(jnp.float32)))
+        return self._finish(y, rows).reshape(x.shape), ExpertAmax(amax_1, amax_2)
+
+    def set_input_scales(self, input_scale_1: Float[Array, ""] | None, input_scale_2: Float[Array, "E"] | None) -> None:
+        """Static activation scales (decode direction): one for GEMM 1, one per expert for GEMM 2; None: per token.
+
+        Raises:
+          ValueError: naming the tensor, when one of the two is missing or a scale is zero, negative or not finite.
+        """
+        if input_scale_1 is None and input_scale_2 is None:
+            self.input_scale_1 = self.input_scale_2 = nnx.data(None)
+            return
+        if input_scale_1 is None or input_scale_2 is None:
+            name = "input_scale_1" if input_scale_1 is None else "input_scale_2"
+            raise ValueError(f"{self.path}.experts.{name} is missing while the other input scale is given")
+        for name, value in (("input_scale_1", input_scale_1), ("input_scale_2", input_scale_2)):
+            flat = np.atleast_1d(np.asarray(value, np.float32))
+            bad = np.flatnonzero(~(np.isfinite(flat) & (flat > 0)))
+            if bad.size:
+                where = f"[{bad[0]}]" if flat.size > 1 else ""
+                raise ValueError(f"{self.path}.experts.{name}{where} = {flat[bad[0]]} must be positive and finite")
+        if input_scale_2.shape != (self.router_config.num_experts,):
+            raise ValueError(
+                f"{self.path}.experts.input_scale_2 has shape {input_scale_2.shape}, "
+                f"expected ({self.router_config.num_experts},)"
+            )
+        self.input_scale_1 = nnx.Param(jnp.asarray(input_scale_1, jnp.float32))
+        self.input_scale_2 = nnx.Param(jnp.asarray(input_scale_2, jnp.float32).reshape(-1, 1, 1))
+        self.configure(self.settings)
+
+
+@partial(jax.jit, static_argnums=(3, 4))
+def _sharded_experts(
+    x: jax.Array, route: routing.Routing, weights: moe.MoEWeights, config: moe.MoEConfig, mesh: Mesh
+) -> tuple[jax.Array, jax.Array]:
+    """`moe.moe_layer` with tokens and experts split over "ep"; tokens that fill up the last device go to no expert."""
+    tokens = x.shape[0]
+    pad = -tokens % mesh.size
+    x = jnp.pad(x, ((0, pad), (0, 0)))
+    ids = jnp.pad(route.topk_ids, ((0, pad), (0, 0)), constant_values=-1)
+    topk_weights = jnp.pad(route.topk_weights, ((0, pad), (0, 0)))
+    split = jax.tree.map(lambda _: P(EP_AXIS), weights)
+    if weights.input_scale_1 is not None:
+        split = split._replace(input_scale_1=P())
+
+    def on_device(x: Any, ids: Any, topk_weights: Any, weights: Any) -> tuple[jax.Array, jax.Array]:
+        y, stats = moe.moe_layer(x, ids, topk_weights, weights, config)
+        return y.astype(x.dtype), stats.dropped  # summed over the devices already
+
+    sharded = jax.shard_map(
+        on_device, mesh=mesh, in_specs=(P(EP_AXIS), P(EP_AXIS), P(EP_AXIS), split), out_specs=(P(EP_AXIS), P())
+    )
+    y, dropped = sharded(x, ids, topk_weights, weights)
+    return y[:tokens], dropped

@@ -1,0 +1,9 @@
+"""Models, one readable file each, and what all of them share: serving settings and text generation."""
+
+from fp4jax.models.generate import generate as generate
+from fp4jax.models.qwen3_moe import Qwen3Moe as Qwen3Moe, Qwen3MoeConfig as Qwen3MoeConfig
+from fp4jax.models.serving import (
+    configure_experts as configure_experts,
+    quantize_experts as quantize_experts,
+    set_input_scales as set_input_scales,
+)

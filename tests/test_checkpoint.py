@@ -1,0 +1,206 @@
+"""Saving and loading: names, exact bytes, shards, both layouts of experts, and errors that name what is wrong."""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from fp4jax.checkpoint import load_model, save_model
+from fp4jax.checkpoint.save import model_params
+from fp4jax.models import Qwen3Moe, Qwen3MoeConfig, quantize_experts
+
+CONFIG = Qwen3MoeConfig(
+    vocab_size=32,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=16,
+    num_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=16,
+    intermediate_size=24,
+    mlp_only_layers=(1,),
+)
+EXPERT = "model.layers.0.mlp.experts.2.up_proj.weight"
+
+
+def make_model(**changes):
+    config = dataclasses.replace(CONFIG, **changes)
+    return Qwen3Moe(config, rngs=nnx.Rngs(0)), config
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_model(*make_model(), tmp_path)
+    return tmp_path
+
+
+def params(model):
+    return {path: np.asarray(param.get_value()) for path, param in model_params(model).items()}
+
+
+def assert_same_params(first, second):
+    first, second = params(first), params(second)
+    assert first.keys() == second.keys()
+    for path, value in first.items():
+        assert value.dtype == second[path].dtype and value.tobytes() == second[path].tobytes(), path
+
+
+def edit(folder, change):
+    """Rewrite the weights after `change(tensors)`."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+def edit_config(folder, **changes):
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("shard_bytes", [1 << 30, 20_000], ids=["one file", "shards"])
+def test_round_trip_is_exact(tmp_path, tied, shard_bytes):
+    model, config = make_model(tie_word_embeddings=tied)
+    save_model(model, config, tmp_path, max_shard_bytes=shard_bytes)
+    loaded, loaded_config = load_model(tmp_path)
+    assert loaded_config == config
+    assert_same_params(loaded, model)
+    files = sorted(path.name for path in tmp_path.glob("*"))
+    if shard_bytes == 1 << 30:
+        assert files == ["config.json", "model.safetensors"]
+    else:
+        index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+        assert set(index["weight_map"].values()) == {name for name in files if name.startswith("model-")}
+        assert len(set(index["weight_map"].values())) > 1
+        assert index["metadata"]["total_size"] == sum(value.nbytes for value in params(model).values())
+
+
+def test_file_holds_the_names_and_rows_of_hugging_face(folder):
+    """Every expert apart, [out, in], gate in the first half of w13's rows."""
+    tensors, model = load_file(folder / "model.safetensors"), make_model()[0]
+    w13, w2 = (np.asarray(p.get_value()) for p in (model.layers[0].mlp.w13, model.layers[0].mlp.w2))
+    for e in range(4):
+        prefix = f"model.layers.0.mlp.experts.{e}."
+        np.testing.assert_array_equal(tensors[prefix + "gate_proj.weight"], w13[e, :16])
+        np.testing.assert_array_equal(tensors[prefix + "up_proj.weight"], w13[e, 16:])
+        np.testing.assert_array_equal(tensors[prefix + "down_proj.weight"], w2[e])
+    assert "model.layers.1.mlp.gate_proj.weight" in tensors  # the dense layer
+    assert tensors["model.embed_tokens.weight"].dtype == ml_dtypes.bfloat16
+
+
+def test_stacked_experts_load_to_the_same_model(folder):
+    """The newer layout: gate_up_proj [E, 2I, H] and down_proj [E, H, I] in one tensor each."""
+    expected, _ = load_model(folder)
+
+    def stack(tensors):
+        take = lambda e, name: tensors.pop(f"model.layers.0.mlp.experts.{e}.{name}_proj.weight")  # noqa: E731
+        gate_up = [np.concatenate([take(e, "gate"), take(e, "up")]) for e in range(4)]
+        tensors["model.layers.0.mlp.experts.gate_up_proj"] = np.stack(gate_up)
+        tensors["model.layers.0.mlp.experts.down_proj"] = np.stack([take(e, "down") for e in range(4)])
+
+    edit(folder, stack)
+    assert_same_params(load_model(folder)[0], expected)
+
+
+def test_float32_keeps_the_values(folder):
+    plain, _ = load_model(folder)
+    wide, config = load_model(folder, dtype="float32")
+    assert config.dtype == "float32" and wide.norm(jnp.ones(32)).dtype == jnp.float32
+    for path, value in params(wide).items():
+        assert value.dtype == np.float32
+        np.testing.assert_array_equal(value, params(plain)[path].astype(np.float32))
+
+
+def test_every_expert_goes_to_the_device_that_owns_it(folder, make_mesh):
+    expected, _ = load_model(folder)
+    loaded, _ = load_model(folder, mesh=make_mesh(4))
+    assert_same_params(loaded, expected)
+    w2 = loaded.layers[0].mlp.w2.get_value()
+    for device, shard in enumerate(w2.addressable_shards):
+        assert shard.index[0] == slice(device, device + 1)
+    assert loaded.embed_tokens.weight[...].sharding.is_fully_replicated
+
+
+def test_redundant_tensors_are_skipped(tmp_path):
+    model, config = make_model(tie_word_embeddings=True)
+    save_model(model, config, tmp_path)
+    edit(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"]}))
+    edit(tmp_path, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32)}))
+    assert_same_params(load_model(tmp_path)[0], model)
+
+
+@pytest.mark.parametrize(
+    ("change", "messages"),
+    [
+        (lambda t: t.pop(EXPERT), ["1 tensors missing", EXPERT, "0 unexpected: none"]),
+        (lambda t: t.update(extra=np.ones(2, np.float32)), ["0 tensors missing: none", "1 unexpected: extra"]),
+        (lambda t: t.update({EXPERT: t[EXPERT].T.copy()}), ["model.safetensors", EXPERT, "(32, 16)", "(16, 32)"]),
+        (lambda t: t.update({EXPERT: t[EXPERT].view(np.uint8)}), ["model.safetensors", EXPERT, "U8", "BF16"]),
+        (lambda t: t.clear(), ["35 tensors missing", "and 27 more"]),
+    ],
+    ids=["missing", "unexpected", "shape", "type", "empty"],
+)
+def test_tensors_that_do_not_fit_are_named(folder, change, messages):
+    edit(folder, change)
+    with pytest.raises(ValueError) as error:
+        load_model(folder)
+    for message in messages:
+        assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(model_type="llama"), "config.json: model_type 'llama' is not supported, only qwen3_moe"),
+        (dict(quantization_config={"quant_method": "modelopt"}), "quant_method='modelopt'"),
+        (dict(hidden_size=None), "lacks hidden_size"),
+    ],
+)
+def test_configs_that_cannot_be_loaded_are_refused(folder, changes, message):
+    edit_config(folder, **changes)
+    with pytest.raises(ValueError, match=message):
+        load_model(folder)
+
+
+def test_missing_and_broken_files_are_named(folder, tmp_path_factory):
+    with pytest.raises(FileNotFoundError, match=r"config\.json does not exist"):
+        load_model(tmp_path_factory.mktemp("empty"))
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"model\.safetensors is not a readable safetensors file"):
+        load_model(folder)
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors does not exist"):
+        load_model(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is not JSON"):
+        load_model(folder)
+
+
+def test_incomplete_shards_are_named(tmp_path):
+    save_model(*make_model(), tmp_path, max_shard_bytes=20_000)
+    index = tmp_path / "model.safetensors.index.json"
+    values = json.loads(index.read_text())
+    index.write_text(json.dumps({**values, "weight_map": {**values["weight_map"], "ghost": "model-00001-of-00009.st"}}))
+    with pytest.raises(FileNotFoundError, match=r"model-00001-of-00009\.st does not exist, but"):
+        load_model(tmp_path)
+    first = min(values["weight_map"].values())
+    index.write_text(json.dumps({**values, "weight_map": {**values["weight_map"], "ghost": first}}))
+    with pytest.raises(ValueError, match="lists tensors that are in no file: ghost"):
+        load_model(tmp_path)
+
+
+def test_quantized_experts_are_not_saved_as_something_else(tmp_path):
+    model, config = make_model()
+    quantize_experts(model)
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.w13 is NVFP4"):
+        save_model(model, config, tmp_path)
+    assert not list(tmp_path.iterdir())
