@@ -1,0 +1,58 @@
+"""A byte-level Qwen3-MoE of 4.0 M parameters, trained on the source files of Python's standard library.
+
+python -m experiments.train_tiny_lm --config=configs/tiny_lm.py --output_dir=checkpoints/tiny_lm
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Model under Hugging Face's names, and its training."""
+    config = ConfigDict()
+    config.model = ConfigDict(
+        dict(
+            model_type="qwen3_moe",
+            vocab_size=256,  # bytes
+            hidden_size=256,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=64,
+            num_experts=8,
+            num_experts_per_tok=2,
+            moe_intermediate_size=128,
+            norm_topk_prob=True,
+            rope_theta=1e4,
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
+            initializer_range=0.02,
+        )
+    )
+    config.train = ConfigDict(
+        dict(
+            seed=0,
+            steps=4_000,
+            batch_size=64,
+            sequence_length=512,
+            learning_rate=2e-3,
+            final_learning_rate=2e-5,
+            warmup_steps=200,
+            weight_decay=1.0,  # the corpus is read 13 times; weaker decay memorizes it
+            clip_norm=1.0,
+            balance_loss_weight=0.01,
+            compute_dtype="auto",  # bfloat16 on an accelerator, float32 on CPU; master weights are float32
+            steps_per_call=20,  # training steps inside one jitted call
+            eval_every=500,
+            checkpoint_every=500,
+            eval_batch_size=32,
+        )
+    )
+    config.demo = ConfigDict(
+        dict(
+            windows=32,  # held-out windows that the demo evaluates, evenly spread
+            sequence_length=512,
+            batch_size=8,
+            calibration_windows=16,  # of training text, for the activation scales
+        )
+    )
+    return config

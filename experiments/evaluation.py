@@ -1,0 +1,45 @@
+"""Held-out bits per byte of a byte-level model."""
+
+import math
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+
+class Evaluation(NamedTuple):
+    """Mean bits per predicted byte, and routes that experts dropped on the way."""
+
+    bits_per_byte: float
+    dropped: int
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """-log p(target) in nats, elementwise over [B, S], from float32 logits [B, S, V]."""
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+
+@partial(jax.jit, static_argnums=0)
+def _evaluate_batch(graphdef: nnx.GraphDef, state: nnx.State, batch: jax.Array, valid: jax.Array):
+    ids = batch.astype(jnp.int32)
+    output = nnx.merge(graphdef, state).forward(ids[:, :-1])
+    nats = cross_entropy(output.logits, ids[:, 1:])
+    return jnp.sum(jnp.where(valid[:, None], nats, 0.0)), output.aux.dropped
+
+
+def evaluate(model: nnx.Module, windows: np.ndarray, batch_size: int) -> Evaluation:
+    """Average over windows [N, length + 1] of `corpus.windows`; the last batch is filled up, the filling ignored."""
+    graphdef, state = nnx.split(model)
+    nats, dropped = 0.0, 0
+    for start in range(0, len(windows), batch_size):
+        batch = windows[start : start + batch_size]
+        valid = np.arange(batch_size) < len(batch)
+        batch = np.pad(batch, ((0, batch_size - len(batch)), (0, 0)))
+        batch_nats, batch_dropped = _evaluate_batch(graphdef, state, batch, valid)
+        nats, dropped = nats + float(batch_nats), dropped + int(batch_dropped)
+    predicted = windows.shape[0] * (windows.shape[1] - 1)
+    return Evaluation(nats / predicted / math.log(2), dropped)
