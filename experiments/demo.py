@@ -68,7 +68,7 @@ def variants(num_devices: int) -> list[Variant]:
     return [Variant("bf16", False), Variant("W4A16", True), Variant("W4A4", True, "nvfp4"), *wired]
 
 
-def build(variant: Variant, folder: str, calibration: np.ndarray) -> nnx.Module:
+def build(variant: Variant, folder: str, calibration: np.ndarray) -> Any:
     """The committed model with its experts as `variant` says; activation scales calibrated on training text."""
     model, _ = load_model(folder)
     if variant.quantized:
@@ -80,7 +80,7 @@ def build(variant: Variant, folder: str, calibration: np.ndarray) -> nnx.Module:
     return model
 
 
-def compile_experts(model: nnx.Module, tokens: int) -> tuple[jax.stages.Compiled, tuple[Any, ...]]:
+def compile_experts(model: Any, tokens: int) -> tuple[jax.stages.Compiled, tuple[Any, ...]]:
     """The first layer's experts as a program for `tokens` tokens split over the mesh, and arguments to call it with."""
     block = model.moe_blocks()[0]
     graphdef, state = nnx.split(block)

@@ -14,14 +14,16 @@ _CONTAINERS = ("while", "conditional", "call")  # their time is that of the inst
 OTHER = "other"
 
 
-def stage_times(compiled: jax.stages.Compiled, run: Callable[[], Any], stages: Sequence[str], repeats: int = 5):
+def stage_times(
+    compiled: jax.stages.Compiled, run: Callable[[], Any], stages: Sequence[str], repeats: int = 5
+) -> dict[str, float]:
     """Microseconds per stage and call, averaged over calls and devices; what belongs to no stage is "other".
 
     `run` calls `compiled` once. On virtual CPU devices the cores are shared, and collectives include waiting. On GPUs,
     compile with `compiler_options()`: kernels inside a command buffer (CUDA graph) cannot be told apart.
     """
-    owner = {}
-    for name, opcode, op_name in _INSTRUCTION.findall(compiled.as_text()):
+    owner: dict[str, str | None] = {}
+    for name, opcode, op_name in _INSTRUCTION.findall(compiled.as_text() or ""):
         scopes = op_name.split("/")
         owner[name] = None if opcode in _CONTAINERS else next((s for s in stages if s in scopes), OTHER)
     jax.block_until_ready(run())

@@ -1,3 +1,18 @@
-"""NVFP4 Mixture-of-Experts layers in JAX: 4-bit tokens on the wire, 4-bit expert weights in memory."""
+"""Mixture-of-Experts layers in NVFP4 for JAX."""
 
 __version__ = "0.1.0"
+
+from fp4jax.expert_parallel import combine as combine, dispatch as dispatch, wire_bytes as wire_bytes
+from fp4jax.grouped_gemm import (
+    contiguous_grouped_gemm as contiguous_grouped_gemm,
+    masked_grouped_gemm as masked_grouped_gemm,
+)
+from fp4jax.moe import MoEConfig as MoEConfig, MoEWeights as MoEWeights, moe_layer as moe_layer
+from fp4jax.nvfp4 import NVFP4Tensor as NVFP4Tensor, dequantize as dequantize, quantize as quantize
+from fp4jax.permute import (
+    depermute_combine as depermute_combine,
+    permute_to_contiguous as permute_to_contiguous,
+    permute_to_masked as permute_to_masked,
+)
+from fp4jax.routing import route as route
+from fp4jax.swiglu import swiglu_quantize as swiglu_quantize

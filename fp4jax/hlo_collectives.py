@@ -52,7 +52,7 @@ def wire_bytes(compiled: jax.stages.Compiled | str) -> WireBytes:
       ValueError: a collective other than an all-to-all or a scalar all-reduce, or one that runs an unknown number of
       times.
     """
-    text = compiled if isinstance(compiled, str) else compiled.as_text()
+    text = compiled if isinstance(compiled, str) else compiled.as_text() or ""
     computations, entry = _computations(text)
     all_to_alls, scalar_bytes = _collect(computations, entry)
     total = sum(a.bytes for a in all_to_alls)

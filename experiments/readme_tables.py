@@ -1,0 +1,49 @@
+"""Rewrite the tables of README.md from the JSON files under experiments/results: python experiments/readme_tables.py
+
+A table stands between `<!-- NAME -->` and `<!-- end of NAME -->`; a test checks that README.md is what this writes.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "experiments" / "results"
+
+
+def demo_table(report: dict[str, Any]) -> str:
+    """Bits per byte and wire bytes of every variant of the demo."""
+    base = report["rows"][0]["bits_per_byte"]
+    lines = [
+        "| experts | held-out bits per byte | against bf16 | dispatch: bytes per token and layer | in bf16 | ratio |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in report["rows"]:
+        cells = [row["name"], f"{row['bits_per_byte']:.4f}", f"{100 * (row['bits_per_byte'] / base - 1):+.2f}%"]
+        there = row.get("wire", {}).get("dispatch", 0)
+        reference = row.get("wire_bf16", {}).get("dispatch", 0)
+        cells += [f"{there:.0f}", f"{reference:.0f}", f"{reference / there:.2f}x"] if there else ["", "", ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def tables() -> dict[str, str]:
+    """Every table of the README under its name."""
+    return {"demo": demo_table(json.loads((RESULTS / "cpu" / "demo.json").read_text()))}
+
+
+def rewrite(text: str) -> str:
+    """README text with every table replaced; ValueError where a table has no place."""
+    for name, content in tables().items():
+        place = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
+        if not place.search(text):
+            raise ValueError(f"README.md has no place for the table {name!r}")
+        text = place.sub(lambda m, content=content: f"{m.group(1)}\n{content}\n\n{m.group(2)}", text)
+    return text
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(rewrite(readme.read_text()))
+    print(f"rewrote {', '.join(tables())} in {readme.name}")

@@ -1,0 +1,27 @@
+"""README.md: its tables are those of the committed results, and its example runs."""
+
+import pathlib
+import re
+
+from experiments.readme_tables import rewrite
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_tables_are_generated_from_the_results():
+    assert rewrite(README) == README
+
+
+def test_example_runs(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out == "(64, 256) 0\n"
+
+
+def test_named_files_and_targets_exist():
+    for path in re.findall(r"`([\w/]+\.py|[\w]+/)`", README):
+        assert (ROOT / path).exists(), path
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"`?make ([a-z-]+)", README):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
