@@ -94,6 +94,8 @@ def moe_layer(
     tokens, routing and local experts. Raises ValueError where weights and config do not fit.
     """
     _check_weights(x, weights, config)
+    if x.shape[0] == 0:  # on every device, as shapes are the same there: no device waits for another's collective
+        return x, MoEStats(jnp.int32(0))
     axis, scope = config.axis_name, jax.named_scope
     scale_1 = None if weights.input_scale_1 is None else agree_global_scale(weights.input_scale_1, axis)
     to_nvfp4 = functools.partial(
