@@ -16,8 +16,9 @@ from jax import lax
 from jax.experimental import checkify
 from jaxtyping import Array, Float, Int, UInt8
 
-from fp4jax.implementations import resolve_implementation
+from fp4jax.implementations import run_implementation
 from fp4jax.rounding import E4M3_MAX, div_rn, flush_subnormals, round_to_e2m1, round_to_e4m3
+from pallas_kernels import quantize as quantize_kernel
 
 BLOCK_SIZE = 16
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # magnitude of codes 0..7; bit 3 is the sign
@@ -125,29 +126,37 @@ def quantize(
     Raises:
       ValueError, TypeError: shapes, dtypes, options or a concrete global scale outside [2^-100, 2^100].
     """
-    resolve_implementation("quantize", implementation)
     _check_quantize_args(x, global_scale, masked_m, axis_name, dialect, four_over_six)
-    x32 = flush_subnormals(x.astype(jnp.float32))
     valid = None if masked_m is None else (jnp.arange(x.shape[1]) < masked_m[:, None])[..., None]
-    divisor = _AMAX_DIVISOR_FOUR_OVER_SIX if four_over_six else _AMAX_DIVISOR
+    per_token = isinstance(global_scale, str) and global_scale == "per_token"
+    divisor = np.float32(_AMAX_DIVISOR_FOUR_OVER_SIX if four_over_six else _AMAX_DIVISOR)
     if global_scale is None or isinstance(global_scale, str):
-        amax = _valid_amax(x32, valid, global_scale, axis_name)
-        scale = _scale_from(amax, lambda a: div_rn(a, np.float32(divisor)))
-        encode_scale = _scale_from(amax, lambda a: div_rn(np.float32(divisor), a))
+        amax = _valid_amax(flush_subnormals(x.astype(jnp.float32)), valid, global_scale, axis_name)
+        scale = _scale_from(amax, lambda a: div_rn(a, divisor))
+        encode_scale = _scale_from(amax, lambda a: div_rn(divisor, a))
     else:
-        scale = _as_scale(global_scale, x.shape)
+        scale = as_scale(global_scale, x.shape)
         encode_scale = div_rn(np.float32(1), scale)
 
-    blocks = x32.reshape(*x.shape[:-1], x.shape[-1] // BLOCK_SIZE, BLOCK_SIZE)
-    block_amax = jnp.max(jnp.abs(blocks), axis=-1)
-    if dialect == "exact":
-        codes, block_scale, raw = _encode_exact(blocks, block_amax, scale, four_over_six)
-    elif dialect == "modelopt":
-        codes, block_scale, raw = _encode_modelopt(blocks, block_amax, scale)
-    else:
-        codes, block_scale, raw = _encode_compressed_tensors(blocks, block_amax, encode_scale)
-    quantized = NVFP4Tensor(_pack(codes.reshape(x.shape)), block_scale, scale)
+    def in_xla(x, masked_m, scale, encode_scale):
+        del masked_m
+        quantized, block_amax, raw = _quantize_xla(x, scale, encode_scale, dialect, four_over_six)
+        return (quantized, (block_amax, raw)) if return_stats else quantized
 
+    def in_kernel(x, masked_m, scale, encode_scale):
+        del encode_scale
+        given = "per_token" if per_token else scale  # computed in the same pass over x
+        qdata, block_scale, row_scale = quantize_kernel.quantize(x, given, masked_m, four_over_six=four_over_six)
+        return NVFP4Tensor(qdata, block_scale, row_scale if per_token else scale)
+
+    quantized = run_implementation(
+        "quantize",
+        implementation,
+        (x, masked_m, scale, encode_scale),
+        xla=in_xla,
+        mosaic_gpu=in_kernel,
+        problem=_kernel_problem(x, "per_token" if per_token else scale, masked_m, dialect, return_stats),
+    )
     if checked:
         finite = jnp.isfinite(x) if valid is None else jnp.isfinite(x) | ~valid
         low, high = GLOBAL_SCALE_RANGE
@@ -156,6 +165,7 @@ def quantize(
         )
         checkify.check(jnp.all(finite), "quantize: {n} input elements are NaN or Inf", n=jnp.sum(~finite))
     if return_stats:
+        quantized, (block_amax, raw) = quantized
         per_expert = x.ndim == 3 and (masked_m is not None or scale.shape == (x.shape[0], 1, 1))
         return quantized, _count(x, block_amax, raw, valid, axes=(1, 2) if per_expert else None)
     return quantized
@@ -187,6 +197,29 @@ def unpack(qdata: UInt8[Array, "... half_k"]) -> UInt8[Array, "..."]:
 
 def _pack(codes: jax.Array) -> jax.Array:
     return codes[..., 0::2] | (codes[..., 1::2] << 4)
+
+
+def _quantize_xla(x, scale, encode_scale, dialect, four_over_six):
+    """-> NVFP4Tensor, amax of each block, and the block scales before clipping and rounding."""
+    x32 = flush_subnormals(x.astype(jnp.float32))
+    blocks = x32.reshape(*x.shape[:-1], x.shape[-1] // BLOCK_SIZE, BLOCK_SIZE)
+    block_amax = jnp.max(jnp.abs(blocks), axis=-1)
+    if dialect == "exact":
+        codes, block_scale, raw = _encode_exact(blocks, block_amax, scale, four_over_six)
+    elif dialect == "modelopt":
+        codes, block_scale, raw = _encode_modelopt(blocks, block_amax, scale)
+    else:
+        codes, block_scale, raw = _encode_compressed_tensors(blocks, block_amax, encode_scale)
+    return NVFP4Tensor(_pack(codes.reshape(x.shape)), block_scale, scale), block_amax, raw
+
+
+def _kernel_problem(x, global_scale, masked_m, dialect, return_stats):
+    """None, or why the GPU kernel cannot serve this call."""
+    if dialect != "exact":
+        return f"dialect={dialect!r}; the kernel has 'exact' only"
+    if return_stats:
+        return "return_stats=True; the kernel does not count"
+    return quantize_kernel.check_config(x, global_scale, masked_m)
 
 
 # --- the dialects: blocks f32 [..., Kb, 16] -> codes u8, e4m3 scales, and the scales before clipping and rounding ---
@@ -261,7 +294,8 @@ def _scale_from(amax, divide):
     return jnp.where(amax == 0, np.float32(1), jnp.clip(divide(amax), *map(np.float32, GLOBAL_SCALE_RANGE)))
 
 
-def _as_scale(global_scale, shape):
+def as_scale(global_scale: Any, shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """A given global scale as f32, checked against a tensor of `shape`; concrete values must be in range."""
     scale = jnp.asarray(global_scale)
     if not jnp.issubdtype(scale.dtype, jnp.floating):
         raise TypeError(f"quantize: global_scale must be float32, got {scale.dtype}")

@@ -14,8 +14,9 @@ from jax.experimental import checkify
 from jaxtyping import Array, Float, Int, Shaped
 
 from fp4jax import scale_layout as scale_layouts
-from fp4jax.implementations import resolve_implementation
+from fp4jax.implementations import run_implementation
 from fp4jax.nvfp4 import BLOCK_SIZE, decode_blocks
+from pallas_kernels import permute as permute_kernels
 
 
 class Permuted(NamedTuple):
@@ -76,20 +77,43 @@ def permute_to_masked(
     Raises:
       ValueError, TypeError: shapes, dtypes or options that do not fit.
     """
-    resolve_implementation("permute_to_masked", implementation)
     _check_args("permute_to_masked", x, scales, topk_ids, row_scale, num_experts, scale_layout, decode)
     if capacity < 1:
         raise ValueError(f"permute_to_masked: capacity must be at least 1, got {capacity}")
-    group, rank, counts, bad = _rank_in_expert(topk_ids, num_experts)
-    keep = (group < num_experts) & (rank < capacity)
-    row_map = jnp.where(keep, group * capacity + rank, -1).reshape(topk_ids.shape)
+    num_rows = num_experts * capacity
+
+    def in_xla(x, scales, topk_ids, row_scale):
+        group, rank, counts, bad = _rank_in_expert(topk_ids, num_experts)
+        keep = (group < num_experts) & (rank < capacity)
+        row_map = jnp.where(keep, group * capacity + rank, -1).reshape(topk_ids.shape)
+        rows = _gather_rows(x, scales, row_scale, row_map, num_rows, decode)
+        rows = jax.tree.map(lambda r: r.reshape(num_experts, capacity, r.shape[-1]), rows)
+        return rows._replace(scales=_lay_out(rows.scales, scale_layout)), counts, bad, row_map
+
+    def in_kernel(x, scales, topk_ids, row_scale):
+        meta = permute_kernels.route_metadata(topk_ids, num_experts, capacity=capacity, num_rows=num_rows)
+        filled = jnp.minimum(meta.counts, capacity)
+        rows = _rows_by_kernel(x, scales, row_scale, meta, filled, capacity, scale_layout, decode)
+
+        def per_expert(r):
+            return r.reshape(num_experts, capacity, -1)
+
+        flat_scales = scale_layout == "linear"
+        rows = _Rows(
+            per_expert(rows.x),
+            jax.tree.map(per_expert, rows.scales) if flat_scales else rows.scales,
+            jax.tree.map(per_expert, rows.row_scale),
+        )
+        return rows, meta.counts, meta.bad, meta.row_map
+
+    rows, counts, bad, row_map = run_implementation(
+        "permute_to_masked", implementation, (x, scales, topk_ids, row_scale), xla=in_xla, mosaic_gpu=in_kernel,
+        problem=_kernel_problem(x, scales, topk_ids, row_scale, num_experts, num_rows, scale_layout, decode),
+    )  # fmt: skip
     dropped = bad + jnp.sum(jnp.maximum(counts - capacity, 0), dtype=jnp.int32)
-    rows = _gather_rows(x, scales, row_scale, row_map, num_experts * capacity, decode)
-    rows = jax.tree.map(lambda r: r.reshape(num_experts, capacity, r.shape[-1]), rows)
     if checked:
         checkify.check(dropped == 0, "permute_to_masked: {n} routes have a bad id or exceed the capacity", n=dropped)
-    masked_m = jnp.minimum(counts, capacity)
-    return Permuted(rows.x, _lay_out(rows.scales, scale_layout), rows.row_scale, masked_m, row_map, dropped)
+    return Permuted(rows.x, rows.scales, rows.row_scale, jnp.minimum(counts, capacity), row_map, dropped)
 
 
 def permute_to_contiguous(
@@ -110,24 +134,35 @@ def permute_to_contiguous(
     With fewer rows the routes of the last experts that do not fit are dropped and counted. Other arguments and errors
     as in `permute_to_masked`.
     """
-    resolve_implementation("permute_to_contiguous", implementation)
     _check_args("permute_to_contiguous", x, scales, topk_ids, row_scale, num_experts, scale_layout, decode)
     num_rows = topk_ids.size if num_rows is None else num_rows
     if num_rows < 0:
         raise ValueError(f"permute_to_contiguous: num_rows must not be negative, got {num_rows}")
-    group, rank, counts, bad = _rank_in_expert(topk_ids, num_experts)
-    ends = jnp.cumsum(counts)
-    starts = ends - counts
-    row = jnp.append(starts, 0)[group] + rank
-    row_map = jnp.where((group < num_experts) & (row < num_rows), row, -1).reshape(topk_ids.shape)
-    group_sizes = jnp.clip(num_rows - starts, 0, counts)
+
+    def in_xla(x, scales, topk_ids, row_scale):
+        group, rank, counts, bad = _rank_in_expert(topk_ids, num_experts)
+        row = jnp.append(jnp.cumsum(counts) - counts, 0)[group] + rank
+        row_map = jnp.where((group < num_experts) & (row < num_rows), row, -1).reshape(topk_ids.shape)
+        rows = _gather_rows(x, scales, row_scale, row_map, num_rows, decode)
+        return rows._replace(scales=_lay_out(rows.scales, scale_layout)), counts, bad, row_map
+
+    def in_kernel(x, scales, topk_ids, row_scale):
+        meta = permute_kernels.route_metadata(topk_ids, num_experts, num_rows=num_rows)
+        filled = jnp.minimum(jnp.sum(meta.counts), num_rows).reshape(1)
+        rows = _rows_by_kernel(x, scales, row_scale, meta, filled, num_rows, scale_layout, decode)
+        if scale_layout != "linear" and rows.scales is not None:
+            rows = rows._replace(scales=rows.scales[0])
+        return rows, meta.counts, meta.bad, meta.row_map
+
+    rows, counts, bad, row_map = run_implementation(
+        "permute_to_contiguous", implementation, (x, scales, topk_ids, row_scale), xla=in_xla, mosaic_gpu=in_kernel,
+        problem=_kernel_problem(x, scales, topk_ids, row_scale, num_experts, num_rows, scale_layout, decode),
+    )  # fmt: skip
+    group_sizes = jnp.clip(num_rows - (jnp.cumsum(counts) - counts), 0, counts)
     dropped = bad + jnp.sum(counts - group_sizes, dtype=jnp.int32)
-    rows = _gather_rows(x, scales, row_scale, row_map, num_rows, decode)
     if checked:
         checkify.check(dropped == 0, "permute_to_contiguous: {n} routes have a bad id or exceed num_rows", n=dropped)
-    return PermutedContiguous(
-        rows.x, _lay_out(rows.scales, scale_layout), rows.row_scale, group_sizes, row_map, dropped
-    )
+    return PermutedContiguous(rows.x, rows.scales, rows.row_scale, group_sizes, row_map, dropped)
 
 
 def depermute_combine(
@@ -142,22 +177,29 @@ def depermute_combine(
     y: [E, M, H] or [rows, H]. Each product is rounded to f32 before it is added and the sum is rounded once to y's
     dtype. A slot of -1 adds exactly nothing, whatever its weight; a token without slots is zero.
     """
-    resolve_implementation("depermute_combine", implementation)
     if y.ndim not in (2, 3) or row_map.shape != topk_weights.shape:
         raise ValueError(
             f"depermute_combine: y must be [E, M, H] or [rows, H] and row_map and topk_weights [T, k]; "
             f"got {y.shape}, {row_map.shape}, {topk_weights.shape}"
         )
     rows = y.reshape(-1, y.shape[-1])
+    return run_implementation(
+        "depermute_combine", implementation, (rows, row_map, topk_weights),
+        xla=_combine_xla, mosaic_gpu=permute_kernels.depermute_combine,
+        problem=permute_kernels.check_depermute(rows, row_map),
+    )  # fmt: skip
+
+
+def _combine_xla(rows, row_map, topk_weights):
     total = jnp.zeros((row_map.shape[0], rows.shape[1]), jnp.float32)
     if rows.shape[0] == 0:
-        return total.astype(y.dtype)
+        return total.astype(rows.dtype)
     for row, weight in zip(row_map.T, topk_weights.T, strict=True):
         product = jnp.take(rows, jnp.maximum(row, 0), axis=0, mode="clip").astype(jnp.float32)
         # The barrier keeps XLA from contracting product and sum into one FMA, which would change the last bit.
         product = lax.optimization_barrier(product * weight.astype(jnp.float32)[:, None])
         total = jnp.where((row >= 0)[:, None], total + product, total)
-    return total.astype(y.dtype)
+    return total.astype(rows.dtype)
 
 
 class _Rows(NamedTuple):
@@ -197,6 +239,31 @@ def _gather_rows(x, scales, row_scale, row_map, num_rows, decode):
     if scales is not None:
         rows = rows._replace(scales=jnp.where((source >= 0)[:, None], rows.scales, jnp.zeros_like(rows.scales)))
     return rows
+
+
+def _rows_by_kernel(x, scales, row_scale, meta, filled, rows_per_expert, scale_layout, decode):
+    """As `_gather_rows` and `_lay_out`, flat but for laid out scales; `filled` [E] rows per expert."""
+    num_rows = rows_per_expert * filled.shape[0]
+    if decode:
+        rows = [permute_kernels.scatter_decoded_rows(x, scales, meta.row_map, num_rows)]
+        rows += [] if row_scale is None else permute_kernels.scatter_rows([row_scale], meta.row_map, num_rows)
+        return _Rows(rows[0], None, rows[1] if len(rows) > 1 else None)
+    moved = _Rows(x, scales if scale_layout == "linear" else None, row_scale)
+    leaves, structure = jax.tree.flatten(moved)  # without the Nones
+    rows = jax.tree.unflatten(structure, permute_kernels.scatter_rows(leaves, meta.row_map, num_rows))
+    if scales is not None and scale_layout != "linear":
+        laid_out = permute_kernels.arrange_scales(scales, meta.source, filled, rows_per_expert, scale_layout)
+        rows = rows._replace(scales=laid_out)
+    return rows
+
+
+def _kernel_problem(x, scales, topk_ids, row_scale, num_experts, num_rows, scale_layout, decode):
+    """None, or why the GPU kernels cannot serve this call."""
+    if scales is not None and scale_layout != "linear" and not decode and scales.dtype.itemsize != 1:
+        return f"scale_layout={scale_layout!r} of {scales.dtype} scales; the kernel lays out one-byte scales"
+    if num_rows == 0:
+        return "no rows"
+    return permute_kernels.check_config(topk_ids, num_experts, (x, scales, row_scale), num_rows)
 
 
 def _lay_out(scales, layout):

@@ -5,8 +5,9 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from fp4jax.implementations import resolve_implementation
-from fp4jax.nvfp4 import BLOCK_SIZE, NVFP4Tensor, decode_blocks, quantize
+from fp4jax.implementations import run_implementation
+from fp4jax.nvfp4 import BLOCK_SIZE, NVFP4Tensor, as_scale, decode_blocks, quantize
+from pallas_kernels import swiglu_quantize as swiglu_kernel
 
 OUTPUTS = ("nvfp4", "nvfp4_as_bf16", "bf16")
 
@@ -33,7 +34,6 @@ def swiglu_quantize(
     Raises:
       ValueError: unknown `out`, or shapes that do not fit.
     """
-    resolve_implementation("swiglu_quantize", implementation)
     if out not in OUTPUTS:
         raise ValueError(f"swiglu_quantize: out={out!r} is unknown; choose one of {OUTPUTS}")
     if gate_up.ndim != (2 if masked_m is None else 3) or gate_up.shape[-1] % 2:
@@ -44,12 +44,35 @@ def swiglu_quantize(
         raise ValueError(f"swiglu_quantize: I must be a multiple of {BLOCK_SIZE}, got gate_up {gate_up.shape}")
     if out == "nvfp4_as_bf16" and (global_scale is None or isinstance(global_scale, str)):
         raise ValueError(f"swiglu_quantize: out='nvfp4_as_bf16' needs an array as global_scale, got {global_scale!r}")
-    gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
-    v = silu(gate) * up
-    if out == "bf16":
-        return v.astype(gate_up.dtype)
-    quantized = quantize(v, global_scale=global_scale, masked_m=masked_m)
-    return quantized if out == "nvfp4" else decode_blocks(quantized.qdata, quantized.block_scale)
+    if isinstance(global_scale, str | None):
+        mode, scale = global_scale, None
+    else:
+        mode, scale = None, as_scale(global_scale, (*gate_up.shape[:-1], gate_up.shape[-1] // 2))
+
+    def in_xla(gate_up, masked_m, scale):
+        gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
+        v = silu(gate) * up
+        if out == "bf16":
+            return v.astype(gate_up.dtype)
+        given = mode if scale is None else scale
+        quantized = quantize(v, global_scale=given, masked_m=masked_m, implementation="xla")
+        return quantized if out == "nvfp4" else decode_blocks(quantized.qdata, quantized.block_scale)
+
+    def in_kernel(gate_up, masked_m, scale):
+        result = swiglu_kernel.swiglu_quantize(gate_up, masked_m, mode if scale is None else scale, out=out)
+        if out != "nvfp4":
+            return result[0]
+        qdata, block_scale, row_scale = result
+        return NVFP4Tensor(qdata, block_scale, row_scale if scale is None else scale)
+
+    return run_implementation(
+        "swiglu_quantize",
+        implementation,
+        (gate_up, masked_m, scale),
+        xla=in_xla,
+        mosaic_gpu=in_kernel,
+        problem=swiglu_kernel.check_config(gate_up, masked_m, mode if scale is None else scale, out),
+    )
 
 
 def silu(x: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -1,4 +1,7 @@
 """GPU kernels, arrays in and arrays out: a leaf that imports JAX and nothing of ours.
 
-The kernels arrive in later releases; until then every op of fp4jax runs its `"xla"` implementation.
+Pallas Mosaic GPU, written for Hopper (sm90). Every kernel module has a `check_...` that is the one statement of what
+its kernels accept, and a frozen `TuningConfig` where there is something to tune.
 """
+
+from pallas_kernels import permute as permute, quantize as quantize, swiglu_quantize as swiglu_quantize

@@ -1,0 +1,368 @@
+"""One value per lane: a small SIMT vocabulary for memory-bound Pallas Mosaic GPU kernels.
+
+A lane array is an array of shape [128], element i held by thread i of a warpgroup, so jnp arithmetic on lane arrays is
+per-thread arithmetic on registers. What Pallas lacks is here: `gather` and `scatter` give every lane its own address
+(16 bytes per instruction where the count allows), `sync` is the barrier of the block, and four float instructions have
+a fixed rounding. Memory is seen as flat and untyped: a bf16 array can be read as u32 words without a copy.
+
+In interpret mode the same functions run as plain jnp, so that a whole kernel can be tested on a CPU.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils as mgpu_utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
+
+LANES = 128  # threads of a warpgroup
+# What the float instructions take: a lane array, or a number that is the same for all lanes.
+Value = jax.Array | np.floating | float
+_LAYOUT = plgpu.Layout.WG_STRIDED((LANES,), vec_size=1)
+_MAX_VECTOR_BYTES = 16
+_interpreting = False
+
+
+def kernel(
+    body: Callable[..., None],
+    out_type: Any,
+    *,
+    grid: int,
+    scratch_types: Any = (),
+    interpret: Any = None,
+) -> Callable[..., Any]:
+    """`body(*inputs, *outputs, *scratch)` on `grid` blocks of 128 threads; `block_index()` tells them apart.
+
+    interpret: `plgpu.InterpretGPUParams()` runs it on the CPU.
+    """
+
+    def traced(*refs: Any) -> None:
+        with interpreting(interpret is not None):
+            body(*refs)
+
+    call = plgpu.kernel(
+        traced,
+        out_type=out_type,
+        scratch_types=scratch_types,
+        grid=(grid,),
+        grid_names=("block",),
+        interpret=interpret,
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
+        ),
+    )
+
+    def run(*operands: jax.Array) -> Any:
+        # Inside shard_map a result varies over the mesh axes that its operands vary over; the kernel does not say so.
+        axes = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in operands))
+        return jax.tree.map(lambda a: lax.pcast(a, tuple(axes), to="varying") if axes else a, call(*operands))
+
+    return run
+
+
+@contextlib.contextmanager
+def interpreting(on: bool = True) -> Iterator[None]:
+    """Within it the functions of this module are plain jnp on arrays of any one shape: for tests of functions."""
+    global _interpreting
+    before, _interpreting = _interpreting, on
+    try:
+        yield
+    finally:
+        _interpreting = before
+
+
+def block_index() -> jax.Array:
+    """Index of this block in the grid, i32 scalar."""
+    return lax.axis_index("block")
+
+
+def lane_index() -> jax.Array:
+    """0..127, i32 [128]."""
+    return plgpu.broadcasted_iota(jnp.int32, (LANES,), 0, layout=_LAYOUT)
+
+
+def splat(value: Any, dtype: Any) -> jax.Array:
+    """A scalar as a lane array."""
+    full = jnp.full((LANES,), value, dtype)
+    return full if _interpreting else plgpu.layout_cast(full, _LAYOUT)
+
+
+def gather(
+    ref: Any, index: Any, count: int = 1, *, dtype: Any = jnp.uint32, where: Any = None
+) -> tuple[jax.Array, ...]:
+    """Each lane reads `count` consecutive elements of `dtype` (1, 2 or 4 bytes) at element index * count of `ref`.
+
+    -> `count` u32 lane arrays, zero-extended. index: i32 lane array or scalar (the same for all lanes). Lanes where
+    `where` is False read nothing and get 0. `count` elements must be naturally aligned as one access of up to 16 bytes.
+    """
+    size = jnp.dtype(dtype).itemsize
+    index, where = _lane_args(index, where)
+    if _interpreting:
+        words = _as_unsigned(ref[...].reshape(-1), dtype).reshape(-1, count)
+        found = words[jnp.clip(index, 0, words.shape[0] - 1)].astype(jnp.uint32)
+        return tuple(jnp.where(where, found[:, j], jnp.uint32(0)) for j in range(count))
+    width = _elements_per_access(count, size)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), _LAYOUT, _LAYOUT),
+        return_type=(_lane_struct(jnp.uint32),) * count,
+    )
+    def load(_, ref, index, where):
+        address, predicate = _address(ref, index, count * size), _scalar(where)
+        found = []
+        for start in range(0, count, width):
+            found += _load_asm(address, start * size, predicate, size, width)
+        return tuple(_lane_array(value) for value in found)
+
+    return load(ref, index, where)
+
+
+def scatter(ref: Any, index: Any, values: Sequence[jax.Array], *, dtype: Any = jnp.uint32, where: Any = None) -> None:
+    """Each lane writes its `values` (u32 lane arrays, truncated to `dtype`) from element index * len(values) on.
+
+    Lanes where `where` is False write nothing. Alignment as in `gather`.
+    """
+    size, count = jnp.dtype(dtype).itemsize, len(values)
+    index, where = _lane_args(index, where)
+    if _interpreting:
+        _interpret_scatter(ref, index, values, dtype, where)
+        return
+    width = _elements_per_access(count, size)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _LAYOUT, _LAYOUT, *(_LAYOUT,) * count))
+    def store(_, ref, index, where, *values):
+        address, predicate = _address(ref, index, count * size), _scalar(where)
+        words = [_scalar(v) for v in values]
+        for start in range(0, count, width):
+            _store_asm(address, start * size, predicate, size, words[start : start + width])
+
+    store(ref, index, where, *values)
+
+
+def when(condition: Any) -> Callable[[Callable[[], None]], None]:
+    """Decorator that runs a function at once if the scalar is true, the same for all lanes of the block."""
+    return pl.when(condition)
+
+
+def sync() -> None:
+    """Barrier of the block's 128 threads; what they wrote before it is visible to all of them after it."""
+    if _interpreting:
+        return
+
+    @plgpu.inline_mgpu()
+    def barrier(_):
+        mgpu_utils.warpgroup_barrier()
+
+    barrier()
+
+
+# --- float instructions whose rounding no compiler pass may change ---
+
+
+def mul_rn(a: Value, b: Value) -> jax.Array:
+    """a * b rounded to nearest even, never contracted into an FMA."""
+    return _instruction("mul.rn.f32 $0, $1, $2;", lambda a, b: lax.optimization_barrier(a * b), a, b)
+
+
+def add_rn(a: Value, b: Value) -> jax.Array:
+    """a + b rounded to nearest even, never contracted into an FMA."""
+    return _instruction("add.rn.f32 $0, $1, $2;", lambda a, b: lax.optimization_barrier(a + b), a, b)
+
+
+def fma_rn(a: Value, b: Value, c: Value) -> jax.Array:
+    """a * b + c with one rounding."""
+    return _instruction("fma.rn.f32 $0, $1, $2, $3;", _in_float64(lambda a, b, c: a * b + c), a, b, c)
+
+
+def div_rn(a: Value, b: Value) -> jax.Array:
+    """a / b correctly rounded."""
+    return _instruction("div.rn.f32 $0, $1, $2;", _in_float64(lambda a, b: a / b), a, b)
+
+
+def abs_mul_flush(a: Value, b: Value) -> jax.Array:
+    """|a| * b with subnormal operands and results flushed to zero."""
+
+    def flushed(a, b):
+        tiny = np.float32(np.finfo(np.float32).tiny)
+        a, b = (jnp.where(jnp.abs(v) < tiny, np.float32(0), jnp.abs(v)) for v in (a, b))
+        product = a * b
+        return jnp.where(product < tiny, np.float32(0), product)
+
+    return _instruction("{ .reg .f32 t; abs.f32 t, $1; mul.rn.ftz.f32 $0, t, $2; }", flushed, a, b)
+
+
+def reciprocal_approx(a: jax.Array) -> jax.Array:
+    """1 / a within 1 ulp for 2^-126 <= |a| <= 2^126."""
+    return _instruction("rcp.approx.ftz.f32 $0, $1;", lambda a: np.float32(1) / a, a)
+
+
+def exp2_approx(a: jax.Array) -> jax.Array:
+    """2^a within 2 ulp; results below 2^-126 are zero."""
+    return _instruction("ex2.approx.ftz.f32 $0, $1;", _in_float64(jnp.exp2), a)
+
+
+def pack_bf16(low: jax.Array, high: jax.Array) -> jax.Array:
+    """Two f32 -> one u32 of two bf16, each rounded to nearest even; NaN stays NaN."""
+
+    def packed(low, high):
+        both = jnp.stack([low, high], axis=-1).astype(jnp.bfloat16)
+        return lax.bitcast_convert_type(both, jnp.uint32)
+
+    return _instruction("cvt.rn.bf16x2.f32 $0, $2, $1;", packed, low, high, dtype=jnp.uint32)
+
+
+# --- implementation ---
+
+
+def _lane_args(index, where):
+    index = index.astype(jnp.int32) if jnp.ndim(index) else splat(index, jnp.int32)
+    if where is None:
+        return index, splat(True, jnp.bool_) if _interpreting else splat(1, jnp.uint32)
+    where = where if jnp.ndim(where) else splat(where, jnp.bool_)
+    return index, where if _interpreting else where.astype(jnp.uint32)
+
+
+def _elements_per_access(count, size):
+    """Elements of one load or store: a power of two of at most 16 bytes that divides `count`; bytes go one by one."""
+    if size < 4:
+        return 1
+    return math.gcd(count, _MAX_VECTOR_BYTES // size)
+
+
+def _i32():
+    return ir.IntegerType.get_signless(32)
+
+
+def _scalar(array):
+    """The register of this lane."""
+    (register,) = array.registers.flat
+    return vector.extract(register, [], [0]) if isinstance(register.type, ir.VectorType) else register
+
+
+def _lane_array(value, is_signed=False):
+    register = vector.broadcast(ir.VectorType.get((1,), value.type), value)
+    layout = _LAYOUT.to_mgpu()
+    is_signed = None if isinstance(value.type, ir.F32Type) else is_signed
+    return mgpu.FragmentedArray(_registers=np.array([register], object), _layout=layout, _is_signed=is_signed)
+
+
+def _lane_struct(dtype):
+    return plgpu.ShapeDtypeStruct((LANES,), jnp.dtype(dtype), layout=_LAYOUT)
+
+
+def _address(ref, index, bytes_per_index):
+    """i64 address of element `index`; offsets may exceed 2^31 bytes."""
+    i64 = ir.IntegerType.get_signless(64)
+    base = llvm.ptrtoint(i64, mgpu_utils.memref_ptr(ref))
+    offset = arith.muli(arith.extsi(i64, _scalar(index)), arith.constant(i64, bytes_per_index))
+    return arith.addi(base, offset)
+
+
+def _suffix(size, width):
+    return {1: "u8", 2: "u16", 4: "b32"}[size], {1: "", 2: ".v2", 4: ".v4"}[width]
+
+
+def _load_asm(address, offset, predicate, size, width):
+    kind, vec = _suffix(size, width)
+    outs = [f"${i}" for i in range(width)]
+    target = outs[0] if width == 1 else "{" + ", ".join(outs) + "}"
+    zero = "".join(f"mov.b32 {o}, 0; " for o in outs)
+    if size == 2:  # u16 loads need a 16-bit register
+        move = f".reg .u16 h; mov.u16 h, 0; @p ld.global.u16 h, [${width}+{offset}]; cvt.u32.u16 $0, h;"
+    else:
+        move = f"@p ld.global{vec}.{kind} {target}, [${width}+{offset}];"
+    asm = f"{{ .reg .pred p; setp.ne.b32 p, ${width + 1}, 0; {zero}{move} }}"
+    constraints = ",".join(["=&r"] * width + ["l", "r"])
+    result = _i32() if width == 1 else llvm.StructType.get_literal([_i32()] * width)
+    value: Any = llvm.inline_asm(result, [address, predicate], asm, constraints, has_side_effects=True)
+    return [value] if width == 1 else [llvm.extractvalue(_i32(), value, [i]) for i in range(width)]
+
+
+def _store_asm(address, offset, predicate, size, words):
+    width = len(words)
+    kind, vec = _suffix(size, width)
+    names = [f"${i + 2}" for i in range(width)]
+    source = names[0] if width == 1 else "{" + ", ".join(names) + "}"
+    if size == 2:
+        move = f".reg .u16 h; cvt.u16.u32 h, $2; @p st.global.u16 [$0+{offset}], h;"
+    else:
+        move = f"@p st.global{vec}.{kind} [$0+{offset}], {source};"
+    asm = f"{{ .reg .pred p; setp.ne.b32 p, $1, 0; {move} }}"
+    constraints = ",".join(["l", "r"] + ["r"] * width)
+    llvm.inline_asm(
+        llvm.StructType.get_literal([]), [address, predicate, *words], asm, constraints, has_side_effects=True
+    )
+
+
+def _instruction(asm, interpreted, *args, dtype=jnp.float32):
+    """One f32 instruction on lane arrays; scalars and constants are spread over the lanes."""
+    if _interpreting:
+        return interpreted(*jnp.broadcast_arrays(*(jnp.asarray(a, jnp.float32) for a in args)))
+    args = [a if jnp.ndim(a) else splat(a, jnp.float32) for a in args]
+
+    @plgpu.inline_mgpu(
+        arg_types=(_LAYOUT,) * len(args),
+        return_type=_lane_struct(dtype),
+    )
+    def instruction(_, *args):
+        result, register = (ir.F32Type.get(), "=f") if dtype == jnp.float32 else (_i32(), "=r")
+        constraints = ",".join([register] + ["f"] * len(args))
+        return _lane_array(llvm.inline_asm(result, [_scalar(a) for a in args], asm, constraints))
+
+    return instruction(*args)
+
+
+def _in_float64(function):
+    """The function in float64, rounded to f32: XLA:CPU neither contracts nor approximates it there."""
+
+    def run(*args):
+        with jax.enable_x64(True):
+            args = lax.optimization_barrier([a.astype(jnp.float64) for a in args])
+            return lax.optimization_barrier(function(*args)).astype(jnp.float32)
+
+    return run
+
+
+def _as_unsigned(flat, dtype):
+    """Flat array of any dtype -> the same bytes as flat unsigned integers of dtype's size."""
+    wanted = jnp.dtype(f"uint{8 * jnp.dtype(dtype).itemsize}")
+    have, want = flat.dtype.itemsize, wanted.itemsize
+    if have < want:
+        flat = flat.reshape(-1, want // have)
+    return lax.bitcast_convert_type(flat, wanted).reshape(-1)
+
+
+def _interpret_scatter(ref, index, values, dtype, where):
+    """Element by element, so that blocks that write different elements of one array do not seem to race."""
+    unsigned = jnp.dtype(f"uint{8 * jnp.dtype(dtype).itemsize}")
+    block = jnp.stack([v.astype(unsigned) for v in values], axis=-1)
+    if unsigned.itemsize < ref.dtype.itemsize:
+        block = block.reshape(LANES, -1, ref.dtype.itemsize // unsigned.itemsize)
+    cells = lax.bitcast_convert_type(block, ref.dtype).reshape(LANES, -1)
+    per_lane = cells.shape[1]
+
+    def lane(i, _):
+        @when(where[i])
+        def _():
+            for j in range(per_lane):
+                position = index[i] * per_lane + j
+                ref[_unravel(position, ref.shape)] = cells[i, j]
+
+    lax.fori_loop(0, LANES, lane, None)
+
+
+def _unravel(position, shape):
+    index = []
+    for size in reversed(shape):
+        index.append(position % size)
+        position = position // size
+    return tuple(reversed(index))

@@ -1,0 +1,293 @@
+"""bf16 or f32 -> NVFP4 in one pass over memory, the exact form bit for bit.
+
+One lane owns one block of 16 values: it loads them with 16-byte accesses, finds their amax in registers, and stores 8
+bytes of codes and one scale byte. Without `masked_m` blocks of threads cover the flat list of NVFP4 blocks; with it
+they walk over the valid rows only (schedule.py). With a per-token global scale a block of threads owns one row, so the
+row's amax is a reduction across its lanes and x is still read once.
+
+What limits it: device memory. 16 bf16 values are 32 bytes in and 9 bytes out; about 8 integer and 5 float instructions
+per value stay below that.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pallas_kernels import lanes, tuning
+from pallas_kernels.nvfp4_codec import (
+    BLOCK_SIZE,
+    Encoded,
+    EncodeScales,
+    block_amax,
+    computed_scale,
+    encode_block,
+    encode_scales,
+    unpack_bf16,
+)
+from pallas_kernels.schedule import H100_SMS, for_each_unit, unit_ends
+
+SCALE_LAYOUTS = ("linear", "swizzled")
+_F32_MAX = np.float32(np.finfo(np.float32).max)
+AMAX_DIVISOR = 6.0 * 448.0
+AMAX_DIVISOR_FOUR_OVER_SIX = 6.0 * 256.0
+MAX_BLOCKS_PER_LANE = 8  # a row's values stay in registers between its amax and its codes
+
+
+@dataclasses.dataclass(frozen=True)
+class TuningConfig:
+    """blocks_per_lane: NVFP4 blocks in flight per lane. blocks_per_sm: thread blocks per SM of a persistent grid."""
+
+    blocks_per_lane: int = 4
+    blocks_per_sm: int = 8
+
+
+DEFAULT_CONFIG = TuningConfig()
+
+
+def check_config(
+    x: Any, global_scale: Any, masked_m: Any, scale_layout: str = "linear", config: TuningConfig = DEFAULT_CONFIG
+) -> str | None:
+    """None if `quantize` accepts these (arrays or structs; global_scale may be "per_token"), else what does not fit."""
+    if x.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"x must be bfloat16 or float32, got {x.dtype}"
+    if x.ndim < 1 or x.shape[-1] % BLOCK_SIZE or 0 in x.shape:
+        return f"x must not be empty and its last axis must be a multiple of {BLOCK_SIZE}, got shape {x.shape}"
+    if scale_layout not in SCALE_LAYOUTS:
+        return f"scale_layout must be one of {SCALE_LAYOUTS}, got {scale_layout!r}"
+    if scale_layout == "swizzled" and x.ndim < 2:
+        return f"swizzled scales need x [.., M, K], got shape {x.shape}"
+    if isinstance(global_scale, str):
+        if global_scale != "per_token":
+            return f"global_scale must be an array or 'per_token', got {global_scale!r}"
+        if x.shape[-1] > BLOCK_SIZE * lanes.LANES * MAX_BLOCKS_PER_LANE:
+            return f"a per-token scale needs rows of at most {BLOCK_SIZE * lanes.LANES * MAX_BLOCKS_PER_LANE} values"
+    if masked_m is not None and x.ndim != 3:
+        return f"masked_m needs x [E, M, K], got shape {x.shape}"
+    if x.size // BLOCK_SIZE >= 2**31:
+        return f"x has {x.size} values; at most 2^35 fit the kernel's indices"
+    return check_tuning(config)
+
+
+def check_tuning(config: TuningConfig) -> str | None:
+    """None, or what is wrong with the configuration."""
+    if not 1 <= config.blocks_per_lane <= MAX_BLOCKS_PER_LANE:
+        return f"blocks_per_lane must be 1..{MAX_BLOCKS_PER_LANE}, got {config.blocks_per_lane}"
+    if not 1 <= config.blocks_per_sm <= 16:
+        return f"blocks_per_sm must be 1..16, got {config.blocks_per_sm}"
+    return None
+
+
+def quantize(
+    x: jax.Array,
+    global_scale: Any,
+    masked_m: jax.Array | None = None,
+    *,
+    scale_layout: str = "linear",
+    four_over_six: bool = False,
+    config: TuningConfig | None = None,
+    interpret: Any = None,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """x [.., K] -> codes u8 [.., K/2], block scales e4m3, and the global scales f32 [.., 1] if "per_token", else None.
+
+    global_scale: f32 of one element, or of shape x.shape[:-1] + (1,) with any axis 1, or "per_token". Scales: linear
+    [.., K/16] or swizzled [.., ceil(M/128), ceil(K/64), 32, 4, 4]. Rows beyond masked_m [E] are neither read nor
+    written.
+
+    Raises:
+      NotImplementedError: what `check_config` returns.
+    """
+    config = config or tuning.tuned("quantize", x.size // BLOCK_SIZE, TuningConfig)
+    if problem := check_config(x, global_scale, masked_m, scale_layout, config):
+        raise NotImplementedError(f"quantize kernel: {problem}")
+    *lead, k = x.shape
+    rows, blocks = int(np.prod(lead, dtype=np.int64)), k // BLOCK_SIZE
+    m = lead[-1] if lead else 1
+    per_token = isinstance(global_scale, str)
+    scale_shape = (*lead, blocks) if scale_layout == "linear" else _swizzled_shape(lead, m, blocks)
+    out_type = [jax.ShapeDtypeStruct((rows, k // 2), jnp.uint8), jax.ShapeDtypeStruct(scale_shape, jnp.float8_e4m3fn)]
+    if per_token:
+        out_type.append(jax.ShapeDtypeStruct((rows, 1), jnp.float32))
+    operands, scale_stride = [x.reshape(rows, k)], 0
+    if not per_token:
+        flat, scale_stride = rows_scale(global_scale, lead)
+        operands.append(flat)
+    divisor = AMAX_DIVISOR_FOUR_OVER_SIX if four_over_six else AMAX_DIVISOR
+
+    work = RowWork(rows, blocks, m if masked_m is not None else rows, config, per_token)
+    work.add_schedule(operands, masked_m)
+
+    def body(*refs):
+        x_ref, *refs = refs
+        g_ref, refs = (None, refs) if per_token else (refs[0], refs[1:])
+        ends_ref, counts_ref, refs = work.schedule_refs(refs)
+        qdata_ref, scale_ref, *row_scale_ref = refs
+
+        def unit(items):
+            values = [load_values(x_ref, x.dtype, i.block, i.valid) for i in items]
+            amax = [block_amax(v) for v in values]
+            if per_token:
+                scale = scale_of_row(values, divisor)
+                scales = [encode_scales(scale)] * len(items)
+                first = items[0]
+                is_first = first.column == 0
+                lanes.scatter(row_scale_ref[0], first.row, [as_u32(scale)], where=is_first & first.valid)
+            else:
+                scales = [row_encode_scales(g_ref, i, scale_stride) for i in items]
+            for item, v, a, s in zip(items, values, amax, scales, strict=True):
+                encoded = encode_block(v, a, s, four_over_six)
+                store_block(qdata_ref, scale_ref, item, encoded, blocks, m, scale_layout)
+
+        work.run(ends_ref, counts_ref, unit)
+
+    qdata, block_scale, *row_scale = lanes.kernel(body, tuple(out_type), grid=work.grid, interpret=interpret)(*operands)
+    if scale_layout == "swizzled":
+        block_scale = _zero_pads(block_scale, lead, m, blocks, masked_m)
+    return qdata.reshape(*lead, k // 2), block_scale, row_scale[0].reshape(*lead, 1) if per_token else None
+
+
+# --- shared with swiglu_quantize: which blocks a lane works on, loads and stores of one block ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One NVFP4 block per lane: its flat index, row, column within the row, and whether it exists (lane arrays)."""
+
+    block: jax.Array
+    row: jax.Array
+    column: jax.Array
+    valid: jax.Array
+
+
+class RowWork:
+    """The blocks of [rows, blocks] in units of `unit` lanes x blocks, `m` rows per expert if masked."""
+
+    def __init__(self, rows: int, blocks: int, m: int, config: TuningConfig, row_per_unit: bool):
+        self.rows, self.blocks, self.m, self.row_per_unit = rows, blocks, m, row_per_unit
+        per_lane = -(-blocks // lanes.LANES) if row_per_unit else config.blocks_per_lane
+        self.per_lane = per_lane
+        self.per_unit = blocks if row_per_unit else per_lane * lanes.LANES
+        self.persistent = H100_SMS * config.blocks_per_sm
+        self.masked = False
+        self.grid = -(-rows * blocks // self.per_unit)
+
+    def add_schedule(self, operands: list[jax.Array], masked_m: jax.Array | None) -> None:
+        """With `masked_m`: append the schedule's operands, and make the grid persistent."""
+        if masked_m is None:
+            return
+        self.masked, self.experts = True, masked_m.shape[0]
+        self.grid = min(self.grid, self.persistent)
+        operands += [unit_ends(masked_m, self.m, self.blocks, self.per_unit), masked_m.astype(jnp.int32)]
+
+    def schedule_refs(self, refs: list[Any]) -> tuple[Any, Any, list[Any]]:
+        """-> (unit ends, counts, the other refs)."""
+        return (refs[0], refs[1], refs[2:]) if self.masked else (None, None, refs)
+
+    def run(self, ends_ref: Any, counts_ref: Any, unit: Any) -> None:
+        """unit(items) for all units of this block of threads."""
+        if not self.masked:
+            unit(self._items(jnp.int32(0), lanes.block_index(), jnp.int32(self.rows)))
+            return
+        for_each_unit(
+            ends_ref,
+            self.experts,
+            self.grid,
+            lambda expert, index: unit(self._items(expert, index, jnp.clip(counts_ref[expert], 0, self.m))),
+        )
+
+    def _items(self, expert, index, valid_rows):
+        items = []
+        for j in range(self.per_lane):
+            within = index * self.per_unit + j * lanes.LANES + lanes.lane_index()
+            row = unsigned_div(within, self.blocks)
+            column = within - row * self.blocks
+            valid = row < valid_rows
+            if self.row_per_unit:
+                valid = valid & (row == index)  # lanes beyond the row
+            items.append(Item(expert * (self.m * self.blocks) + within, expert * self.m + row, column, valid))
+        return items
+
+
+def unsigned_div(a: jax.Array, b: int) -> jax.Array:
+    """a // b for i32 a >= 0."""
+    return lax.div(a.astype(jnp.uint32), jnp.full(a.shape, b, jnp.uint32)).astype(jnp.int32)
+
+
+def as_u32(x: jax.Array) -> jax.Array:
+    """The bits of an f32 lane array."""
+    return lax.bitcast_convert_type(x, jnp.uint32)
+
+
+def load_values(ref: Any, dtype: Any, block: jax.Array, valid: jax.Array) -> list[jax.Array]:
+    """The 16 values of a block as f32; zeros where not valid."""
+    if dtype == jnp.bfloat16:
+        return unpack_bf16(lanes.gather(ref, block, 8, where=valid))
+    return [lax.bitcast_convert_type(w, jnp.float32) for w in lanes.gather(ref, block, 16, where=valid)]
+
+
+def scale_of_row(values: list[list[jax.Array]], divisor: float) -> jax.Array:
+    """Global scale of one row, from all finite values that the lanes hold: amax / divisor, a lane array."""
+    finite = [jnp.where(jnp.abs(v) <= _F32_MAX, v, np.float32(0)) for block in values for v in block]
+    return computed_scale(lanes.splat(jnp.max(block_amax(finite)), jnp.float32), divisor)
+
+
+def rows_scale(global_scale: jax.Array, lead: list[int]) -> tuple[jax.Array, int]:
+    """Global scale -> flat f32, and rows per element of it: 0 = one for all, 1 = one per row, M = one per expert."""
+    g = jnp.asarray(global_scale, jnp.float32)
+    if g.size == 1:
+        return g.reshape(1), 0
+    if g.ndim == 3 and g.shape == (lead[0], 1, 1):
+        return g.reshape(-1), lead[1]
+    return jnp.broadcast_to(g, (*lead, 1)).reshape(-1), 1
+
+
+def row_encode_scales(g_ref: Any, item: Item, stride: int) -> EncodeScales:
+    """The item's global scale, inverted twice."""
+    if stride == 0:
+        return encode_scales(lanes.splat(g_ref[0], jnp.float32))
+    index = item.row if stride == 1 else unsigned_div(item.row, stride)
+    (bits,) = lanes.gather(g_ref, index, 1, where=item.valid)
+    scale = jnp.where(item.valid, lax.bitcast_convert_type(bits, jnp.float32), np.float32(1))
+    return encode_scales(scale)
+
+
+def store_block(
+    qdata_ref: Any, scale_ref: Any, item: Item, encoded: Encoded, blocks: int, m: int, scale_layout: str
+) -> None:
+    """8 bytes of codes and the scale byte."""
+    lanes.scatter(qdata_ref, item.block, encoded.words, where=item.valid)
+    position = item.block
+    if scale_layout == "swizzled":
+        position = swizzled_offset(item.row, item.column, m, blocks)
+    lanes.scatter(scale_ref, position, [encoded.scale_byte], dtype=jnp.uint8, where=item.valid)
+
+
+def swizzled_offset(row: jax.Array, column: jax.Array, m: int, blocks: int) -> jax.Array:
+    """Byte offset in the 128x4 layout of scale `column` of row `row` of [.., m, blocks], m padded to 128 per expert."""
+    expert = unsigned_div(row, m)
+    row = row - expert * m
+    m_tiles, k_tiles = -(-m // 128), -(-blocks // 4)
+    tile = (expert * m_tiles + (row >> 7)) * k_tiles + (column >> 2)
+    return ((tile * 32 + (row & 31)) * 4 + ((row & 127) >> 5)) * 4 + (column & 3)
+
+
+def _swizzled_shape(lead, m, blocks):
+    return (*lead[:-1], -(-m // 128), -(-blocks // 4), 32, 4, 4)
+
+
+def _zero_pads(block_scale, lead, m, blocks, masked_m):
+    """Hardware reads the pads of this layout: rows beyond m (or masked_m) and columns beyond the row are zero."""
+    if masked_m is None and m % 128 == 0 and blocks % 4 == 0:
+        return block_scale
+    *_, m_tiles, k_tiles, _, _, _ = block_scale.shape
+    row = (jnp.arange(m_tiles) * 128)[:, None, None, None, None] + (
+        jnp.arange(32)[:, None, None] + 32 * jnp.arange(4)[:, None]
+    )
+    column = (jnp.arange(k_tiles) * 4)[:, None, None, None] + jnp.arange(4)
+    limit = m if masked_m is None else jnp.minimum(masked_m, m).reshape(-1, 1, 1, 1, 1, 1)
+    inside = (row < limit) & (column < blocks)
+    as_bytes = lax.bitcast_convert_type(block_scale, jnp.uint8)
+    return lax.bitcast_convert_type(jnp.where(inside, as_bytes, jnp.uint8(0)), jnp.float8_e4m3fn)

@@ -1,0 +1,167 @@
+"""SwiGLU and requantization in one pass: v = silu(gate) * up in f32, then NVFP4, or bf16.
+
+One lane owns 16 columns: it loads 16 gates and 16 ups (bf16), multiplies in f32, and quantizes from registers with the
+arithmetic of quantize.py. The valid rows of every expert are walked over by a persistent grid (schedule.py); rows
+beyond masked_m are neither read nor written.
+
+silu(x) = x / (1 + e^-x), within 4 ulp of float64 wherever the result is a normal number: e^y as 2^t with the rounding
+error of t = y log2(e) put back to first order, and a reciprocal with one Newton step. Below -80, where e^-x leaves the
+range, silu(x) = x e^(x + 80) e^-80.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import lanes, tuning
+from pallas_kernels.nvfp4_codec import (
+    BLOCK_SIZE,
+    block_amax,
+    code_value,
+    encode_block,
+    encode_scales,
+    pack_exact_bf16,
+    with_sign_of,
+)
+from pallas_kernels.quantize import (
+    AMAX_DIVISOR,
+    DEFAULT_CONFIG,
+    MAX_BLOCKS_PER_LANE,
+    RowWork,
+    TuningConfig,
+    as_u32,
+    check_tuning,
+    load_values,
+    row_encode_scales,
+    rows_scale,
+    scale_of_row,
+    store_block,
+)
+
+OUTPUTS = ("nvfp4", "nvfp4_as_bf16", "bf16")
+_LOG2E = np.float32(np.log2(np.e))
+_LOG2E_LOW = np.float32(np.log2(np.e) - float(_LOG2E))
+_LN2 = np.float32(np.log(2))
+
+
+def check_config(
+    gate_up: Any, masked_m: Any, global_scale: Any, out: str, config: TuningConfig = DEFAULT_CONFIG
+) -> str | None:
+    """None if `swiglu_quantize` accepts these (arrays or structs), else what does not fit."""
+    if gate_up.dtype != jnp.bfloat16:
+        return f"gate_up must be bfloat16, got {gate_up.dtype}"
+    if gate_up.ndim != (2 if masked_m is None else 3) or 0 in gate_up.shape or gate_up.shape[-1] % (2 * BLOCK_SIZE):
+        return (
+            f"gate_up must be [E, M, 2I] with masked_m or [rows, 2I] without, not empty, I a multiple of {BLOCK_SIZE}; "
+            f"got {gate_up.shape}"
+        )
+    if out not in OUTPUTS:
+        return f"out must be one of {OUTPUTS}, got {out!r}"
+    if out != "bf16" and (global_scale is None or isinstance(global_scale, str)):
+        if global_scale != "per_token" or out != "nvfp4":
+            return f"out={out!r} needs an array as global_scale (or 'per_token' for 'nvfp4'), got {global_scale!r}"
+        if gate_up.shape[-1] > 2 * BLOCK_SIZE * lanes.LANES * MAX_BLOCKS_PER_LANE:
+            return f"a per-token scale needs I of at most {BLOCK_SIZE * lanes.LANES * MAX_BLOCKS_PER_LANE}"
+    if gate_up.size // BLOCK_SIZE >= 2**31:
+        return f"gate_up has {gate_up.size} values; at most 2^35 fit the kernel's indices"
+    return check_tuning(config)
+
+
+def swiglu_quantize(
+    gate_up: jax.Array,
+    masked_m: jax.Array | None,
+    global_scale: Any,
+    *,
+    out: str = "nvfp4",
+    config: TuningConfig | None = None,
+    interpret: Any = None,
+) -> tuple[Any, ...]:
+    """[E, M, 2I] with masked_m [E], or [rows, 2I] with None -> the form `out` of silu(gate) * up, [.., I].
+
+    "nvfp4": (codes u8 [.., I/2], scales e4m3 [.., I/16], and the scales f32 [.., 1] if global_scale is "per_token",
+    else None). "nvfp4_as_bf16": (bf16 code x block scale,). "bf16": (bf16,). global_scale as in `quantize.quantize`.
+
+    Raises:
+      NotImplementedError: what `check_config` returns.
+    """
+    config = config or tuning.tuned("swiglu_quantize", gate_up.size // (2 * BLOCK_SIZE), TuningConfig)
+    if problem := check_config(gate_up, masked_m, global_scale, out, config):
+        raise NotImplementedError(f"swiglu_quantize kernel: {problem}")
+    *lead, two_i = gate_up.shape
+    rows, blocks = int(np.prod(lead, dtype=np.int64)), two_i // 2 // BLOCK_SIZE
+    m = lead[-1]
+    per_token = out == "nvfp4" and isinstance(global_scale, str)
+    if out == "nvfp4":
+        out_type = [
+            jax.ShapeDtypeStruct((rows, two_i // 4), jnp.uint8),
+            jax.ShapeDtypeStruct((rows, blocks), jnp.float8_e4m3fn),
+        ]
+        if per_token:
+            out_type.append(jax.ShapeDtypeStruct((rows, 1), jnp.float32))
+    else:
+        out_type = [jax.ShapeDtypeStruct((rows, two_i // 2), jnp.bfloat16)]
+    operands, scale_stride = [gate_up.reshape(rows, two_i)], 0
+    needs_scale = out != "bf16" and not per_token
+    if needs_scale:
+        flat, scale_stride = rows_scale(global_scale, lead)
+        operands.append(flat)
+    work = RowWork(rows, blocks, m if masked_m is not None else rows, config, per_token)
+    work.add_schedule(operands, masked_m)
+
+    def body(*refs):
+        x_ref, *refs = refs
+        g_ref, refs = (refs[0], refs[1:]) if needs_scale else (None, refs)
+        ends_ref, counts_ref, refs = work.schedule_refs(refs)
+
+        def unit(items):
+            loaded = []
+            for item in items:  # all loads first
+                gate = item.block + item.row * blocks
+                loaded.append([load_values(x_ref, jnp.bfloat16, b, item.valid) for b in (gate, gate + blocks)])
+            values = [[lanes.mul_rn(silu(g), u) for g, u in zip(*pair, strict=True)] for pair in loaded]
+            if out == "bf16":
+                for item, v in zip(items, values, strict=True):
+                    words = [lanes.pack_bf16(low, high) for low, high in zip(v[::2], v[1::2], strict=True)]
+                    lanes.scatter(refs[0], item.block, words, where=item.valid)
+                return
+            amax = [block_amax(v) for v in values]
+            if per_token:
+                scale = scale_of_row(values, AMAX_DIVISOR)
+                scales = [encode_scales(scale)] * len(items)
+                lanes.scatter(refs[2], items[0].row, [as_u32(scale)], where=(items[0].column == 0) & items[0].valid)
+            else:
+                scales = [row_encode_scales(g_ref, item, scale_stride) for item in items]
+            for item, v, a, s in zip(items, values, amax, scales, strict=True):
+                encoded = encode_block(v, a, s, four_over_six=False)
+                if out == "nvfp4":
+                    store_block(refs[0], refs[1], item, encoded, blocks, m, "linear")
+                else:
+                    exact = [
+                        with_sign_of(lanes.mul_rn(code_value(c), encoded.scale), value)
+                        for c, value in zip(encoded.codes_f32, v, strict=True)
+                    ]
+                    lanes.scatter(refs[0], item.block, pack_exact_bf16(exact), where=item.valid)
+
+        work.run(ends_ref, counts_ref, unit)
+
+    results = lanes.kernel(body, tuple(out_type), grid=work.grid, interpret=interpret)(*operands)
+    results = tuple(r.reshape(*lead, r.shape[-1]) for r in results)
+    return (*results, None) if out == "nvfp4" and not per_token else results
+
+
+def silu(x: jax.Array) -> jax.Array:
+    """x * sigmoid(x) on f32 lane arrays."""
+    far = x < np.float32(-80)
+    y = jnp.maximum(jnp.where(far, x + np.float32(80), -x), np.float32(-126))
+    t = lanes.mul_rn(y, _LOG2E)
+    error = lanes.fma_rn(y, _LOG2E_LOW, lanes.fma_rn(y, _LOG2E, -t))
+    power = lanes.exp2_approx(t)
+    e = lanes.fma_rn(power, lanes.mul_rn(error, _LN2), power)
+    d = lanes.add_rn(e, np.float32(1))
+    r = lanes.reciprocal_approx(d)
+    r = lanes.fma_rn(lanes.fma_rn(-d, r, np.float32(1)), r, r)
+    near_value = lanes.mul_rn(x, r)
+    far_value = lanes.mul_rn(lanes.mul_rn(x, e), np.float32(np.exp(-80.0)))
+    return jnp.where(far, far_value, near_value)

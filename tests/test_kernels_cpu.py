@@ -1,0 +1,376 @@
+"""The GPU kernels without a GPU: whole kernels in interpret mode on tiny shapes, and lowering for CUDA of real ones."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+import oracles
+from fp4jax.moe import MoEConfig, MoEWeights, moe_layer
+from fp4jax.nvfp4 import NVFP4Tensor, quantize
+from fp4jax.permute import depermute_combine, permute_to_contiguous, permute_to_masked
+from fp4jax.swiglu import swiglu_quantize
+from pallas_kernels import permute as permute_kernels, quantize as quantize_kernel, swiglu_quantize as swiglu_kernel
+
+TINY = quantize_kernel.TuningConfig(blocks_per_lane=1, blocks_per_sm=1)
+TINY_PERMUTE = permute_kernels.TuningConfig(chunk=16, items_per_lane=1)
+
+
+@pytest.fixture
+def interpret():
+    """Interpret mode whose race detector must stay silent. An exception inside a kernel leaves state behind."""
+    try:
+        yield plgpu.InterpretGPUParams(detect_races=True)
+        assert not interpreter.get_races().races_found
+    finally:
+        interpreter.reset_gpu_interpret_mode_state()
+
+
+def bf16(array):
+    return jnp.asarray(array, jnp.bfloat16)
+
+
+def scale_bytes(array):
+    return np.asarray(array).view(np.uint8)
+
+
+# --- quantize ---
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_quantize_one_scale(dtype, rng, interpret):
+    x = np.asarray(jnp.asarray(rng.standard_normal((9, 48)) * 3, dtype).astype(jnp.float32))
+    qdata, scales, _ = quantize_kernel.quantize(
+        jnp.asarray(x, dtype), jnp.float32(0.01), config=TINY, interpret=interpret
+    )
+    expected = oracles.quantize_exact(x, np.float32(0.01))
+    np.testing.assert_array_equal(qdata, expected[0])
+    np.testing.assert_array_equal(scale_bytes(scales), expected[1])
+
+
+@pytest.mark.parametrize("mode", ["per_token", "row", "expert"])
+def test_quantize_masked(mode, rng, interpret):
+    x = np.asarray(bf16(rng.standard_normal((3, 5, 48))).astype(jnp.float32))
+    masked_m = np.array([4, 0, 5])
+    valid = np.arange(5) < masked_m[:, None]
+    poisoned = np.where(valid[..., None], x, np.nan)
+    given = {
+        "per_token": oracles.computed_scale(x, -1),
+        "row": rng.uniform(0.001, 0.01, (3, 5, 1)).astype(np.float32),
+        "expert": rng.uniform(0.001, 0.01, (3, 1, 1)).astype(np.float32),
+    }[mode]
+    qdata, scales, row_scale = quantize_kernel.quantize(
+        bf16(poisoned),
+        mode if mode == "per_token" else jnp.asarray(given),
+        jnp.asarray(masked_m, jnp.int32),
+        config=TINY,
+        interpret=interpret,
+    )
+    expected = oracles.quantize_exact(x, given)
+    np.testing.assert_array_equal(np.asarray(qdata)[valid], expected[0][valid])
+    np.testing.assert_array_equal(scale_bytes(scales)[valid], expected[1][valid])
+    if mode == "per_token":
+        np.testing.assert_array_equal(np.asarray(row_scale)[valid], given[valid])
+
+
+def test_quantize_swizzled_with_zero_pads(rng, interpret):
+    x = np.asarray(bf16(rng.standard_normal((2, 5, 48))).astype(jnp.float32))
+    masked_m = np.array([5, 2], np.int32)
+    _, scales, _ = quantize_kernel.quantize(
+        bf16(x), jnp.float32(0.01), jnp.asarray(masked_m), scale_layout="swizzled", config=TINY, interpret=interpret
+    )
+    linear = oracles.quantize_exact(x, np.float32(0.01))[1]
+    linear[np.arange(5) >= masked_m[:, None]] = 0
+    np.testing.assert_array_equal(scale_bytes(scales).ravel(), oracles.swizzle(linear))
+
+
+# --- SwiGLU ---
+
+
+@pytest.mark.parametrize("out", ["nvfp4", "nvfp4_as_bf16", "bf16", "per_token"])
+def test_swiglu(out, rng, interpret):
+    gate_up = np.asarray(bf16(rng.standard_normal((2, 4, 64)) * 3).astype(jnp.float32))
+    masked_m = np.array([3, 4], np.int32)
+    valid = np.arange(4) < masked_m[:, None]
+    poisoned = np.where(valid[..., None], gate_up, np.nan)
+    scale = np.array([0.004, 0.01], np.float32).reshape(2, 1, 1)
+    v = oracles.swiglu(gate_up).astype(np.float32)
+    result = swiglu_kernel.swiglu_quantize(
+        bf16(poisoned),
+        jnp.asarray(masked_m),
+        "per_token" if out == "per_token" else None if out == "bf16" else jnp.asarray(scale),
+        out="nvfp4" if out == "per_token" else out,
+        config=TINY,
+        interpret=interpret,
+    )
+    if out == "bf16":
+        np.testing.assert_array_equal(np.asarray(result[0], np.float32)[valid], oracles.round_bf16(v)[valid])
+        return
+    g = oracles.computed_scale(v, -1) if out == "per_token" else scale
+    qdata, scales = oracles.quantize_exact(v, g)
+    if out == "nvfp4_as_bf16":
+        np.testing.assert_array_equal(
+            np.asarray(result[0], np.float64)[valid], oracles.dequantize(qdata, scales)[valid]
+        )
+        return
+    np.testing.assert_array_equal(np.asarray(result[0])[valid], qdata[valid])
+    np.testing.assert_array_equal(scale_bytes(result[1])[valid], scales[valid])
+
+
+# --- permute ---
+
+
+@pytest.fixture
+def routing(rng):
+    """ids [6, 3] with absent, bad and hot experts, 4 experts of capacity 4 -> (ids, oracle)."""
+    ids = rng.integers(-1, 6, (6, 3)).astype(np.int32)
+    ids[1], ids[2], ids[4, 0] = -1, 2, -9
+    return ids, oracles.permute_masked(ids, 4, 4)
+
+
+def _metadata(ids, experts, capacity, interpret):
+    return permute_kernels.route_metadata(
+        jnp.asarray(ids),
+        experts,
+        capacity=capacity,
+        num_rows=experts * capacity,
+        config=TINY_PERMUTE,
+        interpret=interpret,
+    )
+
+
+def test_metadata_masked(routing, interpret):
+    ids, (row_map, masked_m, dropped, source) = routing
+    meta = _metadata(ids, 4, 4, interpret)
+    np.testing.assert_array_equal(meta.row_map, row_map)
+    np.testing.assert_array_equal(np.minimum(meta.counts, 4), masked_m)
+    assert int(meta.bad) + np.maximum(np.asarray(meta.counts) - 4, 0).sum() == dropped
+    assert {key: int(meta.source[key[0] * 4 + key[1]]) for key in source} == source
+
+
+def test_metadata_of_several_chunks_and_many_experts(rng, interpret):
+    ids = rng.integers(-1, 131, (12, 4)).astype(np.int32)  # 131 columns: more than one tile of 128 lanes
+    ids[3] = 7
+    row_map, masked_m, _, _ = oracles.permute_masked(ids, 130, 3)
+    meta = _metadata(ids, 130, 3, interpret)
+    np.testing.assert_array_equal(meta.row_map, row_map)
+    np.testing.assert_array_equal(np.minimum(meta.counts, 3), masked_m)
+
+
+def test_metadata_contiguous(routing, interpret):
+    ids, _ = routing
+    row_map, sizes, _, source = oracles.permute_contiguous(ids, 4, 9)
+    meta = permute_kernels.route_metadata(jnp.asarray(ids), 4, num_rows=9, config=TINY_PERMUTE, interpret=interpret)
+    np.testing.assert_array_equal(meta.row_map, row_map)
+    assert np.asarray(meta.source)[: len(source)].tolist() == source
+    assert sizes.sum() == min(9, np.asarray(meta.counts).sum())
+
+
+@pytest.mark.parametrize("dtype, width", [(np.uint8, 7), (np.uint8, 32), (jnp.bfloat16, 5), (np.float32, 1)])
+def test_scatter_rows(dtype, width, routing, rng, interpret):
+    _, (row_map, _, _, source) = routing
+    rows = rng.integers(0, 100, (6, width)).astype(dtype)
+    (out,) = permute_kernels.scatter_rows(
+        [jnp.asarray(rows)], jnp.asarray(row_map, jnp.int32), 16, config=TINY_PERMUTE, interpret=interpret
+    )
+    for (e, r), token in source.items():
+        np.testing.assert_array_equal(np.asarray(out)[e * 4 + r], rows[token])
+
+
+def test_scatter_decoded_rows(routing, rng, interpret):
+    _, (row_map, _, _, source) = routing
+    qdata, scales = rng.integers(0, 256, (6, 16)).astype(np.uint8), rng.integers(0, 127, (6, 2)).astype(np.uint8)
+    out = permute_kernels.scatter_decoded_rows(
+        jnp.asarray(qdata),
+        jnp.asarray(scales).view(jnp.float8_e4m3fn),
+        jnp.asarray(row_map, jnp.int32),
+        16,
+        config=TINY_PERMUTE,
+        interpret=interpret,
+    )
+    expected = oracles.dequantize(qdata, scales)
+    for (e, r), token in source.items():
+        np.testing.assert_array_equal(np.asarray(out, np.float64)[e * 4 + r], expected[token])
+
+
+@pytest.mark.parametrize("layout, columns", [("m_major", 3), ("m_major", 8), ("swizzled", 3)])
+def test_arrange_scales(layout, columns, routing, rng, interpret):
+    ids = np.minimum(routing[0], 1)  # two experts: the interpreter takes seconds per block
+    _, masked_m, _, source = oracles.permute_masked(ids, 2, 4)
+    scales = rng.integers(1, 255, (6, columns)).astype(np.uint8)
+    linear = np.zeros((2, 4, columns), np.uint8)
+    for (e, r), token in source.items():
+        linear[e, r] = scales[token]
+    out = permute_kernels.arrange_scales(
+        jnp.asarray(scales).view(jnp.float8_e4m3fn),
+        _metadata(ids, 2, 4, interpret).source,
+        jnp.asarray(masked_m, jnp.int32),
+        4,
+        layout,
+        interpret=interpret,
+    )
+    expected = linear.transpose(0, 2, 1).ravel() if layout == "m_major" else oracles.swizzle(linear)
+    np.testing.assert_array_equal(scale_bytes(out).ravel(), expected)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_depermute(dtype, routing, rng, interpret):
+    _, (row_map, _, _, _) = routing
+    y = np.asarray(jnp.asarray(rng.standard_normal((16, 24)), dtype).astype(jnp.float32))
+    weights = np.where(row_map >= 0, rng.random(row_map.shape), np.nan).astype(np.float32)
+    expected = oracles.depermute(y, row_map, weights)
+    out = permute_kernels.depermute_combine(
+        jnp.asarray(y, dtype), jnp.asarray(row_map, jnp.int32), jnp.asarray(weights), interpret=interpret
+    )
+    expected = oracles.round_bf16(expected) if dtype == jnp.bfloat16 else expected
+    np.testing.assert_array_equal(np.asarray(out.astype(jnp.float32)), expected)
+
+
+# --- lowering for CUDA: catches what Mosaic GPU does not accept, not what ptxas does not ---
+
+H100 = AbstractMesh((1,), ("device",), abstract_device=AbstractDevice("NVIDIA H100 80GB HBM3", 132, "cuda"))
+
+
+def _kernels_in(fn, *structs):
+    """Number of Mosaic GPU kernels in `fn` lowered for an H100."""
+    with use_abstract_mesh(H100):
+        lowered = jax.jit(fn).trace(*structs).lower(lowering_platforms=("cuda",))
+    return lowered.as_text().count("@mosaic_gpu_v2")
+
+
+def struct(shape, dtype):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+MODELS = {  # hidden, intermediate, experts on a device, top k: contract.md section 9
+    "ernie-21b": (2560, 1536, 64, 6),
+    "ernie-300b": (8192, 3584, 64, 8),
+    "qwen3-30b": (2048, 768, 128, 8),
+    "deepseek-v3": (7168, 2048, 256, 8),
+    "large-ernie": (7168, 3584, 20, 4),
+}
+
+
+@pytest.mark.parametrize(
+    "model, tokens",
+    [("ernie-21b", 16384), ("ernie-300b", 128), ("qwen3-30b", 4096), ("deepseek-v3", 1024), ("large-ernie", 128)],
+)
+def test_ops_lower_with_the_tuned_configs(model, tokens):
+    hidden, intermediate, experts, k = MODELS[model]
+    rows = -(-tokens * k // experts) + 8
+    x, ids = struct((tokens, hidden), jnp.bfloat16), struct((tokens, k), jnp.int32)
+    qdata, scales = struct((tokens, hidden // 2), jnp.uint8), struct((tokens, hidden // 16), jnp.float8_e4m3fn)
+    gate_up, counts = struct((experts, rows, 2 * intermediate), jnp.bfloat16), struct((experts,), jnp.int32)
+    g, g_expert = struct((), jnp.float32), struct((experts, 1, 1), jnp.float32)
+    y, weights = struct((experts, rows, hidden), jnp.bfloat16), struct((tokens, k), jnp.float32)
+
+    def permute(q, s, i, **options):
+        return permute_to_masked(q, s, i, num_experts=experts, capacity=rows, **options)
+
+    cases = [
+        (1, lambda x, g: quantize(x, global_scale=g, implementation="mosaic_gpu"), (x, g)),
+        (1, lambda x: quantize(x, global_scale="per_token", implementation="mosaic_gpu"), (x,)),
+        (1, lambda x, g: quantize(x, global_scale=g, four_over_six=True, implementation="mosaic_gpu"), (x, g)),
+        (
+            1,
+            lambda x, g, m: swiglu_quantize(x, m, global_scale=g, implementation="mosaic_gpu"),
+            (gate_up, g_expert, counts),
+        ),
+        (
+            1,
+            lambda x, m: swiglu_quantize(x, m, global_scale=None, out="bf16", implementation="mosaic_gpu"),
+            (gate_up, counts),
+        ),
+        (3, lambda *a: permute(*a, implementation="mosaic_gpu"), (qdata, scales, ids)),
+        (3, lambda *a: permute(*a, decode=True, implementation="mosaic_gpu"), (qdata, scales, ids)),
+        (4, lambda *a: permute(*a, scale_layout="swizzled", implementation="mosaic_gpu"), (qdata, scales, ids)),
+        (4, lambda *a: permute(*a, scale_layout="m_major", implementation="mosaic_gpu"), (qdata, scales, ids)),
+        (
+            3,
+            lambda *a: permute_to_contiguous(*a, num_experts=experts, implementation="mosaic_gpu"),
+            (qdata, scales, ids),
+        ),
+        (
+            1,
+            lambda y, r, w: depermute_combine(y, r, w, implementation="mosaic_gpu"),
+            (y, struct((tokens, k), jnp.int32), weights),
+        ),
+    ]
+    for wanted, fn, structs in cases:
+        assert _kernels_in(fn, *structs) == wanted, (model, tokens, fn.__code__.co_firstlineno)
+
+
+def test_moe_layer_uses_every_kernel_where_none_is_named():
+    """quantize, metadata (2), rows, SwiGLU, depermute: implementation=None on a Hopper GPU."""
+    w13 = NVFP4Tensor(
+        struct((8, 512, 128), jnp.uint8), struct((8, 512, 16), jnp.float8_e4m3fn), struct((8, 1, 1), jnp.float32)
+    )
+    w2 = NVFP4Tensor(
+        struct((8, 256, 128), jnp.uint8), struct((8, 256, 16), jnp.float8_e4m3fn), struct((8, 1, 1), jnp.float32)
+    )
+    ids, weights = struct((64, 2), jnp.int32), struct((64, 2), jnp.float32)
+
+    def layer(x, ids, topk_weights, w13, w2):
+        return moe_layer(x, ids, topk_weights, MoEWeights(w13, w2), MoEConfig(num_experts=8))
+
+    assert _kernels_in(layer, struct((64, 256), jnp.bfloat16), ids, weights, w13, w2) == 6
+
+
+# --- refusals ---
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: quantize(jnp.ones((2, 16), jnp.float16), implementation="mosaic_gpu"), "float16"),
+        (lambda: quantize(jnp.ones((2, 16)), dialect="modelopt", implementation="mosaic_gpu"), "modelopt"),
+        (lambda: quantize(jnp.ones((2, 16)), return_stats=True, implementation="mosaic_gpu"), "return_stats"),
+        (lambda: quantize(jnp.ones((0, 16)), implementation="mosaic_gpu"), r"\(0, 16\)"),
+        (
+            lambda: swiglu_quantize(jnp.ones((2, 32)), None, global_scale=1.0, implementation="mosaic_gpu"),
+            "float32",
+        ),
+        (
+            lambda: depermute_combine(
+                jnp.ones((2, 3), jnp.bfloat16),
+                jnp.zeros((2, 1), jnp.int32),
+                jnp.ones((2, 1)),
+                implementation="mosaic_gpu",
+            ),
+            "even H",
+        ),
+        (
+            lambda: permute_to_masked(
+                jnp.ones((2, 4)),
+                None,
+                jnp.zeros((2, 1), jnp.int32),
+                num_experts=2000,
+                capacity=1,
+                implementation="mosaic_gpu",
+            ),
+            "2000",
+        ),
+    ],
+)
+def test_a_named_kernel_refuses_with_the_value(call, message):
+    with use_abstract_mesh(H100), pytest.raises(NotImplementedError, match=message):
+        jax.eval_shape(call)
+
+
+def test_a_named_kernel_needs_a_hopper_gpu():
+    if any(getattr(d, "compute_capability", "") == "9.0" for d in jax.devices()):
+        pytest.skip("this machine has one")
+    with pytest.raises(NotImplementedError, match=r"compute capability 9\.0"):
+        quantize(jnp.ones((2, 16)), implementation="mosaic_gpu")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [quantize_kernel.TuningConfig(0, 1), quantize_kernel.TuningConfig(9, 1), quantize_kernel.TuningConfig(1, 17)],
+)
+def test_quantize_refuses_a_bad_tuning(config):
+    with pytest.raises(NotImplementedError, match="must be 1"):
+        quantize_kernel.quantize(jnp.ones((2, 16)), jnp.float32(1), config=config)
