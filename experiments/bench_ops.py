@@ -1,0 +1,203 @@
+"""The memory-bound ops against their floor and against XLA, on shapes of real models.
+
+    python experiments/bench_ops.py                    # everything; about 6 minutes on an H100
+    python experiments/bench_ops.py --models=deepseek-v3 --tokens=4096 --ops=permute,depermute
+    python experiments/bench_ops.py --sweep            # tune the kernels, rewrite pallas_kernels/tuned.json
+
+Every row: device time, bytes that must move (each input read once, each output written once) over the copy bandwidth
+measured in the same run (floor), percent of that floor, and the time of XLA's implementation measured in turns with
+ours. A kernel whose result differs from XLA's is reported and not timed. Writes bench_ops.json and bench_ops.png.
+"""
+
+import concurrent.futures
+import dataclasses
+import itertools
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from tqdm import tqdm
+
+from experiments.op_cases import MODELS, Case, all_cases
+from fp4jax import benchmarking
+from pallas_kernels import permute as permute_kernels, quantize as quantize_kernel, tuning
+
+_MODELS = flags.DEFINE_list("models", None, f"Models, of {', '.join(MODELS)}; default: all (CPU: qwen3-30b).")
+_TOKENS = flags.DEFINE_list("tokens", None, "Token counts; default: 128,1024,4096,8192,16384 (CPU: 128).")
+_OPS = flags.DEFINE_list("ops", None, "Names of ops to run; default: all.")
+_ROUNDS = flags.DEFINE_integer("rounds", 2, "Rounds of 10 iterations per implementation, in turns.", lower_bound=1)
+_SWEEP = flags.DEFINE_bool("sweep", False, "Time every tuning configuration and rewrite the tuning table.")
+_OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Folder for JSON and PNG; default: output/bench_ops.")
+
+_INPUTS = (
+    "random: normal bf16 activations, random codes and scales, distinct experts per token drawn uniformly with a fixed "
+    "seed; inputs smaller than twice the L2 cache are rotated"
+)
+_SWEEPS: dict[str, list[Any]] = {
+    "quantize": [quantize_kernel.TuningConfig(blocks_per_lane=b) for b in (1, 2, 4)],
+    "swiglu_quantize": [
+        quantize_kernel.TuningConfig(blocks_per_lane=b, blocks_per_sm=s)
+        for b, s in itertools.product((1, 2), (4, 8, 16))
+    ],
+    "route_metadata": [permute_kernels.TuningConfig(chunk=c) for c in (128, 256, 512, 1024, 2048)],
+    "scatter_rows": [permute_kernels.TuningConfig(items_per_lane=i) for i in (1, 2, 4)],
+    "scatter_decoded_rows": [permute_kernels.TuningConfig(items_per_lane=i) for i in (1, 2, 4)],
+}
+_SWEEP_SHAPES = (("deepseek-v3", 128), ("qwen3-30b", 4096), ("deepseek-v3", 8192))
+
+
+def main(argv):
+    del argv
+    gpu = benchmarking.on_gpu()
+    models = _MODELS.value or (list(MODELS) if gpu else ["qwen3-30b"])
+    if unknown := set(models) - set(MODELS):
+        raise app.UsageError(f"--models: {sorted(unknown)} unknown; choose of {list(MODELS)}")
+    try:
+        tokens = [int(t) for t in _TOKENS.value or ((128, 1024, 4096, 8192, 16384) if gpu else (128,))]
+    except ValueError as error:
+        raise app.UsageError(f"--tokens: {error}") from error
+    if min(tokens) < 1:
+        raise app.UsageError(f"--tokens must be positive, got {min(tokens)}")
+    if _SWEEP.value:
+        sweep()
+        return
+    ceilings = benchmarking.measure_ceilings()
+    print(f"copy {ceilings.copy_bytes_per_s / 1e12:.2f} TB/s, bf16 matmul {ceilings.bf16_flops / 1e12:.1f} TFLOP/s")
+    rows, wrong = [], []
+    shapes = list(itertools.product(models, tokens))
+    for name, count in tqdm(shapes, desc="shapes", unit="shape"):
+        cases = [c for c in all_cases(name, count) if _OPS.value is None or c.op in _OPS.value]
+        if not cases:
+            raise app.UsageError(
+                f"--ops: none of {_OPS.value} exists; choose of {[c.op for c in all_cases(name, count)]}"
+            )
+        found, bad = run_cases(cases, ceilings)
+        rows += found
+        wrong += bad
+    print(benchmarking.format_table(rows))
+    folder = Path(_OUTPUT_DIR.value or "output/bench_ops")
+    benchmarking.save_results(folder / "bench_ops.json", "bench_ops", rows, inputs=_INPUTS, ceilings=ceilings)
+    plot(rows, folder / "bench_ops.png")
+    print(f"wrote {folder}/bench_ops.json and bench_ops.png")
+    if wrong:
+        sys.exit("wrong results, not timed: " + "; ".join(wrong))
+
+
+def run_cases(cases: list[Case], ceilings: benchmarking.Ceilings) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows of the cases, and a line of text for each kernel whose result was wrong."""
+    names = {id(c): [n for n in c.functions if n == "xla" or benchmarking.on_gpu()] for c in cases}
+    jobs = {(id(c), n): _prepare(c.functions[n], c.args) for c in cases for n in names[id(c)]}
+    plain = {(id(c), n): jax.jit(c.functions[n]) for c in cases for n in names[id(c)]}
+    compiled = _compile_all(jobs)
+    rows, wrong = [], []
+    for case in cases:
+        runs = {n: compiled[id(case), n] for n in names[id(case)]}
+        error = None
+        if len(runs) == 2:
+            results = [plain[id(case), n](*case.args) for n in ("mosaic_gpu", "xla")]
+            error = mismatch(*results, case.valid)
+            if not error <= case.max_mismatch:
+                wrong.append(f"{case.op} {case.shape}: {error:.2e} of the values differ")
+                continue
+        us = benchmarking.interleaved_us(runs, rounds=_ROUNDS.value)
+        for name, time in us.items():
+            other = us.get("xla") if name != "xla" else None
+            rows.append(
+                benchmarking.result_row(
+                    case.op, name, case.shape, time, num_bytes=case.num_bytes, ceilings=ceilings, error=error,
+                    baseline=None if other is None else "xla", baseline_us=other,
+                )
+            )  # fmt: skip
+    return rows, wrong
+
+
+def _prepare(fn, args):
+    return benchmarking.rotated(fn, args)
+
+
+def _compile_all(jobs):
+    """Lower one after another (Python), compile in parallel (XLA leaves the interpreter alone)."""
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        futures = {}
+        for key, (fn, args, repeats) in jobs.items():
+            futures[key] = (pool.submit(jax.jit(fn).lower(*args).compile), args, repeats)
+        return {key: (future.result(), args, repeats) for key, (future, args, repeats) in futures.items()}
+
+
+def mismatch(a: Any, b: Any, valid: Any) -> float:
+    """Share of differing elements among those that `valid` selects (broadcast from the left), over all leaves."""
+    worst = 0.0
+    for p, q in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        p, q = (v.view(jnp.uint8) if v.dtype == jnp.float8_e4m3fn else v for v in (p, q))
+        different = p.reshape(q.shape) != q
+        if valid is not None and different.shape[: valid.ndim] == valid.shape:
+            chosen = valid.reshape(valid.shape + (1,) * (different.ndim - valid.ndim))
+            share = jnp.sum(different & chosen) / jnp.maximum(1, jnp.sum(chosen) * (different.size // valid.size))
+        else:
+            share = jnp.mean(different)
+        worst = max(worst, float(share))
+    return worst
+
+
+def sweep() -> None:
+    """Time every configuration of every kernel on the sweep's shapes and keep the fastest of each shape class."""
+    if not benchmarking.on_gpu():
+        raise app.UsageError("--sweep needs a GPU")
+    best: dict[tuple[str, str], dict[Any, list[float]]] = {}
+    items_of = {}
+    for name, tokens in _SWEEP_SHAPES:
+        for case in all_cases(name, tokens):
+            if case.tunable is None or case.kernel is None:
+                continue
+            jobs = {c: _prepare(case.tunable(c), case.args) for c in _SWEEPS[case.kernel]}
+            us = benchmarking.interleaved_us(_compile_all(jobs), rounds=_ROUNDS.value)
+            key = (case.kernel, tuning.shape_class(case.items))
+            items_of[key] = case.items
+            fastest = min(us.values())
+            for config, time in us.items():
+                best.setdefault(key, {}).setdefault(config, []).append(time / fastest)
+                print(f"{case.kernel:22} {name} T={tokens:6} {config}: {time:8.2f} us {time / fastest:.3f}")
+    for (kernel, size), times in best.items():
+        config = min(times, key=lambda c: sum(times[c]))
+        print(f"{kernel} {size}: {config}")
+        tuning.save(kernel, items_of[kernel, size], dataclasses.asdict(config))
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Percent of floor over tokens, one panel per op, ours and XLA."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    ops = sorted({r["op"] for r in rows})
+    columns = min(4, len(ops))
+    lines = -(-len(ops) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(4 * columns, 3 * lines), sharey=True, squeeze=False)
+    for axis, op in itertools.zip_longest(axes.flat, ops):
+        if op is None:
+            axis.set_axis_off()
+            continue
+        for model, style in zip(MODELS, ("o", "s", "^", "D", "v"), strict=True):
+            for implementation, colour in (("mosaic_gpu", "tab:green"), ("xla", "tab:grey")):
+                chosen = [
+                    r
+                    for r in rows
+                    if (r["op"], r["implementation"], r["shape"]["model"]) == (op, implementation, model)
+                ]
+                if chosen:
+                    x = [r["shape"]["T"] for r in chosen]
+                    axis.plot(x, [r["percent_of_floor"] for r in chosen], style + "-", color=colour, markersize=4)
+        axis.axhline(100, color="black", linewidth=0.5)
+        axis.set(title=op, xlabel="tokens", xscale="log", ylim=(0, 120))
+    axes[0, 0].set_ylabel("percent of floor (green: kernel, grey: XLA)")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=90)
+
+
+if __name__ == "__main__":
+    app.run(main)
