@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from absl import app, flags
+from jax import lax
 from tqdm import tqdm
 
 from experiments.op_cases import MODELS, Case, all_cases
@@ -42,7 +43,7 @@ _SWEEPS: dict[str, list[Any]] = {
         quantize_kernel.TuningConfig(blocks_per_lane=b, blocks_per_sm=s)
         for b, s in itertools.product((1, 2), (4, 8, 16))
     ],
-    "route_metadata": [permute_kernels.TuningConfig(chunk=c) for c in (128, 256, 512, 1024, 2048)],
+    "route_metadata": [permute_kernels.TuningConfig(chunk=c) for c in (128, 256, 512, 1024)],
     "scatter_rows": [permute_kernels.TuningConfig(items_per_lane=i) for i in (1, 2, 4)],
     "scatter_decoded_rows": [permute_kernels.TuningConfig(items_per_lane=i) for i in (1, 2, 4)],
 }
@@ -89,16 +90,19 @@ def main(argv):
 def run_cases(cases: list[Case], ceilings: benchmarking.Ceilings) -> tuple[list[dict[str, Any]], list[str]]:
     """Rows of the cases, and a line of text for each kernel whose result was wrong."""
     names = {id(c): [n for n in c.functions if n == "xla" or benchmarking.on_gpu()] for c in cases}
-    jobs = {(id(c), n): _prepare(c.functions[n], c.args) for c in cases for n in names[id(c)]}
-    plain = {(id(c), n): jax.jit(c.functions[n]) for c in cases for n in names[id(c)]}
+    jobs = {(id(c), n): benchmarking.rotated(c.functions[n], c.args) for c in cases for n in names[id(c)]}
+    for case in cases:
+        if len(names[id(case)]) == 2:
+            jobs[id(case), "mismatch"] = (_mismatch_of(case), list(case.args), 1)
     compiled = _compile_all(jobs)
     rows, wrong = [], []
-    for case in cases:
+    label = f"{cases[0].shape['model']} T={cases[0].shape['T']}"
+    for case in tqdm(cases, desc=label, unit="op", leave=False):
         runs = {n: compiled[id(case), n] for n in names[id(case)]}
         error = None
         if len(runs) == 2:
-            results = [plain[id(case), n](*case.args) for n in ("mosaic_gpu", "xla")]
-            error = mismatch(*results, case.valid)
+            program, args, _ = compiled[id(case), "mismatch"]
+            error = float(program(*args))
             if not error <= case.max_mismatch:
                 wrong.append(f"{case.op} {case.shape}: {error:.2e} of the values differ")
                 continue
@@ -114,10 +118,6 @@ def run_cases(cases: list[Case], ceilings: benchmarking.Ceilings) -> tuple[list[
     return rows, wrong
 
 
-def _prepare(fn, args):
-    return benchmarking.rotated(fn, args)
-
-
 def _compile_all(jobs):
     """Lower one after another (Python), compile in parallel (XLA leaves the interpreter alone)."""
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -127,18 +127,24 @@ def _compile_all(jobs):
         return {key: (future.result(), args, repeats) for key, (future, args, repeats) in futures.items()}
 
 
-def mismatch(a: Any, b: Any, valid: Any) -> float:
-    """Share of differing elements among those that `valid` selects (broadcast from the left), over all leaves."""
-    worst = 0.0
+def _mismatch_of(case):
+    """A function of the case's arguments: `mismatch` of its two implementations."""
+    valid = None if case.valid is None else np.asarray(case.valid)
+    return lambda *args: mismatch(case.functions["mosaic_gpu"](*args), case.functions["xla"](*args), valid)
+
+
+def mismatch(a: Any, b: Any, valid: Any) -> jax.Array:
+    """Share of differing elements among those that `valid` selects (broadcast from the left), the worst of all leaves."""
+    worst = jnp.float32(0)
     for p, q in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        p, q = (v.view(jnp.uint8) if v.dtype == jnp.float8_e4m3fn else v for v in (p, q))
+        p, q = (lax.bitcast_convert_type(v, jnp.uint8) if v.dtype == jnp.float8_e4m3fn else v for v in (p, q))
         different = p.reshape(q.shape) != q
         if valid is not None and different.shape[: valid.ndim] == valid.shape:
             chosen = valid.reshape(valid.shape + (1,) * (different.ndim - valid.ndim))
-            share = jnp.sum(different & chosen) / jnp.maximum(1, jnp.sum(chosen) * (different.size // valid.size))
+            share = jnp.sum(different & chosen) / max(1, int(valid.sum()) * (different.size // valid.size))
         else:
             share = jnp.mean(different)
-        worst = max(worst, float(share))
+        worst = jnp.maximum(worst, share)
     return worst
 
 
@@ -152,7 +158,7 @@ def sweep() -> None:
         for case in all_cases(name, tokens):
             if case.tunable is None or case.kernel is None:
                 continue
-            jobs = {c: _prepare(case.tunable(c), case.args) for c in _SWEEPS[case.kernel]}
+            jobs = {c: benchmarking.rotated(case.tunable(c), case.args) for c in _SWEEPS[case.kernel]}
             us = benchmarking.interleaved_us(_compile_all(jobs), rounds=_ROUNDS.value)
             key = (case.kernel, tuning.shape_class(case.items))
             items_of[key] = case.items

@@ -81,6 +81,7 @@ def permute_to_masked(
     if capacity < 1:
         raise ValueError(f"permute_to_masked: capacity must be at least 1, got {capacity}")
     num_rows = num_experts * capacity
+    needs_source = scale_layout != "linear" and not decode
 
     def in_xla(x, scales, topk_ids, row_scale):
         group, rank, counts, bad = _rank_in_expert(topk_ids, num_experts)
@@ -91,7 +92,9 @@ def permute_to_masked(
         return rows._replace(scales=_lay_out(rows.scales, scale_layout)), counts, bad, row_map
 
     def in_kernel(x, scales, topk_ids, row_scale):
-        meta = permute_kernels.route_metadata(topk_ids, num_experts, capacity=capacity, num_rows=num_rows)
+        meta = permute_kernels.route_metadata(
+            topk_ids, num_experts, capacity=capacity, num_rows=num_rows, with_source=needs_source
+        )
         filled = jnp.minimum(meta.counts, capacity)
         rows = _rows_by_kernel(x, scales, row_scale, meta, filled, capacity, scale_layout, decode)
 
@@ -138,6 +141,7 @@ def permute_to_contiguous(
     num_rows = topk_ids.size if num_rows is None else num_rows
     if num_rows < 0:
         raise ValueError(f"permute_to_contiguous: num_rows must not be negative, got {num_rows}")
+    needs_source = scale_layout != "linear" and not decode
 
     def in_xla(x, scales, topk_ids, row_scale):
         group, rank, counts, bad = _rank_in_expert(topk_ids, num_experts)
@@ -147,7 +151,7 @@ def permute_to_contiguous(
         return rows._replace(scales=_lay_out(rows.scales, scale_layout)), counts, bad, row_map
 
     def in_kernel(x, scales, topk_ids, row_scale):
-        meta = permute_kernels.route_metadata(topk_ids, num_experts, num_rows=num_rows)
+        meta = permute_kernels.route_metadata(topk_ids, num_experts, num_rows=num_rows, with_source=needs_source)
         filled = jnp.minimum(jnp.sum(meta.counts), num_rows).reshape(1)
         rows = _rows_by_kernel(x, scales, row_scale, meta, filled, num_rows, scale_layout, decode)
         if scale_layout != "linear" and rows.scales is not None:

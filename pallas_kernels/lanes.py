@@ -153,6 +153,27 @@ def when(condition: Any) -> Callable[[Callable[[], None]], None]:
     return pl.when(condition)
 
 
+def replace_where(
+    mask: jax.Array, replacement: Callable[[], list[jax.Array]], values: list[jax.Array]
+) -> list[jax.Array]:
+    """`replacement()` in lanes where `mask` holds, `values` elsewhere; free of cost where no lane of a warp needs it.
+
+    A branch that each lane takes by itself, so `replacement` must be elementwise: no barrier, no reduction.
+    """
+    if _interpreting:
+        return [jnp.where(mask, r, v) for r, v in zip(replacement(), values, strict=True)]
+
+    @plgpu.inline_mgpu(
+        arg_types=(_LAYOUT,),
+        return_type=plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.int32), layout=plgpu.Layout.WG_SPLAT(())),
+    )
+    def own_flag(_, flag):  # called a splat, but every lane holds its own
+        return mgpu.FragmentedArray.splat(_scalar(flag), (), is_signed=True)
+
+    own = own_flag(mask.astype(jnp.int32))
+    return list(lax.cond(own != 0, lambda: tuple(replacement()), lambda: tuple(values)))
+
+
 def sync() -> None:
     """Barrier of the block's 128 threads; what they wrote before it is visible to all of them after it."""
     if _interpreting:
@@ -203,6 +224,16 @@ def abs_mul_flush(a: Value, b: Value) -> jax.Array:
 def reciprocal_approx(a: jax.Array) -> jax.Array:
     """1 / a within 1 ulp for 2^-126 <= |a| <= 2^126."""
     return _instruction("rcp.approx.ftz.f32 $0, $1;", lambda a: np.float32(1) / a, a)
+
+
+def max_u16x2(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Maximum of both unsigned 16-bit halves of u32 lane arrays."""
+
+    def halves(a, b):
+        low = jnp.maximum(a & 0xFFFF, b & 0xFFFF)
+        return jnp.maximum(a >> 16, b >> 16) << 16 | low
+
+    return _instruction("max.u16x2 $0, $1, $2;", halves, a, b, dtype=jnp.uint32)
 
 
 def exp2_approx(a: jax.Array) -> jax.Array:
@@ -304,9 +335,10 @@ def _store_asm(address, offset, predicate, size, words):
 
 
 def _instruction(asm, interpreted, *args, dtype=jnp.float32):
-    """One f32 instruction on lane arrays; scalars and constants are spread over the lanes."""
+    """One instruction on lane arrays, f32 or u32; numbers are spread over the lanes as f32."""
+    args = [a if jnp.ndim(a) else jnp.asarray(a, jnp.float32) for a in args]
     if _interpreting:
-        return interpreted(*jnp.broadcast_arrays(*(jnp.asarray(a, jnp.float32) for a in args)))
+        return interpreted(*jnp.broadcast_arrays(*args))
     args = [a if jnp.ndim(a) else splat(a, jnp.float32) for a in args]
 
     @plgpu.inline_mgpu(
@@ -315,7 +347,7 @@ def _instruction(asm, interpreted, *args, dtype=jnp.float32):
     )
     def instruction(_, *args):
         result, register = (ir.F32Type.get(), "=f") if dtype == jnp.float32 else (_i32(), "=r")
-        constraints = ",".join([register] + ["f"] * len(args))
+        constraints = ",".join([register] + ["f" if a.mlir_dtype == ir.F32Type.get() else "r" for a in args])
         return _lane_array(llvm.inline_asm(result, [_scalar(a) for a in args], asm, constraints))
 
     return instruction(*args)

@@ -82,7 +82,9 @@ def _encode_candidate(values, amax, scales, factor):
     multiplier = jnp.minimum(lanes.div_rn(1.0, lanes.mul_rn(scale, scales.inverse)), _F32_MAX)
     multiplier = jnp.where(amax == 0, np.float32(0), multiplier)
     codes = [round_to_e2m1(lanes.abs_mul_flush(v, multiplier)) for v in values]
-    return Encoded((_pack(codes[:8], values[:8]), _pack(codes[8:], values[8:])), scale_byte, codes, scale)
+    # A block with a NaN keeps its signs only: its codes are not specified, but every implementation gives the same.
+    kept = jnp.where(scale == scale, np.uint32(0xFFFFFFFF), np.uint32(0x88888888))
+    return Encoded((_pack(codes[:8], values[:8]) & kept, _pack(codes[8:], values[8:]) & kept), scale_byte, codes, scale)
 
 
 def round_to_e4m3(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -125,12 +127,10 @@ def code_value(code_f32: jax.Array) -> jax.Array:
     return jnp.maximum(lower, c * np.float32(2) - np.float32(8))
 
 
-def decode_block(words: Sequence[jax.Array], scale_byte: jax.Array) -> list[jax.Array]:
-    """2 words of codes, an e4m3 byte -> 16 f32 lane arrays code * scale: exact, at most 6 significant bits."""
-    scale = e4m3_value(scale_byte)
+def decode_word(word: jax.Array, scale: jax.Array) -> list[jax.Array]:
+    """8 codes in a word and their block scale -> 8 f32 lane arrays code * scale: exact, 6 significant bits."""
     values = []
-    for i in range(BLOCK_SIZE):
-        word, at = words[i // 8], 4 * (i % 8)
+    for at in range(0, 32, 4):
         magnitude = code_value(lax.bitcast_convert_type(word >> at & 7 | np.uint32(_MAGIC_BITS), jnp.float32))
         sign = word << (28 - at) & _SIGN
         signed = lax.bitcast_convert_type(lax.bitcast_convert_type(magnitude, jnp.uint32) | sign, jnp.float32)

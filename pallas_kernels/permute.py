@@ -22,12 +22,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import lanes, tuning
-from pallas_kernels.nvfp4_codec import BLOCK_SIZE, decode_block, pack_exact_bf16, unpack_bf16
+from pallas_kernels.nvfp4_codec import BLOCK_SIZE, decode_word, e4m3_value, pack_exact_bf16, unpack_bf16
 from pallas_kernels.quantize import as_u32, unsigned_div
 
 _MAX_EXPERTS = 1024
 _MAX_TOP_K = 32
-_UNROLL = 16  # routes between two loads of ids
+_UNROLL = 32  # routes whose ids are loaded together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,13 +94,14 @@ def route_metadata(
     *,
     capacity: int | None = None,
     num_rows: int,
+    with_source: bool = False,
     config: TuningConfig | None = None,
     interpret: Any = None,
 ) -> Metadata:
     """Stable rows for routes [T, k]: expert e's r-th route goes to row e * capacity + r if r < capacity.
 
     capacity None: to row (routes of earlier experts) + r if that is below `num_rows`. Ids of -1 are skipped, other ids
-    outside [0, num_experts) counted as bad; both map to -1.
+    outside [0, num_experts) counted as bad; both map to -1. `source` is filled only if asked for.
     """
     tokens, k = topk_ids.shape
     routes = tokens * k
@@ -118,6 +119,7 @@ def route_metadata(
     def count(ids_ref, counts_ref):
         chunk = lanes.block_index()
         mine = [lanes.lane_index() + t * lanes.LANES for t in range(tiles)]
+        _touch(ids_ref, chunk, config.chunk)
 
         def step(i, totals):
             for route_id in _load_ids(ids_ref, chunk * (config.chunk // _UNROLL) + i):
@@ -137,6 +139,7 @@ def route_metadata(
     def assign(ids_ref, per_chunk_ref, start_ref, limit_ref, row_map_ref, source_ref):
         chunk = lanes.block_index()
         mine = [lanes.lane_index() + t * lanes.LANES for t in range(tiles)]
+        _touch(ids_ref, chunk, config.chunk)
 
         def add(c, rows):
             found = [lanes.gather(per_chunk_ref, c * columns + m)[0].astype(jnp.int32) for m in mine]
@@ -150,14 +153,14 @@ def route_metadata(
             base = chunk * config.chunk + i * _UNROLL
             for j, route_id in enumerate(_load_ids(ids_ref, chunk * (config.chunk // _UNROLL) + i)):
                 position = base + j
-                token = position // k
                 next_rows = []
                 for row, limit, m in zip(rows, limits, mine, strict=True):
-                    is_mine = (route_id == m) & (position < routes)
+                    is_mine = route_id == m
                     fits = row < limit
                     value = jnp.where(fits, row, -1).astype(jnp.uint32)
                     lanes.scatter(row_map_ref, position, [value], where=is_mine)
-                    lanes.scatter(source_ref, row, [lanes.splat(token, jnp.uint32)], where=is_mine & fits)
+                    if with_source:
+                        lanes.scatter(source_ref, row, [lanes.splat(position // k, jnp.uint32)], where=is_mine & fits)
                     next_rows.append(row + is_mine.astype(jnp.int32))
                 rows = tuple(next_rows)
             return rows
@@ -166,11 +169,14 @@ def route_metadata(
 
     row_map, source = lanes.kernel(
         assign,
-        (jax.ShapeDtypeStruct((routes,), jnp.int32), jax.ShapeDtypeStruct((max(1, num_rows),), jnp.int32)),
+        (
+            jax.ShapeDtypeStruct((chunks * config.chunk,), jnp.int32),
+            jax.ShapeDtypeStruct((num_rows if with_source else 1,), jnp.int32),
+        ),
         grid=chunks,
         interpret=interpret,
     )(ids, per_chunk, start, limit)
-    return Metadata(row_map.reshape(tokens, k), counts[:num_experts], counts[bad_column], source)
+    return Metadata(row_map[:routes].reshape(tokens, k), counts[:num_experts], counts[bad_column], source)
 
 
 def _row_ranges(counts, num_experts, capacity, num_rows):
@@ -192,6 +198,13 @@ def _load_ids(ids_ref, group):
     for j in range(_UNROLL // 4):
         loaded += lanes.gather(ids_ref, group * (_UNROLL // 4) + j, 4)
     return [i.astype(jnp.int32) for i in loaded]
+
+
+def _touch(ids_ref, chunk, size):
+    """Brings a chunk of ids into the L1 cache, all lines at once: the walk then waits for L1 only."""
+    for j in range(-(-size // (4 * lanes.LANES))):
+        line = j * lanes.LANES + lanes.lane_index()
+        lanes.gather(ids_ref, chunk * (size // 4) + line, 4, where=line < size // 4)
 
 
 def _fori_unrolled(count, body, init, unroll=8):
@@ -280,26 +293,26 @@ def scatter_decoded_rows(
 ) -> jax.Array:
     """NVFP4 rows u8 [T, H/2] and e4m3 [T, H/16] -> bf16 code x block scale [num_rows, H] (exact), as `scatter_rows`."""
     tokens, k = row_map.shape
-    blocks = block_scale.shape[1]
-    config = config or tuning.tuned("scatter_decoded_rows", tokens * blocks, TuningConfig)
+    halves = block_scale.shape[1] * 2  # a lane takes half a block: 4 bytes in, one 16-byte store per row out
+    config = config or tuning.tuned("scatter_decoded_rows", tokens * halves, TuningConfig)
     per_block = lanes.LANES * config.items_per_lane
 
     def body(map_ref, qdata_ref, scale_ref, out_ref):
         work = []
         for j in range(config.items_per_lane):
             item = lanes.block_index() * per_block + j * lanes.LANES + lanes.lane_index()
-            token = unsigned_div(item, blocks)
+            token = unsigned_div(item, halves)
             valid = token < tokens
-            words = lanes.gather(qdata_ref, item, 2, where=valid)
-            (scale,) = lanes.gather(scale_ref, item, dtype=jnp.uint8, where=valid)
-            work.append((words, scale, _load_routes(map_ref, token, k, valid), item - token * blocks, valid))
-        for words, scale, routes, column, valid in work:
-            values = pack_exact_bf16(decode_block(words, scale))
+            (word,) = lanes.gather(qdata_ref, item, where=valid)
+            (scale,) = lanes.gather(scale_ref, item >> 1, dtype=jnp.uint8, where=valid)
+            work.append((word, scale, _load_routes(map_ref, token, k, valid), item - token * halves, valid))
+        for word, scale, routes, column, valid in work:
+            values = pack_exact_bf16(decode_word(word, e4m3_value(scale)))
             for row in routes:
-                lanes.scatter(out_ref, row * blocks + column, values, where=valid & (row >= 0))
+                lanes.scatter(out_ref, row * halves + column, values, where=valid & (row >= 0))
 
-    out = jax.ShapeDtypeStruct((num_rows, blocks * BLOCK_SIZE), jnp.bfloat16)
-    grid = -(-tokens * blocks // per_block)
+    out = jax.ShapeDtypeStruct((num_rows, halves * BLOCK_SIZE // 2), jnp.bfloat16)
+    grid = -(-tokens * halves // per_block)
     return lanes.kernel(body, out, grid=grid, interpret=interpret)(row_map, qdata, block_scale)
 
 

@@ -58,8 +58,8 @@ def check_config(
         return f"x must not be empty and its last axis must be a multiple of {BLOCK_SIZE}, got shape {x.shape}"
     if scale_layout not in SCALE_LAYOUTS:
         return f"scale_layout must be one of {SCALE_LAYOUTS}, got {scale_layout!r}"
-    if scale_layout == "swizzled" and x.ndim < 2:
-        return f"swizzled scales need x [.., M, K], got shape {x.shape}"
+    if scale_layout == "swizzled" and (x.ndim < 2 or isinstance(global_scale, str)):
+        return f"swizzled scales need x [.., M, K] and given global scales, got shape {x.shape} and {global_scale}"
     if isinstance(global_scale, str):
         if global_scale != "per_token":
             return f"global_scale must be an array or 'per_token', got {global_scale!r}"
@@ -117,7 +117,11 @@ def quantize(
         operands.append(flat)
     divisor = AMAX_DIVISOR_FOUR_OVER_SIX if four_over_six else AMAX_DIVISOR
 
-    work = RowWork(rows, blocks, m if masked_m is not None else rows, config, per_token)
+    swizzled = scale_layout == "swizzled"
+    if swizzled:
+        work = SwizzledWork(rows // m, m, blocks, config)
+    else:
+        work = RowWork(rows, blocks, m if masked_m is not None else rows, config, per_token)
     work.add_schedule(operands, masked_m)
 
     def body(*refs):
@@ -139,13 +143,11 @@ def quantize(
                 scales = [row_encode_scales(g_ref, i, scale_stride) for i in items]
             for item, v, a, s in zip(items, values, amax, scales, strict=True):
                 encoded = encode_block(v, a, s, four_over_six)
-                store_block(qdata_ref, scale_ref, item, encoded, blocks, m, scale_layout)
+                store_block(qdata_ref, scale_ref, item, encoded)
 
         work.run(ends_ref, counts_ref, unit)
 
     qdata, block_scale, *row_scale = lanes.kernel(body, tuple(out_type), grid=work.grid, interpret=interpret)(*operands)
-    if scale_layout == "swizzled":
-        block_scale = _zero_pads(block_scale, lead, m, blocks, masked_m)
     return qdata.reshape(*lead, k // 2), block_scale, row_scale[0].reshape(*lead, 1) if per_token else None
 
 
@@ -154,12 +156,16 @@ def quantize(
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One NVFP4 block per lane: its flat index, row, column within the row, and whether it exists (lane arrays)."""
+    """One NVFP4 block per lane: flat index, row, column in the row, and whether it exists (lane arrays).
+
+    scale_position: where the scale byte goes, 0 if the block does not exist; None: to the flat index, if it exists.
+    """
 
     block: jax.Array
     row: jax.Array
     column: jax.Array
     valid: jax.Array
+    scale_position: jax.Array | None = None
 
 
 class RowWork:
@@ -211,6 +217,47 @@ class RowWork:
         return items
 
 
+class SwizzledWork:
+    """The blocks of [experts, m, blocks] in the order of their scale bytes in the 128x4 layout, pads included.
+
+    A warp covers 8 rows x 4 columns: 128 contiguous bytes of x per row, and one full sector of scale bytes, which in
+    row order would be 8 partial ones. A tile of 512 bytes is a multiple of what a block of threads takes.
+    """
+
+    def __init__(self, experts: int, m: int, blocks: int, config: TuningConfig):
+        self.m, self.blocks, self.per_lane = m, blocks, min(4, 1 << (config.blocks_per_lane.bit_length() - 1))
+        self.m_tiles, self.k_tiles = -(-m // 128), -(-blocks // 4)
+        self.masked = False
+        self.grid = experts * self.m_tiles * self.k_tiles * 4 // self.per_lane
+
+    def add_schedule(self, operands: list[jax.Array], masked_m: jax.Array | None) -> None:
+        """With `masked_m`: append it to the operands."""
+        if masked_m is not None:
+            self.masked = True
+            operands.append(masked_m.astype(jnp.int32))
+
+    def schedule_refs(self, refs: list[Any]) -> tuple[Any, Any, list[Any]]:
+        """-> (None, counts, the other refs)."""
+        return (None, refs[0], refs[1:]) if self.masked else (None, None, refs)
+
+    def run(self, ends_ref: Any, counts_ref: Any, unit: Any) -> None:
+        """unit(items) for this block of threads."""
+        del ends_ref
+        tile = lanes.block_index() // (4 // self.per_lane)
+        expert = tile // (self.m_tiles * self.k_tiles)
+        m_tile, k_tile = tile // self.k_tiles % self.m_tiles, tile % self.k_tiles
+        rows = jnp.clip(counts_ref[expert], 0, self.m) if self.masked else jnp.int32(self.m)
+        items = []
+        for j in range(self.per_lane):
+            position = (lanes.block_index() * self.per_lane + j) * lanes.LANES + lanes.lane_index()
+            row = m_tile * 128 + ((position >> 2) & 3) * 32 + ((position >> 4) & 31)
+            column = k_tile * 4 + (position & 3)
+            valid = (row < rows) & (column < self.blocks)
+            block = (expert * self.m + row) * self.blocks + column
+            items.append(Item(block, expert * self.m + row, column, valid, position))
+        unit(items)
+
+
 def unsigned_div(a: jax.Array, b: int) -> jax.Array:
     """a // b for i32 a >= 0."""
     return lax.div(a.astype(jnp.uint32), jnp.full(a.shape, b, jnp.uint32)).astype(jnp.int32)
@@ -254,40 +301,15 @@ def row_encode_scales(g_ref: Any, item: Item, stride: int) -> EncodeScales:
     return encode_scales(scale)
 
 
-def store_block(
-    qdata_ref: Any, scale_ref: Any, item: Item, encoded: Encoded, blocks: int, m: int, scale_layout: str
-) -> None:
+def store_block(qdata_ref: Any, scale_ref: Any, item: Item, encoded: Encoded) -> None:
     """8 bytes of codes and the scale byte."""
     lanes.scatter(qdata_ref, item.block, encoded.words, where=item.valid)
-    position = item.block
-    if scale_layout == "swizzled":
-        position = swizzled_offset(item.row, item.column, m, blocks)
-    lanes.scatter(scale_ref, position, [encoded.scale_byte], dtype=jnp.uint8, where=item.valid)
-
-
-def swizzled_offset(row: jax.Array, column: jax.Array, m: int, blocks: int) -> jax.Array:
-    """Byte offset in the 128x4 layout of scale `column` of row `row` of [.., m, blocks], m padded to 128 per expert."""
-    expert = unsigned_div(row, m)
-    row = row - expert * m
-    m_tiles, k_tiles = -(-m // 128), -(-blocks // 4)
-    tile = (expert * m_tiles + (row >> 7)) * k_tiles + (column >> 2)
-    return ((tile * 32 + (row & 31)) * 4 + ((row & 127) >> 5)) * 4 + (column & 3)
+    if item.scale_position is None:
+        lanes.scatter(scale_ref, item.block, [encoded.scale_byte], dtype=jnp.uint8, where=item.valid)
+    else:
+        byte = jnp.where(item.valid, encoded.scale_byte, np.uint32(0))
+        lanes.scatter(scale_ref, item.scale_position, [byte], dtype=jnp.uint8)
 
 
 def _swizzled_shape(lead, m, blocks):
     return (*lead[:-1], -(-m // 128), -(-blocks // 4), 32, 4, 4)
-
-
-def _zero_pads(block_scale, lead, m, blocks, masked_m):
-    """Hardware reads the pads of this layout: rows beyond m (or masked_m) and columns beyond the row are zero."""
-    if masked_m is None and m % 128 == 0 and blocks % 4 == 0:
-        return block_scale
-    *_, m_tiles, k_tiles, _, _, _ = block_scale.shape
-    row = (jnp.arange(m_tiles) * 128)[:, None, None, None, None] + (
-        jnp.arange(32)[:, None, None] + 32 * jnp.arange(4)[:, None]
-    )
-    column = (jnp.arange(k_tiles) * 4)[:, None, None, None] + jnp.arange(4)
-    limit = m if masked_m is None else jnp.minimum(masked_m, m).reshape(-1, 1, 1, 1, 1, 1)
-    inside = (row < limit) & (column < blocks)
-    as_bytes = lax.bitcast_convert_type(block_scale, jnp.uint8)
-    return lax.bitcast_convert_type(jnp.where(inside, as_bytes, jnp.uint8(0)), jnp.float8_e4m3fn)

@@ -4,9 +4,10 @@ One lane owns 16 columns: it loads 16 gates and 16 ups (bf16), multiplies in f32
 arithmetic of quantize.py. The valid rows of every expert are walked over by a persistent grid (schedule.py); rows
 beyond masked_m are neither read nor written.
 
-silu(x) = x / (1 + e^-x), within 4 ulp of float64 wherever the result is a normal number: e^y as 2^t with the rounding
-error of t = y log2(e) put back to first order, and a reciprocal with one Newton step. Below -80, where e^-x leaves the
-range, silu(x) = x e^(x + 80) e^-80.
+silu(x) = x / (1 + e^-x), within 4 ulp of float64 wherever the result is a normal number. Gates are bf16 values, so
+with log2(e) = high + low, high of 16 bits, x high is exact: e^-x = 2^(-x high) (1 - x low ln 2 + ..), and rounding the
+exponent costs nothing. Blocks with a gate below -80, where e^-x leaves the range, or with an Inf are done again in a
+branch that is hardly ever taken: there silu(x) = x e^(x + 80) e^-80.
 """
 
 from typing import Any
@@ -23,6 +24,7 @@ from pallas_kernels.nvfp4_codec import (
     encode_block,
     encode_scales,
     pack_exact_bf16,
+    unpack_bf16,
     with_sign_of,
 )
 from pallas_kernels.quantize import (
@@ -33,7 +35,6 @@ from pallas_kernels.quantize import (
     TuningConfig,
     as_u32,
     check_tuning,
-    load_values,
     row_encode_scales,
     rows_scale,
     scale_of_row,
@@ -41,9 +42,10 @@ from pallas_kernels.quantize import (
 )
 
 OUTPUTS = ("nvfp4", "nvfp4_as_bf16", "bf16")
-_LOG2E = np.float32(np.log2(np.e))
-_LOG2E_LOW = np.float32(np.log2(np.e) - float(_LOG2E))
-_LN2 = np.float32(np.log(2))
+# log2(e) = high + low with 16 significant bits in high.
+_LOG2E_HIGH = np.float32(np.round(np.log2(np.e) * 2**15) / 2**15)
+_LOW_LN2 = np.float32((np.log2(np.e) - float(_LOG2E_HIGH)) * np.log(2))
+_BF16_MINUS_80 = 0xC2A0
 
 
 def check_config(
@@ -119,14 +121,14 @@ def swiglu_quantize(
             loaded = []
             for item in items:  # all loads first
                 gate = item.block + item.row * blocks
-                loaded.append([load_values(x_ref, jnp.bfloat16, b, item.valid) for b in (gate, gate + blocks)])
-            values = [[lanes.mul_rn(silu(g), u) for g, u in zip(*pair, strict=True)] for pair in loaded]
+                loaded.append([lanes.gather(x_ref, b, 8, where=item.valid) for b in (gate, gate + blocks)])
+            products = [_swiglu(*words) for words in loaded]
+            values, amax = [v for v, _ in products], [a for _, a in products]
             if out == "bf16":
                 for item, v in zip(items, values, strict=True):
                     words = [lanes.pack_bf16(low, high) for low, high in zip(v[::2], v[1::2], strict=True)]
                     lanes.scatter(refs[0], item.block, words, where=item.valid)
                 return
-            amax = [block_amax(v) for v in values]
             if per_token:
                 scale = scale_of_row(values, AMAX_DIVISOR)
                 scales = [encode_scales(scale)] * len(items)
@@ -136,7 +138,7 @@ def swiglu_quantize(
             for item, v, a, s in zip(items, values, amax, scales, strict=True):
                 encoded = encode_block(v, a, s, four_over_six=False)
                 if out == "nvfp4":
-                    store_block(refs[0], refs[1], item, encoded, blocks, m, "linear")
+                    store_block(refs[0], refs[1], item, encoded)
                 else:
                     exact = [
                         with_sign_of(lanes.mul_rn(code_value(c), encoded.scale), value)
@@ -151,17 +153,46 @@ def swiglu_quantize(
     return (*results, None) if out == "nvfp4" and not per_token else results
 
 
+def _swiglu(gate_words, up_words):
+    """From 8 words of two bf16 each: the 16 products silu(gate) * up in f32, and their amax."""
+    gates, ups = unpack_bf16(gate_words), unpack_bf16(up_words)
+    values = [lanes.mul_rn(silu(g), u) for g, u in zip(gates, ups, strict=True)]
+    amax = block_amax(values)
+    # As unsigned integers the bf16 values below -80 are the largest, behind them only negative NaNs.
+    largest = gate_words[0]
+    for word in gate_words[1:]:
+        largest = lanes.max_u16x2(largest, word)
+    far = (largest >= np.uint32((_BF16_MINUS_80 + 1) << 16)) | ((largest & 0xFFFF) > _BF16_MINUS_80)
+
+    def anywhere():
+        again = [lanes.mul_rn(_silu_anywhere(g), u) for g, u in zip(gates, ups, strict=True)]
+        return [*again, block_amax(again)]
+
+    *values, amax = lanes.replace_where(far | (amax != amax), anywhere, [*values, amax])
+    return list(values), amax
+
+
 def silu(x: jax.Array) -> jax.Array:
-    """x * sigmoid(x) on f32 lane arrays."""
+    """x * sigmoid(x) on f32 lane arrays of bf16 values from -80 up, finite."""
+    return lanes.mul_rn(x, _reciprocal_of_one_plus(_exp_of_bf16(-x)))
+
+
+def _silu_anywhere(x):
+    """The same for any bf16 value."""
     far = x < np.float32(-80)
-    y = jnp.maximum(jnp.where(far, x + np.float32(80), -x), np.float32(-126))
-    t = lanes.mul_rn(y, _LOG2E)
-    error = lanes.fma_rn(y, _LOG2E_LOW, lanes.fma_rn(y, _LOG2E, -t))
-    power = lanes.exp2_approx(t)
-    e = lanes.fma_rn(power, lanes.mul_rn(error, _LN2), power)
-    d = lanes.add_rn(e, np.float32(1))
-    r = lanes.reciprocal_approx(d)
-    r = lanes.fma_rn(lanes.fma_rn(-d, r, np.float32(1)), r, r)
-    near_value = lanes.mul_rn(x, r)
+    e = _exp_of_bf16(jnp.maximum(jnp.where(far, x + np.float32(80), -x), np.float32(-126)))
+    near_value = lanes.mul_rn(x, _reciprocal_of_one_plus(e))
     far_value = lanes.mul_rn(lanes.mul_rn(x, e), np.float32(np.exp(-80.0)))
     return jnp.where(far, far_value, near_value)
+
+
+def _exp_of_bf16(y):
+    """e^y for y of at most 8 significant bits, |y| <= 91: y high is exact, e^(y low ln 2) = 1 + y low ln 2 + 8e-8."""
+    power = lanes.exp2_approx(lanes.mul_rn(y, _LOG2E_HIGH))
+    return lanes.fma_rn(power, lanes.mul_rn(y, _LOW_LN2), power)
+
+
+def _reciprocal_of_one_plus(e):
+    d = lanes.add_rn(e, np.float32(1))
+    r = lanes.reciprocal_approx(d)
+    return lanes.fma_rn(lanes.fma_rn(-d, r, np.float32(1)), r, r)

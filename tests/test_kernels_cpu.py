@@ -16,7 +16,7 @@ from fp4jax.swiglu import swiglu_quantize
 from pallas_kernels import permute as permute_kernels, quantize as quantize_kernel, swiglu_quantize as swiglu_kernel
 
 TINY = quantize_kernel.TuningConfig(blocks_per_lane=1, blocks_per_sm=1)
-TINY_PERMUTE = permute_kernels.TuningConfig(chunk=16, items_per_lane=1)
+TINY_PERMUTE = permute_kernels.TuningConfig(chunk=32, items_per_lane=1)
 
 
 @pytest.fixture
@@ -137,6 +137,7 @@ def _metadata(ids, experts, capacity, interpret):
         experts,
         capacity=capacity,
         num_rows=experts * capacity,
+        with_source=True,
         config=TINY_PERMUTE,
         interpret=interpret,
     )
@@ -163,7 +164,9 @@ def test_metadata_of_several_chunks_and_many_experts(rng, interpret):
 def test_metadata_contiguous(routing, interpret):
     ids, _ = routing
     row_map, sizes, _, source = oracles.permute_contiguous(ids, 4, 9)
-    meta = permute_kernels.route_metadata(jnp.asarray(ids), 4, num_rows=9, config=TINY_PERMUTE, interpret=interpret)
+    meta = permute_kernels.route_metadata(
+        jnp.asarray(ids), 4, num_rows=9, with_source=True, config=TINY_PERMUTE, interpret=interpret
+    )
     np.testing.assert_array_equal(meta.row_map, row_map)
     assert np.asarray(meta.source)[: len(source)].tolist() == source
     assert sizes.sum() == min(9, np.asarray(meta.counts).sum())

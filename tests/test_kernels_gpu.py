@@ -63,7 +63,7 @@ def test_quantize_random_shapes(seed):
         "row": rng.uniform(1e-3, 1, (rows, 1)).astype(np.float32),
         "per_token": oracles.computed_scale(x, -1),
     }[mode]
-    layout = ("linear", "swizzled")[seed // 2 % 2]
+    layout = "linear" if mode == "per_token" else ("linear", "swizzled")[seed // 2 % 2]
     config = quantize_kernel.TuningConfig(blocks_per_lane=1 + seed % 4)
     qdata, scales, row_scale = run_quantize(
         jnp.asarray(x, dtype), mode if mode == "per_token" else jnp.asarray(g), layout=layout, config=config
@@ -94,7 +94,7 @@ def test_quantize_masked_random_shapes(seed):
     four_over_six = seed >= 6
     if four_over_six and mode == "per_token":
         g = oracles.computed_scale(x, -1, divisor=1536)
-    layout = ("linear", "swizzled")[seed % 2]
+    layout = "linear" if mode == "per_token" else ("linear", "swizzled")[seed % 2]
     qdata, scales, row_scale = run_quantize(
         jnp.asarray(poison(x, valid), jnp.bfloat16),
         mode if mode == "per_token" else jnp.asarray(g),

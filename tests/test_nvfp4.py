@@ -200,7 +200,7 @@ def test_masked_rows_are_inert_and_uncounted(mode, rng):
 def test_stats(how, rng, device):
     x = (rng.standard_normal((8, 64)) * 2.0 ** rng.integers(-30, 30, (8, 1))).astype(np.float32)
     x[3:5] = rng.uniform(1, 2, (2, 64))  # neither saturates nor underflows
-    x[5] = 0
+    x[5], x[6], x[7] = 0, x[6] / np.abs(x[6]).max() * 1e9, x[7] / np.abs(x[7]).max() * 1e-9
     saturated, zero, nonfinite = (f.sum() for f in oracles.quantize_stats(x, 0.37))
     assert nonfinite == 0 and saturated > 0 and zero > 0
     x[3, 5], x[4, 6] = np.nan, np.inf
