@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import app, flags
 from jax import lax
 from tqdm import tqdm
@@ -41,13 +42,13 @@ _SWEEPS: dict[str, list[Any]] = {
     "quantize": [quantize_kernel.TuningConfig(blocks_per_lane=b) for b in (1, 2, 4)],
     "swiglu_quantize": [
         quantize_kernel.TuningConfig(blocks_per_lane=b, blocks_per_sm=s)
-        for b, s in itertools.product((1, 2), (4, 8, 16))
+        for b, s in itertools.product((1, 2), (4, 6, 8, 16))
     ],
     "route_metadata": [permute_kernels.TuningConfig(chunk=c) for c in (128, 256, 512, 1024)],
     "scatter_rows": [permute_kernels.TuningConfig(items_per_lane=i) for i in (1, 2, 4)],
     "scatter_decoded_rows": [permute_kernels.TuningConfig(items_per_lane=i) for i in (1, 2, 4)],
 }
-_SWEEP_SHAPES = (("deepseek-v3", 128), ("qwen3-30b", 4096), ("deepseek-v3", 8192))
+_SWEEP_SHAPES = (("deepseek-v3", 128), ("qwen3-30b", 1024), ("qwen3-30b", 4096), ("deepseek-v3", 8192))
 
 
 def main(argv):
@@ -134,7 +135,7 @@ def _mismatch_of(case):
 
 
 def mismatch(a: Any, b: Any, valid: Any) -> jax.Array:
-    """Share of differing elements among those that `valid` selects (broadcast from the left), the worst of all leaves."""
+    """Share of elements that differ among those that `valid` selects (broadcast from the left), of the worst leaf."""
     worst = jnp.float32(0)
     for p, q in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         p, q = (lax.bitcast_convert_type(v, jnp.uint8) if v.dtype == jnp.float8_e4m3fn else v for v in (p, q))

@@ -87,6 +87,8 @@ def block_index() -> jax.Array:
 
 def lane_index() -> jax.Array:
     """0..127, i32 [128]."""
+    if _interpreting:
+        return jnp.arange(LANES, dtype=jnp.int32)
     return plgpu.broadcasted_iota(jnp.int32, (LANES,), 0, layout=_LAYOUT)
 
 
@@ -172,6 +174,30 @@ def replace_where(
 
     own = own_flag(mask.astype(jnp.int32))
     return list(lax.cond(own != 0, lambda: tuple(replacement()), lambda: tuple(values)))
+
+
+def prefix_sum(x: jax.Array) -> jax.Array:
+    """Inclusive prefix sum over the 128 lanes of an i32 lane array."""
+    lane, warp = lane_index() & 31, lane_index() >> 5
+    for step in (1, 2, 4, 8, 16):
+        x = x + jnp.where(lane >= step, _from_lane_below(x, step), 0)
+    for w in range(LANES // 32 - 1):  # add the totals of the warps before
+        total = jnp.sum(jnp.where(lane_index() == 32 * w + 31, x, 0))
+        x = x + jnp.where(warp == w + 1, total, 0)
+    return x
+
+
+def _from_lane_below(x, step):
+    """The value of the lane `step` below within the warp; anything in the first lanes."""
+    if _interpreting:
+        return jnp.roll(x, step)
+
+    @plgpu.inline_mgpu(arg_types=(_LAYOUT,), return_type=_lane_struct(jnp.int32))
+    def shuffle(_, x):
+        asm = f"shfl.sync.up.b32 $0, $1, {step}, 0, 0xffffffff;"
+        return _lane_array(llvm.inline_asm(_i32(), [_scalar(x)], asm, "=r,r", has_side_effects=True), is_signed=True)
+
+    return shuffle(x)
 
 
 def sync() -> None:

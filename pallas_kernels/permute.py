@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_kernels import lanes, tuning
@@ -27,6 +28,7 @@ from pallas_kernels.quantize import as_u32, unsigned_div
 
 _MAX_EXPERTS = 1024
 _MAX_TOP_K = 32
+_LOADS_IN_FLIGHT = 32
 _UNROLL = 32  # routes whose ids are loaded together
 
 
@@ -146,7 +148,7 @@ def route_metadata(
             return tuple(r + f for r, f in zip(rows, found, strict=True))
 
         rows = tuple(lanes.gather(start_ref, m)[0].astype(jnp.int32) for m in mine)
-        rows = _fori_unrolled(chunk, add, rows)
+        rows = _fori_unrolled(chunk, add, rows, max(4, _LOADS_IN_FLIGHT // tiles))
         limits = [lanes.gather(limit_ref, m)[0].astype(jnp.int32) for m in mine]
 
         def step(i, rows):
@@ -181,15 +183,13 @@ def route_metadata(
 
 def _row_ranges(counts, num_experts, capacity, num_rows):
     """First row and first row too many of every column; columns that are no experts have no rows."""
-    column = jnp.arange(counts.shape[0])
-    is_expert = column < num_experts
-    if capacity is not None:
-        start, limit = column * capacity, (column + 1) * capacity
-    else:
-        before = column[None, :] < column[:, None]
-        start = jnp.sum(jnp.where(before, counts[None, :], 0), axis=1)
-        limit = jnp.full_like(start, num_rows)
-    return start.astype(jnp.int32), jnp.where(is_expert, limit, 0).astype(jnp.int32)
+    columns = np.arange(counts.shape[0], dtype=np.int32)
+    if capacity is not None:  # constants: no kernel computes them
+        start, limit = columns * capacity, np.where(columns < num_experts, (columns + 1) * capacity, 0)
+        return jnp.asarray(start, jnp.int32), jnp.asarray(limit, jnp.int32)
+    before = columns[None, :] < columns[:, None]
+    start = jnp.sum(jnp.where(before, counts[None, :], 0), axis=1, dtype=jnp.int32)
+    return start, jnp.asarray(np.where(columns < num_experts, num_rows, 0), jnp.int32)
 
 
 def _load_ids(ids_ref, group):
@@ -207,7 +207,7 @@ def _touch(ids_ref, chunk, size):
         lanes.gather(ids_ref, chunk * (size // 4) + line, 4, where=line < size // 4)
 
 
-def _fori_unrolled(count, body, init, unroll=8):
+def _fori_unrolled(count, body, init, unroll):
     """fori_loop over 0..count-1, `unroll` iterations at a time, so that their loads are in flight together."""
 
     def several(i, carry):

@@ -28,7 +28,7 @@ from pallas_kernels.nvfp4_codec import (
     encode_scales,
     unpack_bf16,
 )
-from pallas_kernels.schedule import H100_SMS, for_each_unit, unit_ends
+from pallas_kernels.schedule import H100_SMS, ExpertUnits
 
 SCALE_LAYOUTS = ("linear", "swizzled")
 _F32_MAX = np.float32(np.finfo(np.float32).max)
@@ -127,27 +127,36 @@ def quantize(
     def body(*refs):
         x_ref, *refs = refs
         g_ref, refs = (None, refs) if per_token else (refs[0], refs[1:])
-        ends_ref, counts_ref, refs = work.schedule_refs(refs)
+        counts_ref, refs, ends_ref = work.schedule_refs(refs)
         qdata_ref, scale_ref, *row_scale_ref = refs
 
+        def load(item):
+            return load_values(x_ref, x.dtype, item.block, item.valid)
+
+        def store(item, values, scales):
+            encoded = encode_block(values, block_amax(values), scales, four_over_six)
+            store_block(qdata_ref, scale_ref, item, encoded)
+
         def unit(items):
-            values = [load_values(x_ref, x.dtype, i.block, i.valid) for i in items]
-            amax = [block_amax(v) for v in values]
             if per_token:
-                scale = scale_of_row(values, divisor)
-                scales = [encode_scales(scale)] * len(items)
-                first = items[0]
-                is_first = first.column == 0
-                lanes.scatter(row_scale_ref[0], first.row, [as_u32(scale)], where=is_first & first.valid)
-            else:
-                scales = [row_encode_scales(g_ref, i, scale_stride) for i in items]
-            for item, v, a, s in zip(items, values, amax, scales, strict=True):
-                encoded = encode_block(v, a, s, four_over_six)
-                store_block(qdata_ref, scale_ref, item, encoded)
+                scale = scale_of_row([load(item) for item in items], divisor)
+                is_first = items[0].valid & (items[0].column == 0)
+                lanes.scatter(row_scale_ref[0], items[0].row, [as_u32(scale)], where=is_first)
+                scales = encode_scales(scale)
+                for (
+                    item
+                ) in items:  # from the L1 cache: the row is not held in registers, so that more rows are in flight
+                    store(item, load(item), scales)
+                return
+            values = [load(item) for item in items]  # all loads first
+            for item, v in zip(items, values, strict=True):
+                store(item, v, row_encode_scales(g_ref, item, scale_stride))
 
-        work.run(ends_ref, counts_ref, unit)
+        work.run(counts_ref, ends_ref, unit)
 
-    qdata, block_scale, *row_scale = lanes.kernel(body, tuple(out_type), grid=work.grid, interpret=interpret)(*operands)
+    qdata, block_scale, *row_scale = lanes.kernel(
+        body, tuple(out_type), grid=work.grid, scratch_types=work.scratch_types, interpret=interpret
+    )(*operands)
     return qdata.reshape(*lead, k // 2), block_scale, row_scale[0].reshape(*lead, 1) if per_token else None
 
 
@@ -177,31 +186,30 @@ class RowWork:
         self.per_lane = per_lane
         self.per_unit = blocks if row_per_unit else per_lane * lanes.LANES
         self.persistent = H100_SMS * config.blocks_per_sm
-        self.masked = False
         self.grid = -(-rows * blocks // self.per_unit)
+        self.units: ExpertUnits | None = None
+        self.scratch_types: list[Any] = []
 
     def add_schedule(self, operands: list[jax.Array], masked_m: jax.Array | None) -> None:
-        """With `masked_m`: append the schedule's operands, and make the grid persistent."""
+        """With `masked_m`: append it to the operands, and walk over its rows with a persistent grid."""
         if masked_m is None:
             return
-        self.masked, self.experts = True, masked_m.shape[0]
+        self.units = ExpertUnits(masked_m.shape[0], self.m, self.blocks, self.per_unit)
         self.grid = min(self.grid, self.persistent)
-        operands += [unit_ends(masked_m, self.m, self.blocks, self.per_unit), masked_m.astype(jnp.int32)]
+        self.scratch_types = [self.units.scratch()]
+        operands.append(masked_m.astype(jnp.int32))
 
-    def schedule_refs(self, refs: list[Any]) -> tuple[Any, Any, list[Any]]:
-        """-> (unit ends, counts, the other refs)."""
-        return (refs[0], refs[1], refs[2:]) if self.masked else (None, None, refs)
+    def schedule_refs(self, refs: list[Any]) -> tuple[Any, list[Any], Any]:
+        """-> (counts, the other refs, scratch)."""
+        return (refs[0], refs[1:-1], refs[-1]) if self.units else (None, refs, None)
 
-    def run(self, ends_ref: Any, counts_ref: Any, unit: Any) -> None:
+    def run(self, counts_ref: Any, ends_ref: Any, unit: Any) -> None:
         """unit(items) for all units of this block of threads."""
-        if not self.masked:
+        if self.units is None:
             unit(self._items(jnp.int32(0), lanes.block_index(), jnp.int32(self.rows)))
             return
-        for_each_unit(
-            ends_ref,
-            self.experts,
-            self.grid,
-            lambda expert, index: unit(self._items(expert, index, jnp.clip(counts_ref[expert], 0, self.m))),
+        self.units.for_each(
+            counts_ref, ends_ref, self.grid, lambda expert, index, rows: unit(self._items(expert, index, rows))
         )
 
     def _items(self, expert, index, valid_rows):
@@ -228,6 +236,7 @@ class SwizzledWork:
         self.m, self.blocks, self.per_lane = m, blocks, min(4, 1 << (config.blocks_per_lane.bit_length() - 1))
         self.m_tiles, self.k_tiles = -(-m // 128), -(-blocks // 4)
         self.masked = False
+        self.scratch_types: list[Any] = []
         self.grid = experts * self.m_tiles * self.k_tiles * 4 // self.per_lane
 
     def add_schedule(self, operands: list[jax.Array], masked_m: jax.Array | None) -> None:
@@ -236,11 +245,11 @@ class SwizzledWork:
             self.masked = True
             operands.append(masked_m.astype(jnp.int32))
 
-    def schedule_refs(self, refs: list[Any]) -> tuple[Any, Any, list[Any]]:
-        """-> (None, counts, the other refs)."""
-        return (None, refs[0], refs[1:]) if self.masked else (None, None, refs)
+    def schedule_refs(self, refs: list[Any]) -> tuple[Any, list[Any], Any]:
+        """-> (counts, the other refs, None)."""
+        return (refs[0], refs[1:], None) if self.masked else (None, refs, None)
 
-    def run(self, ends_ref: Any, counts_ref: Any, unit: Any) -> None:
+    def run(self, counts_ref: Any, ends_ref: Any, unit: Any) -> None:
         """unit(items) for this block of threads."""
         del ends_ref
         tile = lanes.block_index() // (4 // self.per_lane)

@@ -1,46 +1,76 @@
-"""Which block of threads works on which rows: a flat grid, or units of an expert's valid rows built on the device."""
+"""Walking over the valid rows of every expert: units of work, built on the device from `masked_m`, by a fixed grid.
 
+Expert e has ceil(rows * per_row / per_unit) units. Every block of threads sums them up for itself (a prefix sum over
+its lanes, kept in shared memory), takes units round robin and finds a unit's expert by bisection. Nothing is read back
+to the host, no other kernel runs first, and experts without rows cost nothing.
+"""
+
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import lanes
 
 H100_SMS = 132
 
 
-def unit_ends(masked_m: jax.Array, rows_or_items: int, per_row: int, per_unit: int) -> jax.Array:
-    """i32 [E]: units of experts 0..e together, where expert e has ceil(rows * per_row / per_unit) of them.
+@dataclasses.dataclass(frozen=True)
+class ExpertUnits:
+    """experts: their number. rows: per expert at most. per_row: items of a row. per_unit: items of a unit."""
 
-    rows = masked_m[e], at most `rows_or_items`. A sum over a triangle, not a cumsum: one small kernel instead of
-    several.
-    """
-    experts = masked_m.shape[0]
-    items = jnp.clip(masked_m, 0, rows_or_items) * per_row
-    units = (items + per_unit - 1) // per_unit
-    before = jnp.arange(experts)[None, :] <= jnp.arange(experts)[:, None]
-    return jnp.sum(jnp.where(before, units[None, :], 0), axis=1, dtype=jnp.int32)
+    experts: int
+    rows: int
+    per_row: int
+    per_unit: int
 
+    @property
+    def tiles(self) -> int:
+        """Groups of 128 experts."""
+        return -(-self.experts // lanes.LANES)
 
-def for_each_unit(ends_ref: jax.Ref, num_experts: int, grid: int, body: Callable[[jax.Array, jax.Array], None]) -> None:
-    """Calls body(expert, unit within the expert) for this block's share of all units, round robin over `grid` blocks.
+    def scratch(self) -> Any:
+        """Shared memory for the prefix sums."""
+        return plgpu.SMEM((self.tiles * lanes.LANES,), jnp.int32)
 
-    `ends_ref` holds `unit_ends`; the expert is found by bisection, so experts without units cost nothing.
-    """
-    steps = max(1, (num_experts - 1).bit_length())
+    def rows_of(self, counts_ref: Any, expert: jax.Array) -> jax.Array:
+        """Valid rows of an expert: its count, within 0..rows."""
+        return jnp.clip(counts_ref[expert], 0, self.rows)
 
-    def run(unit: jax.Array) -> jax.Array:
-        def halve(_, bounds):
-            low, high = bounds  # the expert lies in low..high
-            middle = (low + high) // 2
-            here = ends_ref[middle] > unit
-            return jnp.where(here, low, middle + 1), jnp.where(here, middle, high)
+    def for_each(
+        self, counts_ref: Any, ends_ref: Any, grid: int, body: Callable[[jax.Array, jax.Array, jax.Array], None]
+    ) -> None:
+        """body(expert, unit within the expert, valid rows of the expert) for this block's share of all units."""
+        total = self._sum_up(counts_ref, ends_ref)
+        steps = max(1, (self.experts - 1).bit_length())
 
-        expert, _ = lax.fori_loop(0, steps, halve, (jnp.int32(0), jnp.int32(num_experts - 1)))
-        start = jnp.where(expert > 0, ends_ref[jnp.maximum(expert - 1, 0)], 0)
-        body(expert, unit - start)
-        return unit + grid
+        def run(unit: jax.Array) -> jax.Array:
+            def halve(_, bounds):
+                low, high = bounds  # the expert lies in low..high
+                middle = (low + high) // 2
+                here = ends_ref[middle] > unit
+                return jnp.where(here, low, middle + 1), jnp.where(here, middle, high)
 
-    lax.while_loop(lambda unit: unit < ends_ref[num_experts - 1], run, lanes.block_index())
+            expert, _ = lax.fori_loop(0, steps, halve, (jnp.int32(0), jnp.int32(self.experts - 1)))
+            start = jnp.where(expert > 0, ends_ref[jnp.maximum(expert - 1, 0)], 0)
+            body(expert, unit - start, self.rows_of(counts_ref, expert))
+            return unit + grid
+
+        lax.while_loop(lambda unit: unit < total, run, lanes.block_index())
+
+    def _sum_up(self, counts_ref, ends_ref):
+        """Fills ends_ref with the units of experts 0..e together; -> all units."""
+        before = jnp.int32(0)
+        for tile in range(self.tiles):
+            expert = tile * lanes.LANES + lanes.lane_index()
+            (count,) = lanes.gather(counts_ref, expert, where=expert < self.experts)
+            items = jnp.clip(count.astype(jnp.int32), 0, self.rows) * self.per_row
+            ends = before + lanes.prefix_sum((items + (self.per_unit - 1)) // self.per_unit)
+            ends_ref[tile * lanes.LANES : (tile + 1) * lanes.LANES] = ends
+            before = jnp.max(ends)
+        lanes.sync()
+        return before

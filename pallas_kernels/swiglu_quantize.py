@@ -115,7 +115,7 @@ def swiglu_quantize(
     def body(*refs):
         x_ref, *refs = refs
         g_ref, refs = (refs[0], refs[1:]) if needs_scale else (None, refs)
-        ends_ref, counts_ref, refs = work.schedule_refs(refs)
+        counts_ref, refs, ends_ref = work.schedule_refs(refs)
 
         def unit(items):
             loaded = []
@@ -146,9 +146,11 @@ def swiglu_quantize(
                     ]
                     lanes.scatter(refs[0], item.block, pack_exact_bf16(exact), where=item.valid)
 
-        work.run(ends_ref, counts_ref, unit)
+        work.run(counts_ref, ends_ref, unit)
 
-    results = lanes.kernel(body, tuple(out_type), grid=work.grid, interpret=interpret)(*operands)
+    results = lanes.kernel(
+        body, tuple(out_type), grid=work.grid, scratch_types=work.scratch_types, interpret=interpret
+    )(*operands)
     results = tuple(r.reshape(*lead, r.shape[-1]) for r in results)
     return (*results, None) if out == "nvfp4" and not per_token else results
 

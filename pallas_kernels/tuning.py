@@ -7,13 +7,14 @@ from typing import Any
 
 TABLE = Path(__file__).with_name("tuned.json")
 DEVICE = "sm90"
-# A grid of 132 SMs holds this many NVFP4 blocks or 16-byte accesses at a time, about; less is over before it is steady.
-_SMALL = 132 * 8 * 128
+# Work items (NVFP4 blocks, 16-byte accesses, routes) up to which a shape counts as small, and as medium. A grid of 132
+# SMs holds about 2^17 of them at a time.
+_SMALL, _MEDIUM = 2**17, 2**20
 
 
 def shape_class(items: int) -> str:
-    """Returns "small" where all work items fit on the device at once (decode), else "large" (prefill)."""
-    return "small" if items <= _SMALL else "large"
+    """Returns "small" where all items fit on the device at once (decode), "medium" or "large" (prefill)."""
+    return "small" if items <= _SMALL else "medium" if items <= _MEDIUM else "large"
 
 
 @functools.cache

@@ -7,7 +7,6 @@ import pytest
 
 import oracles
 from pallas_kernels import lanes, nvfp4_codec
-from pallas_kernels.schedule import unit_ends
 from pallas_kernels.swiglu_quantize import _swiglu
 
 F32 = np.float32
@@ -119,6 +118,6 @@ def test_silu_of_inf_and_nan():
     assert np.isnan(high[3]) or high[3] == 0
 
 
-def test_unit_ends_count_whole_units_of_clipped_rows():
-    ends = unit_ends(jnp.array([0, 3, 9, -1, 1], jnp.int32), 8, per_row=5, per_unit=16)
-    np.testing.assert_array_equal(ends, np.cumsum([0, 1, 3, 0, 1]))
+def test_prefix_sum(rng):
+    x = rng.integers(-5, 1000, 128).astype(np.int32)
+    np.testing.assert_array_equal(lanes.prefix_sum(jnp.asarray(x)), np.cumsum(x))
