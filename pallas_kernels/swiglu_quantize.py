@@ -117,34 +117,39 @@ def swiglu_quantize(
         g_ref, refs = (refs[0], refs[1:]) if needs_scale else (None, refs)
         counts_ref, refs, ends_ref = work.schedule_refs(refs)
 
-        def unit(items):
-            loaded = []
-            for item in items:  # all loads first
-                gate = item.block + item.row * blocks
-                loaded.append([lanes.gather(x_ref, b, 8, where=item.valid) for b in (gate, gate + blocks)])
-            products = [_swiglu(*words) for words in loaded]
-            values, amax = [v for v, _ in products], [a for _, a in products]
-            if out == "bf16":
-                for item, v in zip(items, values, strict=True):
-                    words = [lanes.pack_bf16(low, high) for low, high in zip(v[::2], v[1::2], strict=True)]
-                    lanes.scatter(refs[0], item.block, words, where=item.valid)
+        def load(item):
+            gate = item.block + item.row * blocks
+            return [lanes.gather(x_ref, b, 8, where=item.valid) for b in (gate, gate + blocks)]
+
+        def store(item, values, amax, scales):
+            encoded = encode_block(values, amax, scales, four_over_six=False)
+            if out == "nvfp4":
+                store_block(refs[0], refs[1], item, encoded)
                 return
+            exact = [
+                with_sign_of(lanes.mul_rn(code_value(c), encoded.scale), v)
+                for c, v in zip(encoded.codes_f32, values, strict=True)
+            ]
+            lanes.scatter(refs[0], item.block, pack_exact_bf16(exact), where=item.valid)
+
+        def unit(items):
+            loaded = [load(item) for item in items]  # all loads first
             if per_token:
-                scale = scale_of_row(values, AMAX_DIVISOR)
-                scales = [encode_scales(scale)] * len(items)
-                lanes.scatter(refs[2], items[0].row, [as_u32(scale)], where=(items[0].column == 0) & items[0].valid)
-            else:
-                scales = [row_encode_scales(g_ref, item, scale_stride) for item in items]
-            for item, v, a, s in zip(items, values, amax, scales, strict=True):
-                encoded = encode_block(v, a, s, four_over_six=False)
-                if out == "nvfp4":
-                    store_block(refs[0], refs[1], item, encoded)
+                products = [_swiglu(*words) for words in loaded]
+                scale = scale_of_row([values for values, _ in products], AMAX_DIVISOR)
+                is_first = items[0].valid & (items[0].column == 0)
+                lanes.scatter(refs[2], items[0].row, [as_u32(scale)], where=is_first)
+                scales = encode_scales(scale)
+                for item, (values, amax) in zip(items, products, strict=True):
+                    store(item, values, amax, scales)
+                return
+            for item, words in zip(items, loaded, strict=True):
+                values, amax = _swiglu(*words)
+                if out == "bf16":
+                    pairs = zip(values[::2], values[1::2], strict=True)
+                    lanes.scatter(refs[0], item.block, [lanes.pack_bf16(*pair) for pair in pairs], where=item.valid)
                 else:
-                    exact = [
-                        with_sign_of(lanes.mul_rn(code_value(c), encoded.scale), value)
-                        for c, value in zip(encoded.codes_f32, v, strict=True)
-                    ]
-                    lanes.scatter(refs[0], item.block, pack_exact_bf16(exact), where=item.valid)
+                    store(item, values, amax, row_encode_scales(g_ref, item, scale_stride))
 
         work.run(counts_ref, ends_ref, unit)
 
