@@ -18,7 +18,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import app, flags
 from jax import lax
 from tqdm import tqdm
@@ -48,7 +47,13 @@ _SWEEPS: dict[str, list[Any]] = {
     "scatter_rows": [permute_kernels.TuningConfig(items_per_lane=i) for i in (1, 2, 4)],
     "scatter_decoded_rows": [permute_kernels.TuningConfig(items_per_lane=i) for i in (1, 2, 4)],
 }
-_SWEEP_SHAPES = (("deepseek-v3", 128), ("qwen3-30b", 1024), ("qwen3-30b", 4096), ("deepseek-v3", 8192))
+_SWEEP_SHAPES = (
+    ("deepseek-v3", 128),
+    ("qwen3-30b", 64),
+    ("qwen3-30b", 4096),
+    ("deepseek-v3", 8192),
+    ("ernie-300b", 16384),
+)
 
 
 def main(argv):
@@ -94,7 +99,7 @@ def run_cases(cases: list[Case], ceilings: benchmarking.Ceilings) -> tuple[list[
     jobs = {(id(c), n): benchmarking.rotated(c.functions[n], c.args) for c in cases for n in names[id(c)]}
     for case in cases:
         if len(names[id(case)]) == 2:
-            jobs[id(case), "mismatch"] = (_mismatch_of(case), list(case.args), 1)
+            jobs[id(case), "mismatch"] = (_mismatch_of(case), [case.valid, *case.args], 1)
     compiled = _compile_all(jobs)
     rows, wrong = [], []
     label = f"{cases[0].shape['model']} T={cases[0].shape['T']}"
@@ -129,9 +134,12 @@ def _compile_all(jobs):
 
 
 def _mismatch_of(case):
-    """A function of the case's arguments: `mismatch` of its two implementations."""
-    valid = None if case.valid is None else np.asarray(case.valid)
-    return lambda *args: mismatch(case.functions["mosaic_gpu"](*args), case.functions["xla"](*args), valid)
+    """A function of `valid` and the case's arguments: `mismatch` of its two implementations."""
+
+    def run(valid, *args):
+        return mismatch(case.functions["mosaic_gpu"](*args), case.functions["xla"](*args), valid)
+
+    return run
 
 
 def mismatch(a: Any, b: Any, valid: Any) -> jax.Array:
@@ -142,7 +150,7 @@ def mismatch(a: Any, b: Any, valid: Any) -> jax.Array:
         different = p.reshape(q.shape) != q
         if valid is not None and different.shape[: valid.ndim] == valid.shape:
             chosen = valid.reshape(valid.shape + (1,) * (different.ndim - valid.ndim))
-            share = jnp.sum(different & chosen) / max(1, int(valid.sum()) * (different.size // valid.size))
+            share = jnp.sum(different & chosen) / jnp.maximum(1, jnp.sum(valid) * (different.size // valid.size))
         else:
             share = jnp.mean(different)
         worst = jnp.maximum(worst, share)

@@ -188,7 +188,7 @@ def permute_cases(name: str, model: Model, tokens: int) -> list[Case]:
     flat_valid = valid.reshape(-1)
     return [
         Case("route_metadata", shape, 8 * tokens * k, (ids,), {"mosaic_gpu": metadata(), "xla": metadata_xla},
-             kernel="route_metadata", items=tokens * k, tunable=metadata),
+             kernel="route_metadata", items=permute_kernels.metadata_items(tokens * k), tunable=metadata),
         Case("permute_rows", shape, moved, (qdata, scales, row_map), {"mosaic_gpu": move(), "xla": move_xla},
              valid=flat_valid, kernel="scatter_rows", items=tokens * packed_row // 16, tunable=move),
         Case("permute_rows_decoded", shape, moved_decoded, (qdata, scales, row_map), {"mosaic_gpu": decoded()},

@@ -90,6 +90,11 @@ def check_depermute(y: Any, row_map: Any) -> str | None:
 # --- metadata ---
 
 
+def metadata_items(routes: int) -> int:
+    """What stands for the size of the metadata kernels in the tuning table: a route costs about 16 copied items."""
+    return 16 * routes
+
+
 def route_metadata(
     topk_ids: jax.Array,
     num_experts: int,
@@ -107,7 +112,7 @@ def route_metadata(
     """
     tokens, k = topk_ids.shape
     routes = tokens * k
-    config = config or tuning.tuned("route_metadata", routes, TuningConfig)
+    config = config or tuning.tuned("route_metadata", metadata_items(routes), TuningConfig)
     chunks = -(-routes // config.chunk)
     ids = topk_ids.reshape(-1)
     here = (ids >= 0) & (ids < num_experts)

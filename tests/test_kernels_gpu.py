@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import oracles
+from fp4jax.moe import MoEConfig, MoEWeights, moe_layer
 from fp4jax.nvfp4 import quantize
 from fp4jax.permute import depermute_combine, permute_to_contiguous, permute_to_masked
 from fp4jax.swiglu import swiglu_quantize
@@ -306,3 +308,43 @@ def test_metadata_of_many_chunks_and_repeats(rng):
         meta = run(jnp.asarray(ids))
         np.testing.assert_array_equal(np.asarray(meta.row_map), row_map)
         np.testing.assert_array_equal(np.minimum(np.asarray(meta.counts), 2000), masked_m)
+
+
+# --- the layer that they were made for ---
+
+
+@pytest.mark.parametrize("layout", ["masked", "contiguous"])
+@pytest.mark.parametrize("activation_format, limit", [("nvfp4", 1e-5), ("bf16", 3e-6)])
+@pytest.mark.parametrize("axis_name", [None, "ep"])
+def test_moe_layer_runs_on_the_kernels_and_agrees_with_xla(layout, activation_format, limit, axis_name, rng, make_mesh):
+    tokens, k, experts, hidden, intermediate = 200, 4, 16, 256, 128
+    ids = np.argsort(rng.random((tokens, experts)), axis=1)[:, :k].astype(np.int32)
+    ids[rng.random((tokens, k)) < 0.1] = -1
+    x = jnp.asarray(rng.standard_normal((tokens, hidden)), jnp.bfloat16)
+    weights = MoEWeights(
+        *(
+            quantize(jnp.asarray(rng.standard_normal(shape) / 16, jnp.float32), global_scale="per_expert")
+            for shape in ((experts, 2 * intermediate, hidden), (experts, hidden, intermediate))
+        )
+    )
+    args = x, jnp.asarray(ids), jnp.asarray(rng.random((tokens, k)), jnp.float32), weights
+
+    def run(implementation):
+        config = MoEConfig(
+            num_experts=experts, layout=layout, axis_name=axis_name, activation_format_1=activation_format,
+            activation_format_2=activation_format, wire_format=activation_format, implementation=implementation,
+        )  # fmt: skip
+
+        def layer(*args):
+            return moe_layer(*args, config)[0]
+
+        if axis_name is not None:
+            layer = jax.shard_map(layer, mesh=make_mesh(1), in_specs=P("ep"), out_specs=P("ep"))
+        compiled = jax.jit(layer).lower(*args).compile()
+        return compiled(*args), compiled.as_text().count("mosaic_gpu")
+
+    (ours, kernels), (theirs, none) = run(None), run("xla")
+    assert kernels > 0 == none
+    assert oracles.calc_diff(ours, theirs) <= limit
+    again, _ = run(None)
+    np.testing.assert_array_equal(as_bytes(ours), as_bytes(again))

@@ -1,0 +1,89 @@
+"""bench_ops as users run it, on the CPU, and the pieces of benchmarking.py that need no GPU."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import op_cases
+from experiments.bench_ops import mismatch
+from fp4jax import benchmarking
+from pallas_kernels import permute, quantize, tuning
+
+ROOT = Path(__file__).parents[1]
+
+
+def _run(*args):
+    command = [sys.executable, str(ROOT / "experiments" / "bench_ops.py"), *args]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250)
+
+
+def test_a_small_run_writes_rows_with_a_floor(tmp_path):
+    done = _run("--tokens=8", "--ops=quantize,depermute", f"--output_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "bench_ops.json").read_text())
+    assert report["experiment"] == "bench_ops" and report["ceilings"]["copy_bytes_per_s"] > 0
+    assert [(r["op"], r["implementation"]) for r in report["rows"]] == [("quantize", "xla"), ("depermute", "xla")]
+    quantized = report["rows"][0]
+    num_bytes = 8 * 2048 * (2 + 1 / 2 + 1 / 16)
+    # gbps and floor_us are rounded to a tenth and a thousandth in the file.
+    assert abs(quantized["gbps"] - num_bytes / quantized["us"] / 1e3) <= 0.06
+    assert abs(quantized["floor_us"] - 1e6 * num_bytes / report["ceilings"]["copy_bytes_per_s"]) <= 1e-3
+    assert (tmp_path / "bench_ops.png").stat().st_size > 5000
+    assert "% floor" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "flag, message",
+    [
+        ("--models=gpt2", "gpt2"),
+        ("--tokens=many", "many"),
+        ("--tokens=0", "positive"),
+        ("--ops=sort", "route_metadata"),
+    ],
+)
+def test_bad_flags_name_the_value(flag, message):
+    done = _run("--tokens=8", flag)
+    assert done.returncode != 0
+    assert message in done.stderr + done.stdout
+
+
+def test_mismatch_counts_valid_elements_only():
+    a = jnp.zeros((2, 3, 4), jnp.uint8)
+    b = a.at[0, 1, 2].set(1).at[1, 2].set(9)
+    valid = jnp.ones((2, 3), bool).at[1, 2].set(False)
+    assert float(mismatch(a, b, None)) == pytest.approx(5 / 24)
+    assert float(mismatch(a, b, valid)) == pytest.approx(1 / 20)
+    assert float(mismatch((a, a), (a, b), valid)) == pytest.approx(1 / 20)  # the worst leaf
+
+
+def test_floor_is_the_larger_of_traffic_and_arithmetic():
+    ceilings = benchmarking.Ceilings(copy_bytes_per_s=2e12, bf16_flops=500e12)
+    assert ceilings.floor_us(2e9) == pytest.approx(1000)
+    assert ceilings.floor_us(2e9, flops=1e12) == pytest.approx(2000)
+
+
+def test_routing_of_the_cases_is_distinct_and_fits():
+    for name, model in op_cases.MODELS.items():
+        ids, counts, capacity = op_cases.routing(model, 64)
+        assert all(len(set(row)) == model.top_k for row in ids.tolist()), name
+        np.testing.assert_array_equal(counts, np.bincount(ids.ravel(), minlength=model.experts))
+        assert counts.max() <= capacity < counts.max() + 8
+
+
+def test_every_entry_of_the_tuning_table_is_a_valid_configuration():
+    table = json.loads(tuning.TABLE.read_text())[tuning.DEVICE]
+    assert set(table) == {"quantize", "swiglu_quantize", "route_metadata", "scatter_rows", "scatter_decoded_rows"}
+    x, ids = jnp.zeros((4, 32), jnp.bfloat16), jnp.zeros((4, 2), jnp.int32)
+    for kernel, by_class in table.items():
+        assert set(by_class) == {"small", "medium", "large"}
+        for fields in by_class.values():
+            if kernel in ("quantize", "swiglu_quantize"):
+                problem = quantize.check_config(x, jnp.float32(1), None, config=quantize.TuningConfig(**fields))
+            else:
+                problem = permute.check_config(ids, 4, (x,), 8, permute.TuningConfig(**fields))
+            assert problem is None
