@@ -79,7 +79,8 @@ def dispatch(
         x, topk_ids, topk_weights, num_experts, devices, form, wire_format, pair_capacity, global_scale
     )
     if wire_format == "nvfp4" and not isinstance(x, NVFP4Tensor):
-        x = quantize(x, global_scale=global_scale, axis_name=axis_name if global_scale is None else None)
+        agree_over = axis_name if global_scale is None else None
+        x = quantize(x, global_scale=global_scale, axis_name=agree_over, implementation=implementation)
 
     # Ids that are neither -1 nor an expert become num_experts, so that they survive the cast to int32 as what they are.
     valid = (topk_ids >= 0) & (topk_ids < num_experts)
@@ -96,7 +97,9 @@ def dispatch(
         rows = [*(jnp.repeat(a, k, axis=0) for a in rows[:-1]), ids.reshape(-1, 1)]
 
     capacity = max(1, destination.shape[0]) if pair_capacity is None else pair_capacity
-    sent = permute_to_masked(_to_bytes(rows), None, destination, num_experts=devices, capacity=capacity)
+    sent = permute_to_masked(
+        _to_bytes(rows), None, destination, num_experts=devices, capacity=capacity, implementation=implementation
+    )
     # 0xFF in every pad: ids become -1 and floats NaN, so that nothing can come to depend on a pad unnoticed.
     filled = (jnp.arange(capacity) < sent.masked_m[:, None])[..., None]
     received = _exchange(jnp.where(filled, sent.x, jnp.uint8(0xFF)), axis_name)
@@ -146,7 +149,7 @@ def combine(
         )
     payload = _to_bytes([y]).reshape(devices, rows // devices, -1)
     (home,) = _from_bytes(_exchange(payload, axis_name), [y])
-    return depermute_combine(home, send_map, topk_weights)
+    return depermute_combine(home, send_map, topk_weights, implementation=implementation)
 
 
 def agree_global_scale(scale: Float[Array, "..."], axis_name: str | None = None) -> Float[Array, ""]:
