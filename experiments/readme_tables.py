@@ -28,9 +28,41 @@ def demo_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+# What the README shows of bench_ops: op, its name in the table, and (model, tokens).
+_OPS = (
+    ("quantize", "quantize, linear scales", (("deepseek-v3", 8192), ("deepseek-v3", 128))),
+    ("quantize_swizzled", "quantize, 128x4 scales", (("deepseek-v3", 8192),)),
+    ("swiglu_quantize", "SwiGLU + requantize", (("qwen3-30b", 4096), ("deepseek-v3", 4096))),
+    ("route_metadata", "routing metadata", (("ernie-300b", 16384),)),
+    ("permute_rows", "permute: rows and scales", (("qwen3-30b", 4096), ("deepseek-v3", 4096))),
+    ("permute_decoded", "permute: metadata, rows decoded to bf16", (("qwen3-30b", 4096), ("deepseek-v3", 4096))),
+    ("depermute", "depermute and combine", (("qwen3-30b", 4096), ("deepseek-v3", 4096))),
+)
+
+
+def ops_table(report: dict[str, Any]) -> str:
+    """Kernels of the memory-bound ops: time, percent of the copy bandwidth, ratio to XLA."""
+    rows = {
+        (r["op"], r["shape"]["model"], r["shape"]["T"]): r
+        for r in report["rows"]
+        if r["implementation"] == "mosaic_gpu"
+    }
+    lines = ["| op | shapes of | tokens | us | of copy bandwidth | XLA, us | faster |", "|---|---|---|---|---|---|---|"]
+    for op, name, shapes in _OPS:
+        for model, tokens in shapes:
+            r = rows[op, model, tokens]
+            share = "" if op == "route_metadata" else f"{r['percent_of_floor']:.0f}%"
+            cells = (name, model, tokens, f"{r['us']:.1f}", share, f"{r['baseline_us']:.0f}", f"{r['speedup']:.1f}x")
+            lines.append("| " + " | ".join(str(c) for c in cells) + " |")
+    return "\n".join(lines)
+
+
 def tables() -> dict[str, str]:
     """Every table of the README under its name."""
-    return {"demo": demo_table(json.loads((RESULTS / "cpu" / "demo.json").read_text()))}
+    return {
+        "demo": demo_table(json.loads((RESULTS / "cpu" / "demo.json").read_text())),
+        "ops": ops_table(json.loads((RESULTS / "h100" / "bench_ops.json").read_text())),
+    }
 
 
 def rewrite(text: str) -> str:
