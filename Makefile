@@ -9,6 +9,8 @@ export PYTHON
 comma := ,
 extras = $(subst $(comma), ,$(EXTRA))
 bin = $(VENV)/bin
+# Test processes: compiling takes most of the time on a CPU; a GPU has one user at a time.
+WORKERS ?= $(if $(findstring cuda,$(EXTRA)),0,2)
 # Tests run on the CPU unless a CUDA extra is asked for; JAX_PLATFORMS in the environment wins over both.
 test_platforms = $${JAX_PLATFORMS:-$(if $(findstring cuda,$(EXTRA)),cuda$(comma)cpu,cpu)}
 
@@ -21,6 +23,7 @@ help:  ## this text
 	@echo 'Variables:'
 	@echo '  EXTRA=cuda12       also install this extra (cuda12, cuda13, triton; several with commas)'
 	@echo '  ARGS="..."         arguments of pytest, of the demo or of the benchmarks'
+	@echo '  WORKERS=n          test processes; 2 on the CPU, 0 (none but the main one) with a CUDA extra'
 	@echo '  PYTHON=/path       make $(VENV) with this Python (>= 3.12) instead of looking for one'
 	@echo '  VENV=folder        another virtual environment than .venv'
 
@@ -30,12 +33,12 @@ demo:  ## text through a small MoE language model with NVFP4 experts: a table, a
 
 test:  ## the test suite, on the CPU unless EXTRA names a CUDA extra
 	@.ci/bootstrap $(VENV) test $(extras)
-	JAX_PLATFORMS="$(test_platforms)" $(bin)/python -m pytest $(ARGS)
+	JAX_PLATFORMS="$(test_platforms)" $(bin)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-gpu: EXTRA := $(or $(EXTRA),cuda12)
 test-gpu:  ## the tests that need one or several GPUs; EXTRA is cuda12 unless given
 	@.ci/bootstrap $(VENV) test $(extras)
-	JAX_PLATFORMS="$(test_platforms)" $(bin)/python -m pytest -m "gpu or multigpu" $(ARGS)
+	JAX_PLATFORMS="$(test_platforms)" $(bin)/python -m pytest -n 0 -m "gpu or multigpu" $(ARGS)
 
 bench:  ## every benchmark experiments/bench_*.py
 	@.ci/bootstrap $(VENV) bench $(extras)
