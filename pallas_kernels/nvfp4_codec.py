@@ -82,8 +82,8 @@ def _encode_candidate(values, amax, scales, factor):
     multiplier = jnp.minimum(lanes.div_rn(1.0, lanes.mul_rn(scale, scales.inverse)), _F32_MAX)
     multiplier = jnp.where(amax == 0, np.float32(0), multiplier)
     codes = [round_to_e2m1(lanes.abs_mul_flush(v, multiplier)) for v in values]
-    # A block with a NaN keeps its signs only: its codes are not specified, but every implementation gives the same.
-    kept = jnp.where(scale == scale, np.uint32(0xFFFFFFFF), np.uint32(0x88888888))
+    # The codes of a block with a NaN are not specified; zero is what XLA's implementation gives.
+    kept = jnp.where(scale == scale, np.uint32(0xFFFFFFFF), np.uint32(0))
     return Encoded((_pack(codes[:8], values[:8]) & kept, _pack(codes[8:], values[8:]) & kept), scale_byte, codes, scale)
 
 

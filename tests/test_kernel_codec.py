@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import oracles
+from fp4jax import nvfp4
 from pallas_kernels import lanes, nvfp4_codec
 from pallas_kernels.swiglu_quantize import _swiglu
 
@@ -121,3 +122,16 @@ def test_silu_of_inf_and_nan():
 def test_prefix_sum(rng):
     x = rng.integers(-5, 1000, 128).astype(np.int32)
     np.testing.assert_array_equal(lanes.prefix_sum(jnp.asarray(x)), np.cumsum(x))
+
+
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("four_over_six", [False, True])
+def test_a_block_with_nan_or_inf_has_the_bits_of_the_xla_quantizer(bad, four_over_six, rng):
+    x = rng.standard_normal((64, 16)).astype(F32)
+    x[np.arange(64), rng.integers(0, 16, 64)] = bad
+    expected = nvfp4.quantize(jnp.asarray(x), global_scale=0.01, four_over_six=four_over_six, implementation="xla")
+    values = [jnp.asarray(v) for v in x.T]
+    scales = nvfp4_codec.encode_scales(F32(0.01))
+    encoded = nvfp4_codec.encode_block(values, nvfp4_codec.block_amax(values), scales, four_over_six)
+    np.testing.assert_array_equal(encoded.scale_byte, np.asarray(expected.block_scale)[:, 0].view(np.uint8))
+    np.testing.assert_array_equal(np.stack(encoded.words, -1).view(np.uint8), np.asarray(expected.qdata))
