@@ -1,5 +1,7 @@
 """The GPU kernels without a GPU: whole kernels in interpret mode on tiny shapes, and lowering for CUDA of real ones."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,12 @@ from fp4jax.moe import MoEConfig, MoEWeights, moe_layer
 from fp4jax.nvfp4 import NVFP4Tensor, quantize
 from fp4jax.permute import depermute_combine, permute_to_contiguous, permute_to_masked
 from fp4jax.swiglu import swiglu_quantize
-from pallas_kernels import permute as permute_kernels, quantize as quantize_kernel, swiglu_quantize as swiglu_kernel
+from pallas_kernels import (
+    permute as permute_kernels,
+    quantize as quantize_kernel,
+    swiglu_quantize as swiglu_kernel,
+    tuning,
+)
 
 TINY = quantize_kernel.TuningConfig(blocks_per_lane=1, blocks_per_sm=1)
 TINY_PERMUTE = permute_kernels.TuningConfig(chunk=32, items_per_lane=1)
@@ -304,6 +311,45 @@ def test_ops_lower_with_the_tuned_configs(model, tokens):
     ]
     for wanted, fn, structs in cases:
         assert _kernels_in(fn, *structs) == wanted, (model, tokens, fn.__code__.co_firstlineno)
+
+
+_TUNED = [
+    (kernel, size, fields)
+    for kernel, by_class in json.loads(tuning.TABLE.read_text())[tuning.DEVICE].items()
+    for size, fields in by_class.items()
+]
+
+
+@pytest.mark.parametrize("kernel, size, fields", _TUNED)
+def test_every_tuned_config_lowers(kernel, size, fields):
+    x, g = struct((300, 2, 1040), jnp.bfloat16), struct((), jnp.float32)
+    counts, ids = struct((300,), jnp.int32), struct((100, 6), jnp.int32)
+    if kernel in ("quantize", "swiglu_quantize"):
+        config = quantize_kernel.TuningConfig(**fields)
+        if kernel == "quantize":
+            assert _kernels_in(lambda x, g: quantize_kernel.quantize(x, g, config=config), x, g) == 1
+            assert _kernels_in(lambda x, g, m: quantize_kernel.quantize(x, g, m, config=config), x, g, counts) == 1
+        else:
+            x = struct((300, 2, 2080), jnp.bfloat16)
+            call = lambda x, g, m: swiglu_kernel.swiglu_quantize(x, m, g, config=config)[:2]  # noqa: E731
+            assert _kernels_in(call, x, g, counts) == 1
+        return
+    config = permute_kernels.TuningConfig(**fields)
+    qdata, scales = struct((100, 520), jnp.uint8), struct((100, 65), jnp.float8_e4m3fn)
+    row_map = struct((100, 6), jnp.int32)
+    call, structs, wanted = {
+        "route_metadata": (
+            lambda i: permute_kernels.route_metadata(i, 300, capacity=9, num_rows=2700, config=config), (ids,), 2,
+        ),
+        "scatter_rows": (
+            lambda q, s, r: permute_kernels.scatter_rows([q, s], r, 2700, config=config), (qdata, scales, row_map), 1,
+        ),
+        "scatter_decoded_rows": (
+            lambda q, s, r: permute_kernels.scatter_decoded_rows(q, s, r, 2700, config=config),
+            (qdata, scales, row_map), 1,
+        ),
+    }[kernel]  # fmt: skip
+    assert _kernels_in(call, *structs) == wanted
 
 
 def test_moe_layer_uses_every_kernel_where_none_is_named():
