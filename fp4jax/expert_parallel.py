@@ -237,7 +237,7 @@ def _check_dispatch_args(
             f"dispatch: x must be [T, H], topk_ids and topk_weights [T, k]; "
             f"got {x.shape}, {topk_ids.shape}, {topk_weights.shape}"
         )
-    if not jnp.issubdtype(topk_ids.dtype, jnp.signedinteger):
+    if topk_ids.dtype not in (jnp.int32, jnp.int64):
         raise TypeError(f"dispatch: topk_ids must be int32 or int64, got {topk_ids.dtype}")
     if pair_capacity is not None and pair_capacity < 1:
         raise ValueError(f"dispatch: pair_capacity must be at least 1, got {pair_capacity}")

@@ -1,5 +1,6 @@
 """Which implementations an op has, and the one rule for choosing between them."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +9,23 @@ import jax
 from jax import lax
 
 IMPLEMENTATIONS = ("xla", "mosaic_gpu", "triton")
+_HOPPER_NAMES = ("H100", "H200", "H800", "H20")  # device kinds of compute capability 9.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A function with its static options: equal calls are compiled once, unlike closures made anew for every call."""
+
+    function: Callable[..., Any]
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @classmethod
+    def of(cls, function: Callable[..., Any], **options: Any) -> "Call":
+        """`function(*operands, **options)`; the options are hashable."""
+        return cls(function, tuple(options.items()))
+
+    def __call__(self, *operands: Any) -> Any:
+        return self.function(*operands, **dict(self.options))
 
 
 def resolve_implementation(op: str, implementation: str | None, available: tuple[str, ...] = ("xla",)) -> str:
@@ -27,40 +45,72 @@ def resolve_implementation(op: str, implementation: str | None, available: tuple
 
 
 def run_implementation(
-    op: str,
-    implementation: str | None,
-    operands: Any,
-    *,
-    xla: Callable[..., Any],
-    mosaic_gpu: Callable[..., Any],
-    problem: str | None,
+    op: str, implementation: str | None, operands: tuple[Any, ...], *, xla: Call, mosaic_gpu: Call, problem: str | None
 ) -> Any:
     """Calls `xla(*operands)` or `mosaic_gpu(*operands)`; operands are pytrees of arrays.
 
-    None takes the kernel wherever the program runs on a Hopper GPU, if `problem` (what the kernel does not accept) is
-    None; which platform that is, is decided when the program is lowered, so that a jit for CPU devices on a GPU machine
-    gets XLA.
+    None takes the kernel wherever the program runs on a Hopper GPU, unless there is a `problem` (what the kernel does
+    not accept) or the arrays are spread over devices outside shard_map, where XLA partitions better. Which platform
+    that is, is decided when the program is lowered, so that CPU arrays on a GPU machine go through XLA. Derivatives are
+    always those of `xla`.
 
     Raises:
       NotImplementedError: "mosaic_gpu" was named and there is a problem.
     """
     chosen = None if implementation is None else resolve_implementation(op, implementation, ("xla", "mosaic_gpu"))
-    if chosen == "mosaic_gpu":
-        if problem is None and not has_hopper_gpu():
-            problem = f"needs a GPU of compute capability 9.0; JAX sees {jax.devices()}"
-        if problem is not None:
-            raise NotImplementedError(f"{op}: implementation='mosaic_gpu': {problem}")
-        return mosaic_gpu(*operands)
-    if chosen == "xla" or problem is not None or not has_hopper_gpu():
+    if chosen == "xla" or (chosen is None and (problem is not None or not has_hopper_gpu() or _is_spread(operands))):
         return xla(*operands)
-    return lax.platform_dependent(*operands, cuda=mosaic_gpu, default=xla)
+    if chosen is None:
+        return _run_by_platform(xla, mosaic_gpu, operands)
+    if problem is None and not has_hopper_gpu():
+        problem = f"needs a GPU of compute capability 9.0; JAX sees {jax.devices()}"
+    if problem is None and _is_spread(operands):
+        problem = "the arrays are spread over several devices; call it inside shard_map"
+    if problem is not None:
+        raise NotImplementedError(f"{op}: implementation='mosaic_gpu': {problem}")
+    return _run_kernel(mosaic_gpu, operands)
+
+
+# Both under jit: an eager call then finds its program in the cache, and its platform from its arrays.
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run_kernel(mosaic_gpu, operands):
+    return mosaic_gpu(*operands)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run_by_platform(xla, mosaic_gpu, operands):
+    kernel = jax.custom_jvp(mosaic_gpu)
+    kernel.defjvp(lambda primals, tangents: jax.jvp(xla, primals, tangents))
+    return lax.platform_dependent(*_vary_alike(operands), cuda=kernel, default=xla)
+
+
+def _vary_alike(operands):
+    """Inside shard_map: all operands vary over the same mesh axes, so that both branches' results do."""
+    leaves, structure = jax.tree.flatten(operands)
+    varying = [jax.typeof(leaf).manual_axis_type.varying for leaf in leaves]
+    every = frozenset().union(*varying)
+    missing = [tuple(every - v) for v in varying]
+    leaves = [lax.pcast(a, axes, to="varying") if axes else a for a, axes in zip(leaves, missing, strict=True)]
+    return jax.tree.unflatten(structure, leaves)
+
+
+def _is_spread(operands) -> bool:
+    """Whether an array lies on several devices, or has an axis that is sharded over a mesh of explicit axes."""
+    for leaf in jax.tree.leaves(operands):
+        if any(axis is not None for axis in jax.typeof(leaf).sharding.spec):
+            return True
+        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and len(leaf.devices()) > 1:
+            return True
+    return False
 
 
 def has_hopper_gpu() -> bool:
-    """Whether JAX sees a GPU of compute capability 9.0, or traces for one (an abstract mesh of H100 or H200)."""
+    """Whether JAX sees a GPU of compute capability 9.0, or traces for one (a mesh of H100, say)."""
     target = jax.sharding.get_abstract_mesh().abstract_device
     if target is not None:
-        return any(name in target.device_kind for name in ("H100", "H200", "GH200"))
+        return any(name in target.device_kind for name in _HOPPER_NAMES)
     return _sees_hopper_gpu()
 
 

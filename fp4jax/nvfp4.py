@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import checkify
 from jaxtyping import Array, Float, Int, UInt8
 
-from fp4jax.implementations import run_implementation
+from fp4jax.implementations import Call, run_implementation
 from fp4jax.rounding import E4M3_MAX, div_rn, flush_subnormals, round_to_e2m1, round_to_e4m3
 from pallas_kernels import quantize as quantize_kernel
 
@@ -138,23 +138,12 @@ def quantize(
         scale = as_scale(global_scale, x.shape)
         encode_scale = div_rn(np.float32(1), scale)
 
-    def in_xla(x, masked_m, scale, encode_scale):
-        del masked_m
-        quantized, block_amax, raw = _quantize_xla(x, scale, encode_scale, dialect, four_over_six)
-        return (quantized, (block_amax, raw)) if return_stats else quantized
-
-    def in_kernel(x, masked_m, scale, encode_scale):
-        del encode_scale
-        given = "per_token" if per_token else scale  # computed in the same pass over x
-        qdata, block_scale, row_scale = quantize_kernel.quantize(x, given, masked_m, four_over_six=four_over_six)
-        return NVFP4Tensor(qdata, block_scale, row_scale if per_token else scale)
-
     quantized = run_implementation(
         "quantize",
         implementation,
         (x, masked_m, scale, encode_scale),
-        xla=in_xla,
-        mosaic_gpu=in_kernel,
+        xla=Call.of(_quantize_xla, dialect=dialect, four_over_six=four_over_six, return_stats=return_stats),
+        mosaic_gpu=Call.of(_quantize_kernel, per_token=per_token, four_over_six=four_over_six),
         problem=_kernel_problem(x, "per_token" if per_token else scale, masked_m, dialect, return_stats),
     )
     if checked:
@@ -199,8 +188,9 @@ def _pack(codes: jax.Array) -> jax.Array:
     return codes[..., 0::2] | (codes[..., 1::2] << 4)
 
 
-def _quantize_xla(x, scale, encode_scale, dialect, four_over_six):
-    """-> NVFP4Tensor, amax of each block, and the block scales before clipping and rounding."""
+def _quantize_xla(x, masked_m, scale, encode_scale, *, dialect, four_over_six, return_stats):
+    """-> NVFP4Tensor; with `return_stats` also (amax of each block, the block scales before clipping and rounding)."""
+    del masked_m  # invalid rows may hold anything
     x32 = flush_subnormals(x.astype(jnp.float32))
     blocks = x32.reshape(*x.shape[:-1], x.shape[-1] // BLOCK_SIZE, BLOCK_SIZE)
     block_amax = jnp.max(jnp.abs(blocks), axis=-1)
@@ -210,7 +200,15 @@ def _quantize_xla(x, scale, encode_scale, dialect, four_over_six):
         codes, block_scale, raw = _encode_modelopt(blocks, block_amax, scale)
     else:
         codes, block_scale, raw = _encode_compressed_tensors(blocks, block_amax, encode_scale)
-    return NVFP4Tensor(_pack(codes.reshape(x.shape)), block_scale, scale), block_amax, raw
+    quantized = NVFP4Tensor(_pack(codes.reshape(x.shape)), block_scale, scale)
+    return (quantized, (block_amax, raw)) if return_stats else quantized
+
+
+def _quantize_kernel(x, masked_m, scale, encode_scale, *, per_token, four_over_six):
+    del encode_scale
+    given = "per_token" if per_token else scale  # per token: computed in the same pass over x
+    qdata, block_scale, row_scale = quantize_kernel.quantize(x, given, masked_m, four_over_six=four_over_six)
+    return NVFP4Tensor(qdata, block_scale, row_scale if per_token else scale)
 
 
 def _kernel_problem(x, global_scale, masked_m, dialect, return_stats):

@@ -5,6 +5,7 @@ when its id is out of range or its expert is full; an id of -1 means "not here" 
 that no route fills may hold anything; only scale pads of the swizzled layout, which hardware reads, are zero.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from jax.experimental import checkify
 from jaxtyping import Array, Float, Int, Shaped
 
 from fp4jax import scale_layout as scale_layouts
-from fp4jax.implementations import run_implementation
+from fp4jax.implementations import Call, run_implementation
 from fp4jax.nvfp4 import BLOCK_SIZE, decode_blocks
 from pallas_kernels import permute as permute_kernels
 
@@ -80,39 +81,8 @@ def permute_to_masked(
     _check_args("permute_to_masked", x, scales, topk_ids, row_scale, num_experts, scale_layout, decode)
     if capacity < 1:
         raise ValueError(f"permute_to_masked: capacity must be at least 1, got {capacity}")
-    num_rows = num_experts * capacity
-    needs_source = scale_layout != "linear" and not decode
-
-    def in_xla(x, scales, topk_ids, row_scale):
-        group, rank, counts, bad = _rank_in_expert(topk_ids, num_experts)
-        keep = (group < num_experts) & (rank < capacity)
-        row_map = jnp.where(keep, group * capacity + rank, -1).reshape(topk_ids.shape)
-        rows = _gather_rows(x, scales, row_scale, row_map, num_rows, decode)
-        rows = jax.tree.map(lambda r: r.reshape(num_experts, capacity, r.shape[-1]), rows)
-        return rows._replace(scales=_lay_out(rows.scales, scale_layout)), counts, bad, row_map
-
-    def in_kernel(x, scales, topk_ids, row_scale):
-        meta = permute_kernels.route_metadata(
-            topk_ids, num_experts, capacity=capacity, num_rows=num_rows, with_source=needs_source
-        )
-        filled = jnp.minimum(meta.counts, capacity)
-        rows = _rows_by_kernel(x, scales, row_scale, meta, filled, capacity, scale_layout, decode)
-
-        def per_expert(r):
-            return r.reshape(num_experts, capacity, -1)
-
-        flat_scales = scale_layout == "linear"
-        rows = _Rows(
-            per_expert(rows.x),
-            jax.tree.map(per_expert, rows.scales) if flat_scales else rows.scales,
-            jax.tree.map(per_expert, rows.row_scale),
-        )
-        return rows, meta.counts, meta.bad, meta.row_map
-
-    rows, counts, bad, row_map = run_implementation(
-        "permute_to_masked", implementation, (x, scales, topk_ids, row_scale), xla=in_xla, mosaic_gpu=in_kernel,
-        problem=_kernel_problem(x, scales, topk_ids, row_scale, num_experts, num_rows, scale_layout, decode),
-    )  # fmt: skip
+    target = _Target(num_experts, capacity, num_experts * capacity, scale_layout, decode)
+    rows, counts, bad, row_map = _permute("permute_to_masked", implementation, x, scales, topk_ids, row_scale, target)
     dropped = bad + jnp.sum(jnp.maximum(counts - capacity, 0), dtype=jnp.int32)
     if checked:
         checkify.check(dropped == 0, "permute_to_masked: {n} routes have a bad id or exceed the capacity", n=dropped)
@@ -141,27 +111,10 @@ def permute_to_contiguous(
     num_rows = topk_ids.size if num_rows is None else num_rows
     if num_rows < 0:
         raise ValueError(f"permute_to_contiguous: num_rows must not be negative, got {num_rows}")
-    needs_source = scale_layout != "linear" and not decode
-
-    def in_xla(x, scales, topk_ids, row_scale):
-        group, rank, counts, bad = _rank_in_expert(topk_ids, num_experts)
-        row = jnp.append(jnp.cumsum(counts) - counts, 0)[group] + rank
-        row_map = jnp.where((group < num_experts) & (row < num_rows), row, -1).reshape(topk_ids.shape)
-        rows = _gather_rows(x, scales, row_scale, row_map, num_rows, decode)
-        return rows._replace(scales=_lay_out(rows.scales, scale_layout)), counts, bad, row_map
-
-    def in_kernel(x, scales, topk_ids, row_scale):
-        meta = permute_kernels.route_metadata(topk_ids, num_experts, num_rows=num_rows, with_source=needs_source)
-        filled = jnp.minimum(jnp.sum(meta.counts), num_rows).reshape(1)
-        rows = _rows_by_kernel(x, scales, row_scale, meta, filled, num_rows, scale_layout, decode)
-        if scale_layout != "linear" and rows.scales is not None:
-            rows = rows._replace(scales=rows.scales[0])
-        return rows, meta.counts, meta.bad, meta.row_map
-
-    rows, counts, bad, row_map = run_implementation(
-        "permute_to_contiguous", implementation, (x, scales, topk_ids, row_scale), xla=in_xla, mosaic_gpu=in_kernel,
-        problem=_kernel_problem(x, scales, topk_ids, row_scale, num_experts, num_rows, scale_layout, decode),
-    )  # fmt: skip
+    target = _Target(num_experts, None, num_rows, scale_layout, decode)
+    rows, counts, bad, row_map = _permute(
+        "permute_to_contiguous", implementation, x, scales, topk_ids, row_scale, target
+    )
     group_sizes = jnp.clip(num_rows - (jnp.cumsum(counts) - counts), 0, counts)
     dropped = bad + jnp.sum(counts - group_sizes, dtype=jnp.int32)
     if checked:
@@ -188,10 +141,13 @@ def depermute_combine(
         )
     rows = y.reshape(-1, y.shape[-1])
     return run_implementation(
-        "depermute_combine", implementation, (rows, row_map, topk_weights),
-        xla=_combine_xla, mosaic_gpu=permute_kernels.depermute_combine,
+        "depermute_combine",
+        implementation,
+        (rows, row_map, topk_weights),
+        xla=Call.of(_combine_xla),
+        mosaic_gpu=Call.of(permute_kernels.depermute_combine),
         problem=permute_kernels.check_depermute(rows, row_map),
-    )  # fmt: skip
+    )
 
 
 def _combine_xla(rows, row_map, topk_weights):
@@ -210,6 +166,74 @@ class _Rows(NamedTuple):
     x: jax.Array
     scales: jax.Array | None
     row_scale: jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Target:
+    """Where rows go: `capacity` rows per expert (masked), or None for `num_rows` back to back (contiguous)."""
+
+    num_experts: int
+    capacity: int | None
+    num_rows: int
+    scale_layout: str
+    decode: bool
+
+
+def _permute(op, implementation, x, scales, topk_ids, row_scale, target):
+    """-> _Rows in their final shapes, routes per expert before any limit, number of bad ids, row_map."""
+    return run_implementation(
+        op,
+        implementation,
+        (x, scales, topk_ids, row_scale),
+        xla=Call.of(_permute_xla, target=target),
+        mosaic_gpu=Call.of(_permute_kernels, target=target),
+        problem=_kernel_problem(x, scales, topk_ids, row_scale, target),
+    )
+
+
+def _permute_xla(x, scales, topk_ids, row_scale, *, target):
+    group, rank, counts, bad = _rank_in_expert(topk_ids, target.num_experts)
+    if target.capacity is None:
+        row = jnp.append(jnp.cumsum(counts) - counts, 0)[group] + rank
+        fits = row < target.num_rows
+    else:
+        row, fits = group * target.capacity + rank, rank < target.capacity
+    row_map = jnp.where((group < target.num_experts) & fits, row, -1).reshape(topk_ids.shape)
+    rows = _per_expert(_gather_rows(x, scales, row_scale, row_map, target.num_rows, target.decode), target)
+    return rows._replace(scales=_lay_out(rows.scales, target.scale_layout)), counts, bad, row_map
+
+
+def _permute_kernels(x, scales, topk_ids, row_scale, *, target):
+    arrange = scales is not None and not target.decode and target.scale_layout != "linear"
+    meta = permute_kernels.route_metadata(
+        topk_ids, target.num_experts, capacity=target.capacity, num_rows=target.num_rows, with_source=arrange
+    )
+    if target.decode:
+        decoded = permute_kernels.scatter_decoded_rows(x, scales, meta.row_map, target.num_rows)
+        rows = _Rows(decoded, None, None)
+        if row_scale is not None:
+            rows = rows._replace(row_scale=permute_kernels.scatter_rows([row_scale], meta.row_map, target.num_rows)[0])
+    else:
+        leaves, structure = jax.tree.flatten(_Rows(x, None if arrange else scales, row_scale))  # without the Nones
+        rows = jax.tree.unflatten(structure, permute_kernels.scatter_rows(leaves, meta.row_map, target.num_rows))
+    rows = _per_expert(rows, target)
+    if arrange:
+        rows = rows._replace(scales=_arrange_by_kernel(scales, meta, target))
+    return rows, meta.counts, meta.bad, meta.row_map
+
+
+def _arrange_by_kernel(scales, meta, target):
+    if target.capacity is not None:
+        filled = jnp.minimum(meta.counts, target.capacity)
+        return permute_kernels.arrange_scales(scales, meta.source, filled, target.capacity, target.scale_layout)
+    filled = jnp.minimum(jnp.sum(meta.counts), target.num_rows).reshape(1)
+    return permute_kernels.arrange_scales(scales, meta.source, filled, target.num_rows, target.scale_layout)[0]
+
+
+def _per_expert(rows, target):
+    if target.capacity is None:
+        return rows
+    return jax.tree.map(lambda r: r.reshape(target.num_experts, target.capacity, -1), rows)
 
 
 def _rank_in_expert(topk_ids, num_experts):
@@ -245,29 +269,14 @@ def _gather_rows(x, scales, row_scale, row_map, num_rows, decode):
     return rows
 
 
-def _rows_by_kernel(x, scales, row_scale, meta, filled, rows_per_expert, scale_layout, decode):
-    """As `_gather_rows` and `_lay_out`, flat but for laid out scales; `filled` [E] rows per expert."""
-    num_rows = rows_per_expert * filled.shape[0]
-    if decode:
-        rows = [permute_kernels.scatter_decoded_rows(x, scales, meta.row_map, num_rows)]
-        rows += [] if row_scale is None else permute_kernels.scatter_rows([row_scale], meta.row_map, num_rows)
-        return _Rows(rows[0], None, rows[1] if len(rows) > 1 else None)
-    moved = _Rows(x, scales if scale_layout == "linear" else None, row_scale)
-    leaves, structure = jax.tree.flatten(moved)  # without the Nones
-    rows = jax.tree.unflatten(structure, permute_kernels.scatter_rows(leaves, meta.row_map, num_rows))
-    if scales is not None and scale_layout != "linear":
-        laid_out = permute_kernels.arrange_scales(scales, meta.source, filled, rows_per_expert, scale_layout)
-        rows = rows._replace(scales=laid_out)
-    return rows
-
-
-def _kernel_problem(x, scales, topk_ids, row_scale, num_experts, num_rows, scale_layout, decode):
+def _kernel_problem(x, scales, topk_ids, row_scale, target):
     """None, or why the GPU kernels cannot serve this call."""
-    if scales is not None and scale_layout != "linear" and not decode and scales.dtype.itemsize != 1:
-        return f"scale_layout={scale_layout!r} of {scales.dtype} scales; the kernel lays out one-byte scales"
-    if num_rows == 0:
+    arranged = scales is not None and target.scale_layout != "linear" and not target.decode
+    if arranged and scales.dtype.itemsize != 1:
+        return f"scale_layout={target.scale_layout!r} of {scales.dtype} scales; the kernel lays out one-byte scales"
+    if target.num_rows == 0:
         return "no rows"
-    return permute_kernels.check_config(topk_ids, num_experts, (x, scales, row_scale), num_rows)
+    return permute_kernels.check_config(topk_ids, target.num_experts, (x, scales, row_scale), target.num_rows)
 
 
 def _lay_out(scales, layout):
@@ -280,7 +289,7 @@ def _check_args(op, x, scales, topk_ids, row_scale, num_experts, scale_layout, d
     tokens = x.shape[0]
     if topk_ids.ndim != 2 or topk_ids.shape[0] != tokens or topk_ids.shape[1] < 1:
         raise ValueError(f"{op}: topk_ids must be [T, k] with T = {tokens} and k >= 1, got {topk_ids.shape}")
-    if not jnp.issubdtype(topk_ids.dtype, jnp.signedinteger):
+    if topk_ids.dtype not in (jnp.int32, jnp.int64):
         raise TypeError(f"{op}: topk_ids must be int32 or int64, got {topk_ids.dtype}")
     if num_experts < 1:
         raise ValueError(f"{op}: num_experts must be at least 1, got {num_experts}")
@@ -294,6 +303,8 @@ def _check_args(op, x, scales, topk_ids, row_scale, num_experts, scale_layout, d
         raise ValueError(f"{op}: row_scale must be [{tokens}, 1], got {row_scale.shape}")
     if decode:
         wanted = (tokens, 2 * x.shape[1] // BLOCK_SIZE)
+        if 2 * x.shape[1] % BLOCK_SIZE:
+            raise ValueError(f"{op}: decode=True needs K a multiple of {BLOCK_SIZE}, got x {x.shape}")
         if x.dtype != jnp.uint8 or scales is None or scales.shape != wanted or scales.dtype != jnp.float8_e4m3fn:
             found = None if scales is None else (scales.dtype, scales.shape)
             raise ValueError(f"{op}: decode=True needs u8 x and e4m3 scales {wanted}, got {x.dtype} {x.shape}, {found}")

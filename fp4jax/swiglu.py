@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from fp4jax.implementations import run_implementation
+from fp4jax.implementations import Call, run_implementation
 from fp4jax.nvfp4 import BLOCK_SIZE, NVFP4Tensor, as_scale, decode_blocks, quantize
 from pallas_kernels import swiglu_quantize as swiglu_kernel
 
@@ -49,30 +49,32 @@ def swiglu_quantize(
     else:
         mode, scale = None, as_scale(global_scale, (*gate_up.shape[:-1], gate_up.shape[-1] // 2))
 
-    def in_xla(gate_up, masked_m, scale):
-        gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
-        v = silu(gate) * up
-        if out == "bf16":
-            return v.astype(gate_up.dtype)
-        given = mode if scale is None else scale
-        quantized = quantize(v, global_scale=given, masked_m=masked_m, implementation="xla")
-        return quantized if out == "nvfp4" else decode_blocks(quantized.qdata, quantized.block_scale)
-
-    def in_kernel(gate_up, masked_m, scale):
-        result = swiglu_kernel.swiglu_quantize(gate_up, masked_m, mode if scale is None else scale, out=out)
-        if out != "nvfp4":
-            return result[0]
-        qdata, block_scale, row_scale = result
-        return NVFP4Tensor(qdata, block_scale, row_scale if scale is None else scale)
-
     return run_implementation(
         "swiglu_quantize",
         implementation,
         (gate_up, masked_m, scale),
-        xla=in_xla,
-        mosaic_gpu=in_kernel,
+        xla=Call.of(_swiglu_xla, mode=mode, out=out),
+        mosaic_gpu=Call.of(_swiglu_kernel, mode=mode, out=out),
         problem=swiglu_kernel.check_config(gate_up, masked_m, mode if scale is None else scale, out),
     )
+
+
+def _swiglu_xla(gate_up, masked_m, scale, *, mode, out):
+    gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
+    v = silu(gate) * up
+    if out == "bf16":
+        return v.astype(gate_up.dtype)
+    given = mode if scale is None else scale
+    quantized = quantize(v, global_scale=given, masked_m=masked_m, implementation="xla")
+    return quantized if out == "nvfp4" else decode_blocks(quantized.qdata, quantized.block_scale)
+
+
+def _swiglu_kernel(gate_up, masked_m, scale, *, mode, out):
+    result = swiglu_kernel.swiglu_quantize(gate_up, masked_m, mode if scale is None else scale, out=out)
+    if out != "nvfp4":
+        return result[0]
+    qdata, block_scale, row_scale = result
+    return NVFP4Tensor(qdata, block_scale, row_scale if scale is None else scale)
 
 
 def silu(x: Float[Array, "..."]) -> Float[Array, "..."]:

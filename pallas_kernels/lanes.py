@@ -29,6 +29,7 @@ LANES = 128  # threads of a warpgroup
 Value = jax.Array | np.floating | float
 _LAYOUT = plgpu.Layout.WG_STRIDED((LANES,), vec_size=1)
 _MAX_VECTOR_BYTES = 16
+_MAX_GRID_AXIS = 2**16 - 1  # of CUDA's second and third grid axes
 _interpreting = False
 
 
@@ -61,10 +62,33 @@ def kernel(
         ),
     )
 
+    @jax.custom_batching.custom_vmap
+    def within_grid_limit(*operands: jax.Array) -> Any:
+        return call(*operands)
+
+    @within_grid_limit.def_vmap
+    def batched(axis_size: int, in_batched: Sequence[bool], *operands: jax.Array) -> Any:
+        # A batch becomes an axis of the grid, and those have a limit.
+        axes = tuple(0 if b else None for b in in_batched)
+        many = jax.vmap(call, in_axes=axes)
+        if axis_size > _MAX_GRID_AXIS:
+            split = [o for o, b in zip(operands, in_batched, strict=True) if b]
+
+            def one(mapped: list[jax.Array]) -> Any:
+                rest = iter(mapped)
+                return call(*(next(rest) if b else o for o, b in zip(operands, in_batched, strict=True)))
+
+            results = lax.map(one, split, batch_size=_MAX_GRID_AXIS)
+        else:
+            results = many(*operands)
+        return results, jax.tree.map(lambda _: True, results)
+
     def run(*operands: jax.Array) -> Any:
         # Inside shard_map a result varies over the mesh axes that its operands vary over; the kernel does not say so.
         axes = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in operands))
-        return jax.tree.map(lambda a: lax.pcast(a, tuple(axes), to="varying") if axes else a, call(*operands))
+        return jax.tree.map(
+            lambda a: lax.pcast(a, tuple(axes), to="varying") if axes else a, within_grid_limit(*operands)
+        )
 
     return run
 

@@ -28,6 +28,8 @@ from pallas_kernels.quantize import as_u32, unsigned_div
 
 _MAX_EXPERTS = 1024
 _MAX_TOP_K = 32
+_MAX_INDEX = 2**31 - 2**16  # room for the lanes beyond the last item
+_MAX_CHUNKS = 2048  # every block adds up the counts of all chunks before its own
 _LOADS_IN_FLIGHT = 32
 _UNROLL = 32  # routes whose ids are loaded together
 
@@ -65,9 +67,11 @@ def check_config(
     if num_experts > _MAX_EXPERTS:
         return f"at most {_MAX_EXPERTS} experts per device, got {num_experts}"
     for r in rows:
-        if r is not None and (r.ndim != 2 or 0 in r.shape or r.dtype.itemsize not in (1, 2, 4)):
-            return f"rows must be [T, n], not empty, of 1, 2 or 4 byte elements, got {r.dtype} {r.shape}"
-        if r is not None and max(num_rows, r.shape[0]) * r.shape[1] >= 2**31:
+        if r is None:
+            continue
+        if r.ndim != 2 or 0 in r.shape or _bits(r.dtype) not in (8, 16, 32):
+            return f"rows must be [T, n], not empty, of 8, 16 or 32 bit elements, got {r.dtype} {r.shape}"
+        if max(num_rows, r.shape[0]) * r.shape[1] >= _MAX_INDEX:
             return f"{max(num_rows, r.shape[0])} rows of {r.shape[1]} elements exceed the kernel's 32-bit indices"
     if config.chunk < 1 or config.chunk % _UNROLL or not 1 <= config.items_per_lane <= 8:
         return f"chunk must be a multiple of {_UNROLL} and items_per_lane 1..8, got {config}"
@@ -80,11 +84,18 @@ def check_depermute(y: Any, row_map: Any) -> str | None:
         return f"y must be bfloat16 or float32 [rows, H], not empty, got {y.dtype} {y.shape}"
     if y.dtype == jnp.bfloat16 and y.shape[1] % 2:
         return f"a bfloat16 y needs an even H, got {y.shape}"
-    if y.size >= 2**34:
-        return f"y {y.shape} exceeds the kernel's 32-bit indices"
+    if max(y.shape[0], row_map.shape[0]) * _access(y.shape[1] * y.dtype.itemsize).items >= _MAX_INDEX:
+        return f"y {y.shape} with row_map {row_map.shape} exceeds the kernel's 32-bit indices"
     if row_map.size == 0 or row_map.shape[1] > _MAX_TOP_K:
         return f"row_map must be [T, k], not empty, k at most {_MAX_TOP_K}, got {row_map.shape}"
     return None
+
+
+def _bits(dtype):
+    """Bits of an element; 0 for types that are no plain numbers (bool is stored in ways of its own)."""
+    if jnp.issubdtype(dtype, jnp.integer):
+        return jnp.iinfo(dtype).bits
+    return jnp.finfo(dtype).bits if jnp.issubdtype(dtype, jnp.floating) else 0
 
 
 # --- metadata ---
@@ -113,6 +124,9 @@ def route_metadata(
     tokens, k = topk_ids.shape
     routes = tokens * k
     config = config or tuning.tuned("route_metadata", metadata_items(routes), TuningConfig)
+    if routes > config.chunk * _MAX_CHUNKS:
+        per_chunk_wanted = -(-routes // _MAX_CHUNKS)
+        config = dataclasses.replace(config, chunk=-(-per_chunk_wanted // _UNROLL) * _UNROLL)
     chunks = -(-routes // config.chunk)
     ids = topk_ids.reshape(-1)
     here = (ids >= 0) & (ids < num_experts)
@@ -188,9 +202,11 @@ def route_metadata(
 
 def _row_ranges(counts, num_experts, capacity, num_rows):
     """First row and first row too many of every column; columns that are no experts have no rows."""
-    columns = np.arange(counts.shape[0], dtype=np.int32)
+    columns = np.arange(counts.shape[0])
     if capacity is not None:  # constants: no kernel computes them
-        start, limit = columns * capacity, np.where(columns < num_experts, (columns + 1) * capacity, 0)
+        # What is no expert starts beyond its limit of 0 rows.
+        start = np.where(columns < num_experts, columns * capacity, 1)
+        limit = np.where(columns < num_experts, start + capacity, 0)
         return jnp.asarray(start, jnp.int32), jnp.asarray(limit, jnp.int32)
     before = columns[None, :] < columns[:, None]
     start = jnp.sum(jnp.where(before, counts[None, :], 0), axis=1, dtype=jnp.int32)
@@ -408,7 +424,10 @@ def depermute_combine(
         column = item - token * cut.items
         routes = _load_routes(map_ref, token, k, valid)
         weights = [lax.bitcast_convert_type(w, jnp.float32) for w in lanes.gather(weight_ref, token, k, where=valid)]
-        loaded = [lanes.gather(y_ref, row * cut.items + column, cut.count, where=valid & (row >= 0)) for row in routes]
+        loaded = []
+        for row in routes:  # a row beyond the last one reads the last, as in XLA
+            position = jnp.minimum(row, y.shape[0] - 1) * cut.items + column
+            loaded.append(lanes.gather(y_ref, position, cut.count, where=valid & (row >= 0)))
         totals = [lanes.splat(0, jnp.float32)] * (2 * cut.count if is_bf16 else cut.count)
         for row, weight, words in zip(routes, weights, loaded, strict=True):
             values = unpack_bf16(words) if is_bf16 else [lax.bitcast_convert_type(w, jnp.float32) for w in words]

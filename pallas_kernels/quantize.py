@@ -34,6 +34,7 @@ SCALE_LAYOUTS = ("linear", "swizzled")
 _F32_MAX = np.float32(np.finfo(np.float32).max)
 AMAX_DIVISOR = 6.0 * 448.0
 AMAX_DIVISOR_FOUR_OVER_SIX = 6.0 * 256.0
+MAX_INDEX = 2**31 - 2**16  # room for the lanes beyond the last block
 MAX_BLOCKS_PER_LANE = 8  # a row's values stay in registers between its amax and its codes
 
 
@@ -67,8 +68,10 @@ def check_config(
             return f"a per-token scale needs rows of at most {BLOCK_SIZE * lanes.LANES * MAX_BLOCKS_PER_LANE} values"
     if masked_m is not None and x.ndim != 3:
         return f"masked_m needs x [E, M, K], got shape {x.shape}"
-    if x.size // BLOCK_SIZE >= 2**31:
-        return f"x has {x.size} values; at most 2^35 fit the kernel's indices"
+    m = x.shape[-2] if x.ndim > 1 else 1
+    padded = -(-m // 128) * 128 * (x.size // (m * x.shape[-1])) if scale_layout == "swizzled" else x.size // x.shape[-1]
+    if padded * (x.shape[-1] // BLOCK_SIZE + 3) >= MAX_INDEX:
+        return f"x {x.shape} exceeds the kernel's 32-bit block indices"
     return check_tuning(config)
 
 

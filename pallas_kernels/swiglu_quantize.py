@@ -31,6 +31,7 @@ from pallas_kernels.quantize import (
     AMAX_DIVISOR,
     DEFAULT_CONFIG,
     MAX_BLOCKS_PER_LANE,
+    MAX_INDEX,
     RowWork,
     TuningConfig,
     as_u32,
@@ -66,8 +67,8 @@ def check_config(
             return f"out={out!r} needs an array as global_scale (or 'per_token' for 'nvfp4'), got {global_scale!r}"
         if gate_up.shape[-1] > 2 * BLOCK_SIZE * lanes.LANES * MAX_BLOCKS_PER_LANE:
             return f"a per-token scale needs I of at most {BLOCK_SIZE * lanes.LANES * MAX_BLOCKS_PER_LANE}"
-    if gate_up.size // BLOCK_SIZE >= 2**31:
-        return f"gate_up has {gate_up.size} values; at most 2^35 fit the kernel's indices"
+    if gate_up.size // BLOCK_SIZE >= MAX_INDEX:
+        return f"gate_up {gate_up.shape} exceeds the kernel's 32-bit block indices"
     return check_tuning(config)
 
 

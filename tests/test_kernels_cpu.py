@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec as P, use_abstract_mesh
 
 import oracles
+from fp4jax import implementations
 from fp4jax.moe import MoEConfig, MoEWeights, moe_layer
-from fp4jax.nvfp4 import NVFP4Tensor, quantize
+from fp4jax.nvfp4 import NVFP4Tensor, dequantize, quantize
 from fp4jax.permute import depermute_combine, permute_to_contiguous, permute_to_masked
 from fp4jax.swiglu import swiglu_quantize
 from pallas_kernels import (
@@ -368,6 +369,66 @@ def test_moe_layer_uses_every_kernel_where_none_is_named():
     assert _kernels_in(layer, struct((64, 256), jnp.bfloat16), ids, weights, w13, w2) == 6
 
 
+# --- implementation=None on a machine with a Hopper GPU, as far as it can be told without one ---
+
+
+def test_derivatives_are_those_of_xla():
+    def loss(x):
+        straight_through = x + jax.lax.stop_gradient(dequantize(quantize(x), jnp.float32) - x)
+        return jnp.sum(straight_through**2)
+
+    x = struct((8, 64), jnp.float32)
+    assert _kernels_in(loss, x) == 1
+    assert _kernels_in(jax.grad(loss), x) >= 0  # it traces and lowers
+    y, row_map, weights = struct((16, 32), jnp.float32), struct((8, 2), jnp.int32), struct((8, 2), jnp.float32)
+
+    def combined(y, row_map, weights):
+        return jnp.sum(depermute_combine(y, row_map, weights))
+
+    assert _kernels_in(combined, y, row_map, weights) == 1
+    assert _kernels_in(jax.grad(combined, argnums=(0, 2)), y, row_map, weights) == 0
+
+
+def test_arrays_of_explicit_meshes_go_through_xla():
+    mesh = AbstractMesh((2,), ("ep",), (AxisType.Explicit,), abstract_device=H100.abstract_device)
+    x = jax.ShapeDtypeStruct((8, 32, 64), jnp.bfloat16, sharding=NamedSharding(mesh, P("ep")))
+    with use_abstract_mesh(mesh):
+        jax.eval_shape(lambda x: quantize(x, global_scale="per_expert"), x)
+        with pytest.raises(NotImplementedError, match="shard_map"):
+            jax.eval_shape(lambda x: quantize(x, implementation="mosaic_gpu"), x)
+
+
+def test_operands_that_vary_over_different_axes(monkeypatch):
+    """Inside shard_map both branches give results that vary alike."""
+    monkeypatch.setattr(implementations, "has_hopper_gpu", lambda: True)
+    mesh = jax.make_mesh((2,), ("ep",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+
+    def body(x, masked_m):
+        return quantize(x, global_scale=1.0, masked_m=masked_m).qdata
+
+    f = jax.shard_map(body, mesh=mesh, in_specs=(P(), P("ep")), out_specs=P("ep"))
+    x, masked_m = np.ones((2, 3, 16), np.float32), np.array([3, 1, 2, 3], np.int32)
+    assert jax.jit(f)(x, masked_m).shape == (4, 3, 8)  # CPU devices: XLA runs, as the lowering decides
+
+
+def test_eager_calls_go_where_their_arrays_are_and_compile_once(monkeypatch):
+    monkeypatch.setattr(implementations, "has_hopper_gpu", lambda: True)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 32)), jnp.float32)
+    expected = quantize(x, global_scale=0.01, implementation="xla")
+    before = implementations._run_by_platform._cache_size()
+    for _ in range(3):
+        found = quantize(x, global_scale=0.01)  # a CPU array: XLA, though a GPU seems to be there
+        np.testing.assert_array_equal(found.qdata, expected.qdata)
+    assert implementations._run_by_platform._cache_size() == before + 1
+
+
+def test_large_batches_under_vmap_stay_within_the_grid():
+    x, g = struct((70_000, 2, 32), jnp.bfloat16), struct((), jnp.float32)
+    call = jax.vmap(lambda x, g: quantize(x, global_scale=g, implementation="mosaic_gpu"), in_axes=(0, None))
+    assert _kernels_in(call, x, g) == 2  # full batches of 65,535 in a loop, and the rest
+    assert _kernels_in(call, struct((7, 2, 32), jnp.bfloat16), g) == 1
+
+
 # --- refusals ---
 
 
@@ -401,6 +462,26 @@ def test_moe_layer_uses_every_kernel_where_none_is_named():
                 implementation="mosaic_gpu",
             ),
             "2000",
+        ),
+        (
+            lambda: permute_to_masked(
+                jnp.ones((2, 8), jnp.int4),
+                None,
+                jnp.zeros((2, 1), jnp.int32),
+                num_experts=2,
+                capacity=1,
+                implementation="mosaic_gpu",
+            ),
+            "int4",
+        ),
+        (
+            lambda: depermute_combine(
+                jnp.ones((1_200_000, 7168)),
+                jnp.zeros((2, 1), jnp.int32),
+                jnp.ones((2, 1)),
+                implementation="mosaic_gpu",
+            ),
+            "32-bit",
         ),
     ],
 )
