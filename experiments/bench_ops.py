@@ -24,7 +24,12 @@ from tqdm import tqdm
 
 from experiments.op_cases import MODELS, Case, all_cases
 from fp4jax import benchmarking
-from pallas_kernels import permute as permute_kernels, quantize as quantize_kernel, tuning
+from pallas_kernels import (
+    permute as permute_kernels,
+    quantize as quantize_kernel,
+    route_metadata as metadata_kernels,
+    tuning,
+)
 
 _MODELS = flags.DEFINE_list("models", None, f"Models, of {', '.join(MODELS)}; default: all (CPU: qwen3-30b).")
 _TOKENS = flags.DEFINE_list("tokens", None, "Token counts; default: 128,1024,4096,8192,16384 (CPU: 128).")
@@ -43,7 +48,7 @@ _SWEEPS: dict[str, list[Any]] = {
         quantize_kernel.TuningConfig(blocks_per_lane=b, blocks_per_sm=s)
         for b, s in itertools.product((1, 2), (4, 6, 8, 16))
     ],
-    "route_metadata": [permute_kernels.TuningConfig(chunk=c) for c in (128, 256, 512, 1024)],
+    "route_metadata": [metadata_kernels.TuningConfig(chunk=c) for c in (128, 256, 512, 1024)],
     "scatter_rows": [permute_kernels.TuningConfig(items_per_lane=i) for i in (1, 2, 4)],
     "scatter_decoded_rows": [permute_kernels.TuningConfig(items_per_lane=i) for i in (1, 2, 4)],
 }

@@ -16,7 +16,12 @@ from fp4jax import scale_layout
 from fp4jax.nvfp4 import quantize
 from fp4jax.permute import depermute_combine, permute_to_masked
 from fp4jax.swiglu import swiglu_quantize
-from pallas_kernels import permute as permute_kernels, quantize as quantize_kernel, swiglu_quantize as swiglu_kernel
+from pallas_kernels import (
+    permute as permute_kernels,
+    quantize as quantize_kernel,
+    route_metadata as metadata_kernels,
+    swiglu_quantize as swiglu_kernel,
+)
 
 
 class Model(NamedTuple):
@@ -150,7 +155,9 @@ def permute_cases(name: str, model: Model, tokens: int) -> list[Case]:
 
     def metadata(config=None):
         def run(ids):
-            return permute_kernels.route_metadata(ids, experts, capacity=capacity, num_rows=num_rows, config=config)[:3]
+            return metadata_kernels.route_metadata(ids, experts, capacity=capacity, num_rows=num_rows, config=config)[
+                :3
+            ]
 
         return run
 
@@ -188,7 +195,7 @@ def permute_cases(name: str, model: Model, tokens: int) -> list[Case]:
     flat_valid = valid.reshape(-1)
     return [
         Case("route_metadata", shape, 8 * tokens * k, (ids,), {"mosaic_gpu": metadata(), "xla": metadata_xla},
-             kernel="route_metadata", items=permute_kernels.metadata_items(tokens * k), tunable=metadata),
+             kernel="route_metadata", items=metadata_kernels.tuning_items(tokens * k), tunable=metadata),
         Case("permute_rows", shape, moved, (qdata, scales, row_map), {"mosaic_gpu": move(), "xla": move_xla},
              valid=flat_valid, kernel="scatter_rows", items=tokens * packed_row // 16, tunable=move),
         Case("permute_rows_decoded", shape, moved_decoded, (qdata, scales, row_map), {"mosaic_gpu": decoded()},

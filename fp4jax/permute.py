@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from fp4jax import scale_layout as scale_layouts
 from fp4jax.implementations import Call, run_implementation
 from fp4jax.nvfp4 import BLOCK_SIZE, decode_blocks
-from pallas_kernels import permute as permute_kernels
+from pallas_kernels import permute as permute_kernels, route_metadata as metadata_kernels
 
 
 class Permuted(NamedTuple):
@@ -205,7 +205,7 @@ def _permute_xla(x, scales, topk_ids, row_scale, *, target):
 
 def _permute_kernels(x, scales, topk_ids, row_scale, *, target):
     arrange = scales is not None and not target.decode and target.scale_layout != "linear"
-    meta = permute_kernels.route_metadata(
+    meta = metadata_kernels.route_metadata(
         topk_ids, target.num_experts, capacity=target.capacity, num_rows=target.num_rows, with_source=arrange
     )
     if target.decode:
@@ -276,7 +276,8 @@ def _kernel_problem(x, scales, topk_ids, row_scale, target):
         return f"scale_layout={target.scale_layout!r} of {scales.dtype} scales; the kernel lays out one-byte scales"
     if target.num_rows == 0:
         return "no rows"
-    return permute_kernels.check_config(topk_ids, target.num_experts, (x, scales, row_scale), target.num_rows)
+    problem = metadata_kernels.check_config(topk_ids, target.num_experts)
+    return problem or permute_kernels.check_config((x, scales, row_scale), target.num_rows)
 
 
 def _lay_out(scales, layout):

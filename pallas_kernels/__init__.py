@@ -4,4 +4,9 @@ Pallas Mosaic GPU, written for Hopper (sm90). Every kernel module has a `check_.
 its kernels accept, and a frozen `TuningConfig` where there is something to tune.
 """
 
-from pallas_kernels import permute as permute, quantize as quantize, swiglu_quantize as swiglu_quantize
+from pallas_kernels import (
+    permute as permute,
+    quantize as quantize,
+    route_metadata as route_metadata,
+    swiglu_quantize as swiglu_quantize,
+)

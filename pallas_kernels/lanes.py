@@ -2,8 +2,8 @@
 
 A lane array is an array of shape [128], element i held by thread i of a warpgroup, so jnp arithmetic on lane arrays is
 per-thread arithmetic on registers. What Pallas lacks is here: `gather` and `scatter` give every lane its own address
-(16 bytes per instruction where the count allows), `sync` is the barrier of the block, and four float instructions have
-a fixed rounding. Memory is seen as flat and untyped: a bf16 array can be read as u32 words without a copy.
+(16 bytes per instruction where the count allows), `sync` is the barrier of the block, `instruction` is one of PTX.
+Memory is seen as flat and untyped: a bf16 array can be read as u32 words without a copy.
 
 In interpret mode the same functions run as plain jnp, so that a whole kernel can be tested on a CPU.
 """
@@ -236,69 +236,26 @@ def sync() -> None:
     barrier()
 
 
-# --- float instructions whose rounding no compiler pass may change ---
+def instruction(asm: str, interpreted: Callable[..., jax.Array], *args: Value, dtype: Any = jnp.float32) -> jax.Array:
+    """One PTX instruction on lane arrays, f32 or u32; numbers are spread over the lanes as f32.
 
+    asm: with $0 for the result, $1.. for the arguments. interpreted: the same in jnp.
+    """
+    args = [a if jnp.ndim(a) else jnp.asarray(a, jnp.float32) for a in args]
+    if _interpreting:
+        return interpreted(*jnp.broadcast_arrays(*args))
+    args = [a if jnp.ndim(a) else splat(a, jnp.float32) for a in args]
 
-def mul_rn(a: Value, b: Value) -> jax.Array:
-    """a * b rounded to nearest even, never contracted into an FMA."""
-    return _instruction("mul.rn.f32 $0, $1, $2;", lambda a, b: lax.optimization_barrier(a * b), a, b)
+    @plgpu.inline_mgpu(
+        arg_types=(_LAYOUT,) * len(args),
+        return_type=_lane_struct(dtype),
+    )
+    def inline(_, *args):
+        result, register = (ir.F32Type.get(), "=f") if dtype == jnp.float32 else (_i32(), "=r")
+        constraints = ",".join([register] + ["f" if a.mlir_dtype == ir.F32Type.get() else "r" for a in args])
+        return _lane_array(llvm.inline_asm(result, [_scalar(a) for a in args], asm, constraints))
 
-
-def add_rn(a: Value, b: Value) -> jax.Array:
-    """a + b rounded to nearest even, never contracted into an FMA."""
-    return _instruction("add.rn.f32 $0, $1, $2;", lambda a, b: lax.optimization_barrier(a + b), a, b)
-
-
-def fma_rn(a: Value, b: Value, c: Value) -> jax.Array:
-    """a * b + c with one rounding."""
-    return _instruction("fma.rn.f32 $0, $1, $2, $3;", _in_float64(lambda a, b, c: a * b + c), a, b, c)
-
-
-def div_rn(a: Value, b: Value) -> jax.Array:
-    """a / b correctly rounded."""
-    return _instruction("div.rn.f32 $0, $1, $2;", _in_float64(lambda a, b: a / b), a, b)
-
-
-def abs_mul_flush(a: Value, b: Value) -> jax.Array:
-    """|a| * b with subnormal operands and results flushed to zero."""
-
-    def flushed(a, b):
-        tiny = np.float32(np.finfo(np.float32).tiny)
-        a, b = (jnp.where(jnp.abs(v) < tiny, np.float32(0), jnp.abs(v)) for v in (a, b))
-        product = a * b
-        return jnp.where(product < tiny, np.float32(0), product)
-
-    return _instruction("{ .reg .f32 t; abs.f32 t, $1; mul.rn.ftz.f32 $0, t, $2; }", flushed, a, b)
-
-
-def reciprocal_approx(a: jax.Array) -> jax.Array:
-    """1 / a within 1 ulp for 2^-126 <= |a| <= 2^126."""
-    return _instruction("rcp.approx.ftz.f32 $0, $1;", lambda a: np.float32(1) / a, a)
-
-
-def max_u16x2(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Maximum of both unsigned 16-bit halves of u32 lane arrays."""
-
-    def halves(a, b):
-        low = jnp.maximum(a & 0xFFFF, b & 0xFFFF)
-        return jnp.maximum(a >> 16, b >> 16) << 16 | low
-
-    return _instruction("max.u16x2 $0, $1, $2;", halves, a, b, dtype=jnp.uint32)
-
-
-def exp2_approx(a: jax.Array) -> jax.Array:
-    """2^a within 2 ulp; results below 2^-126 are zero."""
-    return _instruction("ex2.approx.ftz.f32 $0, $1;", _in_float64(jnp.exp2), a)
-
-
-def pack_bf16(low: jax.Array, high: jax.Array) -> jax.Array:
-    """Two f32 -> one u32 of two bf16, each rounded to nearest even; NaN stays NaN."""
-
-    def packed(low, high):
-        both = jnp.stack([low, high], axis=-1).astype(jnp.bfloat16)
-        return lax.bitcast_convert_type(both, jnp.uint32)
-
-    return _instruction("cvt.rn.bf16x2.f32 $0, $2, $1;", packed, low, high, dtype=jnp.uint32)
+    return inline(*args)
 
 
 # --- implementation ---
@@ -382,36 +339,6 @@ def _store_asm(address, offset, predicate, size, words):
     llvm.inline_asm(
         llvm.StructType.get_literal([]), [address, predicate, *words], asm, constraints, has_side_effects=True
     )
-
-
-def _instruction(asm, interpreted, *args, dtype=jnp.float32):
-    """One instruction on lane arrays, f32 or u32; numbers are spread over the lanes as f32."""
-    args = [a if jnp.ndim(a) else jnp.asarray(a, jnp.float32) for a in args]
-    if _interpreting:
-        return interpreted(*jnp.broadcast_arrays(*args))
-    args = [a if jnp.ndim(a) else splat(a, jnp.float32) for a in args]
-
-    @plgpu.inline_mgpu(
-        arg_types=(_LAYOUT,) * len(args),
-        return_type=_lane_struct(dtype),
-    )
-    def instruction(_, *args):
-        result, register = (ir.F32Type.get(), "=f") if dtype == jnp.float32 else (_i32(), "=r")
-        constraints = ",".join([register] + ["f" if a.mlir_dtype == ir.F32Type.get() else "r" for a in args])
-        return _lane_array(llvm.inline_asm(result, [_scalar(a) for a in args], asm, constraints))
-
-    return instruction(*args)
-
-
-def _in_float64(function):
-    """The function in float64, rounded to f32: XLA:CPU neither contracts nor approximates it there."""
-
-    def run(*args):
-        with jax.enable_x64(True):
-            args = lax.optimization_barrier([a.astype(jnp.float64) for a in args])
-            return lax.optimization_barrier(function(*args)).astype(jnp.float32)
-
-    return run
 
 
 def _as_unsigned(flat, dtype):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels import lanes
+from pallas_kernels import lane_math, lanes
 
 BLOCK_SIZE = 16
 E4M3_MAX = 448.0
@@ -45,13 +45,13 @@ class Encoded(NamedTuple):
 
 def encode_scales(global_scale: lanes.Value) -> EncodeScales:
     """From the decode-direction global scale (f32)."""
-    gs = lanes.div_rn(1.0, global_scale)
-    return EncodeScales(gs, lanes.div_rn(1.0, gs), global_scale)
+    gs = lane_math.div_rn(1.0, global_scale)
+    return EncodeScales(gs, lane_math.div_rn(1.0, gs), global_scale)
 
 
 def computed_scale(amax: jax.Array, divisor: float) -> jax.Array:
     """amax / divisor within [2^-100, 2^100], 1 where amax is 0."""
-    scale = jnp.clip(lanes.div_rn(amax, divisor), np.float32(2.0**-100), np.float32(2.0**100))
+    scale = jnp.clip(lane_math.div_rn(amax, divisor), np.float32(2.0**-100), np.float32(2.0**100))
     return jnp.where(amax == 0, np.float32(1), scale)
 
 
@@ -77,11 +77,11 @@ def encode_block(values: Sequence[jax.Array], amax: jax.Array, scales: EncodeSca
 
 
 def _encode_candidate(values, amax, scales, factor):
-    raw = lanes.mul_rn(amax, lanes.mul_rn(scales.gs, np.float32(factor)))
+    raw = lane_math.mul_rn(amax, lane_math.mul_rn(scales.gs, np.float32(factor)))
     scale_byte, scale = round_to_e4m3(raw)
-    multiplier = jnp.minimum(lanes.div_rn(1.0, lanes.mul_rn(scale, scales.inverse)), _F32_MAX)
+    multiplier = jnp.minimum(lane_math.div_rn(1.0, lane_math.mul_rn(scale, scales.inverse)), _F32_MAX)
     multiplier = jnp.where(amax == 0, np.float32(0), multiplier)
-    codes = [round_to_e2m1(lanes.abs_mul_flush(v, multiplier)) for v in values]
+    codes = [round_to_e2m1(lane_math.abs_mul_flush(v, multiplier)) for v in values]
     # The codes of a block with a NaN are not specified; zero is what XLA's implementation gives.
     kept = jnp.where(scale == scale, np.uint32(0xFFFFFFFF), np.uint32(0))
     return Encoded((_pack(codes[:8], values[:8]) & kept, _pack(codes[8:], values[8:]) & kept), scale_byte, codes, scale)
@@ -94,7 +94,7 @@ def round_to_e4m3(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     # Normal numbers keep 3 bits of mantissa; the exponent bias goes from 127 to 7.
     kept = (bits + np.uint32(0x7FFFF) + ((bits >> 20) & 1)) >> 20
     # Below 2^-6 the spacing is 2^-9, that of f32 at 2^14.
-    shifted = lanes.add_rn(x, np.float32(2.0**14))
+    shifted = lane_math.add_rn(x, np.float32(2.0**14))
     small = x < 2.0**-6
     byte = jnp.where(small, lax.bitcast_convert_type(shifted, jnp.uint32) - _bits(2.0**14), kept - np.uint32(120 << 3))
     value = jnp.where(small, shifted - np.float32(2.0**14), lax.bitcast_convert_type(kept << 20, jnp.float32))
@@ -134,7 +134,7 @@ def decode_word(word: jax.Array, scale: jax.Array) -> list[jax.Array]:
         magnitude = code_value(lax.bitcast_convert_type(word >> at & 7 | np.uint32(_MAGIC_BITS), jnp.float32))
         sign = word << (28 - at) & _SIGN
         signed = lax.bitcast_convert_type(lax.bitcast_convert_type(magnitude, jnp.uint32) | sign, jnp.float32)
-        values.append(lanes.mul_rn(signed, scale))
+        values.append(lane_math.mul_rn(signed, scale))
     return values
 
 
@@ -185,12 +185,12 @@ def _squared_error(values, encoded, scale):
     """Sum of (x - value)^2 in f32, halves added pairwise 16-8-4-2-1; errors and squares below 2^-126 are zero."""
     squares = []
     for v, code in zip(values, encoded.codes_f32, strict=True):
-        value = lanes.mul_rn(lanes.mul_rn(code_value(code), encoded.scale), scale)
-        error = _flush(lanes.add_rn(_flush(v), -with_sign_of(value, v)))
-        squares.append(_flush(lanes.mul_rn(error, error)))
+        value = lane_math.mul_rn(lane_math.mul_rn(code_value(code), encoded.scale), scale)
+        error = _flush(lane_math.add_rn(_flush(v), -with_sign_of(value, v)))
+        squares.append(_flush(lane_math.mul_rn(error, error)))
     while len(squares) > 1:
         half = len(squares) // 2
-        squares = [lanes.add_rn(a, b) for a, b in zip(squares[:half], squares[half:], strict=True)]
+        squares = [lane_math.add_rn(a, b) for a, b in zip(squares[:half], squares[half:], strict=True)]
     return squares[0]
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import lanes, tuning
+from pallas_kernels import lane_math, lanes, tuning
 from pallas_kernels.nvfp4_codec import (
     BLOCK_SIZE,
     block_amax,
@@ -128,7 +128,7 @@ def swiglu_quantize(
                 store_block(refs[0], refs[1], item, encoded)
                 return
             exact = [
-                with_sign_of(lanes.mul_rn(code_value(c), encoded.scale), v)
+                with_sign_of(lane_math.mul_rn(code_value(c), encoded.scale), v)
                 for c, v in zip(encoded.codes_f32, values, strict=True)
             ]
             lanes.scatter(refs[0], item.block, pack_exact_bf16(exact), where=item.valid)
@@ -148,7 +148,7 @@ def swiglu_quantize(
                 values, amax = _swiglu(*words)
                 if out == "bf16":
                     pairs = zip(values[::2], values[1::2], strict=True)
-                    lanes.scatter(refs[0], item.block, [lanes.pack_bf16(*pair) for pair in pairs], where=item.valid)
+                    lanes.scatter(refs[0], item.block, [lane_math.pack_bf16(*pair) for pair in pairs], where=item.valid)
                 else:
                     store(item, values, amax, row_encode_scales(g_ref, item, scale_stride))
 
@@ -164,16 +164,16 @@ def swiglu_quantize(
 def _swiglu(gate_words, up_words):
     """From 8 words of two bf16 each: the 16 products silu(gate) * up in f32, and their amax."""
     gates, ups = unpack_bf16(gate_words), unpack_bf16(up_words)
-    values = [lanes.mul_rn(silu(g), u) for g, u in zip(gates, ups, strict=True)]
+    values = [lane_math.mul_rn(silu(g), u) for g, u in zip(gates, ups, strict=True)]
     amax = block_amax(values)
     # As unsigned integers the bf16 values below -80 are the largest, behind them only negative NaNs.
     largest = gate_words[0]
     for word in gate_words[1:]:
-        largest = lanes.max_u16x2(largest, word)
+        largest = lane_math.max_u16x2(largest, word)
     far = (largest >= np.uint32((_BF16_MINUS_80 + 1) << 16)) | ((largest & 0xFFFF) > _BF16_MINUS_80)
 
     def anywhere():
-        again = [lanes.mul_rn(_silu_anywhere(g), u) for g, u in zip(gates, ups, strict=True)]
+        again = [lane_math.mul_rn(_silu_anywhere(g), u) for g, u in zip(gates, ups, strict=True)]
         return [*again, block_amax(again)]
 
     *values, amax = lanes.replace_where(far | (amax != amax), anywhere, [*values, amax])
@@ -182,25 +182,25 @@ def _swiglu(gate_words, up_words):
 
 def silu(x: jax.Array) -> jax.Array:
     """x * sigmoid(x) on f32 lane arrays of bf16 values from -80 up, finite."""
-    return lanes.mul_rn(x, _reciprocal_of_one_plus(_exp_of_bf16(-x)))
+    return lane_math.mul_rn(x, _reciprocal_of_one_plus(_exp_of_bf16(-x)))
 
 
 def _silu_anywhere(x):
     """The same for any bf16 value."""
     far = x < np.float32(-80)
     e = _exp_of_bf16(jnp.maximum(jnp.where(far, x + np.float32(80), -x), np.float32(-126)))
-    near_value = lanes.mul_rn(x, _reciprocal_of_one_plus(e))
-    far_value = lanes.mul_rn(lanes.mul_rn(x, e), np.float32(np.exp(-80.0)))
+    near_value = lane_math.mul_rn(x, _reciprocal_of_one_plus(e))
+    far_value = lane_math.mul_rn(lane_math.mul_rn(x, e), np.float32(np.exp(-80.0)))
     return jnp.where(far, far_value, near_value)
 
 
 def _exp_of_bf16(y):
     """e^y for y of at most 8 significant bits, |y| <= 91: y high is exact, e^(y low ln 2) = 1 + y low ln 2 + 8e-8."""
-    power = lanes.exp2_approx(lanes.mul_rn(y, _LOG2E_HIGH))
-    return lanes.fma_rn(power, lanes.mul_rn(y, _LOW_LN2), power)
+    power = lane_math.exp2_approx(lane_math.mul_rn(y, _LOG2E_HIGH))
+    return lane_math.fma_rn(power, lane_math.mul_rn(y, _LOW_LN2), power)
 
 
 def _reciprocal_of_one_plus(e):
-    d = lanes.add_rn(e, np.float32(1))
-    r = lanes.reciprocal_approx(d)
-    return lanes.fma_rn(lanes.fma_rn(-d, r, np.float32(1)), r, r)
+    d = lane_math.add_rn(e, np.float32(1))
+    r = lane_math.reciprocal_approx(d)
+    return lane_math.fma_rn(lane_math.fma_rn(-d, r, np.float32(1)), r, r)

@@ -12,7 +12,7 @@ import pytest
 from experiments import op_cases
 from experiments.bench_ops import mismatch
 from fp4jax import benchmarking
-from pallas_kernels import permute, quantize, tuning
+from pallas_kernels import permute, quantize, route_metadata, tuning
 
 ROOT = Path(__file__).parents[1]
 
@@ -84,6 +84,8 @@ def test_every_entry_of_the_tuning_table_is_a_valid_configuration():
         for fields in by_class.values():
             if kernel in ("quantize", "swiglu_quantize"):
                 problem = quantize.check_config(x, jnp.float32(1), None, config=quantize.TuningConfig(**fields))
+            elif kernel == "route_metadata":
+                problem = route_metadata.check_config(ids, 4, route_metadata.TuningConfig(**fields))
             else:
-                problem = permute.check_config(ids, 4, (x,), 8, permute.TuningConfig(**fields))
+                problem = permute.check_config((x,), 8, permute.TuningConfig(**fields))
             assert problem is None

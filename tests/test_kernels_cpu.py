@@ -19,12 +19,14 @@ from fp4jax.swiglu import swiglu_quantize
 from pallas_kernels import (
     permute as permute_kernels,
     quantize as quantize_kernel,
+    route_metadata as metadata_kernels,
     swiglu_quantize as swiglu_kernel,
     tuning,
 )
 
 TINY = quantize_kernel.TuningConfig(blocks_per_lane=1, blocks_per_sm=1)
-TINY_PERMUTE = permute_kernels.TuningConfig(chunk=32, items_per_lane=1)
+TINY_PERMUTE = permute_kernels.TuningConfig(items_per_lane=1)
+TINY_METADATA = metadata_kernels.TuningConfig(chunk=32)
 
 
 @pytest.fixture
@@ -140,13 +142,13 @@ def routing(rng):
 
 
 def _metadata(ids, experts, capacity, interpret):
-    return permute_kernels.route_metadata(
+    return metadata_kernels.route_metadata(
         jnp.asarray(ids),
         experts,
         capacity=capacity,
         num_rows=experts * capacity,
         with_source=True,
-        config=TINY_PERMUTE,
+        config=TINY_METADATA,
         interpret=interpret,
     )
 
@@ -172,8 +174,8 @@ def test_metadata_of_several_chunks_and_many_experts(rng, interpret):
 def test_metadata_contiguous(routing, interpret):
     ids, _ = routing
     row_map, sizes, _, source = oracles.permute_contiguous(ids, 4, 9)
-    meta = permute_kernels.route_metadata(
-        jnp.asarray(ids), 4, num_rows=9, with_source=True, config=TINY_PERMUTE, interpret=interpret
+    meta = metadata_kernels.route_metadata(
+        jnp.asarray(ids), 4, num_rows=9, with_source=True, config=TINY_METADATA, interpret=interpret
     )
     np.testing.assert_array_equal(meta.row_map, row_map)
     assert np.asarray(meta.source)[: len(source)].tolist() == source
@@ -335,12 +337,13 @@ def test_every_tuned_config_lowers(kernel, size, fields):
             call = lambda x, g, m: swiglu_kernel.swiglu_quantize(x, m, g, config=config)[:2]  # noqa: E731
             assert _kernels_in(call, x, g, counts) == 1
         return
-    config = permute_kernels.TuningConfig(**fields)
+    kernels = metadata_kernels if kernel == "route_metadata" else permute_kernels
+    config = kernels.TuningConfig(**fields)
     qdata, scales = struct((100, 520), jnp.uint8), struct((100, 65), jnp.float8_e4m3fn)
     row_map = struct((100, 6), jnp.int32)
     call, structs, wanted = {
         "route_metadata": (
-            lambda i: permute_kernels.route_metadata(i, 300, capacity=9, num_rows=2700, config=config), (ids,), 2,
+            lambda i: metadata_kernels.route_metadata(i, 300, capacity=9, num_rows=2700, config=config), (ids,), 2,
         ),
         "scatter_rows": (
             lambda q, s, r: permute_kernels.scatter_rows([q, s], r, 2700, config=config), (qdata, scales, row_map), 1,

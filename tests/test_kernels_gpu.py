@@ -17,7 +17,11 @@ from fp4jax.moe import MoEConfig, MoEWeights, moe_layer
 from fp4jax.nvfp4 import quantize
 from fp4jax.permute import depermute_combine, permute_to_contiguous, permute_to_masked
 from fp4jax.swiglu import swiglu_quantize
-from pallas_kernels import permute as permute_kernels, quantize as quantize_kernel, swiglu_quantize as swiglu_kernel
+from pallas_kernels import (
+    quantize as quantize_kernel,
+    route_metadata as metadata_kernels,
+    swiglu_quantize as swiglu_kernel,
+)
 
 pytestmark = pytest.mark.gpu
 KERNEL = dict(implementation="mosaic_gpu")
@@ -303,7 +307,7 @@ def test_permute_contiguous_and_back_random_shapes(seed):
 def test_metadata_of_many_chunks_and_repeats(rng):
     ids = _ids(rng, 16384, 8, 64)
     row_map, masked_m, _, _ = oracles.permute_masked(ids, 64, 2000)
-    run = jax.jit(lambda ids: permute_kernels.route_metadata(ids, 64, capacity=2000, num_rows=64 * 2000))
+    run = jax.jit(lambda ids: metadata_kernels.route_metadata(ids, 64, capacity=2000, num_rows=64 * 2000))
     for _ in range(20):
         meta = run(jnp.asarray(ids))
         np.testing.assert_array_equal(np.asarray(meta.row_map), row_map)

@@ -1,0 +1,81 @@
+"""Arithmetic on lane arrays whose rounding no compiler pass may change, as single PTX instructions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pallas_kernels import lanes
+
+
+def mul_rn(a: lanes.Value, b: lanes.Value) -> jax.Array:
+    """a * b rounded to nearest even, never contracted into an FMA."""
+    return lanes.instruction("mul.rn.f32 $0, $1, $2;", lambda a, b: lax.optimization_barrier(a * b), a, b)
+
+
+def add_rn(a: lanes.Value, b: lanes.Value) -> jax.Array:
+    """a + b rounded to nearest even, never contracted into an FMA."""
+    return lanes.instruction("add.rn.f32 $0, $1, $2;", lambda a, b: lax.optimization_barrier(a + b), a, b)
+
+
+def fma_rn(a: lanes.Value, b: lanes.Value, c: lanes.Value) -> jax.Array:
+    """a * b + c with one rounding."""
+    return lanes.instruction("fma.rn.f32 $0, $1, $2, $3;", _in_float64(lambda a, b, c: a * b + c), a, b, c)
+
+
+def div_rn(a: lanes.Value, b: lanes.Value) -> jax.Array:
+    """a / b correctly rounded."""
+    return lanes.instruction("div.rn.f32 $0, $1, $2;", _in_float64(lambda a, b: a / b), a, b)
+
+
+def abs_mul_flush(a: lanes.Value, b: lanes.Value) -> jax.Array:
+    """|a| * b with subnormal operands and results flushed to zero."""
+
+    def flushed(a, b):
+        tiny = np.float32(np.finfo(np.float32).tiny)
+        a, b = (jnp.where(jnp.abs(v) < tiny, np.float32(0), jnp.abs(v)) for v in (a, b))
+        product = a * b
+        return jnp.where(product < tiny, np.float32(0), product)
+
+    return lanes.instruction("{ .reg .f32 t; abs.f32 t, $1; mul.rn.ftz.f32 $0, t, $2; }", flushed, a, b)
+
+
+def reciprocal_approx(a: jax.Array) -> jax.Array:
+    """1 / a within 1 ulp for 2^-126 <= |a| <= 2^126."""
+    return lanes.instruction("rcp.approx.ftz.f32 $0, $1;", lambda a: np.float32(1) / a, a)
+
+
+def max_u16x2(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Maximum of both unsigned 16-bit halves of u32 lane arrays."""
+
+    def halves(a, b):
+        low = jnp.maximum(a & 0xFFFF, b & 0xFFFF)
+        return jnp.maximum(a >> 16, b >> 16) << 16 | low
+
+    return lanes.instruction("max.u16x2 $0, $1, $2;", halves, a, b, dtype=jnp.uint32)
+
+
+def exp2_approx(a: jax.Array) -> jax.Array:
+    """2^a within 2 ulp; results below 2^-126 are zero."""
+    return lanes.instruction("ex2.approx.ftz.f32 $0, $1;", _in_float64(jnp.exp2), a)
+
+
+def pack_bf16(low: jax.Array, high: jax.Array) -> jax.Array:
+    """Two f32 -> one u32 of two bf16, each rounded to nearest even; NaN stays NaN."""
+
+    def packed(low, high):
+        both = jnp.stack([low, high], axis=-1).astype(jnp.bfloat16)
+        return lax.bitcast_convert_type(both, jnp.uint32)
+
+    return lanes.instruction("cvt.rn.bf16x2.f32 $0, $2, $1;", packed, low, high, dtype=jnp.uint32)
+
+
+def _in_float64(function):
+    """The function in float64, rounded to f32: XLA:CPU neither contracts nor approximates it there."""
+
+    def run(*args):
+        with jax.enable_x64(True):
+            args = lax.optimization_barrier([a.astype(jnp.float64) for a in args])
+            return lax.optimization_barrier(function(*args)).astype(jnp.float32)
+
+    return run
