@@ -241,21 +241,18 @@ def instruction(asm: str, interpreted: Callable[..., jax.Array], *args: Value, d
 
     asm: with $0 for the result, $1.. for the arguments. interpreted: the same in jnp.
     """
-    args = [a if jnp.ndim(a) else jnp.asarray(a, jnp.float32) for a in args]
+    arrays = [a if jnp.ndim(a) else jnp.asarray(a, jnp.float32) for a in args]
     if _interpreting:
-        return interpreted(*jnp.broadcast_arrays(*args))
-    args = [a if jnp.ndim(a) else splat(a, jnp.float32) for a in args]
+        return interpreted(*jnp.broadcast_arrays(*arrays))
+    arrays = [a if jnp.ndim(a) else splat(a, jnp.float32) for a in arrays]
 
-    @plgpu.inline_mgpu(
-        arg_types=(_LAYOUT,) * len(args),
-        return_type=_lane_struct(dtype),
-    )
-    def inline(_, *args):
+    @plgpu.inline_mgpu(arg_types=(_LAYOUT,) * len(arrays), return_type=_lane_struct(dtype))
+    def inline(_, *lanes):
         result, register = (ir.F32Type.get(), "=f") if dtype == jnp.float32 else (_i32(), "=r")
-        constraints = ",".join([register] + ["f" if a.mlir_dtype == ir.F32Type.get() else "r" for a in args])
-        return _lane_array(llvm.inline_asm(result, [_scalar(a) for a in args], asm, constraints))
+        constraints = ",".join([register] + ["f" if a.mlir_dtype == ir.F32Type.get() else "r" for a in lanes])
+        return _lane_array(llvm.inline_asm(result, [_scalar(a) for a in lanes], asm, constraints))
 
-    return inline(*args)
+    return inline(*arrays)
 
 
 # --- implementation ---
