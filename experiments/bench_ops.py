@@ -1,6 +1,6 @@
 """The memory-bound ops against their floor and against XLA, on shapes of real models.
 
-    python experiments/bench_ops.py                    # everything; about 6 minutes on an H100
+    python experiments/bench_ops.py                    # everything; about 12 minutes on an H100, mostly compiling
     python experiments/bench_ops.py --models=deepseek-v3 --tokens=4096 --ops=permute,depermute
     python experiments/bench_ops.py --sweep            # tune the kernels, rewrite pallas_kernels/tuned.json
 
@@ -78,20 +78,19 @@ def main(argv):
         return
     ceilings = benchmarking.measure_ceilings()
     print(f"copy {ceilings.copy_bytes_per_s / 1e12:.2f} TB/s, bf16 matmul {ceilings.bf16_flops / 1e12:.1f} TFLOP/s")
+    folder = Path(_OUTPUT_DIR.value or "output/bench_ops")
     rows, wrong = [], []
-    shapes = list(itertools.product(models, tokens))
-    for name, count in tqdm(shapes, desc="shapes", unit="shape"):
-        cases = [c for c in all_cases(name, count) if _OPS.value is None or c.op in _OPS.value]
+    for name, count in tqdm(list(itertools.product(models, tokens)), desc="shapes", unit="shape"):
+        every = all_cases(name, count)
+        cases = [c for c in every if _OPS.value is None or c.op in _OPS.value]
         if not cases:
-            raise app.UsageError(
-                f"--ops: none of {_OPS.value} exists; choose of {[c.op for c in all_cases(name, count)]}"
-            )
+            raise app.UsageError(f"--ops: none of {_OPS.value} exists; choose of {[c.op for c in every]}")
         found, bad = run_cases(cases, ceilings)
         rows += found
         wrong += bad
+        # After every shape, so that a run that is stopped leaves what it measured.
+        benchmarking.save_results(folder / "bench_ops.json", "bench_ops", rows, inputs=_INPUTS, ceilings=ceilings)
     print(benchmarking.format_table(rows))
-    folder = Path(_OUTPUT_DIR.value or "output/bench_ops")
-    benchmarking.save_results(folder / "bench_ops.json", "bench_ops", rows, inputs=_INPUTS, ceilings=ceilings)
     plot(rows, folder / "bench_ops.png")
     print(f"wrote {folder}/bench_ops.json and bench_ops.png")
     if wrong:

@@ -15,7 +15,7 @@ F32 = np.float32
 
 @pytest.fixture(autouse=True)
 def plain_jnp():
-    with lanes.interpreting():
+    with lanes.interpreting(), jax.default_device(jax.devices("cpu")[0]):
         yield
 
 
