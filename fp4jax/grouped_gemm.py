@@ -1,9 +1,10 @@
 """Grouped GEMM: each expert's rows times that expert's weights, out = cast(acc * (x_scale * w.global_scale)).
 
 Masked layout x [E, M, K] with `masked_m` valid rows per expert, or contiguous x [rows, K] sorted by expert with
-`group_sizes`. Weights [E, N, K] in NVFP4, or plain bf16 / f32 arrays (the unquantized baseline). code x block_scale is
-exact in bf16, so bf16 operands with f32 accumulation and the f32 global scales in the epilogue are the NVFP4 GEMM, up
-to the order of summation. Rows that are not valid may hold anything, in x as in the result.
+`group_sizes`. Weights [E, N, K] in NVFP4, as checkpoints have them or packed, or plain bf16 / f32 arrays (the
+unquantized baseline). code x block_scale is exact in bf16, so bf16 operands with f32 accumulation and the f32 global
+scales in the epilogue are the NVFP4 GEMM, up to the order of summation. Rows that are not valid may hold anything, in x
+as in the result.
 """
 
 from typing import Any
@@ -15,12 +16,21 @@ from jaxtyping import Array, Float, Int
 
 from fp4jax.implementations import resolve_implementation
 from fp4jax.nvfp4 import NVFP4Tensor, check_scale_shape, decode_blocks
+from fp4jax.packed_weights import PackedWeights, pack_weights, unpack_weights
+
+__all__ = [
+    "PackedWeights",
+    "contiguous_grouped_gemm",
+    "masked_grouped_gemm",
+    "pack_weights",
+    "unpack_weights",
+]
 
 # Rows are multiplied in tiles of one fixed shape: a library dot gives a row the same bits whenever its shape is the
 # same, so a row's bits depend on that row and the weights, not on M, on its neighbours or on the number of devices.
 _TILE_M = 32
 
-Weights = NVFP4Tensor | Float[Array, "e n k"]
+Weights = NVFP4Tensor | PackedWeights | Float[Array, "e n k"]
 
 
 def masked_grouped_gemm(
@@ -37,7 +47,8 @@ def masked_grouped_gemm(
 
     Args:
       x: bf16 or f32 [E, M, K], or NVFP4Tensor (then xs = x.global_scale).
-      w: NVFP4Tensor or bf16 / f32 array, [E, N, K]; global_scale [E, 1, 1] or [E, N, 1] (gate and up rows may differ).
+      w: NVFP4Tensor, PackedWeights or bf16 / f32 array, [E, N, K]; global_scale [E, 1, 1] or [E, N, 1] (gate and up
+        rows may differ).
       masked_m: valid rows per expert; values above M count as M.
       x_scale: f32 scale of a plain x: (), or rank 3 with trailing 1, e.g. [E, 1, 1] or [E, M, 1]; None = 1.
       expected_m: a hint for kernels that tune by the usual rows per expert; results do not depend on it.
@@ -119,7 +130,9 @@ def _multiply_rows(rows, scale, w, starts, sizes, out_dtype):
 def _decode_expert(w, e, dtype):
     """-> weights [N, K] of expert e, the only ones decoded at a time, and their f32 scale [1, 1] or [1, N]."""
     one = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, e, keepdims=False), w)
-    if not isinstance(w, NVFP4Tensor):
+    if isinstance(one, PackedWeights):
+        one = unpack_weights(one)
+    if not isinstance(one, NVFP4Tensor):
         return one.astype(dtype), jnp.ones((1, 1), jnp.float32)
     return decode_blocks(one.qdata, one.block_scale, dtype), one.global_scale.T
 
@@ -146,7 +159,7 @@ def _varying_like(value, tree):
 
 def _check_args(op, x, w, sizes, x_scale, expected_m, ndim):
     for name, t in (("x", x), ("w", w)):
-        if isinstance(t, NVFP4Tensor):
+        if isinstance(t, NVFP4Tensor | PackedWeights):
             t.validate()
         elif t.dtype not in (jnp.bfloat16, jnp.float32):
             raise TypeError(f"{op}: {name} must be an NVFP4Tensor, bfloat16 or float32, got {t.dtype}")

@@ -184,7 +184,8 @@ def unpack(qdata: UInt8[Array, "... half_k"]) -> UInt8[Array, "..."]:
     return jnp.stack([qdata & 0xF, qdata >> 4], axis=-1).reshape(*qdata.shape[:-1], 2 * qdata.shape[-1])
 
 
-def _pack(codes: jax.Array) -> jax.Array:
+def pack_codes(codes: UInt8[Array, "... k"]) -> UInt8[Array, "..."]:
+    """Inverse of `unpack`."""
     return codes[..., 0::2] | (codes[..., 1::2] << 4)
 
 
@@ -200,7 +201,7 @@ def _quantize_xla(x, masked_m, scale, encode_scale, *, dialect, four_over_six, r
         codes, block_scale, raw = _encode_modelopt(blocks, block_amax, scale)
     else:
         codes, block_scale, raw = _encode_compressed_tensors(blocks, block_amax, encode_scale)
-    quantized = NVFP4Tensor(_pack(codes.reshape(x.shape)), block_scale, scale)
+    quantized = NVFP4Tensor(pack_codes(codes.reshape(x.shape)), block_scale, scale)
     return (quantized, (block_amax, raw)) if return_stats else quantized
 
 
@@ -266,7 +267,7 @@ def _sign_of_input(codes, blocks):
 
 def _squared_error(blocks, codes, block_scale, scale):
     """Sum of (x - value)^2 per block in f32, halves added pairwise 16-8-4-2-1."""
-    value = decode_blocks(_pack(codes.reshape(*codes.shape[:-2], -1)), block_scale, jnp.float32) * scale
+    value = decode_blocks(pack_codes(codes.reshape(*codes.shape[:-2], -1)), block_scale, jnp.float32) * scale
     # The barriers keep XLA from contracting product and sum into one FMA, which would change the last bit. CPUs flush
     # subnormal errors and squares, GPUs do not: flush them everywhere.
     error = flush_subnormals(blocks - lax.optimization_barrier(value).reshape(blocks.shape))

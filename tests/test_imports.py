@@ -16,6 +16,7 @@ OURS = ("fp4jax", "pallas_kernels", "configs", "experiments", "tests")
 LAYERS = (
     {"rounding", "implementations", "hlo_collectives", "quant_config", "benchmarking", "block_graph"},
     {"nvfp4", "scale_layout"},
+    {"packed_weights"},
     {"routing", "permute", "grouped_gemm", "swiglu", "block_fp8"},
     {"expert_parallel"},
     {"moe"},
