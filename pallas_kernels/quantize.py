@@ -2,8 +2,9 @@
 
 One lane owns one block of 16 values: it loads them with 16-byte accesses, finds their amax in registers, and stores 8
 bytes of codes and one scale byte. Without `masked_m` blocks of threads cover the flat list of NVFP4 blocks; with it
-they walk over the valid rows only (schedule.py). With a per-token global scale a block of threads owns one row, so the
-row's amax is a reduction across its lanes and x is still read once.
+they walk over the valid rows only (schedule.py). With a per-token global scale a block of threads owns one row: it
+finds the row's amax by a reduction across its lanes and reads the row again from the L1 cache, so that it need not be
+held in registers and more rows are in flight.
 
 What limits it: device memory. 16 bf16 values are 32 bytes in and 9 bytes out; about 8 integer and 5 float instructions
 per value stay below that.
@@ -35,7 +36,7 @@ _F32_MAX = np.float32(np.finfo(np.float32).max)
 AMAX_DIVISOR = 6.0 * 448.0
 AMAX_DIVISOR_FOUR_OVER_SIX = 6.0 * 256.0
 MAX_INDEX = 2**31 - 2**16  # room for the lanes beyond the last block
-MAX_BLOCKS_PER_LANE = 8  # a row's values stay in registers between its amax and its codes
+MAX_BLOCKS_PER_LANE = 8  # they are unrolled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,9 +147,7 @@ def quantize(
                 is_first = items[0].valid & (items[0].column == 0)
                 lanes.scatter(row_scale_ref[0], items[0].row, [as_u32(scale)], where=is_first)
                 scales = encode_scales(scale)
-                for (
-                    item
-                ) in items:  # from the L1 cache: the row is not held in registers, so that more rows are in flight
+                for item in items:
                     store(item, load(item), scales)
                 return
             values = [load(item) for item in items]  # all loads first
