@@ -40,6 +40,8 @@ def _name_hash(name: str) -> int:
 
 def list_files(folder: str | Path | None = None) -> tuple[Path, list[str]]:
     """Root and sorted relative names: every file of `folder`, or the library's .py files without tests and tools."""
+    if folder == "":
+        raise ValueError("--corpus: the name of a folder must not be empty")
     root = Path(sysconfig.get_path("stdlib") if folder is None else folder).resolve()
     if not root.is_dir():
         raise ValueError(f"--corpus={folder}: no such folder")

@@ -8,6 +8,7 @@ lets the quantized model write. Without GPUs the devices are virtual CPU devices
 """
 
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -193,17 +194,23 @@ def main(argv: list[str]) -> None:
         raise app.UsageError("--prompt must not be empty")
     if not os.path.isfile(os.path.join(_MODEL.value, "config.json")):
         raise app.UsageError(f"--model={_MODEL.value} holds no config.json")
+    longest = json.loads(Path(_MODEL.value, "config.json").read_text()).get("max_position_embeddings", math.inf)
+    if prompt.size + _NEW_BYTES.value > longest:
+        raise app.UsageError(
+            f"--new_bytes={_NEW_BYTES.value} and a prompt of {prompt.size} bytes exceed the model's {longest} positions"
+        )
+    if not math.isfinite(_TEMPERATURE.value):
+        raise app.UsageError(f"--temperature={_TEMPERATURE.value} must be finite")
     settings = _CONFIG.value.demo
     jax.config.update("jax_num_cpu_devices", max(EP))  # no effect where JAX runs on GPUs
     output = Path(_OUTPUT_DIR.value)
     output.mkdir(parents=True, exist_ok=True)
     try:
         corpus = load_corpus(_CORPUS.value)
+        text = windows(corpus.held_out, settings.sequence_length, _WINDOWS.value or settings.windows)
+        calibration = windows(corpus.train, settings.sequence_length, settings.calibration_windows)[:, :-1]
     except ValueError as error:
-        raise app.UsageError(str(error)) from error
-
-    text = windows(corpus.held_out, settings.sequence_length, _WINDOWS.value or settings.windows)
-    calibration = windows(corpus.train, settings.sequence_length, settings.calibration_windows)[:, :-1]
+        raise app.UsageError(f"--corpus={_CORPUS.value}: {error}") from error
     device = jax.devices()[0].device_kind
     print(
         f"{len(jax.devices())} devices ({device}); {text.size - len(text)} bytes of {len(corpus.held_out_files)} "

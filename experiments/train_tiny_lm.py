@@ -56,6 +56,8 @@ class TrainState(NamedTuple):
 
 def check_config(train: ConfigDict) -> None:
     """Raise ValueError naming the setting, where saving or evaluating would fall between two jitted calls."""
+    if train.steps_per_call < 1:
+        raise ValueError(f"train.steps_per_call={train.steps_per_call} must be at least 1")
     for name in ("steps", "eval_every", "checkpoint_every"):
         if train[name] < 1 or train[name] % train.steps_per_call:
             raise ValueError(
@@ -241,8 +243,13 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     config = _CONFIG.value
-    check_config(config.train)
-    corpus = load_corpus(_CORPUS.value)
+    try:
+        check_config(config.train)
+        corpus = load_corpus(_CORPUS.value)
+        for part in (corpus.train, corpus.held_out):
+            windows(part, config.train.sequence_length)
+    except ValueError as error:
+        raise app.UsageError(f"--corpus={_CORPUS.value}, --config: {error}") from error
     output_dir = Path(_OUTPUT_DIR.value)
     workdir = Path(_WORKDIR.value) if _WORKDIR.value else output_dir / "state"
     model = train(config, corpus, workdir, output_dir)

@@ -170,7 +170,8 @@ def _to_fp8(x):
     groups = -(-hidden // FP8_GROUP)
     wide = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, groups * FP8_GROUP - hidden))).reshape(tokens, groups, FP8_GROUP)
     amax = jnp.max(jnp.abs(wide), axis=-1)
-    scales = jnp.where(amax == 0, np.float32(1), div_rn(amax, np.float32(E4M3_MAX)))
+    # Below, amax / 448 would be subnormal, which CPUs flush to zero; such a group is zero to e4m3 with scale 1.
+    scales = jnp.where(amax < E4M3_MAX * 2.0**-126, np.float32(1), div_rn(amax, np.float32(E4M3_MAX)))
     values = round_to_e4m3(div_rn(wide, scales[..., None]))
     return values.reshape(tokens, groups * FP8_GROUP)[:, :hidden], scales
 

@@ -143,7 +143,8 @@ def dense_moe(
     gate_up = jnp.einsum("th,enh->etn", x, w13.astype(x.dtype), precision=precision)
     gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
     y = jnp.einsum("eti,ehi->eth", (silu(gate) * up).astype(x.dtype), w2.astype(x.dtype), precision=precision)
-    mixing = jnp.sum(jax.nn.one_hot(topk_ids, w13.shape[0]) * topk_weights[..., None], axis=1)
+    chosen = topk_ids[..., None] == jnp.arange(w13.shape[0])
+    mixing = jnp.sum(jnp.where(chosen, topk_weights[..., None], 0), axis=1)
     mixed = jnp.einsum("te,eth->th", mixing, y.astype(jnp.float32), precision=lax.Precision.HIGHEST)
     return mixed.astype(x.dtype)
 

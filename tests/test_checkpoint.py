@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -12,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from fp4jax.checkpoint import load_model, save_model
 from fp4jax.checkpoint.save import model_params
-from fp4jax.models import Qwen3Moe, Qwen3MoeConfig, quantize_experts
+from fp4jax.models import Qwen3Moe, Qwen3MoeConfig, configure_experts, quantize_experts
 
 CONFIG = Qwen3MoeConfig(
     vocab_size=32,
@@ -196,6 +197,63 @@ def test_incomplete_shards_are_named(tmp_path):
     index.write_text(json.dumps({**values, "weight_map": {**values["weight_map"], "ghost": first}}))
     with pytest.raises(ValueError, match="lists tensors that are in no file: ghost"):
         load_model(tmp_path)
+
+
+def test_saving_again_in_one_file_wins_over_older_shards(tmp_path):
+    old, config = make_model()
+    new = Qwen3Moe(config, rngs=nnx.Rngs(1))
+    save_model(old, config, tmp_path, max_shard_bytes=20_000)
+    save_model(new, config, tmp_path)
+    assert_same_params(load_model(tmp_path)[0], new)
+    save_model(old, config, tmp_path, max_shard_bytes=20_000)
+    assert_same_params(load_model(tmp_path)[0], old)
+
+
+def test_the_index_decides_which_file_a_tensor_is_read_from(tmp_path):
+    model, config = make_model()
+    save_model(model, config, tmp_path, max_shard_bytes=20_000)
+    weight_map = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    other = tmp_path / max(set(weight_map.values()) - {weight_map["model.embed_tokens.weight"]})
+    stale = load_file(other)
+    stale["model.embed_tokens.weight"] = np.zeros((32, 32), ml_dtypes.bfloat16)
+    save_file(stale, other)
+    assert_same_params(load_model(tmp_path)[0], model)
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"weight_map": 3}'])
+def test_a_broken_index_is_named(tmp_path, content):
+    save_model(*make_model(), tmp_path, max_shard_bytes=20_000)
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["float32", jnp.float32, np.float32, np.dtype("float32")])
+def test_dtype_as_a_name_or_a_type(folder, dtype):
+    model, config = load_model(folder, dtype=dtype, quantization=None)
+    assert config.dtype == "float32" and {p.dtype for p in params(model).values()} == {np.dtype("float32")}
+
+
+def test_quantization_is_refused_by_its_value(folder):
+    with pytest.raises(NotImplementedError, match="mix_quant"):
+        load_model(folder, quantization='{"quantization": "mix_quant"}')
+
+
+def test_a_mesh_of_explicit_axes_works(folder):
+    """The default of jax.make_mesh."""
+    mesh = jax.make_mesh((2,), ("ep",), devices=jax.devices()[:2])
+    ids = jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
+    alone, on_mesh = load_model(folder)[0](ids), load_model(folder, mesh=mesh)[0](ids)
+    np.testing.assert_allclose(np.asarray(on_mesh, np.float32), np.asarray(alone, np.float32), atol=0.02)
+    model, _ = load_model(folder)
+    configure_experts(model, mesh=mesh)
+    np.testing.assert_array_equal(np.asarray(model(ids)), np.asarray(on_mesh))
+
+
+def test_a_mesh_of_other_axes_is_refused_before_anything_is_read(folder):
+    (folder / "model.safetensors").write_bytes(b"not read")
+    with pytest.raises(ValueError, match="one axis 'ep'"):
+        load_model(folder, mesh=jax.make_mesh((2,), ("data",), devices=jax.devices()[:2]))
 
 
 def test_quantized_experts_are_not_saved_as_something_else(tmp_path):

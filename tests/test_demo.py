@@ -98,6 +98,8 @@ def test_demo_times_every_stage(report):
         ("--windows=0", "--windows"),
         ("--temperature=-1", "--temperature"),
         ("--prompt=", "--prompt must not be empty"),
+        ("--new_bytes=3000", "--new_bytes=3000"),
+        ("--temperature=inf", "--temperature=inf"),
         ("stray", "unexpected arguments"),
         ("--wire=int8", "Unknown command line flag 'wire'"),
     ],

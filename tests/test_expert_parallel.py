@@ -170,6 +170,18 @@ def test_fp8_wire_against_numpy(make_mesh, rng):
     assert np.isnan(np.asarray(scales[16:])).all()
 
 
+def test_fp8_of_nearly_zero_groups_is_finite(make_mesh):
+    x = np.zeros((2, 256), np.float32)
+    x[0, 0], x[1, 128], x[1, 3] = 1e-37, 448 * 2.0**-126, -1e-38
+
+    def body(x):
+        ids = jnp.zeros((x.shape[0], 1), jnp.int32)
+        return from_fp8(*dispatch(x, ids, jnp.ones(ids.shape), num_experts=1, wire_format="fp8").x)
+
+    decoded = np.asarray(sharded(make_mesh(1), body)(jnp.asarray(x)), np.float64)
+    np.testing.assert_allclose(decoded, x, rtol=2.0**-4, atol=448 * 2.0**-126)
+
+
 # --- the whole layer across devices ---
 
 E, H, INTERMEDIATE, K, T = 16, 128, 64, 4, 64

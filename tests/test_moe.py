@@ -282,3 +282,12 @@ def test_weight_refusals_name_the_shape(change, message, batch, rng):
     weights, _, _ = _weights(rng)
     with pytest.raises(ValueError, match=message):
         _run(batch, change(weights), W4A4)
+
+
+def test_dense_moe_ignores_the_weight_of_an_absent_slot(rng):
+    x, w13, w2 = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((4, H), (E, 2 * I, H), (E, H, I)))
+    ids = jnp.asarray([[0, -1], [1, 2], [-1, -1], [3, 3]], jnp.int32)
+    weights = jnp.asarray(rng.random((4, 2)), jnp.float32)
+    clean = dense_moe(x, ids, weights, w13, w2)
+    np.testing.assert_array_equal(dense_moe(x, ids, jnp.where(ids < 0, jnp.nan, weights), w13, w2), clean)
+    assert not np.asarray(clean)[2].any()

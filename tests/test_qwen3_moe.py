@@ -250,6 +250,7 @@ def test_both_generations_of_config_json():
         (dict(use_sliding_window=True), "use_sliding_window=True"),
         (dict(rope_scaling={"type": "yarn", "factor": 4.0}), "rope_type='yarn'"),
         (dict(rope_parameters={"rope_type": "linear", "rope_theta": 1.0}), "rope_type='linear'"),
+        (dict(rope_parameters={"rope_type": "default"}, rope_scaling={"rope_type": "yarn"}), "rope_type='yarn'"),
         (dict(num_experts=None), "lacks num_experts"),
         (dict(num_key_value_heads=3), "num_key_value_heads=3"),
         (dict(head_dim=15), "head_dim must be even .* 15"),
@@ -321,3 +322,12 @@ def test_loaded_onto_a_mesh_gives_the_same_logits(tmp_path, make_mesh):
     assert [shard.data.shape for shard in w13.addressable_shards] == [(2, 64, 64)] * 4
     # The wire is bf16, so tokens are rounded once on their way.
     assert calc_diff(_forward(sharded, ids), _forward(model, ids)) < 1e-4
+
+
+def test_absent_keys_mean_what_they_mean_to_hugging_face():
+    config = Qwen3MoeConfig.from_hf({k: v for k, v in _HF.items() if k not in ("rope_theta", "norm_topk_prob")})
+    assert config.rope_theta == 10_000.0 and config.norm_topk_prob is False
+    newer = {k: v for k, v in _HF.items() if k != "rope_theta"} | {
+        "rope_scaling": {"type": "default", "rope_theta": 7.0}
+    }
+    assert Qwen3MoeConfig.from_hf(newer).rope_theta == 7.0

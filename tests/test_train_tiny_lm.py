@@ -93,7 +93,14 @@ def test_committed_configuration_fits_the_clone():
 
 
 @pytest.mark.parametrize(
-    ("flag", "message"), [("--config.train.steps=15", "train.steps=15"), ("--corpus=/no/such", "/no/such")]
+    ("flag", "message"),
+    [
+        ("--config.train.steps=15", "train.steps=15"),
+        ("--config.train.steps_per_call=0", "train.steps_per_call=0"),
+        ("--config.train.sequence_length=100000", "bytes do not fill one window"),
+        ("--corpus=/no/such", "/no/such"),
+        ("--corpus=", "must not be empty"),
+    ],
 )
 def test_bad_values_are_named(tmp_path, text, flag, message):
     assert message in _train(tmp_path, text, flag, expect=1)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from fp4jax.checkpoint.names import Path as ParamPath, Slot, stacked_name, tensor_slots
 from fp4jax.checkpoint.save import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, model_params
-from fp4jax.layers import EP_AXIS, ExpertSettings
+from fp4jax.layers import EP_AXIS, ExpertSettings, expert_mesh
 from fp4jax.models.qwen3_moe import MODEL_TYPE, Qwen3Moe, Qwen3MoeConfig
 
 _MODELS: dict[str, tuple[Callable[..., Any], Any]] = {MODEL_TYPE: (Qwen3Moe, Qwen3MoeConfig)}
@@ -29,19 +29,26 @@ _PROGRESS_FROM = 1000  # tensors; smaller checkpoints load faster than a bar is 
 _NAMES_IN_ERROR = 8
 
 
-def load_model(folder: str | os.PathLike, *, mesh: Mesh | None = None, dtype: str | None = None) -> tuple[Any, Any]:
+def load_model(
+    folder: str | os.PathLike, *, mesh: Mesh | None = None, quantization: Any = None, dtype: Any = None
+) -> tuple[Any, Any]:
     """Model and config of a folder with `config.json` and safetensors (one file, or shards with an index).
 
-    `dtype`: "bfloat16" or "float32", what the model computes in and stores; None is the config's. `mesh`: one with the
-    axis "ep", over which the experts are split. The model class follows from `model_type`.
+    `dtype`: bfloat16 or float32, as a name or a type, what the model computes in and stores; None is the config's.
+    `mesh`: one with the one axis "ep", over which the experts are split; tokens then cross it in bfloat16 unless
+    `configure_experts` says otherwise, in a float32 model too. `quantization`: None, the only choice yet. The model
+    class follows from `model_type`.
 
     Raises:
       FileNotFoundError: for a missing file, by name.
       ValueError: for an unsupported model or quantization, unreadable files, and missing, unexpected or misshapen
         tensors; with file, tensor, expected and found.
     """
+    if quantization is not None:
+        raise NotImplementedError(f"quantization={quantization!r}: only unquantized checkpoints can be loaded yet")
     folder = Path(folder)
-    model_class, config = _read_config(folder, dtype)
+    mesh = None if mesh is None else expert_mesh(mesh)
+    model_class, config = _read_config(folder, None if dtype is None else jnp.dtype(dtype).name)
     model = nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(0)))
     params = model_params(model)
     reader = _Reader(folder)
@@ -88,7 +95,7 @@ class _Reader:
         self.folder = folder
         index = folder / INDEX_NAME
         if index.is_file():
-            weight_map = json.loads(index.read_text())["weight_map"]
+            weight_map = _read_weight_map(index)
             files = [folder / file for file in sorted(set(weight_map.values()))]
         else:
             weight_map, files = None, [folder / WEIGHTS_NAME]
@@ -104,6 +111,9 @@ class _Reader:
             except SafetensorError as error:
                 raise ValueError(f"{file} is not a readable safetensors file: {error}") from error
             self.file_of.update(dict.fromkeys(self._open[file].keys(), file))
+        for name, file in (weight_map or {}).items():  # a tensor in several files is read where the index says
+            if name in self.file_of and name in self._open[folder / file].keys():  # noqa: SIM118
+                self.file_of[name] = folder / file
         absent = sorted(set(weight_map or ()) - self.file_of.keys())
         if absent:
             raise ValueError(f"{index} lists tensors that are in no file: {_some(absent)}")
@@ -119,6 +129,13 @@ class _Reader:
     def read_rows(self, name: str, rows: slice) -> np.ndarray:
         """Leading rows of one tensor, without touching the others."""
         return self._open[self.file_of[name]].get_slice(name)[rows]
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads(index.read_text())["weight_map"])
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{index} is not an index of safetensors files: {error!r}") from error
 
 
 def _match(

@@ -71,6 +71,8 @@ def _write_shards(tensors: dict[str, np.ndarray], folder: Path, max_shard_bytes:
         total = sum(value.nbytes for value in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_text(folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
+    else:  # an index of an earlier save would send readers to its shards
+        (folder / INDEX_NAME).unlink(missing_ok=True)
 
 
 def _write_text(path: Path, text: str) -> None:

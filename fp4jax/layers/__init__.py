@@ -8,4 +8,5 @@ from fp4jax.layers.moe_block import (
     MoEAux as MoEAux,
     MoEBlock as MoEBlock,
     RoutingConfig as RoutingConfig,
+    expert_mesh as expert_mesh,
 )

@@ -45,6 +45,17 @@ class RoutingConfig:
         )
 
 
+def expert_mesh(mesh: Mesh) -> Mesh:
+    """The mesh with Auto axes, whatever they were (`jax.make_mesh` makes Explicit ones): experts run in shard_map.
+
+    Raises:
+      ValueError: for other axes than the one named "ep".
+    """
+    if mesh.axis_names != (EP_AXIS,):
+        raise ValueError(f"the mesh of the experts must have the one axis {EP_AXIS!r}, got {mesh.axis_names}")
+    return Mesh(mesh.devices, mesh.axis_names)
+
+
 @dataclass(frozen=True)
 class ExpertSettings:
     """How the experts run; changes numerics and traffic, never the weights.
@@ -66,8 +77,8 @@ class ExpertSettings:
     def __post_init__(self) -> None:
         if self.activation_format not in ("nvfp4", "bf16"):
             raise ValueError(f"activation_format must be 'nvfp4' or 'bf16', got {self.activation_format!r}")
-        if self.mesh is not None and self.mesh.axis_names != (EP_AXIS,):
-            raise ValueError(f"the mesh of the experts must have the one axis {EP_AXIS!r}, got {self.mesh.axis_names}")
+        if self.mesh is not None:
+            object.__setattr__(self, "mesh", expert_mesh(self.mesh))
         if self.differentiable and (self.mesh is not None or self.activation_format != "bf16"):
             raise ValueError(
                 "differentiable=True runs on one device with activation_format='bf16', "

@@ -82,12 +82,13 @@ class Qwen3MoeConfig:
             values["num_experts"] = config["num_local_experts"]
         if "head_dim" not in values and {"hidden_size", "num_attention_heads"} <= values.keys():
             values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
-        rope = config.get("rope_parameters") or {}
-        if "rope_theta" in rope:
-            values["rope_theta"] = rope["rope_theta"]
+        for rope in (config.get("rope_scaling") or {}, config.get("rope_parameters") or {}):
+            if "rope_theta" in rope:
+                values["rope_theta"] = rope["rope_theta"]
+        values.setdefault("rope_theta", 1e4)  # what absent keys mean to Hugging Face: this one, and
         values["dtype"] = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
         values["mlp_only_layers"] = tuple(values.get("mlp_only_layers", ()))
-        values.setdefault("norm_topk_prob", False)  # what an absent key means to Hugging Face
+        values.setdefault("norm_topk_prob", False)  # this one
         missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in values]
         if missing:
             raise ValueError(f"config.json of {MODEL_TYPE} lacks {', '.join(missing)}")
@@ -110,13 +111,13 @@ class Qwen3MoeConfig:
 def _refuse_unsupported(config: Mapping[str, Any]) -> None:
     if config.get("model_type") != MODEL_TYPE:
         raise ValueError(f"model_type {config.get('model_type')!r} is not supported, expected {MODEL_TYPE!r}")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    ropes = [config.get(key) or {} for key in ("rope_parameters", "rope_scaling")]
+    rope_types = [rope.get("rope_type", rope.get("type", "default")) for rope in ropes]
     for key, value, supported in (
         ("hidden_act", config.get("hidden_act", "silu"), "silu"),
         ("attention_bias", config.get("attention_bias", False), False),
         ("use_sliding_window", config.get("use_sliding_window") or False, False),
-        ("rope_type", rope_type, "default"),
+        *(("rope_type", rope_type, "default") for rope_type in rope_types),
     ):
         if value != supported:
             raise ValueError(f"{key}={value!r} is not supported by {MODEL_TYPE}, only {supported!r}")

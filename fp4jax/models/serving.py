@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
-from fp4jax.layers.moe_block import ExpertAmax, MoEBlock
+from fp4jax.layers.moe_block import ExpertAmax, MoEBlock, expert_mesh
 from fp4jax.nvfp4 import E2M1_MAX, E4M3_MAX
 
 _AMAX_PER_SCALE = np.float32(E2M1_MAX * E4M3_MAX)  # the value that code 6 with block scale 448 stands for
@@ -32,6 +32,8 @@ def configure_experts(model: MoEModel, **changes: Any) -> None:
 
     With a `mesh` (or None) everything but the experts is copied to all its devices (or to the first one).
     """
+    if changes.get("mesh") is not None:
+        changes["mesh"] = expert_mesh(changes["mesh"])
     for block in model.moe_blocks():
         block.configure(dataclasses.replace(block.settings, **changes))
     if "mesh" in changes:
