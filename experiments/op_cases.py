@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fp4jax import scale_layout
-from fp4jax.nvfp4 import quantize
+from fp4jax.nvfp4 import decode_blocks, quantize
 from fp4jax.permute import depermute_combine, permute_to_masked
 from fp4jax.swiglu import swiglu_quantize
 from pallas_kernels import (
@@ -187,6 +187,9 @@ def permute_cases(name: str, model: Model, tokens: int) -> list[Case]:
     def decoded(config=None):
         return lambda q, s, r: permute_kernels.scatter_decoded_rows(q, s, r, num_rows, config=config)
 
+    def decoded_xla(q, s, r):
+        return decode_blocks(*move_xla(q, s, r))
+
     def combine(implementation):
         return lambda y, r, w: depermute_combine(y, r, w, implementation=implementation)
 
@@ -198,8 +201,9 @@ def permute_cases(name: str, model: Model, tokens: int) -> list[Case]:
              kernel="route_metadata", items=metadata_kernels.tuning_items(tokens * k), tunable=metadata),
         Case("permute_rows", shape, moved, (qdata, scales, row_map), {"mosaic_gpu": move(), "xla": move_xla},
              valid=flat_valid, kernel="scatter_rows", items=tokens * packed_row // 16, tunable=move),
-        Case("permute_rows_decoded", shape, moved_decoded, (qdata, scales, row_map), {"mosaic_gpu": decoded()},
-             valid=flat_valid, kernel="scatter_decoded_rows", items=tokens * h // 16, tunable=decoded),
+        Case("permute_rows_decoded", shape, moved_decoded, (qdata, scales, row_map),
+             {"mosaic_gpu": decoded(), "xla": decoded_xla}, valid=flat_valid, kernel="scatter_decoded_rows",
+             items=tokens * h // 16, tunable=decoded),
         Case("permute", shape, moved + 8 * tokens * k, (qdata, scales, ids), {n: whole(n) for n in both}, valid=valid),
         Case("permute_swizzled", shape, moved + 8 * tokens * k + experts * (-(-capacity // 128) * 128) * (h // 16)
              - rows * (h // 16), (qdata, scales, ids), {n: whole(n, scale_layout="swizzled") for n in both},

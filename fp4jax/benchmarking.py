@@ -98,12 +98,6 @@ def measure_ceilings(*, copy_mib: int | None = None, matmul: int | None = None) 
     return Ceilings(2 * words.nbytes / copy_us * 1e6, 2 * matmul**3 / dot_us * 1e6)
 
 
-def device_name() -> str:
-    """Short name for folders of results: "h100", "h200", "cpu", else the device kind in lower case."""
-    kind = jax.devices()[0].device_kind.lower()
-    return next((name for name in ("h200", "h100", "cpu") if name in kind), kind.replace(" ", "_"))
-
-
 def result_row(
     op: str,
     implementation: str,

@@ -23,11 +23,15 @@ def _run(*args):
 
 
 def test_a_small_run_writes_rows_with_a_floor(tmp_path):
-    done = _run("--tokens=8", "--ops=quantize,depermute", f"--output_dir={tmp_path}")
+    done = _run("--tokens=8", "--ops=quantize,permute_rows_decoded,depermute", f"--output_dir={tmp_path}")
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "bench_ops.json").read_text())
     assert report["experiment"] == "bench_ops" and report["ceilings"]["copy_bytes_per_s"] > 0
-    assert [(r["op"], r["implementation"]) for r in report["rows"]] == [("quantize", "xla"), ("depermute", "xla")]
+    assert [(r["op"], r["implementation"]) for r in report["rows"]] == [
+        ("quantize", "xla"),
+        ("permute_rows_decoded", "xla"),
+        ("depermute", "xla"),
+    ]
     quantized = report["rows"][0]
     num_bytes = 8 * 2048 * (2 + 1 / 2 + 1 / 16)
     # gbps and floor_us are rounded to a tenth and a thousandth in the file.
