@@ -5,6 +5,9 @@ Masked layout x [E, M, K] with `masked_m` valid rows per expert, or contiguous x
 unquantized baseline). code x block_scale is exact in bf16, so bf16 operands with f32 accumulation and the f32 global
 scales in the epilogue are the NVFP4 GEMM, up to the order of summation. Rows that are not valid may hold anything, in x
 as in the result.
+
+"xla" decodes one expert at a time and multiplies tiles of 32 rows. "mosaic_gpu" (Hopper) keeps the weights in 4 bits
+until they are in registers; it wants them packed, and packs an NVFP4Tensor inside the call otherwise.
 """
 
 from typing import Any
@@ -14,9 +17,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from fp4jax.implementations import resolve_implementation
+from fp4jax.implementations import Call, run_implementation
 from fp4jax.nvfp4 import NVFP4Tensor, check_scale_shape, decode_blocks
 from fp4jax.packed_weights import PackedWeights, pack_weights, unpack_weights
+from pallas_kernels import gemm_config, masked_gemm, weight_layout
 
 __all__ = [
     "PackedWeights",
@@ -51,19 +55,15 @@ def masked_grouped_gemm(
         rows may differ).
       masked_m: valid rows per expert; values above M count as M.
       x_scale: f32 scale of a plain x: (), or rank 3 with trailing 1, e.g. [E, 1, 1] or [E, M, 1]; None = 1.
-      expected_m: a hint for kernels that tune by the usual rows per expert; results do not depend on it.
+      expected_m: the usual rows per expert, by which the kernel is tuned (None: half of M); a hint, results do not
+        depend on it.
 
     Raises:
       ValueError, TypeError: shapes or dtypes that do not fit, with the offending values.
+      NotImplementedError: a named implementation that cannot do it.
     """
-    resolve_implementation("masked_grouped_gemm", implementation)
-    num_experts, capacity = _check_args("masked_grouped_gemm", x, w, masked_m, x_scale, expected_m, ndim=3)
-    starts = jnp.arange(num_experts, dtype=jnp.int32) * capacity
-    sizes = jnp.clip(masked_m, 0, capacity)
-    rows = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), _operand(x))
-    scale = _row_scale(x, x_scale, (num_experts, capacity))
-    out = _multiply_rows(rows, scale, w, starts, sizes, out_dtype)
-    return out.reshape(num_experts, capacity, out.shape[-1])
+    check_operands("masked_grouped_gemm", x, w, masked_m, x_scale, expected_m, ndim=3)
+    return _run("masked_grouped_gemm", x, w, masked_m, x_scale, expected_m, out_dtype, implementation)
 
 
 def contiguous_grouped_gemm(
@@ -78,14 +78,81 @@ def contiguous_grouped_gemm(
 ) -> Float[Array, "rows n"]:
     """The same for rows [rows, K] sorted by expert; rows beyond sum(group_sizes) are pads.
 
-    x_scale: () or rank 2 with trailing 1, [rows, 1]. Other arguments and errors as in `masked_grouped_gemm`.
+    x_scale: () or rank 2 with trailing 1, [rows, 1]. expected_m: None = rows / E. Other arguments and errors as in
+    `masked_grouped_gemm`.
     """
-    resolve_implementation("contiguous_grouped_gemm", implementation)
-    (num_rows,) = _check_args("contiguous_grouped_gemm", x, w, group_sizes, x_scale, expected_m, ndim=2)
-    ends = jnp.minimum(jnp.cumsum(jnp.maximum(group_sizes, 0)), num_rows)
-    starts = jnp.concatenate([jnp.zeros(1, ends.dtype), ends[:-1]])
-    scale = _row_scale(x, x_scale, (num_rows,))
-    return _multiply_rows(_operand(x), scale, w, starts, ends - starts, out_dtype)
+    check_operands("contiguous_grouped_gemm", x, w, group_sizes, x_scale, expected_m, ndim=2)
+    return _run("contiguous_grouped_gemm", x, w, group_sizes, x_scale, expected_m, out_dtype, implementation)
+
+
+def _run(op, x, w, counts, x_scale, expected_m, out_dtype, implementation):
+    problem = kernel_problem(x, w, counts)
+    if problem is None and jnp.dtype(out_dtype) != jnp.bfloat16:
+        problem = f"out_dtype must be bfloat16, got {jnp.dtype(out_dtype)}"
+    return run_implementation(
+        op,
+        implementation,
+        (x, w, counts, x_scale),
+        xla=Call.of(gemm_xla, out_dtype=out_dtype),
+        mosaic_gpu=Call.of(_gemm_kernel, expected_m=expected_m),
+        problem=problem,
+    )
+
+
+def gemm_xla(x, w, counts, x_scale, *, out_dtype):
+    """Both layouts, by the rank of x."""
+    *lead, _ = x.shape
+    if len(lead) == 2:
+        starts = jnp.arange(lead[0], dtype=jnp.int32) * lead[1]
+        sizes = jnp.clip(counts, 0, lead[1])
+    else:
+        ends = jnp.minimum(jnp.cumsum(jnp.maximum(counts, 0)), lead[0])
+        starts = jnp.concatenate([jnp.zeros(1, ends.dtype), ends[:-1]])
+        sizes = ends - starts
+    rows = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), _operand(x))
+    out = _multiply_rows(rows, _row_scale(x, x_scale, lead), w, starts, sizes, out_dtype)
+    return out.reshape(*lead, out.shape[-1])
+
+
+def kernel_problem(x: Any, w: Any, counts: Any, **fused: Any) -> str | None:
+    """Why the kernel does not take these operands (arrays or structs), or None."""
+    if not isinstance(w, NVFP4Tensor | PackedWeights):
+        return f"w must be NVFP4, got {w.dtype}"
+    if problem := weight_layout.check_shape(w.shape):
+        return problem
+    experts, n, k = w.shape
+    words = jax.ShapeDtypeStruct(weight_layout.packed_shape(w.shape), jnp.uint32)
+    x_bf16 = jax.ShapeDtypeStruct(x.shape, jnp.bfloat16 if isinstance(x, NVFP4Tensor) else x.dtype)
+    return masked_gemm.check_config(x_bf16, words, w.global_scale[..., 0], counts, **fused)
+
+
+def kernel_operands(x, w, x_scale):
+    """-> x bf16, words, w_scale [E, 1 or N], x_scale [E] or one per row, as `masked_gemm.grouped_gemm` takes them."""
+    packed = w if isinstance(w, PackedWeights) else pack_weights(w)
+    if isinstance(x, NVFP4Tensor):
+        x, x_scale = decode_blocks(x.qdata, x.block_scale), x.global_scale
+    experts, *lead = packed.shape[0], *x.shape[:-1]
+    scale = jnp.ones((), jnp.float32) if x_scale is None else jnp.asarray(x_scale, jnp.float32)
+    if scale.size == 1:
+        scale = jnp.broadcast_to(scale.reshape(1), (experts,))
+    elif x.ndim == 3 and scale.shape == (experts, 1, 1):
+        scale = scale.reshape(experts)
+    else:
+        scale = jnp.broadcast_to(scale, (*lead, 1)).reshape(-1, 1)
+    return x, packed.words, packed.global_scale[..., 0], scale
+
+
+def kernel_config(x: Any, w: Any, expected_m: int | None, *, fused: bool = False) -> gemm_config.TuningConfig:
+    """The tuned configuration; without a hint, half of a capacity is taken to be in use."""
+    experts, n, k = w.shape
+    rows = x.shape[-2] / 2 if len(x.shape) == 3 else x.shape[0] / experts
+    return gemm_config.choose(k, n, experts, rows if expected_m is None else expected_m, fused=fused)
+
+
+def _gemm_kernel(x, w, counts, x_scale, *, expected_m):
+    config = kernel_config(x, w, expected_m)
+    x, words, w_scale, x_scale = kernel_operands(x, w, x_scale)
+    return masked_gemm.grouped_gemm(x, words, w_scale, counts, x_scale, config=config)[0]
 
 
 def _multiply_rows(rows, scale, w, starts, sizes, out_dtype):
@@ -157,7 +224,8 @@ def _varying_like(value, tree):
     return value + sum(jnp.sum(leaf[:0].astype(value.dtype)) for leaf in jax.tree.leaves(tree))
 
 
-def _check_args(op, x, w, sizes, x_scale, expected_m, ndim):
+def check_operands(op, x, w, sizes, x_scale, expected_m, ndim):
+    """Raises ValueError or TypeError where the operands do not fit."""
     for name, t in (("x", x), ("w", w)):
         if isinstance(t, NVFP4Tensor | PackedWeights):
             t.validate()
@@ -175,4 +243,3 @@ def _check_args(op, x, w, sizes, x_scale, expected_m, ndim):
         check_scale_shape(f"{op}: x_scale", jnp.shape(x_scale), x.shape)
     if expected_m is not None and expected_m < 0:
         raise ValueError(f"{op}: expected_m must not be negative, got {expected_m}")
-    return x.shape[:-1]

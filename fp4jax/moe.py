@@ -10,11 +10,12 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from fp4jax.expert_parallel import FORMS, WIRE_FORMATS, agree_global_scale, combine, dispatch, from_fp8
+from fp4jax.gemm_swiglu import grouped_gemm_swiglu
 from fp4jax.grouped_gemm import contiguous_grouped_gemm, masked_grouped_gemm
 from fp4jax.implementations import IMPLEMENTATIONS
 from fp4jax.nvfp4 import NVFP4Tensor, quantize
 from fp4jax.permute import depermute_combine, permute_to_contiguous, permute_to_masked
-from fp4jax.swiglu import silu, swiglu_quantize
+from fp4jax.swiglu import silu
 
 LAYOUTS = ("masked", "contiguous")
 ACTIVATION_FORMATS = ("nvfp4", "bf16")
@@ -119,7 +120,8 @@ def moe_layer(
         if config.activation_format_1 == "nvfp4" and not isinstance(rows, NVFP4Tensor):
             with scope("quantize"):
                 rows = to_nvfp4(rows)
-    y, dropped = _experts(rows, ids, row_weights, weights, config, x.dtype)
+    expected_m = max(1, topk_ids.size // weights.w13.shape[0])  # all devices send topk_ids.size routes on average
+    y, dropped = _experts(rows, ids, row_weights, weights, config, x.dtype, expected_m)
     if dispatched is not None and axis is not None:
         with scope("combine"):
             home_weights = topk_weights if config.form == "per_slot" else None
@@ -149,7 +151,7 @@ def dense_moe(
     return mixed.astype(x.dtype)
 
 
-def _experts(rows, ids, row_weights, weights, config, dtype):
+def _experts(rows, ids, row_weights, weights, config, dtype, expected_m):
     """Local experts on rows [rows, H] (plain or NVFP4) -> weighted sums [rows, H] and the number of dropped routes."""
     scope, impl = jax.named_scope, config.implementation
     local_experts = weights.w13.shape[0]
@@ -157,33 +159,33 @@ def _experts(rows, ids, row_weights, weights, config, dtype):
     if isinstance(rows, NVFP4Tensor):
         x, scales = rows.qdata, rows.block_scale
         row_scale, x_scale = (None, rows.global_scale) if rows.global_scale.ndim == 0 else (rows.global_scale, None)
-    # Tokens that arrived in NVFP4 for a bf16 GEMM are decoded on the way; their global scale goes to the epilogue.
-    decode = scales is not None and config.activation_format_1 == "bf16"
+    # Hopper multiplies code x block_scale in bf16, which is exact: NVFP4 rows are decoded while they are moved, and
+    # their global scales go to the epilogue.
+    decode = scales is not None
 
     with scope("permute"):
         options = dict(row_scale=row_scale, num_experts=local_experts, decode=decode, implementation=impl)
         if config.layout == "masked":
             capacity = max(1, ids.shape[0]) if config.capacity is None else config.capacity
             p = permute_to_masked(x, scales, ids, capacity=capacity, **options)
-            counts, masked_m, gemm = p.masked_m, p.masked_m, masked_grouped_gemm
+            counts, gemm = p.masked_m, masked_grouped_gemm
             scale_2 = weights.input_scale_2
         else:
             p = permute_to_contiguous(x, scales, ids, num_rows=config.capacity, **options)
-            counts, masked_m, gemm = p.group_sizes, None, contiguous_grouped_gemm
+            counts, gemm = p.group_sizes, contiguous_grouped_gemm
             scale_2 = _scale_of_row(weights.input_scale_2, p.group_sizes, p.x.shape[0])
     x_scale = x_scale if p.row_scale is None else p.row_scale
-    operand = p.x
-    if scales is not None and not decode:
-        operand, x_scale = NVFP4Tensor(p.x, p.scales, x_scale), None
+    options = dict(expected_m=expected_m, out_dtype=dtype, implementation=impl)
 
-    with scope("gemm_1"):
-        gate_up = gemm(operand, weights.w13, counts, x_scale=x_scale, out_dtype=dtype, implementation=impl)
-    with scope("swiglu_quantize"):
-        out = "nvfp4" if config.activation_format_2 == "nvfp4" else "bf16"
-        scale_2 = "per_token" if scale_2 is None else scale_2
-        act = swiglu_quantize(gate_up, masked_m, global_scale=scale_2, out=out, implementation=impl)
+    with scope("gemm_1_swiglu"):
+        out, act_scale = "bf16", None
+        if config.activation_format_2 == "nvfp4":
+            out, act_scale = ("nvfp4", "per_token") if scale_2 is None else ("nvfp4_as_bf16", scale_2)
+        act = grouped_gemm_swiglu(
+            p.x, weights.w13, counts, x_scale=x_scale, global_scale=act_scale, out=out, **options
+        )
     with scope("gemm_2"):
-        y = gemm(act, weights.w2, counts, out_dtype=dtype, implementation=impl)
+        y = gemm(act, weights.w2, counts, x_scale=act_scale if out == "nvfp4_as_bf16" else None, **options)
     with scope("depermute"):
         return depermute_combine(y, p.row_map, row_weights, implementation=impl), p.dropped
 

@@ -39,10 +39,12 @@ def kernel(
     *,
     grid: int,
     scratch_types: Any = (),
+    warpgroups: int = 1,
     interpret: Any = None,
 ) -> Callable[..., Any]:
     """`body(*inputs, *outputs, *scratch)` on `grid` blocks of 128 threads; `block_index()` tells them apart.
 
+    warpgroups: threads of a block / 128; `warpgroup_index()` tells them apart, and each has its own lanes and `sync`.
     interpret: `plgpu.InterpretGPUParams()` runs it on the CPU.
     """
 
@@ -56,6 +58,7 @@ def kernel(
         scratch_types=scratch_types,
         grid=(grid,),
         grid_names=("block",),
+        **({} if warpgroups == 1 else dict(num_threads=warpgroups, thread_name="warpgroup")),
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
@@ -71,14 +74,14 @@ def kernel(
         # A batch becomes an axis of the grid, and those have a limit.
         axes = tuple(0 if b else None for b in in_batched)
         many = jax.vmap(call, in_axes=axes)
-        if axis_size > _MAX_GRID_AXIS:
+        if axis_size > _MAX_GRID_AXIS or warpgroups > 1:  # a persistent kernel fills the device by itself
             split = [o for o, b in zip(operands, in_batched, strict=True) if b]
 
             def one(mapped: list[jax.Array]) -> Any:
                 rest = iter(mapped)
                 return call(*(next(rest) if b else o for o, b in zip(operands, in_batched, strict=True)))
 
-            results = lax.map(one, split, batch_size=_MAX_GRID_AXIS)
+            results = lax.map(one, split, batch_size=None if warpgroups > 1 else _MAX_GRID_AXIS)
         else:
             results = many(*operands)
         return results, jax.tree.map(lambda _: True, results)
@@ -109,6 +112,11 @@ def block_index() -> jax.Array:
     return lax.axis_index("block")
 
 
+def warpgroup_index() -> jax.Array:
+    """Index of this warpgroup in its block, i32 scalar."""
+    return lax.axis_index("warpgroup")
+
+
 def lane_index() -> jax.Array:
     """0..127, i32 [128]."""
     if _interpreting:
@@ -127,6 +135,8 @@ def gather(
 ) -> tuple[jax.Array, ...]:
     """Each lane reads `count` consecutive elements of `dtype` (1, 2 or 4 bytes) at element index * count of `ref`.
 
+    `ref` lies in global memory, or in shared memory.
+
     -> `count` u32 lane arrays, zero-extended. index: i32 lane array or scalar (the same for all lanes). Lanes where
     `where` is False read nothing and get 0. `count` elements must be naturally aligned as one access of up to 16 bytes.
     """
@@ -144,9 +154,10 @@ def gather(
     )
     def load(_, ref, index, where):
         address, predicate = _address(ref, index, count * size), _scalar(where)
+        space = "shared" if mgpu_utils.is_smem_ref(ref) else "global"
         found = []
         for start in range(0, count, width):
-            found += _load_asm(address, start * size, predicate, size, width)
+            found += _load_asm(address, start * size, predicate, size, width, space)
         return tuple(_lane_array(value) for value in found)
 
     return load(ref, index, where)
@@ -167,9 +178,10 @@ def scatter(ref: Any, index: Any, values: Sequence[jax.Array], *, dtype: Any = j
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _LAYOUT, _LAYOUT, *(_LAYOUT,) * count))
     def store(_, ref, index, where, *values):
         address, predicate = _address(ref, index, count * size), _scalar(where)
+        space = "shared" if mgpu_utils.is_smem_ref(ref) else "global"
         words = [_scalar(v) for v in values]
         for start in range(0, count, width):
-            _store_asm(address, start * size, predicate, size, words[start : start + width])
+            _store_asm(address, start * size, predicate, size, words[start : start + width], space)
 
     store(ref, index, where, *values)
 
@@ -200,15 +212,22 @@ def replace_where(
     return list(lax.cond(own != 0, lambda: tuple(replacement()), lambda: tuple(values)))
 
 
-def prefix_sum(x: jax.Array) -> jax.Array:
-    """Inclusive prefix sum over the 128 lanes of an i32 lane array."""
+def prefix_sum(x: jax.Array, scratch_ref: Any, at: int) -> tuple[jax.Array, jax.Array]:
+    """-> inclusive prefix sums over the 128 lanes of an i32 lane array, and the sum of all.
+
+    The totals of the warps meet in `scratch_ref[at : at + 4]`, i32 in shared memory.
+    """
     lane, warp = lane_index() & 31, lane_index() >> 5
     for step in (1, 2, 4, 8, 16):
         x = x + jnp.where(lane >= step, _from_lane_below(x, step), 0)
-    for w in range(LANES // 32 - 1):  # add the totals of the warps before
-        total = jnp.sum(jnp.where(lane_index() == 32 * w + 31, x, 0))
-        x = x + jnp.where(warp == w + 1, total, 0)
-    return x
+    sync()  # whoever still reads what is there
+    scatter(scratch_ref, at + warp, [x.astype(jnp.uint32)], where=lane == 31)
+    sync()
+    before = jnp.int32(0)
+    for w in range(LANES // 32):
+        x = x + jnp.where(warp == w, before, 0)
+        before = before + scratch_ref[at + w]
+    return x, before
 
 
 def _from_lane_below(x, step):
@@ -225,7 +244,7 @@ def _from_lane_below(x, step):
 
 
 def sync() -> None:
-    """Barrier of the block's 128 threads; what they wrote before it is visible to all of them after it."""
+    """Barrier of the warpgroup's 128 threads; what they wrote before it is visible to all of them after it."""
     if _interpreting:
         return
 
@@ -306,15 +325,15 @@ def _suffix(size, width):
     return {1: "u8", 2: "u16", 4: "b32"}[size], {1: "", 2: ".v2", 4: ".v4"}[width]
 
 
-def _load_asm(address, offset, predicate, size, width):
+def _load_asm(address, offset, predicate, size, width, space):
     kind, vec = _suffix(size, width)
     outs = [f"${i}" for i in range(width)]
     target = outs[0] if width == 1 else "{" + ", ".join(outs) + "}"
     zero = "".join(f"mov.b32 {o}, 0; " for o in outs)
     if size == 2:  # u16 loads need a 16-bit register
-        move = f".reg .u16 h; mov.u16 h, 0; @p ld.global.u16 h, [${width}+{offset}]; cvt.u32.u16 $0, h;"
+        move = f".reg .u16 h; mov.u16 h, 0; @p ld.{space}.u16 h, [${width}+{offset}]; cvt.u32.u16 $0, h;"
     else:
-        move = f"@p ld.global{vec}.{kind} {target}, [${width}+{offset}];"
+        move = f"@p ld.{space}{vec}.{kind} {target}, [${width}+{offset}];"
     asm = f"{{ .reg .pred p; setp.ne.b32 p, ${width + 1}, 0; {zero}{move} }}"
     constraints = ",".join(["=&r"] * width + ["l", "r"])
     result = _i32() if width == 1 else llvm.StructType.get_literal([_i32()] * width)
@@ -322,15 +341,15 @@ def _load_asm(address, offset, predicate, size, width):
     return [value] if width == 1 else [llvm.extractvalue(_i32(), value, [i]) for i in range(width)]
 
 
-def _store_asm(address, offset, predicate, size, words):
+def _store_asm(address, offset, predicate, size, words, space):
     width = len(words)
     kind, vec = _suffix(size, width)
     names = [f"${i + 2}" for i in range(width)]
     source = names[0] if width == 1 else "{" + ", ".join(names) + "}"
     if size == 2:
-        move = f".reg .u16 h; cvt.u16.u32 h, $2; @p st.global.u16 [$0+{offset}], h;"
+        move = f".reg .u16 h; cvt.u16.u32 h, $2; @p st.{space}.u16 [$0+{offset}], h;"
     else:
-        move = f"@p st.global{vec}.{kind} [$0+{offset}], {source};"
+        move = f"@p st.{space}{vec}.{kind} [$0+{offset}], {source};"
     asm = f"{{ .reg .pred p; setp.ne.b32 p, $1, 0; {move} }}"
     constraints = ",".join(["l", "r"] + ["r"] * width)
     llvm.inline_asm(

@@ -34,8 +34,8 @@ class ExpertUnits:
         return -(-self.experts // lanes.LANES)
 
     def scratch(self) -> Any:
-        """Shared memory for the prefix sums."""
-        return plgpu.SMEM((self.tiles * lanes.LANES,), jnp.int32)
+        """Shared memory for the prefix sums, and for making them."""
+        return plgpu.SMEM(((self.tiles + 1) * lanes.LANES,), jnp.int32)
 
     def rows_of(self, counts_ref: Any, expert: jax.Array) -> jax.Array:
         """Valid rows of an expert: its count, within 0..rows."""
@@ -69,8 +69,9 @@ class ExpertUnits:
             expert = tile * lanes.LANES + lanes.lane_index()
             (count,) = lanes.gather(counts_ref, expert, where=expert < self.experts)
             items = jnp.clip(count.astype(jnp.int32), 0, self.rows) * self.per_row
-            ends = before + lanes.prefix_sum((items + (self.per_unit - 1)) // self.per_unit)
-            ends_ref[tile * lanes.LANES : (tile + 1) * lanes.LANES] = ends
-            before = jnp.max(ends)
+            units = (items + (self.per_unit - 1)) // self.per_unit
+            ends, total = lanes.prefix_sum(units, ends_ref, self.tiles * lanes.LANES)
+            ends_ref[tile * lanes.LANES : (tile + 1) * lanes.LANES] = before + ends
+            before = before + total
         lanes.sync()
         return before

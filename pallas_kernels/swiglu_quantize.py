@@ -10,6 +10,7 @@ exponent costs nothing. Blocks with a gate below -80, where e^-x leaves the rang
 branch that is hardly ever taken: there silu(x) = x e^(x + 80) e^-80.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ import numpy as np
 from pallas_kernels import lane_math, lanes, tuning
 from pallas_kernels.nvfp4_codec import (
     BLOCK_SIZE,
+    EncodeScales,
     block_amax,
     code_value,
     encode_block,
@@ -32,6 +34,7 @@ from pallas_kernels.quantize import (
     DEFAULT_CONFIG,
     MAX_BLOCKS_PER_LANE,
     MAX_INDEX,
+    Item,
     RowWork,
     TuningConfig,
     as_u32,
@@ -122,35 +125,20 @@ def swiglu_quantize(
             gate = item.block + item.row * blocks
             return [lanes.gather(x_ref, b, 8, where=item.valid) for b in (gate, gate + blocks)]
 
-        def store(item, values, amax, scales):
-            encoded = encode_block(values, amax, scales, four_over_six=False)
-            if out == "nvfp4":
-                store_block(refs[0], refs[1], item, encoded)
-                return
-            exact = [
-                with_sign_of(lane_math.mul_rn(code_value(c), encoded.scale), v)
-                for c, v in zip(encoded.codes_f32, values, strict=True)
-            ]
-            lanes.scatter(refs[0], item.block, pack_exact_bf16(exact), where=item.valid)
-
         def unit(items):
             loaded = [load(item) for item in items]  # all loads first
             if per_token:
-                products = [_swiglu(*words) for words in loaded]
+                products = [swiglu(*words) for words in loaded]
                 scale = scale_of_row([values for values, _ in products], AMAX_DIVISOR)
                 is_first = items[0].valid & (items[0].column == 0)
                 lanes.scatter(refs[2], items[0].row, [as_u32(scale)], where=is_first)
                 scales = encode_scales(scale)
                 for item, (values, amax) in zip(items, products, strict=True):
-                    store(item, values, amax, scales)
+                    store_products(refs, item, values, amax, scales, out)
                 return
             for item, words in zip(items, loaded, strict=True):
-                values, amax = _swiglu(*words)
-                if out == "bf16":
-                    pairs = zip(values[::2], values[1::2], strict=True)
-                    lanes.scatter(refs[0], item.block, [lane_math.pack_bf16(*pair) for pair in pairs], where=item.valid)
-                else:
-                    store(item, values, amax, row_encode_scales(g_ref, item, scale_stride))
+                scales = row_encode_scales(g_ref, item, scale_stride) if needs_scale else None
+                store_products(refs, item, *swiglu(*words), scales, out)
 
         work.run(counts_ref, ends_ref, unit)
 
@@ -161,7 +149,30 @@ def swiglu_quantize(
     return (*results, None) if out == "nvfp4" and not per_token else results
 
 
-def _swiglu(gate_words, up_words):
+# --- one block of 16 columns; shared with the fused epilogue of the grouped GEMM ---
+
+
+def store_products(
+    refs: Sequence[Any], item: Item, values: list[jax.Array], amax: jax.Array, scales: EncodeScales | None, out: str
+) -> None:
+    """16 products of one block per lane, in the form `out`, to the result's refs; scales are not needed for "bf16"."""
+    if out == "bf16":
+        pairs = zip(values[::2], values[1::2], strict=True)
+        lanes.scatter(refs[0], item.block, [lane_math.pack_bf16(*pair) for pair in pairs], where=item.valid)
+        return
+    assert scales is not None
+    encoded = encode_block(values, amax, scales, four_over_six=False)
+    if out == "nvfp4":
+        store_block(refs[0], refs[1], item, encoded)
+        return
+    exact = [
+        with_sign_of(lane_math.mul_rn(code_value(c), encoded.scale), v)
+        for c, v in zip(encoded.codes_f32, values, strict=True)
+    ]
+    lanes.scatter(refs[0], item.block, pack_exact_bf16(exact), where=item.valid)
+
+
+def swiglu(gate_words: Sequence[jax.Array], up_words: Sequence[jax.Array]) -> tuple[list[jax.Array], jax.Array]:
     """From 8 words of two bf16 each: the 16 products silu(gate) * up in f32, and their amax."""
     gates, ups = unpack_bf16(gate_words), unpack_bf16(up_words)
     values = [lane_math.mul_rn(silu(g), u) for g, u in zip(gates, ups, strict=True)]

@@ -37,6 +37,12 @@ def check_shape(shape: tuple[int, ...]) -> str | None:
     return None
 
 
+def packed_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of the words of weights [E, N, K]."""
+    experts, n, k = shape
+    return experts, n // TILE, k // TILE, WORDS, TILE
+
+
 def pack(codes: jax.Array, scale_bytes: jax.Array) -> jax.Array:
     """Codes u8 [E, N, K] (one a byte), e4m3 bytes u8 [E, N, K/16] -> u32 [E, N/64, K/64, 9, 64]."""
     experts, n, k = codes.shape

@@ -18,6 +18,7 @@ LAYERS = (
     {"nvfp4", "scale_layout"},
     {"packed_weights"},
     {"routing", "permute", "grouped_gemm", "swiglu", "block_fp8"},
+    {"gemm_swiglu"},
     {"expert_parallel"},
     {"moe"},
     {"layers"},

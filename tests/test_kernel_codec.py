@@ -8,7 +8,7 @@ import pytest
 import oracles
 from fp4jax import nvfp4
 from pallas_kernels import lanes, nvfp4_codec
-from pallas_kernels.swiglu_quantize import _swiglu
+from pallas_kernels.swiglu_quantize import swiglu
 
 F32 = np.float32
 
@@ -104,7 +104,7 @@ def test_silu_of_every_bf16_within_4_ulp():
     bits = (x.view(np.uint32) >> 16).reshape(-1, 16)
     words = jnp.asarray(bits[:, 0::2] | bits[:, 1::2] << 16)
     ones = [jnp.full(len(words), 0x3F803F80, jnp.uint32)] * 8
-    got = np.stack(_swiglu(list(words.T), ones)[0], -1).ravel().astype(np.float64)
+    got = np.stack(swiglu(list(words.T), ones)[0], -1).ravel().astype(np.float64)
     normal = np.abs(expected) >= oracles.F32_TINY
     ulp = np.spacing(np.abs(expected[normal]).astype(F32)).astype(np.float64)
     assert (np.abs(got - expected)[normal] / ulp).max() < 4
@@ -114,14 +114,9 @@ def test_silu_of_every_bf16_within_4_ulp():
 def test_silu_of_inf_and_nan():
     words = [jnp.asarray([0x00007F80, 0x00007FC0, 0x00000000, 0xFF800000], jnp.uint32)] * 8  # inf, NaN, 0, -inf
     ones = [jnp.full(4, 0x3F803F80, jnp.uint32)] * 8
-    low, high = (np.asarray(v) for v in _swiglu(words, ones)[0][:2])
+    low, high = (np.asarray(v) for v in swiglu(words, ones)[0][:2])
     assert low[0] == np.inf and np.isnan(low[1]) and low[2] == 0
     assert np.isnan(high[3]) or high[3] == 0
-
-
-def test_prefix_sum(rng):
-    x = rng.integers(-5, 1000, 128).astype(np.int32)
-    np.testing.assert_array_equal(lanes.prefix_sum(jnp.asarray(x)), np.cumsum(x))
 
 
 @pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])

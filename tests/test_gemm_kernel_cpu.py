@@ -1,0 +1,266 @@
+"""The grouped GEMM's kernel without a GPU: its plan in interpret mode, refusals, tuning, lowering for CUDA.
+
+A wgmma whose operand is in registers does not run in interpret mode; products are tested on a GPU.
+"""
+
+import dataclasses
+import json
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
+
+from fp4jax.gemm_swiglu import grouped_gemm_swiglu
+from fp4jax.grouped_gemm import contiguous_grouped_gemm, masked_grouped_gemm
+from fp4jax.nvfp4 import NVFP4Tensor
+from fp4jax.packed_weights import PackedWeights
+from pallas_kernels import gemm_config, group_tiles, lanes, masked_gemm
+from pallas_kernels.gemm_config import TuningConfig
+
+H100 = AbstractMesh(
+    (1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=AbstractDevice("NVIDIA H100 80GB HBM3", 132, "cuda")
+)
+BLOCKS = 3  # of a grid in interpret mode
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu():
+    """Also where the suite runs on a GPU."""
+    with jax.default_device(jax.devices("cpu")[0]):
+        yield
+
+
+@pytest.fixture
+def interpret():
+    """Interpret mode whose race detector must stay silent. An exception inside a kernel leaves state behind."""
+    try:
+        yield plgpu.InterpretGPUParams(detect_races=True)
+        assert not interpreter.get_races().races_found
+    finally:
+        interpreter.reset_gpu_interpret_mode_state()
+
+
+def struct(shape, dtype):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def lowered_text(fn, *structs):
+    """StableHLO of `fn` for an H100."""
+    with use_abstract_mesh(H100):
+        return jax.jit(fn).trace(*structs).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def kernels_in(fn, *structs):
+    return lowered_text(fn, *structs).count("@mosaic_gpu_v2")
+
+
+# --- the plan ---
+
+
+def expected_tasks(counts, max_rows, tile_m, columns, contiguous):
+    """(expert, column, first row, rows) in order, one expert after the other."""
+    tasks, start = [], 0
+    for expert, count in enumerate(counts):
+        rows = min(max(count, 0), max_rows)
+        if contiguous:
+            rows, first, start = min(rows, max_rows - start), start, min(start + rows, max_rows)
+        else:
+            first = expert * max_rows
+        for offset in range(0, rows, tile_m):
+            tasks += [(expert, c, first + offset, min(tile_m, rows - offset)) for c in range(columns)]
+    return tasks
+
+
+@pytest.mark.parametrize("contiguous", [False, True])
+@pytest.mark.parametrize(
+    "counts", [[5, 0, 17, 8], [0, 0, 0], [40], [-3, 2**30, 1], [1] * 130, [0] * 128 + [9, 0, 3]], ids=str
+)
+def test_every_row_of_every_expert_is_one_task_per_column_tile(counts, contiguous, interpret, monkeypatch):
+    monkeypatch.setattr(group_tiles, "H100_SMS", BLOCKS)
+    max_rows, columns = 40, 2
+    plan = group_tiles.GroupTiles(len(counts), max_rows, 16, contiguous)
+    wanted = expected_tasks(counts, max_rows, 16, columns, contiguous)
+    most = -(-max(1, len(wanted)) // BLOCKS) + 1
+
+    def body(counts_ref, tasks_ref, plan_ref):
+        plan.fill(counts_ref, plan_ref)
+
+        def record(task):
+            row = tasks_ref.at[lanes.block_index(), task.number]
+            for i, value in enumerate((*task[:4], 1 + task.is_last.astype(jnp.int32))):
+                row[i] = value
+
+        plan.for_each(plan_ref, columns, record)
+
+    (tasks,) = lanes.kernel(
+        body, (struct((BLOCKS, most, 5), jnp.int32),), grid=BLOCKS, scratch_types=[plan.scratch()], interpret=interpret
+    )(jnp.asarray(counts, jnp.int32))
+    tasks = np.asarray(tasks)
+    for block in range(BLOCKS):
+        mine = wanted[block::BLOCKS]
+        np.testing.assert_array_equal(tasks[block, : len(mine), :4], np.reshape(mine, (-1, 4)))
+        assert list(tasks[block, : len(mine), 4]) == [1] * (len(mine) - 1) + [2] * bool(mine)
+
+
+# --- what is accepted ---
+
+TUNED = [
+    (key, int(m), gemm_config.from_fields(fields))
+    for key, by_m in json.loads(gemm_config.TABLE.read_text()).items()
+    for m, fields in by_m.items()
+]
+
+
+def operands(experts=8, m=64, n=512, k=256, per_row=False):
+    return (
+        struct((experts, m, k), jnp.bfloat16),
+        struct((experts, n // 64, k // 64, 9, 64), jnp.uint32),
+        struct((experts, n if per_row else 1), jnp.float32),
+        struct((experts,), jnp.int32),
+    )
+
+
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        (dict(tile_m=()), "tile_m"),
+        (dict(tile_m=(12,)), "tile_m"),
+        (dict(tile_m=(64, 32)), "tile_m"),
+        (dict(tile_m=(264,)), "tile_m"),
+        (dict(warpgroups=5), "warpgroups"),
+        (dict(row_tiles=0), "row_tiles"),
+        (dict(num_stages=1), "num_stages"),
+        (dict(in_flight=2), "in_flight"),
+        (dict(k_tiles=1, row_tiles=1, unroll=1), "in_flight=1 needs"),
+        (dict(tile_m=(256,)), "registers"),
+        (dict(num_stages=40), "shared memory"),
+    ],
+)
+def test_configs_that_cannot_run_are_refused(change, word):
+    config = dataclasses.replace(TuningConfig((64,), k_tiles=2), **change)
+    assert word in masked_gemm.check_config(*operands(), config=config)
+    with pytest.raises(NotImplementedError, match=word.split()[0]):
+        jax.eval_shape(lambda *a: masked_gemm.grouped_gemm(*a, config=config), *operands())
+
+
+@pytest.mark.parametrize(
+    "index, bad, word",
+    [
+        (0, struct((8, 64, 256), jnp.float32), "bfloat16"),
+        (0, struct((8, 64, 192), jnp.bfloat16), "K = 256"),
+        (0, struct((7, 64, 256), jnp.bfloat16), "E = 8"),
+        (0, struct((8, 0, 256), jnp.bfloat16), "empty"),
+        (1, struct((8, 8, 4, 9, 64), jnp.int32), "uint32"),
+        (2, struct((8, 2), jnp.float32), "w_scale"),
+        (3, struct((7,), jnp.int32), "counts"),
+    ],
+)
+def test_operands_that_do_not_fit_are_refused(index, bad, word):
+    args = list(operands())
+    args[index] = bad
+    assert word in masked_gemm.check_config(*args)
+
+
+def test_swiglu_wants_halves_and_a_scale():
+    assert "array as act_scale" in masked_gemm.check_config(*operands(), out="nvfp4", act_scale="per_token")
+    assert "multiple of 64" in masked_gemm.check_config(*operands(n=576), out="bf16")
+    odd = TuningConfig((64,), warpgroups=3, k_tiles=2)
+    assert "even" in masked_gemm.check_config(*operands(), out="bf16", config=odd)
+
+
+# --- tuning ---
+
+
+@hypothesis.given(
+    k=st.sampled_from([64, 768, 2048, 2560, 7168, 8192]),
+    n=st.sampled_from([64, 192, 1536, 7168, 16384]),
+    experts=st.sampled_from([1, 8, 160, 513, 2000]),
+    m=st.floats(0, 1e5),
+    fused=st.booleans(),
+)
+def test_every_choice_can_run(k, n, experts, m, fused):
+    config = gemm_config.choose(k, n, experts, m, fused=fused)
+    args = operands(experts, 4, 2 * n if fused else n, k)
+    assert masked_gemm.check_config(*args, out="bf16" if fused else None, config=config) is None
+
+
+def test_the_nearest_entry_is_chosen():
+    key, m, config = TUNED[0]
+    k, n = (int(size) for size in key.removeprefix("swiglu ").split("x"))
+    assert gemm_config.choose(k, n, 8, m, fused=key.startswith("swiglu")) == config
+    few, many = (gemm_config.choose(64, 64, 8, m).tile_m[-1] for m in (1, 1000))
+    assert few < many
+
+
+# --- lowering ---
+
+
+@pytest.mark.parametrize("key, m, config", TUNED, ids=lambda v: str(v) if not isinstance(v, TuningConfig) else "")
+def test_every_tuned_config_lowers(key, m, config):
+    del m
+    fused = key.startswith("swiglu")
+    k, n = (int(size) for size in key.removeprefix("swiglu ").split("x"))
+    out = dict(out="nvfp4") if fused else {}
+    act = (struct((4, 1, 1), jnp.float32),) if fused else ()
+
+    def call(x, w, s, c, *act):
+        return masked_gemm.grouped_gemm(x, w, s, c, config=config, **out, **(dict(act_scale=act[0]) if fused else {}))
+
+    assert kernels_in(call, *operands(4, 300, n, k, per_row=True), *act) == 1
+
+
+@pytest.mark.parametrize("layout", ["masked", "contiguous"])
+@pytest.mark.parametrize("x_scale", ["one", "row"])
+@pytest.mark.parametrize("out", [None, "bf16", "nvfp4", "nvfp4_as_bf16"])
+def test_ops_take_the_kernel_by_default_on_a_hopper_gpu(layout, x_scale, out):
+    experts, m, n, k = 3, 5, 384, 192  # no multiples of a task's columns, nor of a stage
+    lead = (experts, m) if layout == "masked" else (experts * m,)
+    x = struct((*lead, k), jnp.bfloat16)
+    w = PackedWeights(struct((experts, n // 64, k // 64, 9, 64), jnp.uint32), struct((experts, n, 1), jnp.float32))
+    counts = struct((experts,), jnp.int32)
+    scale = struct((*lead, 1) if x_scale == "row" else (), jnp.float32)
+    gemm = masked_grouped_gemm if layout == "masked" else contiguous_grouped_gemm
+
+    def call(x, w, counts, scale):
+        if out is None:
+            return gemm(x, w, counts, x_scale=scale)
+        return grouped_gemm_swiglu(x, w, counts, x_scale=scale, global_scale=jnp.float32(0.01), out=out)
+
+    assert kernels_in(call, x, w, counts, scale) == 1
+
+
+def test_a_scale_per_token_runs_one_kernel_after_the_other():
+    x, words, _, counts = operands()
+    w = PackedWeights(words, struct((8, 1, 1), jnp.float32))
+    assert kernels_in(lambda x, w, c: grouped_gemm_swiglu(x, w, c, global_scale="per_token"), x, w, counts) == 2
+
+
+def test_what_the_kernel_refuses_runs_on_xla_unless_it_was_named():
+    x, words, _, counts = operands()
+    w = PackedWeights(words, struct((8, 1, 1), jnp.float32))
+    for options in (dict(out_dtype=jnp.float32), dict(x=struct(x.shape, jnp.float32))):
+        given = options.pop("x", x)
+        assert kernels_in(lambda x, w, c, o=options: masked_grouped_gemm(x, w, c, **o), given, w, counts) == 0
+        with pytest.raises(NotImplementedError, match="bfloat16"):
+            kernels_in(
+                lambda x, w, c, o=options: masked_grouped_gemm(x, w, c, implementation="mosaic_gpu", **o),
+                given, w, counts,
+            )  # fmt: skip
+    dense = struct((8, 512, 256), jnp.bfloat16)
+    assert kernels_in(masked_grouped_gemm, x, dense, counts) == 0
+    with pytest.raises(NotImplementedError, match="compute capability 9.0"):
+        jax.eval_shape(lambda x, w, c: masked_grouped_gemm(x, w, c, implementation="mosaic_gpu"), x, w, counts)
+
+
+def test_unpacked_weights_are_packed_inside_the_call():
+    x, _, _, counts = operands()
+    w = NVFP4Tensor(
+        struct((8, 512, 128), jnp.uint8), struct((8, 512, 16), jnp.float8_e4m3fn), struct((8, 1, 1), jnp.float32)
+    )
+    assert kernels_in(masked_grouped_gemm, x, w, counts) == 1

@@ -1,0 +1,283 @@
+"""The grouped GEMM's kernel on a GPU against numpy float64 on dequantized operands; every pad is poisoned with NaN.
+
+Its bits depend on K alone, not on the configuration, the other rows or the layout: that is tested without an oracle.
+"""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import oracles
+from fp4jax.gemm_swiglu import grouped_gemm_swiglu
+from fp4jax.grouped_gemm import contiguous_grouped_gemm, masked_grouped_gemm
+from fp4jax.nvfp4 import NVFP4Tensor
+from fp4jax.packed_weights import PackedWeights, pack_weights
+from fp4jax.swiglu import swiglu_quantize
+from pallas_kernels import gemm_config, masked_gemm
+from pallas_kernels.gemm_config import TuningConfig
+
+pytestmark = pytest.mark.gpu
+LIMIT = 3e-3  # relative Frobenius error: the bf16 rounding of the result is 1.7e-3
+CONFIGS = sorted(
+    {gemm_config.from_fields(f) for rows in json.loads(gemm_config.TABLE.read_text()).values() for f in rows.values()}
+    | {gemm_config.rule_of_thumb(k, m) for k in (1024, 8192) for m in (1, 4, 16, 64, 256, 1024)}
+    | {
+        TuningConfig((8, 40), warpgroups=1, row_tiles=2, k_tiles=3, num_stages=3),
+        TuningConfig((128,), warpgroups=2, row_tiles=2, num_stages=4, own_store=False),
+    },
+    key=str,
+)
+
+
+def bf16_values(rng, shape):
+    return oracles.round_bf16(rng.standard_normal(shape).astype(np.float32))
+
+
+def nvfp4_weights(rng, experts, n, k, per_row):
+    """NVFP4Tensor with random codes and all kinds of scales, and its values in float64."""
+    qdata = rng.integers(0, 256, (experts, n, k // 2), dtype=np.uint8)
+    scales = rng.integers(0x20, 0x58, (experts, n, k // 16), dtype=np.uint8)
+    special = np.array([0x00, 0x01, 0x07, 0x08, 0x7E, 0x80, 0xB8], np.uint8)  # 0, subnormals, 448, -0, -1
+    scales = np.where(rng.random(scales.shape) < 0.02, rng.choice(special[:4], scales.shape), scales)
+    scales = np.where(rng.random(scales.shape) < 0.001, rng.choice(special[4:], scales.shape), scales)
+    g = rng.uniform(0.001, 0.01, (experts, n if per_row else 1, 1)).astype(np.float32)
+    w = NVFP4Tensor(jnp.asarray(qdata), jnp.asarray(scales).view(jnp.float8_e4m3fn), jnp.asarray(g))
+    return w, oracles.dequantize(qdata, scales, g).astype(np.float64)
+
+
+@functools.cache
+def kernel(config, out=None):
+    """One compilation per configuration and shape."""
+    return jax.jit(functools.partial(masked_gemm.grouped_gemm, config=config, out=out))
+
+
+def relative_error(got, expected):
+    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+    return np.linalg.norm(got - expected) / max(np.linalg.norm(expected), 1e-30)
+
+
+def draw_counts(rng, experts, capacity, case):
+    """Multinomial, one-hot, full, with empty experts, beyond the capacity."""
+    kind = case % 4
+    if kind == 0:
+        return rng.multinomial(experts * capacity // 2, [1 / experts] * experts).astype(np.int32)
+    if kind == 1:
+        return np.where(np.arange(experts) == rng.integers(experts), capacity, 0).astype(np.int32)
+    if kind == 2:
+        return rng.integers(-2, capacity + 9, experts).astype(np.int32)
+    return np.where(rng.random(experts) < 0.5, 0, rng.integers(1, 10, experts)).astype(np.int32)
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_random_cases(seed):
+    """200 cases: 50 shapes and configurations, 4 distributions of rows each."""
+    rng = np.random.default_rng(seed)
+    config = CONFIGS[seed % len(CONFIGS)]
+    experts, m = int(rng.integers(1, 7)), int(rng.choice([1, 3, 8, 30, 64, 129, 300]))
+    n, k = 64 * int(rng.integers(1, 13)), 64 * int(rng.integers(1, 13))
+    contiguous, per_row = bool(rng.integers(2)), bool(rng.integers(2))
+    w, w_values = nvfp4_weights(rng, experts, n, k, per_row)
+    packed = jax.jit(pack_weights)(w)
+    for case in range(4):
+        counts = draw_counts(rng, experts, m, case)
+        rows = experts * m
+        lead = (rows,) if contiguous else (experts, m)
+        x = bf16_values(rng, (*lead, k))
+        by_row = bool(rng.integers(2))
+        x_scale = rng.uniform(0.1, 2, (rows, 1) if by_row else (experts,)).astype(np.float32)
+        expert_of_row, valid = rows_of(counts, experts, m, contiguous)
+        x = np.where(valid.reshape(lead)[..., None], x, np.nan)
+        if by_row:
+            x_scale = np.where(valid[:, None], x_scale, np.nan).astype(np.float32)
+        (out,) = kernel(config)(
+            jnp.asarray(x, jnp.bfloat16), packed.words, packed.global_scale[..., 0], jnp.asarray(counts), x_scale
+        )
+        out = np.asarray(out.astype(jnp.float32)).reshape(rows, n)
+        x, scale = x.reshape(rows, k), x_scale if by_row else x_scale[expert_of_row][:, None]
+        for e in range(experts):
+            mine = valid & (expert_of_row == e)
+            expected = (x[mine].astype(np.float64) @ w_values[e].T) * scale[mine]
+            error = relative_error(out[mine], expected)
+            assert error < LIMIT, (seed, case, e, config, lead, n, k, counts, error)
+
+
+def rows_of(counts, experts, m, contiguous):
+    """-> expert of every row [rows] and whether it is valid; counts beyond what exists are clipped."""
+    rows = experts * m
+    if not contiguous:
+        return np.repeat(np.arange(experts), m), np.tile(np.arange(m), experts) < np.repeat(np.clip(counts, 0, m), m)
+    ends = np.minimum(np.cumsum(np.clip(counts, 0, rows)), rows)
+    expert = np.minimum(np.searchsorted(ends, np.arange(rows), side="right"), experts - 1)
+    return expert, np.arange(rows) < ends[-1]
+
+
+def test_decoding_is_exact_for_every_code_and_scale():
+    """x = unit vectors: the result is code * scale, which bf16 holds."""
+    n = k = 256
+    codes = np.tile(np.arange(16, dtype=np.uint8), (n, k // 16))
+    scales = np.arange(n * k // 16, dtype=np.int64).reshape(n, k // 16) % 256
+    scales = np.where((scales & 0x7F) == 0x7F, 0x7E, scales).astype(np.uint8)  # no NaN
+    qdata = oracles.pack(codes)
+    w = NVFP4Tensor(
+        jnp.asarray(qdata[None]), jnp.asarray(scales[None]).view(jnp.float8_e4m3fn), jnp.ones((1, 1, 1), jnp.float32)
+    )
+    out = masked_grouped_gemm(
+        jnp.eye(k, dtype=jnp.bfloat16)[None], pack_weights(w), jnp.asarray([k]), implementation="mosaic_gpu"
+    )
+    expected = oracles.dequantize(qdata, scales).T
+    np.testing.assert_array_equal(np.asarray(out[0].astype(jnp.float32)), expected)
+
+
+def test_a_nan_scale_reaches_its_row_only():
+    rng = np.random.default_rng(0)
+    w, _ = nvfp4_weights(rng, 1, 128, 128, False)
+    scales = np.asarray(w.block_scale).view(np.uint8).copy()
+    scales[0, 77, 3] = 0x7F
+    qdata = np.asarray(w.qdata) | 0x11  # no code 0, whose product with NaN would be the same NaN
+    w = NVFP4Tensor(jnp.asarray(qdata), jnp.asarray(scales).view(jnp.float8_e4m3fn), w.global_scale)
+    x = jnp.ones((1, 9, 128), jnp.bfloat16)
+    out = masked_grouped_gemm(x, pack_weights(w), jnp.asarray([9]), implementation="mosaic_gpu")
+    nan = np.isnan(np.asarray(out[0].astype(jnp.float32)))
+    assert nan[:, 77].all() and nan.sum() == 9
+
+
+@pytest.fixture(scope="module")
+def problem():
+    """Weights of 4 experts and 300 rows with an expert each."""
+    rng = np.random.default_rng(1)
+    w, _ = nvfp4_weights(rng, 4, 384, 832, True)
+    return jax.jit(pack_weights)(w), bf16_values(rng, (300, 832)), rng.integers(0, 4, 300)
+
+
+def results_by_row(config, packed, x, expert, m, contiguous, rng, out=None):
+    """Every row's result, the rows in random order; -> [300, ..]."""
+    order = np.argsort(expert + rng.random(len(expert)) * 0.5)
+    counts = np.bincount(expert, minlength=4)
+    place = np.arange(len(expert)) if contiguous else np.concatenate([e * m + np.arange(c) for e, c in enumerate(counts)])
+    rows = len(expert) + 7 if contiguous else 4 * m
+    buffer = np.full((rows, x.shape[1]), np.nan, np.float32)
+    buffer[place] = x[order]
+    lead = (rows,) if contiguous else (4, m)
+    act = None if out is None else jnp.float32(0.01).reshape(())
+    found = kernel(config, out)(
+        jnp.asarray(buffer, jnp.bfloat16).reshape(*lead, -1), packed.words, packed.global_scale[..., 0],
+        jnp.asarray(counts, jnp.int32), None, act_scale=act,
+    )  # fmt: skip
+    back = np.empty(len(expert), int)
+    back[order] = place
+    return [np.asarray(f).view(np.uint8).reshape(rows, -1)[back] for f in found]
+
+
+def test_a_rows_bits_depend_on_the_row_and_the_weights_only(problem):
+    """Not on its place, the other rows, the capacity, the layout, or the configuration."""
+    packed, x, expert = problem
+    rng = np.random.default_rng(2)
+    reference = None
+    for number, config in enumerate(CONFIGS):
+        (got,) = results_by_row(config, packed, x, expert, 120 + number, number % 2 == 1, rng)
+        reference = got if reference is None else reference
+        np.testing.assert_array_equal(got, reference, err_msg=str(config))
+    some = rng.random(300) < 0.3  # most neighbours removed
+    (got,) = results_by_row(CONFIGS[0], packed, x[some], expert[some], 64, False, rng)
+    np.testing.assert_array_equal(got, reference[some])
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_repeats_are_identical(config, problem):
+    """A race on the registers of a running wgmma would show here."""
+    packed, x, expert = problem
+    rng = np.random.default_rng(3)
+    order = np.argsort(expert, kind="stable")
+    counts = jnp.asarray(np.bincount(expert, minlength=4), jnp.int32)
+    args = (jnp.asarray(x[order], jnp.bfloat16), packed.words, packed.global_scale[..., 0], counts)
+    del rng
+    first = kernel(config)(*args)[0]
+    different = jax.jit(lambda a, b: jnp.sum(a.view(jnp.uint16) != b.view(jnp.uint16)))
+    assert sum(int(different(first, kernel(config)(*args)[0])) for _ in range(200)) == 0
+
+
+@pytest.mark.parametrize("layout", ["masked", "contiguous"])
+@pytest.mark.parametrize("out", ["bf16", "nvfp4", "nvfp4_as_bf16"])
+@pytest.mark.parametrize("scale", ["one", "expert", "row"])
+def test_fused_swiglu_has_the_bits_of_the_two_ops(layout, out, scale):
+    rng = np.random.default_rng(4)
+    experts, m, n, k = 5, 70, 384, 320
+    w, _ = nvfp4_weights(rng, experts, n, k, True)
+    packed = jax.jit(pack_weights)(w)
+    counts = np.array([0, 70, 33, 1, 64], np.int32)
+    lead = (experts, m) if layout == "masked" else (experts * m,)
+    _, valid = rows_of(counts, experts, m, layout == "contiguous")
+    x = np.where(valid.reshape(lead)[..., None], bf16_values(rng, (*lead, k)), np.nan)
+    x = jnp.asarray(x, jnp.bfloat16)
+    if scale == "one" or (scale == "expert" and layout == "contiguous"):
+        g = jnp.float32(0.004)
+    else:
+        shape = (experts, 1, 1) if scale == "expert" else (*lead, 1)
+        g = jnp.asarray(rng.uniform(0.001, 0.01, shape), jnp.float32)
+    named = dict(implementation="mosaic_gpu")
+    for expected_m in (4, 64, 256, 2048):
+        options = dict(x_scale=jnp.float32(0.7), expected_m=expected_m, **named)
+        gemm = masked_grouped_gemm if layout == "masked" else contiguous_grouped_gemm
+        gate_up = gemm(x, packed, jnp.asarray(counts), **options)
+        given = g if out != "bf16" else None
+        expected = swiglu_quantize(
+            gate_up, jnp.asarray(counts) if layout == "masked" else None, global_scale=given, out=out, **named
+        )
+        got = grouped_gemm_swiglu(x, packed, jnp.asarray(counts), global_scale=given, out=out, **options)
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+            assert a.shape == b.shape and a.dtype == b.dtype
+            if a.shape[: len(lead)] == lead:
+                a, b = (np.asarray(v).view(np.uint8).reshape(valid.size, -1)[valid] for v in (a, b))
+            np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_ops_choose_the_kernel_and_agree_with_xla():
+    rng = np.random.default_rng(5)
+    w, _ = nvfp4_weights(rng, 3, 192, 256, True)
+    packed = pack_weights(w)
+    x = jnp.asarray(bf16_values(rng, (3, 20, 256)), jnp.bfloat16)
+    counts, scale = jnp.asarray([20, 0, 7]), jnp.asarray(rng.uniform(0.5, 2, (3, 20, 1)), jnp.float32)
+    valid = np.arange(20) < np.asarray(counts)[:, None]
+    chosen = masked_grouped_gemm(x, packed, counts, x_scale=scale)
+    named = masked_grouped_gemm(x, packed, counts, x_scale=scale, implementation="mosaic_gpu")
+    inside = masked_grouped_gemm(x, w, counts, x_scale=scale, implementation="mosaic_gpu")
+    xla = masked_grouped_gemm(x, packed, counts, x_scale=scale, implementation="xla")
+    chosen, named, inside, xla = (np.asarray(v.astype(jnp.float32))[valid] for v in (chosen, named, inside, xla))
+    np.testing.assert_array_equal(chosen, named)
+    np.testing.assert_array_equal(inside, named)
+    assert relative_error(named, xla) < LIMIT
+
+
+def test_quantized_tokens_are_decoded_first():
+    rng = np.random.default_rng(6)
+    w, values = nvfp4_weights(rng, 2, 128, 192, False)
+    qdata, scales = oracles.quantize_exact(rng.standard_normal((2, 9, 192)).astype(np.float32), np.float32(0.01))
+    g = rng.uniform(0.005, 0.02, (2, 9, 1)).astype(np.float32)
+    x = NVFP4Tensor(jnp.asarray(qdata), jnp.asarray(scales).view(jnp.float8_e4m3fn), jnp.asarray(g))
+    out = masked_grouped_gemm(x, pack_weights(w), jnp.asarray([9, 9]), implementation="mosaic_gpu")
+    expected = oracles.grouped_gemm(oracles.dequantize(qdata, scales, g), values, [9, 9])
+    assert relative_error(out.astype(jnp.float32), expected) < LIMIT
+
+
+def test_under_vmap_and_jit_and_grad():
+    rng = np.random.default_rng(7)
+    w, _ = nvfp4_weights(rng, 2, 64, 128, False)
+    packed = pack_weights(w)
+    x = jnp.asarray(bf16_values(rng, (3, 2, 5, 128)), jnp.bfloat16)
+    counts = jnp.asarray([[5, 2], [0, 5], [1, 1]])
+    one = lambda x, c: masked_grouped_gemm(x, packed, c, implementation="mosaic_gpu")  # noqa: E731
+    many = jax.jit(jax.vmap(one))(x, counts)
+    for i in range(3):
+        valid = np.arange(5) < np.asarray(counts[i])[:, None]
+        np.testing.assert_array_equal(np.asarray(many[i])[valid], np.asarray(one(x[i], counts[i]))[valid])
+    loss = lambda x, impl: jnp.sum(masked_grouped_gemm(x, packed, counts[0], implementation=impl).astype(jnp.float32))  # noqa: E731
+    full = jnp.asarray([5, 5])
+    del full
+    np.testing.assert_array_equal(
+        np.asarray(jax.grad(loss)(x[0], None)), np.asarray(jax.grad(loss)(x[0], "xla"))
+    )
+    assert isinstance(packed, PackedWeights)
