@@ -70,6 +70,40 @@ def pack_bf16(low: jax.Array, high: jax.Array) -> jax.Array:
     return lanes.instruction("cvt.rn.bf16x2.f32 $0, $2, $1;", packed, low, high, dtype=jnp.uint32)
 
 
+def high_halves(low: jax.Array, high: jax.Array) -> jax.Array:
+    """The upper 16 bits of two f32, as one u32."""
+
+    def halves(low, high):
+        low, high = (lax.bitcast_convert_type(v, jnp.uint32) for v in (low, high))
+        return (low >> 16) | (high & np.uint32(0xFFFF0000))
+
+    asm = "{ .reg .b32 a, b; mov.b32 a, $1; mov.b32 b, $2; prmt.b32 $0, a, b, 0x7632; }"
+    return lanes.instruction(asm, halves, low, high, dtype=jnp.uint32)
+
+
+def decode_bf16x2(words: jax.Array, scale: jax.Array) -> jax.Array:
+    """Both bf16 halves: words * scale * 2^7, where words = value * 2^-126 and scale = its scale * 2^119."""
+
+    def decoded(words, scale):
+        halves = []
+        for shift in (16, 0):  # magnitude eem at bits 8..6 without a subnormal, which a CPU would flush
+            code = (words << shift >> 22 & 7).astype(jnp.float32)
+            value = jnp.maximum(jnp.maximum(code * np.float32(0.5), code - np.float32(2)), code * 2 - np.float32(8))
+            factor = lax.bitcast_convert_type(scale & np.uint32(0xFFFF0000), jnp.float32) * np.float32(2.0**-119)
+            bits = lax.bitcast_convert_type(value * factor, jnp.uint32)
+            halves.append(bits | (words << shift & np.uint32(0x80000000)))
+        return (halves[0] >> 16) | (halves[1] & np.uint32(0xFFFF0000))
+
+    asm = "{ .reg .b32 t, u; mov.b32 u, 0x43004300; mul.bf16x2 t, $1, $2; mul.bf16x2 $0, t, u; }"  # 2^7 twice
+    return lanes.instruction(asm, decoded, words, scale, dtype=jnp.uint32)
+
+
+def negative_fma_rn(a: jax.Array, b: jax.Array, c: lanes.Value) -> jax.Array:
+    """-a * b + c with one rounding; the sign costs no instruction."""
+    asm = "{ .reg .f32 t; neg.f32 t, $1; fma.rn.f32 $0, t, $2, $3; }"
+    return lanes.instruction(asm, _in_float64(lambda a, b, c: c - a * b), a, b, c)
+
+
 def _in_float64(function):
     """The function in float64, rounded to f32: XLA:CPU neither contracts nor approximates it there."""
 

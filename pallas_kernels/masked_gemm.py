@@ -205,8 +205,8 @@ class _Gemm:
         c = self.config
         tiles = [warpgroup * c.row_tiles + j for j in range(c.row_tiles)]
         first_step = task.number * self.steps
-        # Read before the loop over K, which hides the latency.
-        scales = [self._load_w_scale(r, task, tile) for tile in tiles]
+        # Read before the loop over K and used behind it, so that nothing waits for memory.
+        scales = [self._load_scales(r, task, tile) for tile in tiles]
         tokens = self._load_token_scales(r, task)
 
         def run(size):
@@ -246,28 +246,27 @@ class _Gemm:
 
         self.by_size(task.rows, run)
         if not c.own_store:
+            move = self.mover(r, task)
             plgpu.barrier_wait(r.result_full_barrier)
-            self.store(r, task, warpgroup, c.warpgroups)
+            self.store(task, move, warpgroup, c.warpgroups)
             plgpu.barrier_arrive(r.result_empty_barrier)
             return
 
         @pl.when(task.is_last)  # nothing else to do: help to store
         def _():
             plgpu.barrier_arrive(r.last_barrier)
+            move = self.mover(r, task)
             plgpu.barrier_wait(r.last_barrier)
-            self.store(r, task, 1 + warpgroup, 1 + c.warpgroups)
+            self.store(task, move, 1 + warpgroup, 1 + c.warpgroups)
 
-    def _load_w_scale(self, r, task, tile):
-        """The f32 scale of the expert, or of the tile's 64 rows, times what decoding left out and a common x scale."""
-        if self.w_scale_per_row:
-            row = jnp.minimum(self.weight_tile(task.column, tile), self.n // TILE - 1) * TILE
-            rows = r.w_scale_gmem.at[task.expert, pl.ds(row, TILE)]
-            scale = plgpu.load(rows, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
-        else:
-            scale = r.w_scale_gmem[task.expert, 0]
-        if not self.x_scale_per_row:
-            scale = r.x_scale_gmem[task.expert] * scale
-        return scale * np.float32(DECODE_FACTOR)
+    def _load_scales(self, r, task, tile):
+        """The weights' scale, of the expert or of the tile's 64 rows, and the tokens' if it is common to all."""
+        x_scale = None if self.x_scale_per_row else r.x_scale_gmem[task.expert]
+        if not self.w_scale_per_row:
+            return r.w_scale_gmem[task.expert, 0], x_scale
+        row = jnp.minimum(self.weight_tile(task.column, tile), self.n // TILE - 1) * TILE
+        rows = r.w_scale_gmem.at[task.expert, pl.ds(row, TILE)]
+        return plgpu.load(rows, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False), x_scale
 
     def _load_token_scales(self, r, task):
         """x scales of the task's rows, one or two per lane."""
@@ -286,10 +285,14 @@ class _Gemm:
             lanes.scatter(r.token_scale_smem.at[warpgroup], i * lanes.LANES + lanes.lane_index(), [bits])
         if tokens:
             lanes.sync()
+        factors = []
+        for w_scale, x_scale in scales:
+            scale = w_scale if x_scale is None else x_scale * w_scale
+            factors.append(scale * np.float32(DECODE_FACTOR))
         plgpu.barrier_wait(r.result_empty_barrier)
         for start in range(0, size, _COLUMNS_AT_A_TIME):
             width = min(_COLUMNS_AT_A_TIME, size - start)
-            for tile, product, scale in zip(tiles, products, scales, strict=True):
+            for tile, product, scale in zip(tiles, products, factors, strict=True):
                 part = product if width == size else product[:, start : start + width]
                 factor = lax.broadcast_in_dim(scale, part.shape, (0,)) if self.w_scale_per_row else scale
                 if tokens:
@@ -305,15 +308,19 @@ class _Gemm:
 
     def store_alone(self, r: _Refs, task: Task) -> None:
         """Role of one warpgroup: whole results, while the next task is multiplied; the last one with the others."""
+        move = self.mover(r, task)
         plgpu.barrier_wait(r.result_full_barrier)
-        self.store(r, task, jnp.int32(0), jnp.where(task.is_last, 1 + self.config.warpgroups, 1))
+        self.store(task, move, jnp.int32(0), jnp.where(task.is_last, 1 + self.config.warpgroups, 1))
         plgpu.barrier_arrive(r.result_empty_barrier)
 
-    def store(self, r: _Refs, task: Task, index: jax.Array, storing: Any) -> None:
-        """Rows from shared memory to the result, through SwiGLU if fused; warpgroup `index` of the `storing` ones."""
+    def mover(self, r: _Refs, task: Task) -> Callable[..., None]:
+        """-> move(row, item of the row, where): one item of a staged row per lane to the result, through SwiGLU."""
+        return functools.partial(self._store_pieces, r, task) if self.out is None else self._store_swiglu(r, task)
+
+    def store(self, task: Task, move: Callable[..., None], index: jax.Array, storing: Any) -> None:
+        """All items of the task's rows, as warpgroup `index` of the `storing` ones."""
         tiles = self.config.tiles
         per_row = tiles * _PIECES if self.out is None else tiles // 2 * (TILE // BLOCK_SIZE)
-        move = self._store_pieces if self.out is None else self._store_swiglu(r, task)
         unroll = 4 if self.out is None else 1
         items, at_a_time = task.rows * per_row, lanes.LANES * unroll * storing
 
@@ -321,7 +328,7 @@ class _Gemm:
             for j in range(unroll):
                 item = i * at_a_time + (index * unroll + j) * lanes.LANES + lanes.lane_index()
                 row = unsigned_div(item, per_row)
-                move(r, task, row, item - row * per_row, item < items)
+                move(row, item - row * per_row, item < items)
 
         lax.fori_loop(0, lax.div(items + (at_a_time - 1), jnp.int32(at_a_time)), several, None)
 
@@ -341,7 +348,7 @@ class _Gemm:
             scale_of_task = encode_scales(lanes.splat(r.act_scale_gmem[index], jnp.float32))
         blocks = self.columns // BLOCK_SIZE
 
-        def move(r, task, row, block, valid):
+        def move(row, block, valid):
             tile, pieces = block >> 2, [(block & 3) * 2, (block & 3) * 2 + 1]
             half = self.config.tiles // 2
             gate, up = (self._read_pieces(r, t, row, pieces, valid) for t in (tile, tile + half))

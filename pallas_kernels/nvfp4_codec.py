@@ -127,6 +127,24 @@ def code_value(code_f32: jax.Array) -> jax.Array:
     return jnp.maximum(lower, c * np.float32(2) - np.float32(8))
 
 
+def decoded_bf16(encoded: Encoded, values: Sequence[jax.Array]) -> list[jax.Array]:
+    """code * scale with the signs of `values`, which gave the codes: u32 words of two exact bf16 each.
+
+    eem at bits 8..6 of a bf16 is the code's magnitude * 2^-126, subnormal for the code 1; scale * 2^119 and 2^7 bring
+    the product back, both exact.
+    """
+    scale = encoded.scale * np.float32(2.0**119)
+    scale = lane_math.pack_bf16(scale, scale)
+    words = []
+    for i in range(0, len(values), 2):
+        low, high = (lax.bitcast_convert_type(c, jnp.uint32) for c in encoded.codes_f32[i : i + 2])
+        # 2^23 shifted left by 22 is 0 modulo 2^32, by 6 it is bits 31 and 30.
+        magnitudes = (high << 22) + (low << 6) - np.uint32(_MAGIC_BITS << 6 & 0xFFFFFFFF)
+        signs = lane_math.high_halves(*values[i : i + 2]) & np.uint32(0x80008000)
+        words.append(lane_math.decode_bf16x2(magnitudes | signs, scale))
+    return words
+
+
 def decode_word(word: jax.Array, scale: jax.Array) -> list[jax.Array]:
     """8 codes in a word and their block scale -> 8 f32 lane arrays code * scale: exact, 6 significant bits."""
     values = []

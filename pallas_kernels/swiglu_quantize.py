@@ -22,12 +22,10 @@ from pallas_kernels.nvfp4_codec import (
     BLOCK_SIZE,
     EncodeScales,
     block_amax,
-    code_value,
+    decoded_bf16,
     encode_block,
     encode_scales,
-    pack_exact_bf16,
     unpack_bf16,
-    with_sign_of,
 )
 from pallas_kernels.quantize import (
     AMAX_DIVISOR,
@@ -165,11 +163,7 @@ def store_products(
     if out == "nvfp4":
         store_block(refs[0], refs[1], item, encoded)
         return
-    exact = [
-        with_sign_of(lane_math.mul_rn(code_value(c), encoded.scale), v)
-        for c, v in zip(encoded.codes_f32, values, strict=True)
-    ]
-    lanes.scatter(refs[0], item.block, pack_exact_bf16(exact), where=item.valid)
+    lanes.scatter(refs[0], item.block, decoded_bf16(encoded, values), where=item.valid)
 
 
 def swiglu(gate_words: Sequence[jax.Array], up_words: Sequence[jax.Array]) -> tuple[list[jax.Array], jax.Array]:
@@ -214,4 +208,4 @@ def _exp_of_bf16(y):
 def _reciprocal_of_one_plus(e):
     d = lane_math.add_rn(e, np.float32(1))
     r = lane_math.reciprocal_approx(d)
-    return lane_math.fma_rn(lane_math.fma_rn(-d, r, np.float32(1)), r, r)
+    return lane_math.fma_rn(lane_math.negative_fma_rn(d, r, np.float32(1)), r, r)

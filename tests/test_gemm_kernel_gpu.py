@@ -15,7 +15,7 @@ import oracles
 from fp4jax.gemm_swiglu import grouped_gemm_swiglu
 from fp4jax.grouped_gemm import contiguous_grouped_gemm, masked_grouped_gemm
 from fp4jax.nvfp4 import NVFP4Tensor
-from fp4jax.packed_weights import PackedWeights, pack_weights
+from fp4jax.packed_weights import pack_weights
 from fp4jax.swiglu import swiglu_quantize
 from pallas_kernels import gemm_config, masked_gemm
 from pallas_kernels.gemm_config import TuningConfig
@@ -41,9 +41,10 @@ def nvfp4_weights(rng, experts, n, k, per_row):
     """NVFP4Tensor with random codes and all kinds of scales, and its values in float64."""
     qdata = rng.integers(0, 256, (experts, n, k // 2), dtype=np.uint8)
     scales = rng.integers(0x20, 0x58, (experts, n, k // 16), dtype=np.uint8)
-    special = np.array([0x00, 0x01, 0x07, 0x08, 0x7E, 0x80, 0xB8], np.uint8)  # 0, subnormals, 448, -0, -1
-    scales = np.where(rng.random(scales.shape) < 0.02, rng.choice(special[:4], scales.shape), scales)
-    scales = np.where(rng.random(scales.shape) < 0.001, rng.choice(special[4:], scales.shape), scales)
+    # 0, subnormals, the smallest normal, -0, -1. No lone 448: a result that consists of one product has the error of
+    # one bf16 rounding, up to 3.9e-3, and not their mean (that scale is in the test of exact decoding).
+    special = np.array([0x00, 0x01, 0x07, 0x08, 0x80, 0xB8], np.uint8)
+    scales = np.where(rng.random(scales.shape) < 0.02, rng.choice(special, scales.shape), scales)
     g = rng.uniform(0.001, 0.01, (experts, n if per_row else 1, 1)).astype(np.float32)
     w = NVFP4Tensor(jnp.asarray(qdata), jnp.asarray(scales).view(jnp.float8_e4m3fn), jnp.asarray(g))
     return w, oracles.dequantize(qdata, scales, g).astype(np.float64)
@@ -101,8 +102,11 @@ def test_random_cases(seed):
         for e in range(experts):
             mine = valid & (expert_of_row == e)
             expected = (x[mine].astype(np.float64) @ w_values[e].T) * scale[mine]
-            error = relative_error(out[mine], expected)
-            assert error < LIMIT, (seed, case, e, config, lead, n, k, counts, error)
+            where = (seed, case, e, config, lead, n, k, counts)
+            assert relative_error(out[mine], expected) < LIMIT, where
+            # Every element: one rounding to bf16, and f32 sums.
+            largest = np.abs(x[mine]).astype(np.float64) @ np.abs(w_values[e]).T * scale[mine]
+            assert (np.abs(out[mine] - expected) <= 2.0**-8 * np.abs(expected) + 1e-6 * largest).all(), where
 
 
 def rows_of(counts, experts, m, contiguous):
@@ -263,7 +267,7 @@ def test_quantized_tokens_are_decoded_first():
     assert relative_error(out.astype(jnp.float32), expected) < LIMIT
 
 
-def test_under_vmap_and_jit_and_grad():
+def test_under_vmap_and_jvp():
     rng = np.random.default_rng(7)
     w, _ = nvfp4_weights(rng, 2, 64, 128, False)
     packed = pack_weights(w)
@@ -274,10 +278,9 @@ def test_under_vmap_and_jit_and_grad():
     for i in range(3):
         valid = np.arange(5) < np.asarray(counts[i])[:, None]
         np.testing.assert_array_equal(np.asarray(many[i])[valid], np.asarray(one(x[i], counts[i]))[valid])
-    loss = lambda x, impl: jnp.sum(masked_grouped_gemm(x, packed, counts[0], implementation=impl).astype(jnp.float32))  # noqa: E731
     full = jnp.asarray([5, 5])
-    del full
-    np.testing.assert_array_equal(
-        np.asarray(jax.grad(loss)(x[0], None)), np.asarray(jax.grad(loss)(x[0], "xla"))
-    )
-    assert isinstance(packed, PackedWeights)
+    derivative = [
+        jax.jvp(lambda x, i=i: masked_grouped_gemm(x, packed, full, implementation=i), (x[0],), (x[1],))[1]
+        for i in (None, "xla")
+    ]
+    np.testing.assert_array_equal(*(np.asarray(d) for d in derivative))

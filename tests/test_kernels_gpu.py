@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 import oracles
 from fp4jax.moe import MoEConfig, MoEWeights, moe_layer
 from fp4jax.nvfp4 import quantize
+from fp4jax.packed_weights import pack_weights
 from fp4jax.permute import depermute_combine, permute_to_contiguous, permute_to_masked
 from fp4jax.swiglu import swiglu_quantize
 from pallas_kernels import (
@@ -320,7 +321,10 @@ def test_metadata_of_many_chunks_and_repeats(rng):
 @pytest.mark.parametrize("layout", ["masked", "contiguous"])
 @pytest.mark.parametrize("activation_format, limit", [("nvfp4", 1e-5), ("bf16", 3e-6)])
 @pytest.mark.parametrize("axis_name", [None, "ep"])
-def test_moe_layer_runs_on_the_kernels_and_agrees_with_xla(layout, activation_format, limit, axis_name, rng, make_mesh):
+@pytest.mark.parametrize("static_scale", [False, True])
+def test_moe_layer_runs_on_the_kernels_and_agrees_with_xla(
+    layout, activation_format, limit, axis_name, static_scale, rng, make_mesh
+):
     tokens, k, experts, hidden, intermediate = 200, 4, 16, 256, 128
     ids = np.argsort(rng.random((tokens, experts)), axis=1)[:, :k].astype(np.int32)
     ids[rng.random((tokens, k)) < 0.1] = -1
@@ -331,6 +335,11 @@ def test_moe_layer_runs_on_the_kernels_and_agrees_with_xla(layout, activation_fo
             for shape in ((experts, 2 * intermediate, hidden), (experts, hidden, intermediate))
         )
     )
+    weights = weights._replace(w13=pack_weights(weights.w13), w2=pack_weights(weights.w2))
+    if static_scale:
+        weights = weights._replace(
+            input_scale_1=jnp.float32(0.002), input_scale_2=jnp.full((experts, 1, 1), 0.001, jnp.float32)
+        )
     args = x, jnp.asarray(ids), jnp.asarray(rng.random((tokens, k)), jnp.float32), weights
 
     def run(implementation):
@@ -343,7 +352,10 @@ def test_moe_layer_runs_on_the_kernels_and_agrees_with_xla(layout, activation_fo
             return moe_layer(*args, config)[0]
 
         if axis_name is not None:
-            layer = jax.shard_map(layer, mesh=make_mesh(1), in_specs=P("ep"), out_specs=P("ep"))
+            specs = jax.tree.map(lambda _: P("ep"), weights)
+            if static_scale:
+                specs = specs._replace(input_scale_1=P())
+            layer = jax.shard_map(layer, mesh=make_mesh(1), in_specs=(*[P("ep")] * 3, specs), out_specs=P("ep"))
         compiled = jax.jit(layer).lower(*args).compile()
         return compiled(*args), compiled.as_text().count("mosaic_gpu")
 

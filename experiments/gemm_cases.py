@@ -1,0 +1,201 @@
+"""Inputs and implementations of the grouped GEMM benchmark: ours, and what else one can call from JAX."""
+
+import dataclasses
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from fp4jax.gemm_swiglu import grouped_gemm_swiglu
+from fp4jax.grouped_gemm import contiguous_grouped_gemm, masked_grouped_gemm, unpack_weights
+from fp4jax.nvfp4 import dequantize
+from fp4jax.packed_weights import PackedWeights
+from pallas_kernels import weight_layout
+
+DISTRIBUTIONS = ("multinomial", "uniform", "one_hot")
+BYTES_PER_WEIGHT = 0.5625
+# A masked array, or a padded one, larger than this many times its rows is left out: one hot expert would need it.
+_MOST_PADDING = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class GemmShape:
+    """Weights [experts, n, k], m rows per expert on average, spread over the experts by `distribution`."""
+
+    experts: int
+    k: int
+    n: int
+    m: int
+    distribution: str = "multinomial"
+
+    def counts(self) -> np.ndarray:
+        """Rows per expert, i32 [E]; the seed is that of the figures in the table of peers."""
+        rows = self.experts * self.m
+        if self.distribution == "uniform":
+            return np.full(self.experts, self.m, np.int32)
+        if self.distribution == "one_hot":
+            return np.where(np.arange(self.experts) == self.experts // 2, rows, 0).astype(np.int32)
+        rng = np.random.default_rng(1000 * self.experts + self.m)
+        return rng.multinomial(rows, [1 / self.experts] * self.experts).astype(np.int32)
+
+    @property
+    def capacity(self) -> int:
+        """Rows of the masked layout: the most any expert has, rounded up to 8."""
+        return -(-int(self.counts().max()) // 8) * 8
+
+    @property
+    def fits_masked(self) -> bool:
+        """Whether the masked layout is not mostly padding."""
+        return self.experts * self.capacity <= _MOST_PADDING * max(self.experts * self.m, 64)
+
+    @property
+    def weight_bytes(self) -> float:
+        """NVFP4 weights of the experts that have rows."""
+        return int((self.counts() > 0).sum()) * self.n * self.k * BYTES_PER_WEIGHT
+
+    @property
+    def num_bytes(self) -> float:
+        """Weights, x and the result, once."""
+        return self.weight_bytes + 2 * self.experts * self.m * (self.k + self.n)
+
+    @property
+    def num_bytes_bf16(self) -> float:
+        """The same with weights in bf16."""
+        return self.num_bytes + self.weight_bytes * (2 / BYTES_PER_WEIGHT - 1)
+
+    @property
+    def flops(self) -> float:
+        """Of the valid rows."""
+        return 2 * self.experts * self.m * self.n * self.k
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a row of results."""
+        return {"E": self.experts, "K": self.k, "N": self.n, "m": self.m, "distribution": self.distribution}
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Random data on the device. dense: the same weights in bf16 [E, N, K], or None."""
+
+    shape: GemmShape
+    packed: PackedWeights
+    x_rows: jax.Array  # [rows, K], sorted by expert
+    counts: jax.Array
+    dense: jax.Array | None
+
+    @functools.cached_property
+    def x_masked(self) -> jax.Array:
+        """The rows in the masked layout; pads hold NaN."""
+        counts, capacity = self.shape.counts(), self.shape.capacity
+        row = np.concatenate([e * capacity + np.arange(c) for e, c in enumerate(counts)])
+        empty = jnp.full((self.shape.experts * capacity, self.shape.k), jnp.nan, jnp.bfloat16)
+        return empty.at[row].set(self.x_rows).reshape(self.shape.experts, capacity, -1)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def random_weights(experts: int, n: int, k: int) -> PackedWeights:
+    """Random codes, block scales of 2^-3 .. 2^2.6, one global scale per row."""
+
+    def expert(key):
+        tiles = n // weight_layout.TILE, k // weight_layout.TILE
+        codes = jax.random.bits(key, (*tiles, weight_layout.WORDS - 1, weight_layout.TILE), jnp.uint32)
+        scales = jax.random.randint(key, (*tiles, 1, weight_layout.TILE, 4), 60, 101).astype(jnp.uint8)
+        return jnp.concatenate([codes, lax.bitcast_convert_type(scales, jnp.uint32)], axis=2)
+
+    words = lax.map(expert, jax.random.split(jax.random.key(1), experts))
+    return PackedWeights(words, jax.random.uniform(jax.random.key(2), (experts, n, 1), jnp.float32, 0.5, 2))
+
+
+@jax.jit
+def densify(packed: PackedWeights) -> jax.Array:
+    """The same weights in bf16 [E, N, K], one expert at a time."""
+    return lax.map(lambda one: dequantize(unpack_weights(one)), packed)
+
+
+def make_inputs(shape: GemmShape, packed: PackedWeights, dense: jax.Array | None) -> Inputs:
+    """Normal x; weights are shared by the shapes of one (E, K, N)."""
+    make_x = jax.jit(lambda: jax.random.normal(jax.random.key(3), (shape.experts * shape.m, shape.k), jnp.bfloat16))
+    return Inputs(shape, packed, make_x(), jnp.asarray(shape.counts()), dense)
+
+
+def our_functions(inputs: Inputs) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
+    """op -> (function, arguments) of the kernel, or of XLA where there is no GPU."""
+    m = inputs.shape.m
+    found = {
+        "contiguous_grouped_gemm": (
+            lambda x, w, c: contiguous_grouped_gemm(x, w, c, expected_m=m),
+            (inputs.x_rows, inputs.packed, inputs.counts),
+        )
+    }
+    if inputs.shape.fits_masked:
+        found["masked_grouped_gemm"] = (
+            lambda x, w, c: masked_grouped_gemm(x, w, c, expected_m=m),
+            (inputs.x_masked, inputs.packed, inputs.counts),
+        )
+    return found
+
+
+def fused_functions(inputs: Inputs) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
+    """Form of the result -> GEMM 1 with SwiGLU in its epilogue."""
+
+    def fused(out):
+        scale = None if out == "bf16" else jnp.full((inputs.shape.experts, 1, 1), 0.01, jnp.float32)
+        return lambda x, w, c: grouped_gemm_swiglu(
+            x, w, c, global_scale=scale, out=out, expected_m=inputs.shape.m
+        )  # fmt: skip
+
+    args = (inputs.x_masked, inputs.packed, inputs.counts)
+    return {out: (fused(out), args) for out in ("bf16", "nvfp4", "nvfp4_as_bf16")}
+
+
+def bf16_baselines(inputs: Inputs, gpu: bool) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
+    """Name -> (function, arguments): unquantized weights through what JAX offers."""
+    w, shape = inputs.dense, inputs.shape
+    if w is None:
+        return {}
+    found = {}
+    if shape.fits_masked:
+        found["padded einsum bf16"] = (
+            lambda x, w: jnp.einsum("emk,enk->emn", x, w),
+            (jnp.nan_to_num(inputs.x_masked), w),
+        )
+    found["lax.ragged_dot bf16"] = (
+        lambda x, w, c: lax.ragged_dot(x, w.swapaxes(1, 2), c, preferred_element_type=jnp.bfloat16),
+        (inputs.x_rows, w, inputs.counts),
+    )
+    if gpu:
+        from jax.experimental.pallas.ops.gpu import ragged_dot_mgpu
+
+        rows = 64 if shape.m <= 64 else 128
+        found["pallas ragged_dot bf16"] = (
+            lambda x, w, c: ragged_dot_mgpu.ragged_dot(
+                x, w, group_sizes=c, block_m=rows, block_n=128, block_k=64, max_concurrent_steps=5,
+                grid_block_n=4, transpose_rhs=True,
+            ),
+            (inputs.x_rows, w, inputs.counts),
+        )  # fmt: skip
+    return found
+
+
+def has_tokamax() -> bool:
+    """Whether the peer with int4 weights can be imported."""
+    return importlib.util.find_spec("tokamax") is not None
+
+
+def tokamax_int4(inputs: Inputs) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Its ragged dot with weights of the same size and scales per 128: a peer in speed, not in values."""
+    import tokamax
+    from qwix import QArray  # how tokamax takes quantized operands
+
+    e, k, n = inputs.shape.experts, inputs.shape.k, inputs.shape.n
+    codes = jax.random.randint(jax.random.key(4), (e, k, n), -7, 8, jnp.int8).astype(jnp.int4)
+    scales = jnp.ones((e, k // 128, n), jnp.bfloat16)
+    return (
+        lambda x, q, s, c: tokamax.ragged_dot(x, QArray(q, s), c),
+        (inputs.x_rows, codes, scales, inputs.counts),
+    )
