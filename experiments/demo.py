@@ -50,7 +50,7 @@ _TEMPERATURE = flags.DEFINE_float(
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the generated text.")
 
 EP = (1, 2, 4)
-STAGES = ("quantize", "dispatch", "permute", "gemm_1", "swiglu_quantize", "gemm_2", "depermute", "combine")
+STAGES = ("quantize", "dispatch", "permute", "gemm_1_swiglu", "gemm_2", "depermute", "combine")
 
 
 class Variant(NamedTuple):

@@ -3,9 +3,13 @@
 __version__ = "0.1.0"
 
 from fp4jax.expert_parallel import combine as combine, dispatch as dispatch, wire_bytes as wire_bytes
+from fp4jax.gemm_swiglu import grouped_gemm_swiglu as grouped_gemm_swiglu
 from fp4jax.grouped_gemm import (
+    PackedWeights as PackedWeights,
     contiguous_grouped_gemm as contiguous_grouped_gemm,
     masked_grouped_gemm as masked_grouped_gemm,
+    pack_weights as pack_weights,
+    unpack_weights as unpack_weights,
 )
 from fp4jax.moe import MoEConfig as MoEConfig, MoEWeights as MoEWeights, moe_layer as moe_layer
 from fp4jax.nvfp4 import NVFP4Tensor as NVFP4Tensor, dequantize as dequantize, quantize as quantize

@@ -74,3 +74,15 @@ def unpack_weights(packed: PackedWeights) -> NVFP4Tensor:
     codes, scale_bytes = weight_layout.unpack(packed.words)
     block_scale = lax.bitcast_convert_type(scale_bytes, jnp.float8_e4m3fn)
     return NVFP4Tensor(pack_codes(codes), block_scale, packed.global_scale)
+
+
+_pack, _unpack = jax.jit(pack_weights), jax.jit(unpack_weights)
+
+
+def packed_if(w: Any, wanted: bool) -> Any:
+    """w packed if `wanted` and its shape has the layout, unpacked if not wanted; what is not NVFP4 stays as it is."""
+    if wanted and isinstance(w, NVFP4Tensor) and weight_layout.check_shape(w.shape) is None:
+        return _pack(w)
+    if not wanted and isinstance(w, PackedWeights):
+        return _unpack(w)
+    return w

@@ -201,17 +201,19 @@ def test_the_nearest_entry_is_chosen():
 # --- lowering ---
 
 
-@pytest.mark.parametrize("key, m, config", TUNED, ids=lambda v: str(v) if not isinstance(v, TuningConfig) else "")
-def test_every_tuned_config_lowers(key, m, config):
-    del m
-    fused = key.startswith("swiglu")
-    k, n = (int(size) for size in key.removeprefix("swiglu ").split("x"))
-    out = dict(out="nvfp4") if fused else {}
-    act = (struct((4, 1, 1), jnp.float32),) if fused else ()
+# Each configuration once, for one of its shapes, with and without SwiGLU.
+DISTINCT = {(config, key.startswith("swiglu")): key for key, _, config in TUNED}
+
+
+@pytest.mark.parametrize("config, fused", DISTINCT, ids=str)
+def test_every_tuned_config_lowers(config, fused):
+    k, n = (int(size) for size in DISTINCT[config, fused].removeprefix("swiglu ").split("x"))
 
     def call(x, w, s, c, *act):
-        return masked_gemm.grouped_gemm(x, w, s, c, config=config, **out, **(dict(act_scale=act[0]) if fused else {}))
+        options = dict(out="nvfp4", act_scale=act[0]) if fused else {}
+        return masked_gemm.grouped_gemm(x, w, s, c, config=config, **options)
 
+    act = (struct((4, 1, 1), jnp.float32),) if fused else ()
     assert kernels_in(call, *operands(4, 300, n, k, per_row=True), *act) == 1
 
 

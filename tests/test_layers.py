@@ -8,8 +8,9 @@ import pytest
 from flax import nnx
 from model_oracles import calc_diff, sigmoid, silu, swiglu
 
-from fp4jax import nvfp4
+from fp4jax import implementations, nvfp4
 from fp4jax.layers import ExpertSettings, Linear, MoEBlock, NVFP4Linear, RMSNorm, RoutingConfig
+from fp4jax.packed_weights import PackedWeights
 
 F32 = dict(dtype="float32", param_dtype="float32")
 BF16 = dict(dtype="bfloat16", param_dtype="bfloat16")
@@ -174,6 +175,29 @@ def test_quantized_block_equals_the_reference_on_dequantized_weights(rng):
     np.testing.assert_allclose(f64(y), expected, rtol=0, atol=ATOL * np.abs(expected).max())
     with pytest.raises(ValueError, match=r"model\.layers\.3\.mlp: the experts are quantized already"):
         block.quantize_experts()
+
+
+@pytest.mark.parametrize("devices", [None, 2])
+def test_experts_are_packed_where_the_kernel_will_run(rng, make_mesh, monkeypatch, devices):
+    """On a Hopper GPU, unless the settings say otherwise; the results do not change."""
+    kinds = dict(dtype="bfloat16", param_dtype="bfloat16")
+    block = MoEBlock(64, 64, RoutingConfig(8, 2), stddev=0.3, path="mlp", rngs=nnx.Rngs(0), **kinds)
+    block.quantize_experts()
+    x = tokens(rng, "bfloat16")
+    mesh = None if devices is None else make_mesh(devices)
+    block.configure(ExpertSettings(mesh=mesh, implementation="xla"))
+    expected, plain = run(block, x), block.w13.get_value()
+    monkeypatch.setattr(implementations, "has_hopper_gpu", lambda: True)
+    block.configure(ExpertSettings(mesh=mesh))
+    packed = block.w13.get_value()
+    assert isinstance(packed, PackedWeights) and isinstance(block.w2.get_value(), PackedWeights)
+    assert packed.words.sharding.is_equivalent_to(plain.qdata.sharding, 5)
+    monkeypatch.setattr(implementations, "has_hopper_gpu", lambda: False)
+    for a, b in zip(jax.tree.leaves(run(block, x)), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    block.configure(ExpertSettings(mesh=mesh, implementation="xla"))
+    for a, b in zip(jax.tree.leaves(block.w13.get_value()), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_array_equal(np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8))
 
 
 def test_calibration_reports_the_inputs_of_both_gemms(rng):

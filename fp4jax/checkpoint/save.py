@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from fp4jax.checkpoint.names import tensor_slots
 from fp4jax.nvfp4 import NVFP4Tensor
+from fp4jax.packed_weights import PackedWeights
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -36,7 +37,7 @@ def save_model(model: nnx.Module, config: Any, folder: str | os.PathLike, *, max
     folder.mkdir(parents=True, exist_ok=True)
     params = {path: param.get_value() for path, param in model_params(model).items()}
     for path, value in params.items():
-        if isinstance(value, NVFP4Tensor):
+        if isinstance(value, NVFP4Tensor | PackedWeights):
             raise ValueError(f"{'.'.join(map(str, path))} is NVFP4: save the model before quantize_experts")
     host = {path: np.asarray(jax.device_get(value)).astype(config.dtype) for path, value in params.items()}
     tensors = {}

@@ -1,7 +1,8 @@
 """The expert layer as a Flax NNX module: router, routed experts, shared experts, latent projections.
 
-Experts are stored stacked, w13 [E, 2I, H] (gate rows first) and w2 [E, H, I], plain or as NVFP4Tensor. What the model
-fixes is in `RoutingConfig`, what the serving side chooses in `ExpertSettings`.
+Experts are stored stacked, w13 [E, 2I, H] (gate rows first) and w2 [E, H, I], plain, as NVFP4Tensor, or as
+PackedWeights where the grouped GEMM's kernel runs (`configure` packs them). What the model fixes is in `RoutingConfig`,
+what the serving side chooses in `ExpertSettings`.
 """
 
 from dataclasses import dataclass
@@ -15,9 +16,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from fp4jax import moe, nvfp4, routing
+from fp4jax import implementations, moe, nvfp4, routing
 from fp4jax.layers.dense import MLP, Linear, exact_precision, normal_param
 from fp4jax.nvfp4 import NVFP4Tensor
+from fp4jax.packed_weights import PackedWeights, packed_if
 
 EP_AXIS = "ep"
 
@@ -185,11 +187,11 @@ class MoEBlock(nnx.Module):
         w13, w2 = self.w13.get_value(), self.w2.get_value()
         settings = self.settings
         if settings.differentiable:
-            if isinstance(w13, NVFP4Tensor):
+            if _is_quantized(w13):
                 raise ValueError(f"{self.path}: differentiable=True needs plain expert weights; these are NVFP4")
             y = moe.dense_moe(x, *route, w13.astype(self.dtype), w2.astype(self.dtype))
             return y.astype(self.dtype), jnp.int32(0)
-        if not isinstance(w13, NVFP4Tensor):
+        if not _is_quantized(w13):
             w13, w2 = w13.astype(self.dtype), w2.astype(self.dtype)
         weights = moe.MoEWeights(
             w13,
@@ -217,7 +219,8 @@ class MoEBlock(nnx.Module):
     def configure(self, settings: ExpertSettings) -> None:
         """Set how the experts run and place their weights: sharded over "ep" with a mesh, else on one device.
 
-        The other parameters are not moved; `models.configure_experts` does that for a whole model.
+        NVFP4 weights are packed where the kernel of the grouped GEMM will run, and unpacked where not. The other
+        parameters are not moved; `models.configure_experts` does that for a whole model.
         """
         mesh = settings.mesh
         if mesh is not None and self.router_config.num_experts % mesh.size:
@@ -228,6 +231,17 @@ class MoEBlock(nnx.Module):
         place = jax.devices()[0] if mesh is None else NamedSharding(mesh, P(EP_AXIS))
         for param in self.sharded_params():
             param.set_value(jax.device_put(param.get_value(), place))
+        self._pack_or_unpack()
+
+    def _pack_or_unpack(self) -> None:
+        """Kernel layout for NVFP4 weights if and only if the settings lead to the kernel."""
+        on_kernel = (
+            implementations.has_hopper_gpu()
+            and self.settings.implementation in (None, "mosaic_gpu")
+            and self.dtype == jnp.bfloat16
+        )
+        for param in (self.w13, self.w2):
+            param.set_value(packed_if(param.get_value(), on_kernel))
 
     def sharded_params(self) -> list[nnx.Param]:
         """Parameters with a leading expert axis; all others are the same on every device."""
@@ -236,7 +250,7 @@ class MoEBlock(nnx.Module):
     def quantize_experts(self, *, four_over_six: bool = False) -> None:
         """Replace the expert weights by NVFP4 with one global scale per expert and projection (gate and up apart)."""
         w13 = self.w13.get_value()
-        if isinstance(w13, NVFP4Tensor):
+        if _is_quantized(w13):
             raise ValueError(f"{self.path}: the experts are quantized already")
         half = w13.shape[1] // 2
         gate, up, down = (
@@ -252,11 +266,12 @@ class MoEBlock(nnx.Module):
             )
         )
         self.w2.set_value(down)
+        self._pack_or_unpack()
 
     def calibrate(self, x: Float[Array, "... H"]) -> tuple[Float[Array, "... H"], ExpertAmax]:
         """Forward pass with plain weights that also reports the amax of both GEMMs' inputs (one expert at a time)."""
         w13, w2 = self.w13.get_value(), self.w2.get_value()
-        if isinstance(w13, NVFP4Tensor):
+        if _is_quantized(w13):
             raise ValueError(f"{self.path}: calibrate before quantize_experts, with plain expert weights")
         rows = x.reshape(-1, x.shape[-1])
         route, _ = self._route(rows)
@@ -300,6 +315,10 @@ class MoEBlock(nnx.Module):
         self.input_scale_1 = nnx.Param(jnp.asarray(input_scale_1, jnp.float32))
         self.input_scale_2 = nnx.Param(jnp.asarray(input_scale_2, jnp.float32).reshape(-1, 1, 1))
         self.configure(self.settings)
+
+
+def _is_quantized(w: Any) -> bool:
+    return isinstance(w, NVFP4Tensor | PackedWeights)
 
 
 @partial(jax.jit, static_argnums=(3, 4))
