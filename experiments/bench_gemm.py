@@ -115,7 +115,7 @@ def run_cell(inputs: Inputs, ceilings: benchmarking.Ceilings) -> tuple[list[dict
     if shape.distribution == "multinomial" and shape.m in _FUSED_M and shape.n % 128 == 0 and gpu:
         fused = gemm_cases.fused_functions(inputs)
     others = gemm_cases.bf16_baselines(inputs, gpu)
-    if gpu and _BASELINES.value and gemm_cases.has_tokamax():
+    if gpu and _BASELINES.value and shape.distribution == "multinomial" and gemm_cases.has_tokamax():
         others["tokamax int4"] = gemm_cases.tokamax_int4(inputs)
     jobs = {name: benchmarking.rotated(*call) for name, call in {**ours, **fused, **others}.items()}
     compiled = _compile_all(jobs)
