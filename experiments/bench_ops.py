@@ -9,7 +9,6 @@ measured in the same run (floor), percent of that floor, and the time of XLA's i
 ours. A kernel whose result differs from XLA's is reported and not timed. Writes bench_ops.json and bench_ops.png.
 """
 
-import concurrent.futures
 import dataclasses
 import itertools
 import sys
@@ -19,7 +18,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from absl import app, flags
-from jax import lax
 from tqdm import tqdm
 
 from experiments.op_cases import MODELS, Case, all_cases
@@ -101,15 +99,15 @@ def run_cases(cases: list[Case], ceilings: benchmarking.Ceilings) -> tuple[list[
     """Rows of the cases, and a line of text for each kernel whose result was wrong."""
     names = {id(c): [n for n in c.functions if n == "xla" or benchmarking.on_gpu()] for c in cases}
     jobs = {(id(c), n): benchmarking.rotated(c.functions[n], c.args) for c in cases for n in names[id(c)]}
-    compiled = _compile_all(jobs)
+    compiled = benchmarking.compile_all(jobs)
     rows, wrong = [], []
     label = f"{cases[0].shape['model']} T={cases[0].shape['T']}"
     for case in tqdm(cases, desc=label, unit="op", leave=False):
         runs = {n: compiled[id(case), n] for n in names[id(case)]}
         error = None
         if len(runs) == 2:
-            ours, theirs = (_first_result(*runs[n]) for n in ("mosaic_gpu", "xla"))
-            error = float(_mismatch(ours, theirs, case.valid))
+            ours, theirs = (benchmarking.first_result(*runs[n]) for n in ("mosaic_gpu", "xla"))
+            error = float(benchmarking.mismatch(ours, theirs, case.valid))
             del ours, theirs
             if not error <= case.max_mismatch:
                 wrong.append(f"{case.op} {case.shape}: {error:.2e} of the values differ")
@@ -126,39 +124,6 @@ def run_cases(cases: list[Case], ceilings: benchmarking.Ceilings) -> tuple[list[
     return rows, wrong
 
 
-def _compile_all(jobs):
-    """Lower one after another (Python), compile in parallel (XLA leaves the interpreter alone)."""
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        futures = {}
-        for key, (fn, args, repeats) in jobs.items():
-            futures[key] = (pool.submit(jax.jit(fn).lower(*args).compile), args, repeats)
-        return {key: (future.result(), args, repeats) for key, (future, args, repeats) in futures.items()}
-
-
-def _first_result(compiled, args, repeats):
-    """What the function gives for its first set of inputs."""
-    result = compiled(*args)
-    return result[0] if repeats > 1 else result
-
-
-def mismatch(a: Any, b: Any, valid: Any) -> jax.Array:
-    """Share of elements that differ among those that `valid` selects (broadcast from the left), of the worst leaf."""
-    worst = jnp.float32(0)
-    for p, q in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        p, q = (lax.bitcast_convert_type(v, jnp.uint8) if v.dtype == jnp.float8_e4m3fn else v for v in (p, q))
-        different = p.reshape(q.shape) != q
-        if valid is not None and different.shape[: valid.ndim] == valid.shape:
-            chosen = valid.reshape(valid.shape + (1,) * (different.ndim - valid.ndim))
-            share = jnp.sum(different & chosen) / jnp.maximum(1, jnp.sum(valid) * (different.size // valid.size))
-        else:
-            share = jnp.mean(different)
-        worst = jnp.maximum(worst, share)
-    return worst
-
-
-_mismatch = jax.jit(mismatch)
-
-
 def sweep() -> None:
     """Time every configuration of every kernel on the sweep's shapes and keep the fastest of each shape class."""
     if not benchmarking.on_gpu():
@@ -170,7 +135,7 @@ def sweep() -> None:
             if case.tunable is None or case.kernel is None:
                 continue
             jobs = {c: benchmarking.rotated(case.tunable(c), case.args) for c in _SWEEPS[case.kernel]}
-            us = benchmarking.interleaved_us(_compile_all(jobs), rounds=_ROUNDS.value)
+            us = benchmarking.interleaved_us(benchmarking.compile_all(jobs), rounds=_ROUNDS.value)
             key = (case.kernel, tuning.shape_class(case.items))
             items_of[key] = case.items
             fastest = min(us.values())

@@ -15,6 +15,7 @@ from fp4jax.gemm_swiglu import grouped_gemm_swiglu
 from fp4jax.grouped_gemm import contiguous_grouped_gemm, masked_grouped_gemm, unpack_weights
 from fp4jax.nvfp4 import dequantize
 from fp4jax.packed_weights import PackedWeights
+from fp4jax.swiglu import swiglu_quantize
 from pallas_kernels import weight_layout
 
 DISTRIBUTIONS = ("multinomial", "uniform", "one_hot")
@@ -88,13 +89,14 @@ class Inputs:
     counts: jax.Array
     dense: jax.Array | None
 
-    @functools.cached_property
-    def x_masked(self) -> jax.Array:
-        """The rows in the masked layout; pads hold NaN."""
+    def x_masked(self, *, poisoned: bool) -> jax.Array:
+        """The rows in the masked layout; pads hold NaN, or copies of rows (numbers, for timing)."""
         counts, capacity = self.shape.counts(), self.shape.capacity
         row = np.concatenate([e * capacity + np.arange(c) for e, c in enumerate(counts)])
-        empty = jnp.full((self.shape.experts * capacity, self.shape.k), jnp.nan, jnp.bfloat16)
-        return empty.at[row].set(self.x_rows).reshape(self.shape.experts, capacity, -1)
+        every = self.shape.experts * capacity
+        pads = jnp.nan if poisoned else jnp.resize(self.x_rows, (every, self.shape.k))
+        x = jnp.full((every, self.shape.k), pads, jnp.bfloat16).at[row].set(self.x_rows)
+        return x.reshape(self.shape.experts, capacity, -1)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -123,49 +125,78 @@ def make_inputs(shape: GemmShape, packed: PackedWeights, dense: jax.Array | None
     return Inputs(shape, packed, make_x(), jnp.asarray(shape.counts()), dense)
 
 
-def our_functions(inputs: Inputs) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
-    """op -> (function, arguments) of the kernel, or of XLA where there is no GPU."""
-    m = inputs.shape.m
-    found = {
+Calls = dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]
+
+
+def our_functions(inputs: Inputs, implementation: str, *, poisoned: bool) -> Calls:
+    """Op -> (function, arguments). poisoned: NaN in every pad of x."""
+    options = dict(expected_m=inputs.shape.m, implementation=implementation)
+    found: Calls = {
         "contiguous_grouped_gemm": (
-            lambda x, w, c: contiguous_grouped_gemm(x, w, c, expected_m=m),
+            lambda x, w, c: contiguous_grouped_gemm(x, w, c, **options),
             (inputs.x_rows, inputs.packed, inputs.counts),
         )
     }
     if inputs.shape.fits_masked:
         found["masked_grouped_gemm"] = (
-            lambda x, w, c: masked_grouped_gemm(x, w, c, expected_m=m),
-            (inputs.x_masked, inputs.packed, inputs.counts),
+            lambda x, w, c: masked_grouped_gemm(x, w, c, **options),
+            (inputs.x_masked(poisoned=poisoned), inputs.packed, inputs.counts),
         )
     return found
 
 
-def fused_functions(inputs: Inputs) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
-    """Form of the result -> GEMM 1 with SwiGLU in its epilogue."""
+def fused_functions(inputs: Inputs, implementation: str, *, poisoned: bool, fused: bool = True) -> Calls:
+    """Form of the result -> GEMM 1 with SwiGLU in its epilogue, or (not fused) one op after the other."""
+    experts, options = inputs.shape.experts, dict(expected_m=inputs.shape.m, implementation=implementation)
 
-    def fused(out):
-        scale = None if out == "bf16" else jnp.full((inputs.shape.experts, 1, 1), 0.01, jnp.float32)
-        return lambda x, w, c: grouped_gemm_swiglu(
-            x, w, c, global_scale=scale, out=out, expected_m=inputs.shape.m
-        )  # fmt: skip
+    def call(out):
+        def run(x, w, c):
+            scale = None if out == "bf16" else jnp.full((experts, 1, 1), 0.01, jnp.float32)
+            if fused:
+                return grouped_gemm_swiglu(x, w, c, global_scale=scale, out=out, **options)
+            gate_up = masked_grouped_gemm(x, w, c, **options)
+            return swiglu_quantize(gate_up, c, global_scale=scale, out=out, implementation=implementation)
 
-    args = (inputs.x_masked, inputs.packed, inputs.counts)
-    return {out: (fused(out), args) for out in ("bf16", "nvfp4", "nvfp4_as_bf16")}
+        return run
+
+    args = (inputs.x_masked(poisoned=poisoned), inputs.packed, inputs.counts)
+    return {out: (call(out), args) for out in ("bf16", "nvfp4", "nvfp4_as_bf16")}
 
 
-def bf16_baselines(inputs: Inputs, gpu: bool) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
-    """Name -> (function, arguments): unquantized weights through what JAX offers."""
+def fused_bytes(shape: GemmShape, out: str) -> float:
+    """Bytes that must move with SwiGLU fused: half the columns, in the form `out`."""
+    per_value = BYTES_PER_WEIGHT if out == "nvfp4" else 2
+    return shape.weight_bytes + shape.experts * shape.m * (2 * shape.k + per_value * shape.n / 2)
+
+
+def with_hot_expert_rotated(calls: Calls, shape: GemmShape, copies: int = 8) -> Calls:
+    """One-hot counts touch the weights of one expert, which the L2 cache would keep: another one every time."""
+    hot = jnp.asarray(shape.counts())
+    rotated = tuple(jnp.roll(hot, i * (shape.experts // copies)) for i in range(copies))
+
+    def rotate(function):
+        once = jax.jit(function)
+        return lambda *args: [once(*args[:-1], counts) for counts in args[-1]]
+
+    return {name: (rotate(function), (*args[:-1], rotated)) for name, (function, args) in calls.items()}
+
+
+def bf16_baselines(inputs: Inputs, gpu: bool) -> Calls:
+    """Unquantized weights through what JAX offers; the counts are the last argument where there are any."""
     w, shape = inputs.dense, inputs.shape
     if w is None:
         return {}
-    found = {}
-    if shape.fits_masked:
+    found: Calls = {}
+    if shape.fits_masked and shape.distribution != "one_hot":
         found["padded einsum bf16"] = (
             lambda x, w: jnp.einsum("emk,enk->emn", x, w),
-            (jnp.nan_to_num(inputs.x_masked), w),
+            (inputs.x_masked(poisoned=False), w),
         )
+    dimensions = lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
+    )
     found["lax.ragged_dot bf16"] = (
-        lambda x, w, c: lax.ragged_dot(x, w.swapaxes(1, 2), c, preferred_element_type=jnp.bfloat16),
+        lambda x, w, c: lax.ragged_dot_general(x, w, c, dimensions, preferred_element_type=jnp.bfloat16),
         (inputs.x_rows, w, inputs.counts),
     )
     if gpu:
@@ -182,13 +213,13 @@ def bf16_baselines(inputs: Inputs, gpu: bool) -> dict[str, tuple[Callable[..., A
     return found
 
 
-def has_tokamax() -> bool:
-    """Whether the peer with int4 weights can be imported."""
-    return importlib.util.find_spec("tokamax") is not None
+def has_tokamax(shape: GemmShape) -> bool:
+    """Whether the peer with int4 weights can be imported and takes the shape."""
+    return all(importlib.util.find_spec(name) for name in ("tokamax", "qwix")) and shape.k % 128 == 0
 
 
 def tokamax_int4(inputs: Inputs) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """Its ragged dot with weights of the same size and scales per 128: a peer in speed, not in values."""
+    """Its ragged dot as it tunes itself, int4 weights with scales per 128: a peer in speed, not in values."""
     import tokamax
     from qwix import QArray  # how tokamax takes quantized operands
 

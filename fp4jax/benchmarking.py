@@ -5,6 +5,7 @@ host time around `block_until_ready`. A result row is flat and names what it was
 floor and a baseline in the same table is not one.
 """
 
+import concurrent.futures
 import dataclasses
 import datetime
 import json
@@ -76,6 +77,37 @@ def rotated(fn: Callable[..., Any], args: Sequence[Any]) -> tuple[Callable[..., 
         return [once(*copy) for copy in copies]
 
     return run, [copies], repeats
+
+
+def compile_all(jobs: dict[Any, tuple[Any, Any, int]]) -> dict[Any, tuple[Any, Any, int]]:
+    """Name -> (function, args, repeats) with every function compiled: lowered in turn, compiled in parallel."""
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        futures = {}
+        for key, (fn, args, repeats) in jobs.items():
+            futures[key] = (pool.submit(jax.jit(fn).lower(*args).compile), args, repeats)
+        return {key: (future.result(), args, repeats) for key, (future, args, repeats) in futures.items()}
+
+
+def first_result(compiled: Any, args: Sequence[Any], repeats: int) -> Any:
+    """What a function of `compile_all` gives for its first set of inputs."""
+    result = compiled(*args)
+    return result[0] if repeats > 1 else result
+
+
+@jax.jit
+def mismatch(a: Any, b: Any, valid: Any) -> jax.Array:
+    """Share of elements that differ among those that `valid` selects (broadcast from the left), of the worst leaf."""
+    worst = jnp.float32(0)
+    for p, q in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        p, q = (jax.lax.bitcast_convert_type(v, jnp.uint8) if v.dtype == jnp.float8_e4m3fn else v for v in (p, q))
+        different = p.reshape(q.shape) != q
+        if valid is not None and different.shape[: valid.ndim] == valid.shape:
+            chosen = valid.reshape(valid.shape + (1,) * (different.ndim - valid.ndim))
+            share = jnp.sum(different & chosen) / jnp.maximum(1, jnp.sum(valid) * (different.size // valid.size))
+        else:
+            share = jnp.mean(different)
+        worst = jnp.maximum(worst, share)
+    return worst
 
 
 def interleaved_us(candidates: dict[str, tuple[Any, Sequence[Any], int]], *, rounds: int = 3) -> dict[str, float]:

@@ -65,10 +65,10 @@ def grouped_gemm_swiglu(
         scale, problem = global_scale, "a scale per token needs whole rows"
     else:
         scale = None if out == "bf16" else as_scale(global_scale, (*x.shape[:-1], w13.shape[1] // 2))
-        problem = kernel_problem(x, w13, counts, out=out, act_scale=scale)
+        problem = kernel_problem(x, w13, counts, expected_m, implementation, out=out, act_scale=scale)
         if problem is None and jnp.dtype(out_dtype) != jnp.bfloat16:
             problem = f"out_dtype must be bfloat16, got {jnp.dtype(out_dtype)}"
-    if isinstance(scale, str | None) and out != "bf16" or (problem is not None and implementation is None):
+    if (isinstance(scale, str | None) and out != "bf16") or (problem is not None and implementation is None):
         gemm = masked_grouped_gemm if rank == 3 else contiguous_grouped_gemm
         gate_up = gemm(
             x, w13, counts, x_scale=x_scale, expected_m=expected_m, out_dtype=out_dtype, implementation=implementation

@@ -7,13 +7,15 @@ scales in the epilogue are the NVFP4 GEMM, up to the order of summation. Rows th
 as in the result.
 
 "xla" decodes one expert at a time and multiplies tiles of 32 rows. "mosaic_gpu" (Hopper) keeps the weights in 4 bits
-until they are in registers; it wants them packed, and packs an NVFP4Tensor inside the call otherwise.
+until they are in registers; it wants them packed. None chooses it for PackedWeights only; named, it packs an
+NVFP4Tensor inside the call.
 """
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -86,7 +88,7 @@ def contiguous_grouped_gemm(
 
 
 def _run(op, x, w, counts, x_scale, expected_m, out_dtype, implementation):
-    problem = kernel_problem(x, w, counts)
+    problem = kernel_problem(x, w, counts, expected_m, implementation)
     if problem is None and jnp.dtype(out_dtype) != jnp.bfloat16:
         problem = f"out_dtype must be bfloat16, got {jnp.dtype(out_dtype)}"
     return run_implementation(
@@ -106,7 +108,7 @@ def gemm_xla(x, w, counts, x_scale, *, out_dtype):
         starts = jnp.arange(lead[0], dtype=jnp.int32) * lead[1]
         sizes = jnp.clip(counts, 0, lead[1])
     else:
-        ends = jnp.minimum(jnp.cumsum(jnp.maximum(counts, 0)), lead[0])
+        ends = jnp.minimum(jnp.cumsum(jnp.clip(counts, 0, lead[0])), lead[0])
         starts = jnp.concatenate([jnp.zeros(1, ends.dtype), ends[:-1]])
         sizes = ends - starts
     rows = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), _operand(x))
@@ -114,16 +116,20 @@ def gemm_xla(x, w, counts, x_scale, *, out_dtype):
     return out.reshape(*lead, out.shape[-1])
 
 
-def kernel_problem(x: Any, w: Any, counts: Any, **fused: Any) -> str | None:
+def kernel_problem(
+    x: Any, w: Any, counts: Any, expected_m: int | None, implementation: str | None, **fused: Any
+) -> str | None:
     """Why the kernel does not take these operands (arrays or structs), or None."""
     if not isinstance(w, NVFP4Tensor | PackedWeights):
         return f"w must be NVFP4, got {w.dtype}"
     if problem := weight_layout.check_shape(w.shape):
         return problem
-    experts, n, k = w.shape
+    if implementation is None and not isinstance(w, PackedWeights):
+        return "w is not packed, and packing it in every call takes longer than it saves"
+    config = kernel_config(x, w, expected_m, fused=bool(fused))
     words = jax.ShapeDtypeStruct(weight_layout.packed_shape(w.shape), jnp.uint32)
     x_bf16 = jax.ShapeDtypeStruct(x.shape, jnp.bfloat16 if isinstance(x, NVFP4Tensor) else x.dtype)
-    return masked_gemm.check_config(x_bf16, words, w.global_scale[..., 0], counts, **fused)
+    return masked_gemm.check_config(x_bf16, words, w.global_scale[..., 0], counts, config=config, **fused)
 
 
 def kernel_operands(x, w, x_scale):
@@ -241,5 +247,9 @@ def check_operands(op, x, w, sizes, x_scale, expected_m, ndim):
         raise ValueError(f"{op}: x_scale is for a plain x; an NVFP4Tensor carries its own global_scale")
     if x_scale is not None:
         check_scale_shape(f"{op}: x_scale", jnp.shape(x_scale), x.shape)
+    if sizes.dtype not in (jnp.int32, jnp.int64):
+        raise TypeError(f"{op}: counts must be int32 or int64, got {sizes.dtype}")
+    if expected_m is not None and not isinstance(expected_m, int | np.integer):
+        raise TypeError(f"{op}: expected_m is a static hint, an int or None, got {expected_m!r}")
     if expected_m is not None and expected_m < 0:
         raise ValueError(f"{op}: expected_m must not be negative, got {expected_m}")

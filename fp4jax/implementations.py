@@ -68,22 +68,28 @@ def run_implementation(
         problem = "the arrays are spread over several devices; call it inside shard_map"
     if problem is not None:
         raise NotImplementedError(f"{op}: implementation='mosaic_gpu': {problem}")
-    return _run_kernel(mosaic_gpu, operands)
+    return _run_kernel(xla, mosaic_gpu, operands)
 
 
 # Both under jit: an eager call then finds its program in the cache, and its platform from its arrays.
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _run_kernel(mosaic_gpu, operands):
-    return mosaic_gpu(*operands)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run_kernel(xla, mosaic_gpu, operands):
+    return _differentiated_as(xla, mosaic_gpu)(*operands)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _run_by_platform(xla, mosaic_gpu, operands):
+    return lax.platform_dependent(
+        *_vary_alike(operands), cuda=_differentiated_as(xla, mosaic_gpu), default=xla
+    )
+
+
+def _differentiated_as(xla, mosaic_gpu):
     kernel = jax.custom_jvp(mosaic_gpu)
     kernel.defjvp(lambda primals, tangents: jax.jvp(xla, primals, tangents))
-    return lax.platform_dependent(*_vary_alike(operands), cuda=kernel, default=xla)
+    return kernel
 
 
 def _vary_alike(operands):

@@ -24,9 +24,9 @@ ACTIVATION_FORMATS = ("nvfp4", "bf16")
 class MoEWeights(NamedTuple):
     """Expert weights of one device, L local experts.
 
-    w13 [L, 2I, H] (gate rows first) and w2 [L, H, I]: NVFP4Tensor, or bf16 / f32 arrays. input_scale_1: f32 decode
-    scale of the tokens, (); per-expert scales [L, 1, 1] are reduced to their maximum over all devices. input_scale_2:
-    f32 [L, 1, 1]. None = a dynamic scale per token.
+    w13 [L, 2I, H] (gate rows first) and w2 [L, H, I]: PackedWeights (what the kernel on Hopper takes), NVFP4Tensor, or
+    bf16 / f32 arrays. input_scale_1: f32 decode scale of the tokens, (); per-expert scales [L, 1, 1] are reduced to
+    their maximum over all devices. input_scale_2: f32 [L, 1, 1]. None = a dynamic scale per token.
     """
 
     w13: Any

@@ -301,7 +301,10 @@ def as_scale(global_scale: Any, shape: tuple[int, ...]) -> Float[Array, "..."]:
     check_scale_shape("quantize: global_scale", scale.shape, shape)
     if not isinstance(scale, jax.core.Tracer):
         values, (low, high) = np.asarray(scale, np.float64), GLOBAL_SCALE_RANGE
-        bad = values[~((values >= low) & (values <= high))]
+        fits = (values >= low) & (values <= high)
+        if scale.ndim > 1 and scale.shape[-2] > 1:  # one for every row: those of pads may be NaN
+            fits |= np.isnan(values)
+        bad = values[~fits]
         if bad.size:
             raise ValueError(f"quantize: global_scale {bad.flat[0]} (shape {scale.shape}) is outside [2^-100, 2^100]")
     return scale.astype(jnp.float32)

@@ -66,23 +66,25 @@ def pack_weights(w: NVFP4Tensor) -> PackedWeights:
     if w.global_scale.ndim != 3 or w.global_scale.shape[0] != w.shape[0]:
         raise ValueError(f"pack_weights: global_scale must be [E, 1, 1] or [E, N, 1], got {w.global_scale.shape}")
     scale_bytes = lax.bitcast_convert_type(w.block_scale, jnp.uint8)
-    return PackedWeights(weight_layout.pack(unpack(w.qdata), scale_bytes), w.global_scale)
+    return PackedWeights(_pack(w.qdata, scale_bytes), w.global_scale)
 
 
 def unpack_weights(packed: PackedWeights) -> NVFP4Tensor:
     """The inverse of `pack_weights`, for any leading axes (one expert's slice has none)."""
-    codes, scale_bytes = weight_layout.unpack(packed.words)
+    codes, scale_bytes = _unpack(packed.words)
     block_scale = lax.bitcast_convert_type(scale_bytes, jnp.float8_e4m3fn)
     return NVFP4Tensor(pack_codes(codes), block_scale, packed.global_scale)
 
 
-_pack, _unpack = jax.jit(pack_weights), jax.jit(unpack_weights)
+# Under jit, so that codes in a byte each, and words in the making, are not all in memory at once.
+_pack = jax.jit(lambda qdata, scale_bytes: weight_layout.pack(unpack(qdata), scale_bytes))
+_unpack = jax.jit(weight_layout.unpack)
 
 
 def packed_if(w: Any, wanted: bool) -> Any:
     """w packed if `wanted` and its shape has the layout, unpacked if not wanted; what is not NVFP4 stays as it is."""
     if wanted and isinstance(w, NVFP4Tensor) and weight_layout.check_shape(w.shape) is None:
-        return _pack(w)
+        return pack_weights(w)
     if not wanted and isinstance(w, PackedWeights):
-        return _unpack(w)
+        return unpack_weights(w)
     return w

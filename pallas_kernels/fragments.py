@@ -106,44 +106,6 @@ def store_transposed(matrix: jax.Array, ref: Any) -> None:
     store(matrix, ref)
 
 
-def load_columns(ref: Any, first: jax.Array, end: jax.Array, n: int) -> jax.Array:
-    """f32 ref[first : first + n] in global memory -> [n], one for every column of a 64 x n matrix; 0 from `end` on."""
-    splat = plgpu.Layout.WG_SPLAT(())
-
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), splat, splat),
-        return_type=plgpu.ShapeDtypeStruct((n,), jnp.float32, layout=_WGMMA.reduce(0)),
-    )
-    def load(_, ref, first, end):
-        i32, i64, f32 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64), ir.F32Type.get()
-        (first,), (end,) = first.registers.flat, end.registers.flat
-        quad = arith.andi(mgpu_utils.thread_idx(), arith.constant(i32, 3))
-        column = arith.addi(first, arith.muli(quad, arith.constant(i32, 2)))
-        base = llvm.ptrtoint(i64, mgpu_utils.memref_ptr(ref))
-        address = arith.addi(base, arith.muli(arith.extsi(i64, column), arith.constant(i64, 4)))
-        registers = []
-        for j in range(0, n, 8):
-            pair = llvm.UndefOp(ir.VectorType.get((2,), f32)).result
-            for b in range(2):
-                at = arith.constant(i32, j + b)
-                value = llvm.inline_asm(
-                    f32, [address, arith.addi(column, at), end],
-                    f"{{ .reg .pred p; setp.lt.s32 p, $2, $3; mov.f32 $0, 0f00000000; "
-                    f"@p ld.global.f32 $0, [$1 + {4 * (j + b)}]; }}",
-                    "=&f,l,r,r", has_side_effects=True,
-                )  # fmt: skip
-                pair = llvm.insertelement(pair, value, arith.constant(i32, b))
-            registers.append(pair)
-        layout = fragmented_array.WGMMA_COL_LAYOUT
-        array = np.empty(len(registers), object)
-        array[:] = registers
-        return mgpu.FragmentedArray(
-            _registers=array.reshape(layout.registers_shape((n,))), _layout=layout, _is_signed=None
-        )
-
-    return load(ref, first, end)
-
-
 def piece_index(row: jax.Array, piece: jax.Array) -> jax.Array:
     """Where `store_transposed` put 16-byte piece 0..7 of a row, in units of 16 bytes."""
     return row * 8 + (piece ^ (row & 7))

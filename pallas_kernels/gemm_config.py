@@ -17,7 +17,8 @@ from pallas_kernels.weight_layout import TILE, WORDS
 # (K, N) -> rows per expert -> configuration, written by experiments/bench_gemm.py --sweep.
 TABLE = Path(__file__).with_name("tuned_gemm.json")
 _SMEM_BYTES = 232448  # of a block
-_SMEM_RESERVED = 1024  # of those, for barriers and alignment
+_SMEM_ALIGNMENT = 1024  # of every buffer
+_MAX_BARRIERS = 32  # of a group; one more than there are stages is needed
 _REGISTERS = 65536  # of an SM
 # What ptxas wants beside a wgmma's accumulator: A operand, descriptors, addresses (seen: 102 for 72, 126 fits for 96).
 _WGMMA_REGISTERS = 30
@@ -53,7 +54,7 @@ class TuningConfig:
         """Per thread that loads, multiplies, stores; what one gives up another may take, in steps of 8."""
         load, store = 24, min(104, self.registers_at_launch - 8) if self.own_store else 0
         rest = self.registers_at_launch * self.all_warpgroups - load - store
-        return load, min(232, rest // self.warpgroups // 8 * 8), store
+        return load, min(max(232, self.registers_at_launch), rest // self.warpgroups // 8 * 8), store
 
     @property
     def registers_at_launch(self) -> int:
@@ -62,11 +63,16 @@ class TuningConfig:
 
     def smem_bytes(self, experts: int) -> int:
         """Shared memory of a block."""
-        tile_m = max(self.tile_m)
-        stage = self.k_tiles * (tile_m * TILE * 2 + self.tiles * WORDS * TILE * 4)
-        result, token_scales = self.tiles * tile_m * TILE * 2, self.warpgroups * -(-tile_m // lanes.LANES) * 512
-        plan = 4 * (3 * -(-experts // lanes.LANES) + 1) * lanes.LANES
-        return self.num_stages * stage + result + token_scales + plan + _SMEM_RESERVED
+        tile_m, groups = max(self.tile_m), -(-experts // lanes.LANES)
+        buffers = (
+            self.num_stages * self.k_tiles * tile_m * TILE * 2,  # x
+            self.num_stages * self.k_tiles * self.tiles * WORDS * TILE * 4,  # weights
+            self.tiles * tile_m * TILE * 2,  # result
+            self.warpgroups * -(-tile_m // lanes.LANES) * lanes.LANES * 4,  # token scales
+            (3 * groups + 1) * lanes.LANES * 4,  # plan
+            8 * (2 * self.num_stages + 5),  # barriers
+        )
+        return sum(-(-size // _SMEM_ALIGNMENT) * _SMEM_ALIGNMENT for size in buffers)
 
     @property
     def all_warpgroups(self) -> int:
@@ -95,6 +101,10 @@ def check_config(
         return f"x must be [E, M, K] or [rows, K], not empty, with E = {experts} and K = {k}, got {x.shape}"
     if counts.shape != (experts,) or w_scale.shape not in ((experts, 1), (experts, n)):
         return f"counts must be [E] and w_scale [E, 1] or [E, N], E = {experts}, got {counts.shape}, {w_scale.shape}"
+    if counts.dtype not in (jnp.int32, jnp.int64) or w_scale.dtype != jnp.float32:
+        return f"counts must be int32 or int64 and w_scale float32, got {counts.dtype} and {w_scale.dtype}"
+    if x_scale is not None and x_scale.dtype != jnp.float32:
+        return f"x_scale must be float32, got {x_scale.dtype}"
     rows = int(np.prod(x.shape[:-1], dtype=np.int64))
     if x_scale is not None and x_scale.shape not in ((experts,), (rows, 1)):
         return f"x_scale must be [E] or [rows, 1], got {x_scale.shape} for {rows} rows"
@@ -112,12 +122,12 @@ def check_config(
 
 def _check_tuning(config, experts, fused):
     sizes = config.tile_m
-    if not sizes or any(size % 8 for size in sizes) or list(sizes) != sorted({*sizes}) or not 8 <= max(sizes) <= 256:
+    if not sizes or any(size % 8 or not 8 <= size <= 256 for size in sizes) or list(sizes) != sorted({*sizes}):
         return f"tile_m must be ascending multiples of 8 up to 256, got {sizes}"
     if not 1 <= config.warpgroups <= 4 or not 1 <= config.row_tiles <= 4:
         return f"warpgroups and row_tiles must be 1..4, got {config.warpgroups} and {config.row_tiles}"
-    if not 1 <= config.k_tiles <= 16 or config.num_stages < 2 or config.unroll < 1:
-        return f"k_tiles must be 1..16, num_stages at least 2, unroll at least 1, got {config}"
+    if not 1 <= config.k_tiles <= 16 or not 2 <= config.num_stages < _MAX_BARRIERS or config.unroll < 1:
+        return f"k_tiles must be 1..16, num_stages 2..{_MAX_BARRIERS - 1}, unroll at least 1, got {config}"
     if config.in_flight not in (0, 1):
         return f"in_flight must be 0 or 1, got {config.in_flight}"
     if config.in_flight and config.k_tiles * config.row_tiles * config.unroll < 2:
@@ -137,7 +147,7 @@ def _check_tuning(config, experts, fused):
 
 def choose(k: int, n: int, experts: int, expected_m: float | int, *, fused: bool = False) -> TuningConfig:
     """The configuration for `expected_m` rows per expert: of the nearest tuned entry, else of a rule of thumb."""
-    tuned = _table().get(("swiglu " if fused else "") + shape_key(k, n), {})
+    tuned = _table().get(shape_key(k, n, fused), {})
     if tuned:
         distance = lambda m: abs(math.log2(float(m) / max(expected_m, 0.5)))  # noqa: E731
         config = from_fields(tuned[min(tuned, key=distance)])
@@ -168,9 +178,9 @@ def rule_of_thumb(k: int, expected_m: float | int) -> TuningConfig:
     return TuningConfig((64, 128, 192), k_tiles=2, num_stages=3)
 
 
-def shape_key(k: int, n: int) -> str:
+def shape_key(k: int, n: int, fused: bool) -> str:
     """Key of the table."""
-    return f"{k}x{n}"
+    return f"{'swiglu ' if fused else ''}{k}x{n}"
 
 
 def from_fields(fields: dict[str, Any]) -> TuningConfig:
@@ -181,8 +191,7 @@ def from_fields(fields: dict[str, Any]) -> TuningConfig:
 def save(k: int, n: int, m: int, config: TuningConfig, *, fused: bool = False) -> None:
     """Set one entry of the table and write it."""
     table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
-    key = ("swiglu " if fused else "") + shape_key(k, n)
-    table.setdefault(key, {})[str(m)] = dataclasses.asdict(config)
+    table.setdefault(shape_key(k, n, fused), {})[str(m)] = dataclasses.asdict(config)
     table = {key: dict(sorted(rows.items(), key=lambda row: int(row[0]))) for key, rows in sorted(table.items())}
     TABLE.write_text(json.dumps(table, indent=1) + "\n")
     _table.cache_clear()

@@ -286,15 +286,16 @@ class Gemm:
 
     def _stage_result(self, r, size, tiles, products, scales, tokens, warpgroup):
         """Scaled, rounded to bf16, turned, and left in shared memory for the warpgroup that stores."""
-        for i, bits in enumerate(tokens):
-            lanes.scatter(r.token_scale_smem.at[warpgroup], i * lanes.LANES + lanes.lane_index(), [bits])
-        if tokens:
-            lanes.sync()
         factors = []
         for w_scale, x_scale in scales:
             scale = w_scale if x_scale is None else x_scale * w_scale
             factors.append(scale * np.float32(DECODE_FACTOR))
         plgpu.barrier_wait(r.result_empty_barrier)
+        # Behind that barrier no lane of this warpgroup still reads the token scales of the task before.
+        for i, bits in enumerate(tokens):
+            lanes.scatter(r.token_scale_smem.at[warpgroup], i * lanes.LANES + lanes.lane_index(), [bits])
+        if tokens:
+            lanes.sync()
         for start in range(0, size, _COLUMNS_AT_A_TIME):
             width = min(_COLUMNS_AT_A_TIME, size - start)
             for tile, product, scale in zip(tiles, products, factors, strict=True):

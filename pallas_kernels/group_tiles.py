@@ -18,6 +18,9 @@ from pallas_kernels import lanes
 from pallas_kernels.schedule import H100_SMS
 
 
+_ROTATION = 37  # coprime to the number of blocks
+
+
 class Task(NamedTuple):
     """expert; column: index of the column tile; row: first row in x and in the result; rows: valid ones from there.
 
@@ -72,18 +75,25 @@ class GroupTiles:
         lanes.sync()
 
     def for_each(self, plan_ref: Any, column_tiles: int, body: Callable[[Task], None]) -> None:
-        """body(task) for this block's share of the tasks, round robin over `H100_SMS` blocks."""
+        """body(task) for this block's share of the tasks: one of every `H100_SMS`, each time another one.
+
+        The same one every time could be in step with the row tiles, and some blocks would get all the small ones.
+        """
         total = plan_ref[self.experts - 1] * column_tiles
+
+        def index_of(number):
+            return number * H100_SMS + lax.rem(lanes.block_index() + number * _ROTATION, jnp.int32(H100_SMS))
 
         def run(state):
             index, expert, number = state
+            following = index_of(number + 1)
             tile = lax.div(index, jnp.int32(column_tiles))
             expert = lax.while_loop(lambda e: plan_ref[e] <= tile, lambda e: e + 1, expert)
             before = jnp.where(expert > 0, plan_ref[jnp.maximum(expert - 1, 0)], 0)
             offset = (tile - before) * self.tile_m
             rows = jnp.minimum(plan_ref[2 * self._stride + expert] - offset, self.tile_m)
             row = plan_ref[self._stride + expert] + offset
-            body(Task(expert, index - tile * column_tiles, row, rows, number, index + H100_SMS >= total))
-            return index + H100_SMS, expert, number + 1
+            body(Task(expert, index - tile * column_tiles, row, rows, number, following >= total))
+            return following, expert, number + 1
 
         lax.while_loop(lambda state: state[0] < total, run, (lanes.block_index(), jnp.int32(0), jnp.int32(0)))

@@ -15,7 +15,7 @@ Their product value * scale * 2^-7 has 6 significant bits and an exponent within
 multiply instructions decode 8 weights, 4 more the scales of 32. The 2^7 goes into the f32 scale of the epilogue.
 
 **Schedule.** A persistent grid of one block per SM. Every block sums up row tiles per expert from the counts
-(group_tiles.py; about a microsecond, nothing goes to the host) and takes tasks round robin, columns fastest, so that
+(group_tiles.py; about a microsecond, nothing goes to the host) and takes one task of every wave, columns fastest, so that
 blocks running together share an expert's weights and a row tile's tokens in the L2 cache. Experts without rows have no
 tasks. In a block (gemm_roles.py)
 
@@ -93,8 +93,10 @@ def grouped_gemm(
     *lead, _ = x.shape
     rows = int(np.prod(lead, dtype=np.int64))
     x_scale = jnp.ones(experts, jnp.float32) if x_scale is None else x_scale
+    if counts.dtype != jnp.int32:
+        counts = jnp.clip(counts, 0, rows).astype(jnp.int32)
     operands = [
-        x.reshape(rows, k), words.reshape(experts, n_tiles, k_tiles * WORDS, TILE), w_scale, counts.astype(jnp.int32),
+        x.reshape(rows, k), words.reshape(experts, n_tiles, k_tiles * WORDS, TILE), w_scale, counts,
         x_scale.reshape(-1),
     ]  # fmt: skip
     act_scale_by = None

@@ -16,8 +16,10 @@ from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
+from fp4jax import gemm_swiglu, grouped_gemm
 from fp4jax.gemm_swiglu import grouped_gemm_swiglu
 from fp4jax.grouped_gemm import contiguous_grouped_gemm, masked_grouped_gemm
+from fp4jax.moe import MoEConfig, MoEWeights, moe_layer
 from fp4jax.nvfp4 import NVFP4Tensor
 from fp4jax.packed_weights import PackedWeights
 from pallas_kernels import gemm_config, group_tiles, lanes, masked_gemm
@@ -27,6 +29,7 @@ H100 = AbstractMesh(
     (1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=AbstractDevice("NVIDIA H100 80GB HBM3", 132, "cuda")
 )
 BLOCKS = 3  # of a grid in interpret mode
+CLOSE = TuningConfig((64, 176), k_tiles=2, num_stages=9)
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +82,9 @@ def expected_tasks(counts, max_rows, tile_m, columns, contiguous):
 
 @pytest.mark.parametrize("contiguous", [False, True])
 @pytest.mark.parametrize(
-    "counts", [[5, 0, 17, 8], [0, 0, 0], [40], [-3, 2**30, 1], [1] * 130, [0] * 128 + [9, 0, 3]], ids=str
+    "counts",
+    [[5, 0, 17, 8], [0, 0, 0], [40], [-3, 2**30, 1], [1] * 130, [0] * 128 + [9, 0, 3]],
+    ids=["some", "none", "one", "out of range", "many", "late"],
 )
 def test_every_row_of_every_expert_is_one_task_per_column_tile(counts, contiguous, interpret, monkeypatch):
     monkeypatch.setattr(group_tiles, "H100_SMS", BLOCKS)
@@ -103,7 +108,11 @@ def test_every_row_of_every_expert_is_one_task_per_column_tile(counts, contiguou
     )(jnp.asarray(counts, jnp.int32))
     tasks = np.asarray(tasks)
     for block in range(BLOCKS):
-        mine = wanted[block::BLOCKS]
+        mine = [
+            wanted[index]
+            for number in range(most)
+            if (index := number * BLOCKS + (block + number * group_tiles._ROTATION) % BLOCKS) < len(wanted)
+        ]
         np.testing.assert_array_equal(tasks[block, : len(mine), :4], np.reshape(mine, (-1, 4)))
         assert list(tasks[block, : len(mine), 4]) == [1] * (len(mine) - 1) + [2] * bool(mine)
 
@@ -136,10 +145,15 @@ def operands(experts=8, m=64, n=512, k=256, per_row=False):
         (dict(warpgroups=5), "warpgroups"),
         (dict(row_tiles=0), "row_tiles"),
         (dict(num_stages=1), "num_stages"),
+        (dict(k_tiles=17), "k_tiles"),
+        (dict(unroll=0), "unroll"),
+        (dict(warpgroups=0), "warpgroups"),
         (dict(in_flight=2), "in_flight"),
         (dict(k_tiles=1, row_tiles=1, unroll=1), "in_flight=1 needs"),
         (dict(tile_m=(256,)), "registers"),
-        (dict(num_stages=40), "shared memory"),
+        (dict(num_stages=40), "num_stages"),
+        (dict(num_stages=20), "shared memory"),
+        (dict(tile_m=(0, 64)), "tile_m"),
     ],
 )
 def test_configs_that_cannot_run_are_refused(change, word):
@@ -167,7 +181,56 @@ def test_operands_that_do_not_fit_are_refused(index, bad, word):
     assert word in masked_gemm.check_config(*args)
 
 
+def test_scales_and_sizes_that_do_not_fit_are_refused():
+    assert "x_scale" in masked_gemm.check_config(*operands(), struct((8, 64, 1), jnp.float32))
+    assert masked_gemm.check_config(*operands(), struct((512, 1), jnp.float32)) is None
+    assert "32-bit" in masked_gemm.check_config(*operands(experts=128, m=2**20))
+
+
+def test_the_estimate_of_shared_memory_is_not_too_small():
+    """Configurations just below the limit lower; Mosaic GPU refuses what does not fit."""
+    for config, experts in ((TuningConfig((40,), 1, k_tiles=1, num_stages=29, in_flight=0), 700), (CLOSE, 130)):
+        while config.smem_bytes(experts) > gemm_config._SMEM_BYTES:
+            config = dataclasses.replace(config, num_stages=config.num_stages - 1)
+        assert masked_gemm.check_config(*operands(experts), config=config) is None
+        assert kernels_in(lambda *a, c=config: masked_gemm.grouped_gemm(*a, config=c), *operands(experts)) == 1
+
+
+def test_so_many_experts_that_no_configuration_fits_run_on_xla():
+    x, words, _, counts = operands(9000, 8, 512, 256)
+    w = PackedWeights(words, struct((9000, 1, 1), jnp.float32))
+    assert kernels_in(lambda *a: masked_grouped_gemm(*a, expected_m=600), x, w, counts) == 0
+
+
+def test_the_hint_chooses_the_configuration():
+    x, words, _, _ = operands(8, 4096, 1536, 2048)
+    w = PackedWeights(words, struct((8, 1, 1), jnp.float32))
+    for m in (1, 16, 1024):
+        assert grouped_gemm.kernel_config(x, w, m) == gemm_config.choose(2048, 1536, 8, m)
+        assert grouped_gemm.kernel_config(x, w, m, fused=True) == gemm_config.choose(2048, 1536, 8, m, fused=True)
+    assert grouped_gemm.kernel_config(x, w, None) == gemm_config.choose(2048, 1536, 8, 2048)
+    rows = struct((8 * 64, 2048), jnp.bfloat16)
+    assert grouped_gemm.kernel_config(rows, w, None) == gemm_config.choose(2048, 1536, 8, 64)
+
+
+def test_moe_layer_hands_on_the_usual_rows_per_expert(monkeypatch):
+    hints = []
+    real = grouped_gemm.kernel_config
+    for module in (grouped_gemm, gemm_swiglu):
+        monkeypatch.setattr(
+            module, "kernel_config", lambda x, w, m, **fused: hints.append(m) or real(x, w, m, **fused)
+        )
+    pack = lambda n, k: PackedWeights(struct((4, n // 64, k // 64, 9, 64), jnp.uint32), struct((4, 1, 1), jnp.float32))  # noqa: E731
+    weights = MoEWeights(pack(256, 128), pack(128, 128), jnp.float32(0.01), jnp.full((4, 1, 1), 0.01))
+    x, ids, topk = struct((96, 128), jnp.bfloat16), struct((96, 2), jnp.int32), struct((96, 2), jnp.float32)
+    kernels = kernels_in(lambda *a: moe_layer(*a, MoEConfig(num_experts=4)), x, ids, topk, weights)
+    assert set(hints) == {48}
+    assert kernels == 7  # quantize, two of metadata, rows, GEMM 1, GEMM 2, depermute
+
+
 def test_swiglu_wants_halves_and_a_scale():
+    assert "out must be" in masked_gemm.check_config(*operands(), out="fp8")
+    assert "array as act_scale" in masked_gemm.check_config(*operands(), out="nvfp4")
     assert "array as act_scale" in masked_gemm.check_config(*operands(), out="nvfp4", act_scale="per_token")
     assert "multiple of 64" in masked_gemm.check_config(*operands(n=576), out="bf16")
     odd = TuningConfig((64,), warpgroups=3, k_tiles=2)
@@ -194,6 +257,9 @@ def test_the_nearest_entry_is_chosen():
     key, m, config = TUNED[0]
     k, n = (int(size) for size in key.removeprefix("swiglu ").split("x"))
     assert gemm_config.choose(k, n, 8, m, fused=key.startswith("swiglu")) == config
+    tuned = {m: config for other, m, config in TUNED if other == "2048x1536"}
+    for m, nearest in ((20, 16), (40, 64), (600, 1024), (0, 1)):
+        assert gemm_config.choose(2048, 1536, 8, m) == tuned[nearest]
     few, many = (gemm_config.choose(64, 64, 8, m).tile_m[-1] for m in (1, 1000))
     assert few < many
 
@@ -256,7 +322,7 @@ def test_what_the_kernel_refuses_runs_on_xla_unless_it_was_named():
             )  # fmt: skip
     dense = struct((8, 512, 256), jnp.bfloat16)
     assert kernels_in(masked_grouped_gemm, x, dense, counts) == 0
-    with pytest.raises(NotImplementedError, match="compute capability 9.0"):
+    with pytest.raises(NotImplementedError, match=r"compute capability 9\.0"):
         jax.eval_shape(lambda x, w, c: masked_grouped_gemm(x, w, c, implementation="mosaic_gpu"), x, w, counts)
 
 
@@ -265,4 +331,5 @@ def test_unpacked_weights_are_packed_inside_the_call():
     w = NVFP4Tensor(
         struct((8, 512, 128), jnp.uint8), struct((8, 512, 16), jnp.float8_e4m3fn), struct((8, 1, 1), jnp.float32)
     )
-    assert kernels_in(masked_grouped_gemm, x, w, counts) == 1
+    assert kernels_in(lambda x, w, c: masked_grouped_gemm(x, w, c, implementation="mosaic_gpu"), x, w, counts) == 1
+    assert kernels_in(masked_grouped_gemm, x, w, counts) == 0  # None leaves them to XLA

@@ -5,6 +5,7 @@ Its bits depend on K alone, not on the configuration, the other rows or the layo
 
 import functools
 import json
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from fp4jax.grouped_gemm import contiguous_grouped_gemm, masked_grouped_gemm
 from fp4jax.nvfp4 import NVFP4Tensor
 from fp4jax.packed_weights import pack_weights
 from fp4jax.swiglu import swiglu_quantize
-from pallas_kernels import gemm_config, masked_gemm
+from pallas_kernels import gemm_config, group_tiles, masked_gemm, swiglu_quantize as swiglu_kernel
 from pallas_kernels.gemm_config import TuningConfig
 
 pytestmark = pytest.mark.gpu
@@ -51,9 +52,15 @@ def nvfp4_weights(rng, experts, n, k, per_row):
 
 
 @functools.cache
-def kernel(config, out=None):
-    """One compilation per configuration and shape."""
-    return jax.jit(functools.partial(masked_gemm.grouped_gemm, config=config, out=out))
+def kernel(config, out=None, blocks=132):
+    """One compilation per configuration and shape. Few blocks have many tasks each, as at the shapes of real models."""
+    jitted = jax.jit(functools.partial(masked_gemm.grouped_gemm, config=config, out=out))
+
+    def run(*args, **kwargs):
+        with mock.patch.object(group_tiles, "H100_SMS", blocks), mock.patch.object(masked_gemm, "H100_SMS", blocks):
+            return jitted(*args, **kwargs)
+
+    return run
 
 
 def relative_error(got, expected):
@@ -75,8 +82,9 @@ def draw_counts(rng, experts, capacity, case):
 
 @pytest.mark.parametrize("seed", range(50))
 def test_random_cases(seed):
-    """200 cases: 50 shapes and configurations, 4 distributions of rows each."""
+    """200 cases: 50 shapes and configurations, 4 distributions of rows each; on 132 blocks or on 5."""
     rng = np.random.default_rng(seed)
+    blocks = (132, 5)[seed // len(CONFIGS) % 2 if seed >= len(CONFIGS) else seed % 2]
     config = CONFIGS[seed % len(CONFIGS)]
     experts, m = int(rng.integers(1, 7)), int(rng.choice([1, 3, 8, 30, 64, 129, 300]))
     n, k = 64 * int(rng.integers(1, 13)), 64 * int(rng.integers(1, 13))
@@ -94,7 +102,7 @@ def test_random_cases(seed):
         x = np.where(valid.reshape(lead)[..., None], x, np.nan)
         if by_row:
             x_scale = np.where(valid[:, None], x_scale, np.nan).astype(np.float32)
-        (out,) = kernel(config)(
+        (out,) = kernel(config, None, blocks)(
             jnp.asarray(x, jnp.bfloat16), packed.words, packed.global_scale[..., 0], jnp.asarray(counts), x_scale
         )
         out = np.asarray(out.astype(jnp.float32)).reshape(rows, n)
@@ -107,6 +115,26 @@ def test_random_cases(seed):
             # Every element: one rounding to bf16, and f32 sums.
             largest = np.abs(x[mine]).astype(np.float64) @ np.abs(w_values[e]).T * scale[mine]
             assert (np.abs(out[mine] - expected) <= 2.0**-8 * np.abs(expected) + 1e-6 * largest).all(), where
+
+
+@pytest.mark.parametrize(
+    "experts, n, k",
+    [(2, 3072, 2560), (2, 2560, 1536), (1, 7168, 8192), (1, 8192, 3584), (1, 7168, 3584), (1, 4096, 7168), (260, 64, 128)],
+)
+@pytest.mark.parametrize("m", [3, 70])
+def test_shapes_of_real_models(experts, n, k, m):
+    """With the configuration that the op takes; 64 columns of the result are compared."""
+    rng = np.random.default_rng(8)
+    w, values = nvfp4_weights(rng, experts, n, k, True)
+    counts = np.where(np.arange(experts) % 3 == 0, m, rng.integers(0, m + 1, experts)).astype(np.int32)
+    valid = np.arange(m) < counts[:, None]
+    x = np.where(valid[..., None], bf16_values(rng, (experts, m, k)), np.nan)
+    out = masked_grouped_gemm(
+        jnp.asarray(x, jnp.bfloat16), pack_weights(w), jnp.asarray(counts), expected_m=m, implementation="mosaic_gpu"
+    )
+    columns = rng.choice(n, 64, replace=False)
+    expected = oracles.grouped_gemm(x, values[:, columns], counts)[valid]
+    assert relative_error(np.asarray(out[:, :, columns].astype(jnp.float32))[valid], expected) < LIMIT
 
 
 def rows_of(counts, experts, m, contiguous):
@@ -157,51 +185,79 @@ def problem():
     return jax.jit(pack_weights)(w), bf16_values(rng, (300, 832)), rng.integers(0, 4, 300)
 
 
-def results_by_row(config, packed, x, expert, m, contiguous, rng, out=None):
-    """Every row's result, the rows in random order; -> [300, ..]."""
+def results_by_row(config, packed, x, expert, m, contiguous, rng, blocks=132):
+    """Every row's result, rows and experts in random order."""
+    order_of_experts = rng.permutation(4)
+    words, scale = packed.words[order_of_experts], packed.global_scale[order_of_experts]
+    expert = np.argsort(order_of_experts)[expert]
     order = np.argsort(expert + rng.random(len(expert)) * 0.5)
     counts = np.bincount(expert, minlength=4)
     place = np.arange(len(expert)) if contiguous else np.concatenate([e * m + np.arange(c) for e, c in enumerate(counts)])
-    rows = len(expert) + 7 if contiguous else 4 * m
+    rows = 307 if contiguous else 4 * m
     buffer = np.full((rows, x.shape[1]), np.nan, np.float32)
     buffer[place] = x[order]
     lead = (rows,) if contiguous else (4, m)
-    act = None if out is None else jnp.float32(0.01).reshape(())
-    found = kernel(config, out)(
-        jnp.asarray(buffer, jnp.bfloat16).reshape(*lead, -1), packed.words, packed.global_scale[..., 0],
-        jnp.asarray(counts, jnp.int32), None, act_scale=act,
-    )  # fmt: skip
+    (found,) = kernel(config, None, blocks)(
+        jnp.asarray(buffer, jnp.bfloat16).reshape(*lead, -1), words, scale[..., 0], jnp.asarray(counts, jnp.int32)
+    )
     back = np.empty(len(expert), int)
     back[order] = place
-    return [np.asarray(f).view(np.uint8).reshape(rows, -1)[back] for f in found]
+    return np.asarray(found).view(np.uint16).reshape(rows, -1)[back]
 
 
 def test_a_rows_bits_depend_on_the_row_and_the_weights_only(problem):
-    """Not on its place, the other rows, the capacity, the layout, or the configuration."""
+    """Not on its place, the other rows and experts, the capacity, the layout, the configuration or the blocks."""
     packed, x, expert = problem
     rng = np.random.default_rng(2)
     reference = None
     for number, config in enumerate(CONFIGS):
-        (got,) = results_by_row(config, packed, x, expert, 120 + number, number % 2 == 1, rng)
+        m, contiguous, blocks = 120 + number, number % 2 == 1, (132, 3)[number % 3 == 0]
+        got = results_by_row(config, packed, x, expert, m, contiguous, rng, blocks)
         reference = got if reference is None else reference
         np.testing.assert_array_equal(got, reference, err_msg=str(config))
-    some = rng.random(300) < 0.3  # most neighbours removed
-    (got,) = results_by_row(CONFIGS[0], packed, x[some], expert[some], 64, False, rng)
-    np.testing.assert_array_equal(got, reference[some])
+        some = rng.random(300) < 0.3  # most rows removed, and all of one expert
+        some &= expert != number % 4
+        got = results_by_row(config, packed, x[some], expert[some], m, contiguous, rng, blocks)
+        np.testing.assert_array_equal(got, reference[some], err_msg=str(config))
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_repeats_are_identical(config, problem):
     """A race on the registers of a running wgmma would show here."""
     packed, x, expert = problem
-    rng = np.random.default_rng(3)
     order = np.argsort(expert, kind="stable")
     counts = jnp.asarray(np.bincount(expert, minlength=4), jnp.int32)
     args = (jnp.asarray(x[order], jnp.bfloat16), packed.words, packed.global_scale[..., 0], counts)
-    del rng
-    first = kernel(config)(*args)[0]
     different = jax.jit(lambda a, b: jnp.sum(a.view(jnp.uint16) != b.view(jnp.uint16)))
-    assert sum(int(different(first, kernel(config)(*args)[0])) for _ in range(200)) == 0
+    for blocks in (132, 3):
+        run = kernel(config, None, blocks)
+        first = run(*args)[0]
+        assert sum(int(different(first, run(*args)[0])) for _ in range(200)) == 0
+
+
+FUSED = [config for config in CONFIGS if config.tiles % 2 == 0]
+
+
+@pytest.mark.parametrize("config", FUSED, ids=str)
+def test_fused_swiglu_has_the_bits_of_the_two_kernels_in_every_configuration(config):
+    """Several tasks per block, a scale per row in x and in SwiGLU, NaN in the pads of both."""
+    rng = np.random.default_rng(9)
+    experts, m, n, k = 3, 90, 640, 192
+    w, _ = nvfp4_weights(rng, experts, n, k, False)
+    packed, counts = pack_weights(w), jnp.asarray([90, 7, 55])
+    valid = np.arange(m) < np.asarray(counts)[:, None]
+    x = jnp.asarray(np.where(valid[..., None], bf16_values(rng, (experts, m, k)), np.nan), jnp.bfloat16)
+    x_scale = jnp.asarray(np.where(valid, rng.uniform(0.1, 2, valid.shape), np.nan).reshape(-1, 1), jnp.float32)
+    scale = jnp.asarray(np.where(valid, rng.uniform(0.001, 0.01, valid.shape), np.nan)[..., None], jnp.float32)
+    args = x, packed.words, packed.global_scale[..., 0], counts, x_scale
+    (gate_up,) = kernel(CONFIGS[0])(*args)
+    for out in ("bf16", "nvfp4", "nvfp4_as_bf16"):
+        for blocks in (132, 2):
+            got = kernel(config, out, blocks)(*args, act_scale=scale)
+            expected = swiglu_kernel.swiglu_quantize(gate_up, counts, scale, out=out)
+            for a, b in zip(got, expected, strict=False):
+                a, b = (np.asarray(v).view(np.uint8).reshape(valid.size, -1)[valid.ravel()] for v in (a, b))
+                np.testing.assert_array_equal(a, b, err_msg=f"{out} on {blocks} blocks")
 
 
 @pytest.mark.parametrize("layout", ["masked", "contiguous"])
@@ -281,6 +337,7 @@ def test_under_vmap_and_jvp():
     full = jnp.asarray([5, 5])
     derivative = [
         jax.jvp(lambda x, i=i: masked_grouped_gemm(x, packed, full, implementation=i), (x[0],), (x[1],))[1]
-        for i in (None, "xla")
+        for i in (None, "mosaic_gpu", "xla")
     ]
-    np.testing.assert_array_equal(*(np.asarray(d) for d in derivative))
+    for found in derivative[:2]:
+        np.testing.assert_array_equal(np.asarray(found), np.asarray(derivative[2]))
