@@ -41,17 +41,17 @@ _OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Folder for JSON and PNG; 
 
 _INPUTS = (
     "random codes, block scales of 2^-3 to 2^2.6, a global scale per row, normal bf16 x; multinomial rows with a fixed "
-    "seed, the same number for every expert, or all rows on one expert (another one every time); inputs below twice the "
-    "L2 cache rotate"
+    "seed, the same number for every expert, or all rows on one expert (another one every time); inputs below twice "
+    "the L2 cache rotate"
 )
 _DEFAULT_SHAPES = ("32x7168x4096", "32x2048x7168", "64x2048x1536", "64x768x2048")
 _SKEWED_M = (64,)
 _FUSED_M = (64, 1024)
 _MAX_ERROR = 3e-3
 # Milliseconds at m = 1, 4, 16, 64, 256, 1024, multinomial rows, on an H100 80GB SXM: quoted from the figures that were
-# taken for this project before its kernels existed, not measured here. Peer: the best of the public Triton MXFP4 kernels
-# that serve gpt-oss on Hopper (two versions, 4 and 8 warps), median of graph replays. Prototype: our feasibility study,
-# its task list made outside the timing.
+# taken for this project before its kernels existed, not measured here. Peer: the best of the public Triton MXFP4
+# kernels that serve gpt-oss on Hopper (two versions, 4 and 8 warps), median of graph replays. Prototype: our
+# feasibility study, its task list made outside the timing.
 FP4_PEER_MS = {
     (32, 7168, 4096): (0.132, 0.185, 0.202, 0.365, 0.938, 3.297),
     (32, 2048, 7168): (0.066, 0.104, 0.114, 0.206, 0.530, 1.748),
@@ -219,26 +219,28 @@ def quoted_us(figures: dict[tuple[int, int, int], tuple[float, ...]], shape: Gem
     return round(1e3 * row[_PEER_M.index(shape.m)], 1)
 
 
-_dequantize = jax.jit(lambda one: dequantize(unpack_weights(one), jnp.float32))
+@jax.jit
+def _squared_error(result, x, one, result_rows, x_rows):
+    """Of some rows of one expert, against f32 on its dequantized weights: squares of the difference and of the norm."""
+    weights = dequantize(unpack_weights(one), jnp.float32)
+    expected = jnp.dot(x[x_rows].astype(jnp.float32), weights.T, precision="highest")
+    got = result.reshape(-1, result.shape[-1])[result_rows].astype(jnp.float32)
+    return jnp.sum((got - expected) ** 2), jnp.sum(expected**2)
 
 
 def relative_error(result: jax.Array, inputs: Inputs) -> float:
-    """Relative Frobenius error against f32 on dequantized weights: 8 experts (those with most rows too), 64 rows each."""
+    """Relative Frobenius error of up to 8 experts, the one with most rows among them, 64 random rows each."""
     counts = inputs.shape.counts()
     starts = np.concatenate([[0], np.cumsum(counts)])
     rng = np.random.default_rng(0)
     used = np.flatnonzero(counts)
-    experts = {int(np.argmax(counts)), *(int(e) for e in rng.choice(used, min(7, len(used)), replace=False))}
-    difference = norm = 0.0
-    for expert in experts:
-        rows = np.sort(rng.choice(counts[expert], min(int(counts[expert]), 64), replace=False))
-        weights = _dequantize(jax.tree.map(lambda leaf, e=expert: leaf[e], inputs.packed))
-        x = inputs.x_rows[starts[expert] + rows].astype(jnp.float32)
-        expected = np.asarray(jnp.dot(x, weights.T, precision="highest"), np.float64)
-        got = result[expert, rows] if result.ndim == 3 else result[starts[expert] + rows]
-        difference += np.sum((np.asarray(got.astype(jnp.float32), np.float64) - expected) ** 2)
-        norm += np.sum(expected**2)
-    return float(np.sqrt(difference / norm))
+    sums = np.zeros(2)
+    for expert in {int(np.argmax(counts)), *(int(e) for e in rng.choice(used, min(7, len(used)), replace=False))}:
+        rows = rng.integers(0, counts[expert], 64)
+        first = expert * inputs.shape.capacity if result.ndim == 3 else starts[expert]
+        one = jax.tree.map(lambda leaf, e=expert: leaf[e], inputs.packed)
+        sums += np.asarray(_squared_error(result, inputs.x_rows, one, first + rows, starts[expert] + rows), np.float64)
+    return float(np.sqrt(sums[0] / sums[1]))
 
 
 # --- tuning ---
@@ -280,7 +282,7 @@ def sweep(shapes: list[tuple[int, int, int]], rows_per_expert: list[int]) -> Non
         if fused and n % 128:
             continue
         packed = gemm_cases.random_weights(experts, n, k)
-        inputs = gemm_cases.make_inputs(GemmShape(experts, k, n, m), packed, None)
+        inputs = gemm_cases.make_inputs(GemmShape(experts, k, n, m), packed)
         w_scale, act_scale = packed.global_scale[..., 0], jnp.full((experts, 1, 1), 0.01, jnp.float32)
         args = (inputs.x_masked(poisoned=False), packed.words, w_scale, inputs.counts)
         jobs = {}
@@ -315,7 +317,9 @@ def plot(rows: list[dict[str, Any]], ceilings: benchmarking.Ceilings, path: Path
     shapes = sorted({(r["shape"]["E"], r["shape"]["K"], r["shape"]["N"]) for r in ours})
     for colour, key in zip(itertools.cycle(plt.rcParams["axes.prop_cycle"].by_key()["color"]), shapes, strict=False):
         chosen = [r for r in ours if (r["shape"]["E"], r["shape"]["K"], r["shape"]["N"]) == key]
-        intensity = [GemmShape(*key, r["shape"]["m"]).flops / GemmShape(*key, r["shape"]["m"]).num_bytes for r in chosen]
+        intensity = [
+            GemmShape(*key, r["shape"]["m"]).flops / GemmShape(*key, r["shape"]["m"]).num_bytes for r in chosen
+        ]
         axis.plot(intensity, [r["tflops"] for r in chosen], "o-", color=colour, label="E={} K={} N={}".format(*key))
         based = [(GemmShape(*key, r["shape"]["m"]), r) for r in chosen if r["baseline_us"]]
         axis.plot(

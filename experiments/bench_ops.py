@@ -15,8 +15,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from absl import app, flags
 from tqdm import tqdm
 

@@ -81,13 +81,14 @@ class GemmShape:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Random data on the device. dense: the same weights in bf16 [E, N, K], or None."""
+    """Random data on the device. dense: the same weights in bf16 [E, N, K], or None; dense_kn: [E, K, N]."""
 
     shape: GemmShape
     packed: PackedWeights
     x_rows: jax.Array  # [rows, K], sorted by expert
     counts: jax.Array
     dense: jax.Array | None
+    dense_kn: jax.Array | None
 
     def x_masked(self, *, poisoned: bool) -> jax.Array:
         """The rows in the masked layout; pads hold NaN, or copies of rows (numbers, for timing)."""
@@ -114,15 +115,20 @@ def random_weights(experts: int, n: int, k: int) -> PackedWeights:
 
 
 @jax.jit
-def densify(packed: PackedWeights) -> jax.Array:
-    """The same weights in bf16 [E, N, K], one expert at a time."""
-    return lax.map(lambda one: dequantize(unpack_weights(one)), packed)
+def densify(packed: PackedWeights) -> tuple[jax.Array, jax.Array]:
+    """The same weights in bf16, [E, N, K] and [E, K, N], one expert at a time."""
+
+    def expert(one):
+        dense = dequantize(unpack_weights(one))
+        return dense, dense.T
+
+    return lax.map(expert, packed)
 
 
-def make_inputs(shape: GemmShape, packed: PackedWeights, dense: jax.Array | None) -> Inputs:
-    """Normal x; weights are shared by the shapes of one (E, K, N)."""
+def make_inputs(shape: GemmShape, packed: PackedWeights, dense: tuple[jax.Array, jax.Array] | None = None) -> Inputs:
+    """Normal x; weights, packed and from `densify`, are shared by the shapes of one (E, K, N)."""
     make_x = jax.jit(lambda: jax.random.normal(jax.random.key(3), (shape.experts * shape.m, shape.k), jnp.bfloat16))
-    return Inputs(shape, packed, make_x(), jnp.asarray(shape.counts()), dense)
+    return Inputs(shape, packed, make_x(), jnp.asarray(shape.counts()), *(dense or (None, None)))
 
 
 Calls = dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]
@@ -192,12 +198,9 @@ def bf16_baselines(inputs: Inputs, gpu: bool) -> Calls:
             lambda x, w: jnp.einsum("emk,enk->emn", x, w),
             (inputs.x_masked(poisoned=False), w),
         )
-    dimensions = lax.RaggedDotDimensionNumbers(
-        dot_dimension_numbers=(((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
-    )
     found["lax.ragged_dot bf16"] = (
-        lambda x, w, c: lax.ragged_dot_general(x, w, c, dimensions, preferred_element_type=jnp.bfloat16),
-        (inputs.x_rows, w, inputs.counts),
+        lambda x, w, c: lax.ragged_dot(x, w, c, preferred_element_type=jnp.bfloat16),
+        (inputs.x_rows, inputs.dense_kn, inputs.counts),
     )
     if gpu:
         from jax.experimental.pallas.ops.gpu import ragged_dot_mgpu

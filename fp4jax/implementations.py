@@ -81,9 +81,7 @@ def _run_kernel(xla, mosaic_gpu, operands):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _run_by_platform(xla, mosaic_gpu, operands):
-    return lax.platform_dependent(
-        *_vary_alike(operands), cuda=_differentiated_as(xla, mosaic_gpu), default=xla
-    )
+    return lax.platform_dependent(*_vary_alike(operands), cuda=_differentiated_as(xla, mosaic_gpu), default=xla)
 
 
 def _differentiated_as(xla, mosaic_gpu):

@@ -181,9 +181,7 @@ def _experts(rows, ids, row_weights, weights, config, dtype, expected_m):
         out, act_scale = "bf16", None
         if config.activation_format_2 == "nvfp4":
             out, act_scale = ("nvfp4", "per_token") if scale_2 is None else ("nvfp4_as_bf16", scale_2)
-        act = grouped_gemm_swiglu(
-            p.x, weights.w13, counts, x_scale=x_scale, global_scale=act_scale, out=out, **options
-        )
+        act = grouped_gemm_swiglu(p.x, weights.w13, counts, x_scale=x_scale, global_scale=act_scale, out=out, **options)
     with scope("gemm_2"):
         y = gemm(act, weights.w2, counts, x_scale=act_scale if out == "nvfp4_as_bf16" else None, **options)
     with scope("depermute"):

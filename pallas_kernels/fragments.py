@@ -1,7 +1,7 @@
 """Tensor-core fragments in registers: packed weights decoded to a wgmma operand, accumulators turned for memory.
 
-Thread t = 32 warp + 4 g + q of a warpgroup holds, of a 64 x n matrix, rows 16 warp + g and 16 warp + g + 8, and of every
-8 columns 2 q and 2 q + 1 (the wgmma layout). Register 2 j + h of the flat order is the pair at row half h, columns
+Thread t = 32 warp + 4 g + q of a warpgroup holds, of a 64 x n matrix, rows 16 warp + g and 16 warp + g + 8, and of 8
+columns 2 q and 2 q + 1 (the wgmma layout). Register 2 j + h of the flat order is the pair at row half h, columns
 8 j + 2 q and the next.
 """
 
@@ -66,9 +66,7 @@ def decode_weights(_, ref):
     shape = fragmented_array.WGMMA_LAYOUT.registers_shape((TILE, TILE))
     array = np.empty(len(registers), object)
     array[:] = registers
-    return mgpu.FragmentedArray(
-        _registers=array.reshape(shape), _layout=fragmented_array.WGMMA_LAYOUT, _is_signed=None
-    )
+    return mgpu.FragmentedArray(_registers=array.reshape(shape), _layout=fragmented_array.WGMMA_LAYOUT, _is_signed=None)
 
 
 def store_transposed(matrix: jax.Array, ref: Any) -> None:

@@ -17,7 +17,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import lanes
 from pallas_kernels.schedule import H100_SMS
 
-
 _ROTATION = 37  # coprime to the number of blocks
 
 

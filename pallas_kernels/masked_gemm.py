@@ -1,6 +1,6 @@
 """Grouped GEMM with packed NVFP4 weights on Hopper: out[rows of e] = scale * x[rows of e] @ dequantized(w[e])^T.
 
-**Operands.** A task is one expert, at most tile_m of its rows and 64 * tiles columns of the result, computed transposed,
+**Operands.** A task is one expert, up to tile_m of its rows and 64 * tiles columns of the result, computed transposed,
 out^T = W x^T: the weights are the operand that a wgmma takes from registers, x the one it reads from shared memory.
 Packed weights are tiles of 64 x 64 in 2304 contiguous bytes (weight_layout.py has the formulas): thread t of a
 warpgroup finds the codes of its fragment in 16 bytes at 16 t, one word per k16 slice, and the scales of its two rows in
@@ -8,14 +8,14 @@ two words. x is any [rows, K] in row order, the masked form being [E * M, K] wit
 one after the other; the copy engine reads tile_m rows from any row on, in the 128-byte swizzle that wgmma expects, and
 zeros beyond the end. Columns beyond N or K are zeros likewise, so N and K need only be multiples of 64.
 
-**Decoding is exact.** code = s eem sits in a word so that one shift and one mask give the bf16 with sign s at bit 15 and
+**Decoding is exact.** A code s eem sits in a word so that a shift and a mask give the bf16 with sign s at bit 15 and
 eem at bits 8..6, which is value * 2^-126 (subnormal for the smallest code, which the multiplier takes). A block scale,
 any e4m3 but zero, is stored as a byte that one byte permutation and one multiply-add turn into the bf16 scale * 2^119.
 Their product value * scale * 2^-7 has 6 significant bits and an exponent within -17..4: exact in bf16. 11 integer and 4
 multiply instructions decode 8 weights, 4 more the scales of 32. The 2^7 goes into the f32 scale of the epilogue.
 
 **Schedule.** A persistent grid of one block per SM. Every block sums up row tiles per expert from the counts
-(group_tiles.py; about a microsecond, nothing goes to the host) and takes one task of every wave, columns fastest, so that
+(group_tiles.py; about a microsecond, nothing goes to the host) and takes a task of every wave, columns fastest, so that
 blocks running together share an expert's weights and a row tile's tokens in the L2 cache. Experts without rows have no
 tasks. In a block (gemm_roles.py)
 
@@ -41,8 +41,6 @@ instruction of it issues beside a wgmma of 64 to 96 columns) and bandwidth toget
 the tensor cores' power limit; decoding costs 3 to 5% there. The fused epilogue adds about 26 instructions per result,
 7 to 10% of the time where K is 2048.
 """
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp

@@ -76,7 +76,7 @@ def test_bytes_and_flops():
 
 def test_inputs_of_both_layouts_agree_and_pads_are_as_asked():
     shape = GemmShape(4, 128, 64, 3)
-    inputs = gemm_cases.make_inputs(shape, gemm_cases.random_weights(4, 64, 128), None)
+    inputs = gemm_cases.make_inputs(shape, gemm_cases.random_weights(4, 64, 128))
     counts = shape.counts()
     valid = np.arange(shape.capacity) < counts[:, None]
     poisoned, plain = (np.asarray(inputs.x_masked(poisoned=p).astype(jnp.float32)) for p in (True, False))

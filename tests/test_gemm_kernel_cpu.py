@@ -217,9 +217,7 @@ def test_moe_layer_hands_on_the_usual_rows_per_expert(monkeypatch):
     hints = []
     real = grouped_gemm.kernel_config
     for module in (grouped_gemm, gemm_swiglu):
-        monkeypatch.setattr(
-            module, "kernel_config", lambda x, w, m, **fused: hints.append(m) or real(x, w, m, **fused)
-        )
+        monkeypatch.setattr(module, "kernel_config", lambda x, w, m, **fused: hints.append(m) or real(x, w, m, **fused))
     pack = lambda n, k: PackedWeights(struct((4, n // 64, k // 64, 9, 64), jnp.uint32), struct((4, 1, 1), jnp.float32))  # noqa: E731
     weights = MoEWeights(pack(256, 128), pack(128, 128), jnp.float32(0.01), jnp.full((4, 1, 1), 0.01))
     x, ids, topk = struct((96, 128), jnp.bfloat16), struct((96, 2), jnp.int32), struct((96, 2), jnp.float32)

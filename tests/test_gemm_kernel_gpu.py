@@ -119,7 +119,15 @@ def test_random_cases(seed):
 
 @pytest.mark.parametrize(
     "experts, n, k",
-    [(2, 3072, 2560), (2, 2560, 1536), (1, 7168, 8192), (1, 8192, 3584), (1, 7168, 3584), (1, 4096, 7168), (260, 64, 128)],
+    [
+        (2, 3072, 2560),
+        (2, 2560, 1536),
+        (1, 7168, 8192),
+        (1, 8192, 3584),
+        (1, 7168, 3584),
+        (1, 4096, 7168),
+        (260, 64, 128),
+    ],
 )
 @pytest.mark.parametrize("m", [3, 70])
 def test_shapes_of_real_models(experts, n, k, m):
@@ -192,7 +200,9 @@ def results_by_row(config, packed, x, expert, m, contiguous, rng, blocks=132):
     expert = np.argsort(order_of_experts)[expert]
     order = np.argsort(expert + rng.random(len(expert)) * 0.5)
     counts = np.bincount(expert, minlength=4)
-    place = np.arange(len(expert)) if contiguous else np.concatenate([e * m + np.arange(c) for e, c in enumerate(counts)])
+    place = (
+        np.arange(len(expert)) if contiguous else np.concatenate([e * m + np.arange(c) for e, c in enumerate(counts)])
+    )
     rows = 307 if contiguous else 4 * m
     buffer = np.full((rows, x.shape[1]), np.nan, np.float32)
     buffer[place] = x[order]
