@@ -14,6 +14,7 @@ must have the bits of the two ops. Writes bench_gemm.json and bench_gemm.png.
 import dataclasses
 import itertools
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +212,7 @@ def ratios(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def quoted_us(figures: dict[tuple[int, int, int], tuple[float, ...]], shape: GemmShape) -> float | None:
+def quoted_us(figures: Mapping[tuple[int, int, int], tuple[float, ...]], shape: GemmShape) -> float | None:
     """The quoted figure for this cell, if there is one."""
     row = figures.get((shape.experts, shape.k, shape.n))
     if row is None or shape.m not in _PEER_M or shape.distribution != "multinomial":
@@ -285,9 +286,9 @@ def sweep(shapes: list[tuple[int, int, int]], rows_per_expert: list[int]) -> Non
         inputs = gemm_cases.make_inputs(GemmShape(experts, k, n, m), packed)
         w_scale, act_scale = packed.global_scale[..., 0], jnp.full((experts, 1, 1), 0.01, jnp.float32)
         args = (inputs.x_masked(poisoned=False), packed.words, w_scale, inputs.counts)
-        jobs = {}
+        jobs: dict[Any, Any] = {}
         for config in candidates(m, fused=fused):
-            options = dict(out="nvfp4_as_bf16", act_scale=act_scale) if fused else {}
+            options: dict[str, Any] = dict(out="nvfp4_as_bf16", act_scale=act_scale) if fused else {}
             if masked_gemm.check_config(*args, config=config, **options) is None:
                 call = lambda *a, c=config, o=options: masked_gemm.grouped_gemm(*a, config=c, **o)  # noqa: E731
                 jobs[config] = benchmarking.rotated(call, args)
@@ -299,7 +300,7 @@ def sweep(shapes: list[tuple[int, int, int]], rows_per_expert: list[int]) -> Non
             if benchmarking.mismatch(result, reference, valid) != 0:
                 raise RuntimeError(f"{config} and {next(iter(jobs))} differ for {experts}x{k}x{n}, m={m}")
         us = benchmarking.interleaved_us(compiled, rounds=_ROUNDS.value)
-        best = min(us, key=lambda config: us[config])
+        best = min(jobs, key=lambda config: us[config])
         for config, time in sorted(us.items(), key=lambda item: item[1]):
             tqdm.write(f"{experts}x{k}x{n} m={m} {'swiglu' if fused else ''} {time:8.2f} us  {config}")
         gemm_config.save(k, n, m, best, fused=fused)

@@ -223,8 +223,8 @@ def has_tokamax(shape: GemmShape) -> bool:
 
 def tokamax_int4(inputs: Inputs) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """Its ragged dot as it tunes itself, int4 weights with scales per 128: a peer in speed, not in values."""
-    import tokamax
-    from qwix import QArray  # how tokamax takes quantized operands
+    import tokamax  # pyrefly: ignore[missing-import]
+    from qwix import QArray  # pyrefly: ignore[missing-import]
 
     e, k, n = inputs.shape.experts, inputs.shape.k, inputs.shape.n
     codes = jax.random.randint(jax.random.key(4), (e, k, n), -7, 8, jnp.int8).astype(jnp.int4)

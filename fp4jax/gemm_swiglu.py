@@ -97,4 +97,4 @@ def _kernel(x, w13, counts, x_scale, scale, *, out, expected_m):
     found: tuple[jax.Array, ...] = masked_gemm.grouped_gemm(
         x, words, w_scale, counts, x_scale, out=out, act_scale=scale, config=config
     )
-    return NVFP4Tensor(*found, scale) if out == "nvfp4" else found[0]
+    return NVFP4Tensor(found[0], found[1], scale) if out == "nvfp4" else found[0]

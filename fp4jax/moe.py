@@ -178,7 +178,8 @@ def _experts(rows, ids, row_weights, weights, config, dtype, expected_m):
     options = dict(expected_m=expected_m, out_dtype=dtype, implementation=impl)
 
     with scope("gemm_1_swiglu"):
-        out, act_scale = "bf16", None
+        out: str = "bf16"
+        act_scale: Any = None
         if config.activation_format_2 == "nvfp4":
             out, act_scale = ("nvfp4", "per_token") if scale_2 is None else ("nvfp4_as_bf16", scale_2)
         act = grouped_gemm_swiglu(p.x, weights.w13, counts, x_scale=x_scale, global_scale=act_scale, out=out, **options)

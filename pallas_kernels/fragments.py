@@ -58,7 +58,7 @@ def decode_weights(_, ref):
     i32 = ir.IntegerType.get_signless(32)
     registers = []
     for i in range(4):
-        decoded = llvm.inline_asm(
+        decoded: Any = llvm.inline_asm(
             llvm.StructType.get_literal([i32] * 4), [_element(words, i), lower, upper], _DECODE_SLICE.format(i=i),
             "=&r,=&r,=&r,=&r,r,r,r",
         )  # fmt: skip

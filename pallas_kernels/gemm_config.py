@@ -185,7 +185,8 @@ def shape_key(k: int, n: int, fused: bool) -> str:
 
 def from_fields(fields: dict[str, Any]) -> TuningConfig:
     """A configuration as it stands in JSON."""
-    return TuningConfig(**{**fields, "tile_m": tuple(fields["tile_m"])})
+    values: dict[str, Any] = {**fields, "tile_m": tuple(fields["tile_m"])}
+    return TuningConfig(**values)
 
 
 def save(k: int, n: int, m: int, config: TuningConfig, *, fused: bool = False) -> None:

@@ -352,7 +352,8 @@ class Gemm:
         if self.act_scale_by in ("all", "expert"):
             index = task.expert if self.act_scale_by == "expert" else 0
             scale_of_task = encode_scales(lanes.splat(r.act_scale_gmem[index], jnp.float32))
-        blocks = self.columns // BLOCK_SIZE
+        blocks, out = self.columns // BLOCK_SIZE, self.out
+        assert out is not None
 
         def move(row, block, valid):
             tile, pieces = block >> 2, [(block & 3) * 2, (block & 3) * 2 + 1]
@@ -365,7 +366,7 @@ class Gemm:
                 scales = encode_scales(jnp.where(valid, lax.bitcast_convert_type(bits, jnp.float32), np.float32(1)))
             out_row = task.row + row
             item = Item(out_row * blocks + column, out_row, column, valid & (column < blocks))
-            store_products(r.out_gmem, item, *swiglu(gate, up), scales, self.out)
+            store_products(r.out_gmem, item, *swiglu(gate, up), scales, out)
 
         return move
 

@@ -52,13 +52,14 @@ def kernel(
         with interpreting(interpret is not None):
             body(*refs)
 
+    threads: dict[str, Any] = {} if warpgroups == 1 else dict(num_threads=warpgroups, thread_name="warpgroup")
     call = plgpu.kernel(
         traced,
         out_type=out_type,
         scratch_types=scratch_types,
         grid=(grid,),
         grid_names=("block",),
-        **({} if warpgroups == 1 else dict(num_threads=warpgroups, thread_name="warpgroup")),
+        **threads,
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
