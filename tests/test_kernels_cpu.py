@@ -14,6 +14,7 @@ import oracles
 from fp4jax import implementations
 from fp4jax.moe import MoEConfig, MoEWeights, moe_layer
 from fp4jax.nvfp4 import NVFP4Tensor, dequantize, quantize
+from fp4jax.packed_weights import PackedWeights
 from fp4jax.permute import depermute_combine, permute_to_contiguous, permute_to_masked
 from fp4jax.swiglu import swiglu_quantize
 from pallas_kernels import (
@@ -364,7 +365,7 @@ def test_every_tuned_config_lowers(kernel, size, fields):
 
 
 def test_moe_layer_uses_every_kernel_where_none_is_named():
-    """quantize, metadata (2), rows, SwiGLU, depermute: implementation=None on a Hopper GPU."""
+    """quantize, metadata (2), decoded rows, their scales, SwiGLU, depermute; packed weights: both GEMMs too."""
     w13 = NVFP4Tensor(
         struct((8, 512, 128), jnp.uint8), struct((8, 512, 16), jnp.float8_e4m3fn), struct((8, 1, 1), jnp.float32)
     )
@@ -376,7 +377,11 @@ def test_moe_layer_uses_every_kernel_where_none_is_named():
     def layer(x, ids, topk_weights, w13, w2):
         return moe_layer(x, ids, topk_weights, MoEWeights(w13, w2), MoEConfig(num_experts=8))
 
-    assert _kernels_in(layer, struct((64, 256), jnp.bfloat16), ids, weights, w13, w2) == 6
+    x = struct((64, 256), jnp.bfloat16)
+    assert _kernels_in(layer, x, ids, weights, w13, w2) == 7
+    one = struct((8, 1, 1), jnp.float32)
+    packed = (PackedWeights(struct((8, n // 64, 4, 9, 64), jnp.uint32), one) for n in (512, 256))
+    assert _kernels_in(layer, x, ids, weights, *packed) == 9
 
 
 # --- implementation=None on a machine with a Hopper GPU, as far as it can be told without one ---
