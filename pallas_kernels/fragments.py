@@ -42,7 +42,8 @@ shr.u32 t, $4, 3; shl.b32 u, $4, 1; and.b32 t, t, 0x01C001C0; lop3.b32 t, u, 0x8
 
 
 @plgpu.inline_mgpu(
-    arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((TILE, TILE), jnp.bfloat16, layout=_WGMMA)
+    arg_types=(plgpu.RefType(),),
+    return_type=plgpu.ShapeDtypeStruct((TILE, TILE), jnp.dtype(jnp.bfloat16), layout=_WGMMA),
 )
 def decode_weights(_, ref):
     """Packed tile [9, 64] u32 in shared memory -> bf16 [64, 64] in registers, code * scale / DECODE_FACTOR."""
