@@ -87,3 +87,25 @@ def make_mesh():
         return jax.make_mesh((num_devices,), (axis_name,), axis_types=(AxisType.Auto,), devices=devices[:num_devices])
 
     return make
+
+
+@pytest.fixture
+def on_the_cpu():
+    """Also where the suite runs on a GPU."""
+    import jax
+
+    with jax.default_device(jax.devices("cpu")[0]):
+        yield
+
+
+@pytest.fixture
+def interpret():
+    """Interpret mode whose race detector must stay silent. An exception inside a kernel leaves state behind."""
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    try:
+        yield plgpu.InterpretGPUParams(detect_races=True)
+        assert not interpreter.get_races().races_found
+    finally:
+        interpreter.reset_gpu_interpret_mode_state()

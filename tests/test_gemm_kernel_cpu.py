@@ -12,10 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
-from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
+from cuda_lowering import kernels_in, struct
 from fp4jax import gemm_swiglu, grouped_gemm
 from fp4jax.gemm_swiglu import grouped_gemm_swiglu
 from fp4jax.grouped_gemm import contiguous_grouped_gemm, masked_grouped_gemm
@@ -25,42 +23,10 @@ from fp4jax.packed_weights import PackedWeights
 from pallas_kernels import gemm_config, group_tiles, lanes, masked_gemm
 from pallas_kernels.gemm_config import TuningConfig
 
-H100 = AbstractMesh(
-    (1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=AbstractDevice("NVIDIA H100 80GB HBM3", 132, "cuda")
-)
 BLOCKS = 3  # of a grid in interpret mode
 CLOSE = TuningConfig((64, 176), k_tiles=2, num_stages=9)
 
-
-@pytest.fixture(autouse=True)
-def on_the_cpu():
-    """Also where the suite runs on a GPU."""
-    with jax.default_device(jax.devices("cpu")[0]):
-        yield
-
-
-@pytest.fixture
-def interpret():
-    """Interpret mode whose race detector must stay silent. An exception inside a kernel leaves state behind."""
-    try:
-        yield plgpu.InterpretGPUParams(detect_races=True)
-        assert not interpreter.get_races().races_found
-    finally:
-        interpreter.reset_gpu_interpret_mode_state()
-
-
-def struct(shape, dtype):
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
-def lowered_text(fn, *structs):
-    """StableHLO of `fn` for an H100."""
-    with use_abstract_mesh(H100):
-        return jax.jit(fn).trace(*structs).lower(lowering_platforms=("cuda",)).as_text()
-
-
-def kernels_in(fn, *structs):
-    return lowered_text(fn, *structs).count("@mosaic_gpu_v2")
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 
 # --- the plan ---

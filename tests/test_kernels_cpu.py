@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
-from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec as P, use_abstract_mesh
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec as P, use_abstract_mesh
 
 import oracles
+from cuda_lowering import H100, H100_MESH, kernels_in, struct
 from fp4jax import implementations
 from fp4jax.moe import MoEConfig, MoEWeights, moe_layer
 from fp4jax.nvfp4 import NVFP4Tensor, dequantize, quantize
@@ -30,21 +29,7 @@ TINY_PERMUTE = permute_kernels.TuningConfig(items_per_lane=1)
 TINY_METADATA = metadata_kernels.TuningConfig(chunk=32)
 
 
-@pytest.fixture(autouse=True)
-def on_the_cpu():
-    """Also where the suite runs on a GPU."""
-    with jax.default_device(jax.devices("cpu")[0]):
-        yield
-
-
-@pytest.fixture
-def interpret():
-    """Interpret mode whose race detector must stay silent. An exception inside a kernel leaves state behind."""
-    try:
-        yield plgpu.InterpretGPUParams(detect_races=True)
-        assert not interpreter.get_races().races_found
-    finally:
-        interpreter.reset_gpu_interpret_mode_state()
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 
 def bf16(array):
@@ -252,20 +237,6 @@ def test_depermute(dtype, routing, rng, interpret):
 
 # --- lowering for CUDA: catches what Mosaic GPU does not accept, not what ptxas does not ---
 
-H100 = AbstractMesh((1,), ("device",), abstract_device=AbstractDevice("NVIDIA H100 80GB HBM3", 132, "cuda"))
-
-
-def _kernels_in(fn, *structs):
-    """Number of Mosaic GPU kernels in `fn` lowered for an H100."""
-    with use_abstract_mesh(H100):
-        lowered = jax.jit(fn).trace(*structs).lower(lowering_platforms=("cuda",))
-    return lowered.as_text().count("@mosaic_gpu_v2")
-
-
-def struct(shape, dtype):
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
 MODELS = {  # hidden, intermediate, experts on a device, top k: contract.md section 9
     "ernie-21b": (2560, 1536, 64, 6),
     "ernie-300b": (8192, 3584, 64, 8),
@@ -321,7 +292,7 @@ def test_ops_lower_with_the_tuned_configs(model, tokens):
         ),
     ]
     for wanted, fn, structs in cases:
-        assert _kernels_in(fn, *structs) == wanted, (model, tokens, fn.__code__.co_firstlineno)
+        assert kernels_in(fn, *structs) == wanted, (model, tokens, fn.__code__.co_firstlineno)
 
 
 _TUNED = [
@@ -338,12 +309,12 @@ def test_every_tuned_config_lowers(kernel, size, fields):
     if kernel in ("quantize", "swiglu_quantize"):
         config = quantize_kernel.TuningConfig(**fields)
         if kernel == "quantize":
-            assert _kernels_in(lambda x, g: quantize_kernel.quantize(x, g, config=config), x, g) == 1
-            assert _kernels_in(lambda x, g, m: quantize_kernel.quantize(x, g, m, config=config), x, g, counts) == 1
+            assert kernels_in(lambda x, g: quantize_kernel.quantize(x, g, config=config), x, g) == 1
+            assert kernels_in(lambda x, g, m: quantize_kernel.quantize(x, g, m, config=config), x, g, counts) == 1
         else:
             x = struct((300, 2, 2080), jnp.bfloat16)
             call = lambda x, g, m: swiglu_kernel.swiglu_quantize(x, m, g, config=config)[:2]  # noqa: E731
-            assert _kernels_in(call, x, g, counts) == 1
+            assert kernels_in(call, x, g, counts) == 1
         return
     kernels = metadata_kernels if kernel == "route_metadata" else permute_kernels
     config = kernels.TuningConfig(**fields)
@@ -361,7 +332,7 @@ def test_every_tuned_config_lowers(kernel, size, fields):
             (qdata, scales, row_map), 1,
         ),
     }[kernel]  # fmt: skip
-    assert _kernels_in(call, *structs) == wanted
+    assert kernels_in(call, *structs) == wanted
 
 
 def test_moe_layer_uses_every_kernel_where_none_is_named():
@@ -378,10 +349,10 @@ def test_moe_layer_uses_every_kernel_where_none_is_named():
         return moe_layer(x, ids, topk_weights, MoEWeights(w13, w2), MoEConfig(num_experts=8))
 
     x = struct((64, 256), jnp.bfloat16)
-    assert _kernels_in(layer, x, ids, weights, w13, w2) == 7
+    assert kernels_in(layer, x, ids, weights, w13, w2) == 7
     one = struct((8, 1, 1), jnp.float32)
     packed = (PackedWeights(struct((8, n // 64, 4, 9, 64), jnp.uint32), one) for n in (512, 256))
-    assert _kernels_in(layer, x, ids, weights, *packed) == 9
+    assert kernels_in(layer, x, ids, weights, *packed) == 9
 
 
 # --- implementation=None on a machine with a Hopper GPU, as far as it can be told without one ---
@@ -393,19 +364,19 @@ def test_derivatives_are_those_of_xla():
         return jnp.sum(straight_through**2)
 
     x = struct((8, 64), jnp.float32)
-    assert _kernels_in(loss, x) == 1
-    assert _kernels_in(jax.grad(loss), x) >= 0  # it traces and lowers
+    assert kernels_in(loss, x) == 1
+    assert kernels_in(jax.grad(loss), x) >= 0  # it traces and lowers
     y, row_map, weights = struct((16, 32), jnp.float32), struct((8, 2), jnp.int32), struct((8, 2), jnp.float32)
 
     def combined(y, row_map, weights):
         return jnp.sum(depermute_combine(y, row_map, weights))
 
-    assert _kernels_in(combined, y, row_map, weights) == 1
-    assert _kernels_in(jax.grad(combined, argnums=(0, 2)), y, row_map, weights) == 0
+    assert kernels_in(combined, y, row_map, weights) == 1
+    assert kernels_in(jax.grad(combined, argnums=(0, 2)), y, row_map, weights) == 0
 
 
 def test_arrays_of_explicit_meshes_go_through_xla():
-    mesh = AbstractMesh((2,), ("ep",), (AxisType.Explicit,), abstract_device=H100.abstract_device)
+    mesh = AbstractMesh((2,), ("ep",), (AxisType.Explicit,), abstract_device=H100)
     x = jax.ShapeDtypeStruct((8, 32, 64), jnp.bfloat16, sharding=NamedSharding(mesh, P("ep")))
     with use_abstract_mesh(mesh):
         jax.eval_shape(lambda x: quantize(x, global_scale="per_expert"), x)
@@ -440,8 +411,8 @@ def test_eager_calls_go_where_their_arrays_are_and_compile_once(monkeypatch):
 def test_large_batches_under_vmap_stay_within_the_grid():
     x, g = struct((70_000, 2, 32), jnp.bfloat16), struct((), jnp.float32)
     call = jax.vmap(lambda x, g: quantize(x, global_scale=g, implementation="mosaic_gpu"), in_axes=(0, None))
-    assert _kernels_in(call, x, g) == 2  # full batches of 65,535 in a loop, and the rest
-    assert _kernels_in(call, struct((7, 2, 32), jnp.bfloat16), g) == 1
+    assert kernels_in(call, x, g) == 2  # full batches of 65,535 in a loop, and the rest
+    assert kernels_in(call, struct((7, 2, 32), jnp.bfloat16), g) == 1
 
 
 # --- refusals ---
@@ -501,7 +472,7 @@ def test_large_batches_under_vmap_stay_within_the_grid():
     ],
 )
 def test_a_named_kernel_refuses_with_the_value(call, message):
-    with use_abstract_mesh(H100), pytest.raises(NotImplementedError, match=message):
+    with use_abstract_mesh(H100_MESH), pytest.raises(NotImplementedError, match=message):
         jax.eval_shape(call)
 
 
