@@ -1,8 +1,8 @@
 """Dispatch of tokens to the devices that hold their experts, and the way back, inside `jax.shard_map`.
 
-A dense all_to_all moves one packed u8 payload per row: the token in its wire format, its expert ids and its weights.
-Floats never cross as floats (some backends widen bf16 and f8 collectives), so the bytes of the program are the bytes on
-the wire.
+On GPUs of one process with NVLink between them kernels store rows straight into the receivers' buffers and read results
+from there (pallas_kernels/dispatch.py, combine.py). Elsewhere a dense all_to_all moves one packed u8 payload per row:
+the token in its wire format, its expert ids and its weights. Same rows, same order, same bits.
 
 Two forms. *per_peer* sends one copy of a token to every device that hosts one of its experts; the experts' outputs are
 weighted and summed there and one partial row returns. *per_slot* sends one row per (token, slot), unweighted rows
@@ -11,22 +11,22 @@ return and the weights are applied at home in slot order: the same bits for ever
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from fp4jax.hlo_collectives import WireBytes, wire_bytes
-from fp4jax.implementations import resolve_implementation
-from fp4jax.nvfp4 import NVFP4Tensor, quantize
+from fp4jax.implementations import Call, peers_problem, run_implementation
+from fp4jax.nvfp4 import NVFP4Tensor, as_scale, quantize, tensor_scale
 from fp4jax.permute import depermute_combine, permute_to_masked
-from fp4jax.rounding import E4M3_MAX, div_rn, round_to_e4m3
+from fp4jax.wire_formats import WIRE_FORMATS, from_bytes, from_fp8, from_wire, to_bytes, wire_arrays
+from pallas_kernels import combine as combine_kernels, dispatch as dispatch_kernels
+from pallas_kernels.dispatch import Routes
 
 __all__ = ["Dispatched", "WireBytes", "agree_global_scale", "combine", "dispatch", "from_fp8", "wire_bytes"]
 
-WIRE_FORMATS = ("nvfp4", "fp8", "bf16")
 FORMS = ("per_peer", "per_slot")
-FP8_GROUP = 128  # values that share one f32 scale in the fp8 wire format
 
 
 class Dispatched(NamedTuple):
@@ -73,48 +73,98 @@ def dispatch(
     Raises:
       ValueError, TypeError: shapes, dtypes or options that do not fit.
     """
-    resolve_implementation("dispatch", implementation)
     devices = lax.axis_size(axis_name)
     _check_dispatch_args(
         x, topk_ids, topk_weights, num_experts, devices, form, wire_format, pair_capacity, global_scale
     )
-    if wire_format == "nvfp4" and not isinstance(x, NVFP4Tensor):
-        agree_over = axis_name if global_scale is None else None
-        x = quantize(x, global_scale=global_scale, axis_name=agree_over, implementation=implementation)
-
     # Ids that are neither -1 nor an expert become num_experts, so that they survive the cast to int32 as what they are.
     valid = (topk_ids >= 0) & (topk_ids < num_experts)
     ids = jnp.where(valid, topk_ids, jnp.where(topk_ids == -1, -1, num_experts)).astype(jnp.int32)
-    peer = jnp.where(valid, ids // (num_experts // devices), -1)
-    rows = [*_wire_arrays(x, wire_format), ids]
+    tokens, k = ids.shape
+    per_row = 1 if form == "per_peer" else k
+    capacity = max(1, tokens * per_row) if pair_capacity is None else pair_capacity
+    routes = Routes(tokens, k, devices, num_experts // devices, capacity, form)
+
+    quantized = wire_format == "nvfp4" and not isinstance(x, NVFP4Tensor)  # on the way
+    scale = global_scale
+    if quantized and not isinstance(scale, str):
+        scale = tensor_scale(x, axis_name) if scale is None else as_scale(scale, x.shape)
+    parts = [x] if quantized else wire_arrays(x, wire_format)
+    options = dict(routes=routes, axis_name=axis_name, quantized=quantized)
+    operands = (parts, None if isinstance(scale, str) else scale, ids, topk_weights.astype(jnp.float32))
+    received, local_ids, local_weights, send_map = run_implementation(
+        "dispatch",
+        implementation,
+        operands,
+        xla=Call.of(dispatch_all_to_all, **options, implementation=implementation),
+        mosaic_gpu=Call.of(_dispatch_kernel, **options),
+        problem=peers_problem(axis_name) or _dispatch_problem(parts, quantized, scale, routes),
+    )
+    row_of_route = send_map
     if form == "per_peer":
-        ranks = jnp.arange(devices, dtype=jnp.int32)
+        peer = jnp.where(valid, ids // routes.local_experts, 0)
+        row_of_route = jnp.take_along_axis(send_map, peer, axis=1)
+    dropped = jnp.sum(topk_ids != -1, dtype=jnp.int32) - jnp.sum(valid & (row_of_route >= 0), dtype=jnp.int32)
+    like = NVFP4Tensor(parts[0], parts[0], scale) if quantized and not isinstance(scale, str) else x
+    return Dispatched(from_wire(received, like, wire_format), local_ids, local_weights, send_map, dropped)
+
+
+def dispatch_all_to_all(
+    parts: list[Array],
+    scale: Float[Array, ""] | None,
+    ids: Int[Array, "t k"],
+    topk_weights: Float[Array, "t k"],
+    *,
+    routes: Routes,
+    axis_name: str,
+    quantized: bool,
+    implementation: str | None,
+) -> tuple[list[Array], Int[Array, "rows s"], Float[Array, "rows s"], Int[Array, "t c"]]:
+    """The exchange as one all_to_all of u8 rows -> (received parts, local ids, local weights, send map).
+
+    parts: what a row consists of, [T, n]; or, to be `quantized` here, one [T, H] with a `scale` (None: per token).
+    """
+    if quantized:
+        with jax.named_scope("quantize"):
+            x = quantize(parts[0], global_scale="per_token" if scale is None else scale, implementation=implementation)
+        parts = wire_arrays(x, "nvfp4")
+    valid = (ids >= 0) & (ids < routes.devices * routes.local_experts)
+    peer = jnp.where(valid, ids // routes.local_experts, -1)
+    rows = [*parts, ids]
+    if routes.form == "per_peer":
+        ranks = jnp.arange(routes.devices, dtype=jnp.int32)
         destination = jnp.where(jnp.any(peer[:, :, None] == ranks, axis=1), ranks, -1)
-        rows.append(topk_weights.astype(jnp.float32))
+        rows.append(topk_weights)
     else:  # every route is a row of its own; its weight stays at home
         destination = peer.reshape(-1, 1)
-        k = ids.shape[1]
-        rows = [*(jnp.repeat(a, k, axis=0) for a in rows[:-1]), ids.reshape(-1, 1)]
-
-    capacity = max(1, destination.shape[0]) if pair_capacity is None else pair_capacity
+        rows = [*(jnp.repeat(a, routes.k, axis=0) for a in parts), ids.reshape(-1, 1)]
     sent = permute_to_masked(
-        _to_bytes(rows), None, destination, num_experts=devices, capacity=capacity, implementation=implementation
-    )
+        to_bytes(rows), None, destination, num_experts=routes.devices, capacity=routes.capacity,
+        implementation=implementation,
+    )  # fmt: skip
     # 0xFF in every pad: ids become -1 and floats NaN, so that nothing can come to depend on a pad unnoticed.
-    filled = (jnp.arange(capacity) < sent.masked_m[:, None])[..., None]
-    received = _exchange(jnp.where(filled, sent.x, jnp.uint8(0xFF)), axis_name)
-
-    arrays = _from_bytes(received, rows)
-    local_weights = arrays.pop() if form == "per_peer" else None
-    local_ids = _localize(arrays.pop(), num_experts // devices, axis_name)
+    filled = (jnp.arange(routes.capacity) < sent.masked_m[:, None])[..., None]
+    arrays = from_bytes(_exchange(jnp.where(filled, sent.x, jnp.uint8(0xFF)), axis_name), rows)
+    local_weights = arrays.pop() if routes.form == "per_peer" else None
+    local_ids = _localize(arrays.pop(), routes.local_experts, axis_name)
     if local_weights is None:
         local_weights = jnp.ones(local_ids.shape, jnp.float32)
-    if form == "per_peer":
-        send_map, row_of_route = sent.row_map, jnp.take_along_axis(sent.row_map, jnp.maximum(peer, 0), axis=1)
-    else:
-        send_map = row_of_route = sent.row_map.reshape(peer.shape)
-    dropped = jnp.sum(topk_ids != -1, dtype=jnp.int32) - jnp.sum(valid & (row_of_route >= 0), dtype=jnp.int32)
-    return Dispatched(_from_wire(arrays, x, wire_format), local_ids, local_weights, send_map, dropped)
+    return arrays, local_ids, local_weights, sent.row_map.reshape(ids.shape[0], -1)
+
+
+def _dispatch_kernel(parts, scale, ids, topk_weights, *, routes, axis_name, quantized):
+    mode = ("per_token" if scale is None else scale) if quantized else None
+    received, local_ids, weights, send_map = dispatch_kernels.dispatch(
+        parts, ids, topk_weights, routes, axis_name=axis_name, quantize_scale=mode
+    )
+    received, local_ids = ([a.reshape(-1, a.shape[-1]) for a in arrays] for arrays in (received, [local_ids]))
+    if weights is None:
+        weights = jnp.ones(local_ids[0].shape, jnp.float32)
+    return received, local_ids[0], weights.reshape(local_ids[0].shape), send_map
+
+
+def _dispatch_problem(parts, quantized, scale, routes):
+    return dispatch_kernels.check_config(parts, routes, quantize_scale=scale if quantized else None)
 
 
 def combine(
@@ -133,7 +183,6 @@ def combine(
     Raises:
       ValueError: weights missing for the per-slot form, given for the per-peer form, or shapes that do not fit.
     """
-    resolve_implementation("combine", implementation)
     devices = lax.axis_size(axis_name)
     send_map, rows = dispatched.send_map, dispatched.local_ids.shape[0]
     if y.ndim != 2 or y.shape[0] != rows:
@@ -147,70 +196,35 @@ def combine(
             f"combine: topk_weights {topk_weights.shape} belong to the per-slot form with send_map of the same shape, "
             f"got send_map {send_map.shape} and local_ids {dispatched.local_ids.shape}"
         )
-    payload = _to_bytes([y]).reshape(devices, rows // devices, -1)
-    (home,) = _from_bytes(_exchange(payload, axis_name), [y])
-    return depermute_combine(home, send_map, topk_weights, implementation=implementation)
+    return run_implementation(
+        "combine",
+        implementation,
+        (y, send_map, topk_weights.astype(jnp.float32)),
+        xla=Call.of(combine_all_to_all, devices=devices, axis_name=axis_name, implementation=implementation),
+        mosaic_gpu=Call.of(combine_kernels.combine, devices=devices, axis_name=axis_name),
+        problem=peers_problem(axis_name) or combine_kernels.check_config(y, send_map, devices),
+    )
+
+
+def combine_all_to_all(
+    y: Float[Array, "rows h"],
+    send_map: Int[Array, "t s"],
+    weights: Float[Array, "t s"],
+    *,
+    devices: int,
+    axis_name: str,
+    implementation: str | None,
+) -> Float[Array, "t h"]:
+    """The way back as one all_to_all of u8 rows, summed at home."""
+    payload = to_bytes([y]).reshape(devices, y.shape[0] // devices, -1)
+    (home,) = from_bytes(_exchange(payload, axis_name), [y])
+    return depermute_combine(home, send_map, weights, implementation=implementation)
 
 
 def agree_global_scale(scale: Float[Array, "..."], axis_name: str | None = None) -> Float[Array, ""]:
     """One global scale for the whole mesh axis: the maximum over all given scales of all devices, f32 ()."""
     agreed = jnp.max(jnp.asarray(scale, jnp.float32))
     return agreed if axis_name is None else lax.pmax(agreed, axis_name)
-
-
-def from_fp8(x: Float[Array, "rows h"], scales: Float[Array, "rows groups"]) -> Float[Array, "rows h"]:
-    """fp8 wire format -> bf16: e4m3 value x f32 scale of its group of 128, rounded once."""
-    wide = jnp.repeat(scales, FP8_GROUP, axis=-1)[:, : x.shape[-1]]
-    return (x.astype(jnp.float32) * wide).astype(jnp.bfloat16)
-
-
-def _to_fp8(x):
-    """x [T, H] -> e4m3 [T, H], f32 [T, ceil(H/128)]: scale = amax of the group / 448, 1 for a group of zeros."""
-    tokens, hidden = x.shape
-    groups = -(-hidden // FP8_GROUP)
-    wide = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, groups * FP8_GROUP - hidden))).reshape(tokens, groups, FP8_GROUP)
-    amax = jnp.max(jnp.abs(wide), axis=-1)
-    # Below, amax / 448 would be subnormal, which CPUs flush to zero; such a group is zero to e4m3 with scale 1.
-    scales = jnp.where(amax < E4M3_MAX * 2.0**-126, np.float32(1), div_rn(amax, np.float32(E4M3_MAX)))
-    values = round_to_e4m3(div_rn(wide, scales[..., None]))
-    return values.reshape(tokens, groups * FP8_GROUP)[:, :hidden], scales
-
-
-def _wire_arrays(x, wire_format):
-    if wire_format == "fp8":
-        return list(_to_fp8(x))
-    if wire_format == "bf16":
-        return [x.astype(jnp.bfloat16)]
-    travels = [] if x.global_scale.ndim == 0 else [jnp.broadcast_to(x.global_scale, (x.shape[0], 1))]
-    return [x.qdata, x.block_scale, *travels]
-
-
-def _from_wire(arrays, x, wire_format):
-    if wire_format == "fp8":
-        return tuple(arrays)
-    if wire_format == "bf16":
-        return arrays[0]
-    qdata, block_scale, *travels = arrays
-    return NVFP4Tensor(qdata, block_scale, travels[0] if travels else x.global_scale)
-
-
-def _to_bytes(arrays):
-    """[T, ..] arrays of any dtypes side by side as u8 [T, bytes]."""
-    rows = arrays[0].shape[0]
-    columns = [lax.bitcast_convert_type(a, jnp.uint8).reshape(rows, a.shape[1] * a.dtype.itemsize) for a in arrays]
-    return jnp.concatenate(columns, axis=1)
-
-
-def _from_bytes(payload, like):
-    """Inverse of `_to_bytes` for any number of rows; `like` gives widths and dtypes."""
-    arrays, start = [], 0
-    for a in like:
-        size = a.dtype.itemsize
-        column = payload[:, start : start + a.shape[1] * size]
-        start += a.shape[1] * size
-        shape = (column.shape[0], a.shape[1]) if size == 1 else (column.shape[0], a.shape[1], size)
-        arrays.append(lax.bitcast_convert_type(column.reshape(shape), a.dtype))
-    return arrays
 
 
 def _exchange(payload, axis_name):
@@ -248,3 +262,7 @@ def _check_dispatch_args(
             raise ValueError(f"dispatch: x is an NVFP4Tensor, so wire_format must be 'nvfp4', got {wire_format!r}")
     if global_scale is not None and (wire_format != "nvfp4" or isinstance(x, NVFP4Tensor)):
         raise ValueError("dispatch: global_scale is only for a plain x sent with wire_format='nvfp4'")
+    if isinstance(global_scale, str) and global_scale != "per_token":
+        raise ValueError(f"dispatch: global_scale={global_scale!r} is unknown; give a number, 'per_token' or None")
+    if not isinstance(global_scale, str | None) and jnp.ndim(global_scale):
+        raise ValueError(f"dispatch: global_scale must be a scalar, got shape {jnp.shape(global_scale)}")

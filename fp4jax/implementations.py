@@ -110,6 +110,28 @@ def _is_spread(operands) -> bool:
     return False
 
 
+def peers_problem(axis_name: str) -> str | None:
+    """None if kernels may store into the memory of the other devices of this mesh axis, else why not.
+
+    They may where one process drives all devices of a mesh of this one axis and the GPUs are of a kind that is built
+    onto boards with NVLink between all of them (SXM). JAX does not tell what links there are.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.axis_names != (axis_name,):
+        return f"needs a mesh with the one axis {axis_name!r}, got {mesh.axis_names}"
+    if jax.process_count() > 1:
+        return f"needs one process that drives all devices, there are {jax.process_count()}"
+    if mesh.abstract_device is not None:
+        kinds = {mesh.abstract_device.device_kind}
+    else:
+        gpus = _gpus()
+        if len(gpus) < mesh.size:
+            return f"needs {mesh.size} GPUs, JAX sees {len(gpus)}"
+        kinds = {gpu.device_kind for gpu in gpus}
+    without = [kind for kind in kinds if "PCIe" in kind or "NVL" in kind]
+    return f"needs NVLink between all GPUs, which {without} do not have" if without else None
+
+
 def has_hopper_gpu() -> bool:
     """Whether JAX sees a GPU of compute capability 9.0, or traces for one (a mesh of H100, say)."""
     target = jax.sharding.get_abstract_mesh().abstract_device
@@ -120,7 +142,11 @@ def has_hopper_gpu() -> bool:
 
 @functools.cache
 def _sees_hopper_gpu():
+    return any(getattr(device, "compute_capability", "") == "9.0" for device in _gpus())
+
+
+def _gpus():
     try:
-        return any(getattr(device, "compute_capability", "") == "9.0" for device in jax.devices("gpu"))
+        return jax.devices("gpu")
     except RuntimeError:  # no GPU backend
-        return False
+        return []

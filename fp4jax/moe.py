@@ -9,13 +9,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from fp4jax.expert_parallel import FORMS, WIRE_FORMATS, agree_global_scale, combine, dispatch, from_fp8
+from fp4jax.expert_parallel import FORMS, agree_global_scale, combine, dispatch
 from fp4jax.gemm_swiglu import grouped_gemm_swiglu
 from fp4jax.grouped_gemm import contiguous_grouped_gemm, masked_grouped_gemm
 from fp4jax.implementations import IMPLEMENTATIONS
 from fp4jax.nvfp4 import NVFP4Tensor, quantize
 from fp4jax.permute import depermute_combine, permute_to_contiguous, permute_to_masked
 from fp4jax.swiglu import silu
+from fp4jax.wire_formats import WIRE_FORMATS, from_fp8
 
 LAYOUTS = ("masked", "contiguous")
 ACTIVATION_FORMATS = ("nvfp4", "bf16")
@@ -99,19 +100,18 @@ def moe_layer(
         return x, MoEStats(jnp.int32(0))
     axis, scope = config.axis_name, jax.named_scope
     scale_1 = None if weights.input_scale_1 is None else agree_global_scale(weights.input_scale_1, axis)
-    to_nvfp4 = functools.partial(
-        quantize, global_scale="per_token" if scale_1 is None else scale_1, implementation=config.implementation
-    )
+    global_scale = "per_token" if scale_1 is None else scale_1
+    to_nvfp4 = functools.partial(quantize, global_scale=global_scale, implementation=config.implementation)
     rows, ids, row_weights, dispatched = x, topk_ids, topk_weights, None
-    quantize_at_home = (config.activation_format_1 if axis is None else config.wire_format) == "nvfp4"
-    if quantize_at_home:
+    if axis is None and config.activation_format_1 == "nvfp4":
         with scope("quantize"):
             rows = to_nvfp4(x)
     if axis is not None:
         with scope("dispatch"):
             dispatched = dispatch(
-                rows, topk_ids, topk_weights, axis_name=axis, num_experts=config.num_experts, form=config.form,
+                x, topk_ids, topk_weights, axis_name=axis, num_experts=config.num_experts, form=config.form,
                 wire_format=config.wire_format, pair_capacity=config.pair_capacity,
+                global_scale=global_scale if config.wire_format == "nvfp4" else None,
                 implementation=config.implementation,
             )  # fmt: skip
             rows, ids, row_weights = dispatched.x, dispatched.local_ids, dispatched.local_weights

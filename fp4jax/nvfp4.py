@@ -281,6 +281,12 @@ def _squared_error(blocks, codes, block_scale, scale):
 # --- global scales, counters, argument checks ---
 
 
+def tensor_scale(x: Float[Array, "..."], axis_name: str | None = None) -> Float[Array, ""]:
+    """The global scale that `quantize` computes for all of x, of all devices of `axis_name`, with global_scale=None."""
+    amax = _valid_amax(flush_subnormals(x.astype(jnp.float32)), None, None, axis_name)
+    return _scale_from(amax, lambda a: div_rn(a, np.float32(_AMAX_DIVISOR)))
+
+
 def _valid_amax(x32, valid, mode, axis_name):
     magnitude = jnp.abs(x32)
     use = jnp.isfinite(x32) if valid is None else jnp.isfinite(x32) & valid

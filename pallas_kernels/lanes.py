@@ -132,59 +132,74 @@ def splat(value: Any, dtype: Any) -> jax.Array:
 
 
 def gather(
-    ref: Any, index: Any, count: int = 1, *, dtype: Any = jnp.uint32, where: Any = None
+    ref: Any, index: Any, count: int = 1, *, dtype: Any = jnp.uint32, where: Any = None, which: Any = 0
 ) -> tuple[jax.Array, ...]:
     """Each lane reads `count` consecutive elements of `dtype` (1, 2 or 4 bytes) at element index * count of `ref`.
 
-    `ref` lies in global memory, or in shared memory.
+    `ref` lies in global memory, of this device or of a peer, or in shared memory; or it is a list of references to
+    global memory, of which each lane reads the one that `which` says.
 
     -> `count` u32 lane arrays, zero-extended. index: i32 lane array or scalar (the same for all lanes). Lanes where
     `where` is False read nothing and get 0. `count` elements must be naturally aligned as one access of up to 16 bytes.
     """
     size = jnp.dtype(dtype).itemsize
-    index, where = _lane_args(index, where)
+    refs = ref if isinstance(ref, list) else [ref]
+    index, where, which = _lane_args(index, where, which)
     if _interpreting:
-        words = _as_unsigned(ref[...].reshape(-1), dtype).reshape(-1, count)
-        found = words[jnp.clip(index, 0, words.shape[0] - 1)].astype(jnp.uint32)
-        return tuple(jnp.where(where, found[:, j], jnp.uint32(0)) for j in range(count))
+        found = jnp.zeros((LANES, count), jnp.uint32)
+        for i, one in enumerate(refs):
+            words = _as_unsigned(one[...].reshape(-1), dtype).reshape(-1, count)
+            words = words[jnp.clip(index, 0, words.shape[0] - 1)].astype(jnp.uint32)
+            found = jnp.where((where & (which == i))[:, None], words, found)
+        return tuple(found[:, j] for j in range(count))
     width = _elements_per_access(count, size)
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), _LAYOUT, _LAYOUT),
+        arg_types=(_LAYOUT, _LAYOUT, _LAYOUT, *(plgpu.RefType(),) * len(refs)),
         return_type=(_lane_struct(jnp.uint32),) * count,
     )
-    def load(_, ref, index, where):
-        address, predicate = _address(ref, index, count * size), _scalar(where)
-        space = "shared" if mgpu_utils.is_smem_ref(ref) else "global"
+    def load(_, index, where, which, *refs):
+        address, predicate = _address(refs, which, index, count * size), _scalar(where)
+        space = "shared" if mgpu_utils.is_smem_ref(refs[0]) else "global"
         found = []
         for start in range(0, count, width):
             found += _load_asm(address, start * size, predicate, size, width, space)
         return tuple(_lane_array(value) for value in found)
 
-    return load(ref, index, where)
+    return load(index, where, which, *refs)
 
 
-def scatter(ref: Any, index: Any, values: Sequence[jax.Array], *, dtype: Any = jnp.uint32, where: Any = None) -> None:
+def scatter(
+    ref: Any,
+    index: Any,
+    values: Sequence[jax.Array],
+    *,
+    dtype: Any = jnp.uint32,
+    where: Any = None,
+    which: Any = 0,
+) -> None:
     """Each lane writes its `values` (u32 lane arrays, truncated to `dtype`) from element index * len(values) on.
 
-    Lanes where `where` is False write nothing. Alignment as in `gather`.
+    Lanes where `where` is False write nothing. `ref`, `which` and alignment as in `gather`.
     """
     size, count = jnp.dtype(dtype).itemsize, len(values)
-    index, where = _lane_args(index, where)
+    refs = ref if isinstance(ref, list) else [ref]
+    index, where, which = _lane_args(index, where, which)
     if _interpreting:
-        _interpret_scatter(ref, index, values, dtype, where)
+        for i, one in enumerate(refs):
+            _interpret_scatter(one, index, values, dtype, where & (which == i))
         return
     width = _elements_per_access(count, size)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _LAYOUT, _LAYOUT, *(_LAYOUT,) * count))
-    def store(_, ref, index, where, *values):
-        address, predicate = _address(ref, index, count * size), _scalar(where)
-        space = "shared" if mgpu_utils.is_smem_ref(ref) else "global"
-        words = [_scalar(v) for v in values]
+    @plgpu.inline_mgpu(arg_types=(_LAYOUT, _LAYOUT, _LAYOUT, *(plgpu.RefType(),) * len(refs), *(_LAYOUT,) * count))
+    def store(_, index, where, which, *rest):
+        refs, words = rest[: len(rest) - count], [_scalar(v) for v in rest[len(rest) - count :]]
+        address, predicate = _address(refs, which, index, count * size), _scalar(where)
+        space = "shared" if mgpu_utils.is_smem_ref(refs[0]) else "global"
         for start in range(0, count, width):
             _store_asm(address, start * size, predicate, size, words[start : start + width], space)
 
-    store(ref, index, where, *values)
+    store(index, where, which, *refs, *values)
 
 
 def when(condition: Any) -> Callable[[Callable[[], None]], None]:
@@ -231,14 +246,32 @@ def prefix_sum(x: jax.Array, scratch_ref: Any, at: int) -> tuple[jax.Array, jax.
     return x, before
 
 
+def largest(x: jax.Array, scratch_ref: Any, at: int) -> jax.Array:
+    """The largest of the 128 lanes of an i32 lane array, in every lane; what prefix_sum says of `scratch_ref`."""
+    for step in (1, 2, 4, 8, 16):
+        x = jnp.maximum(x, _shuffle(x, "bfly", step, 31))
+    sync()
+    scatter(scratch_ref, at + (lane_index() >> 5), [x.astype(jnp.uint32)], where=(lane_index() & 31) == 0)
+    sync()
+    for w in range(LANES // 32):
+        x = jnp.maximum(x, scratch_ref[at + w])
+    return x
+
+
 def _from_lane_below(x, step):
     """The value of the lane `step` below within the warp; anything in the first lanes."""
+    return _shuffle(x, "up", step, 0)
+
+
+def _shuffle(x, kind, step, clamp):
+    """i32 from another lane of the warp."""
     if _interpreting:
-        return jnp.roll(x, step)
+        below, above = jnp.roll(x, step), jnp.roll(x, -step)
+        return below if kind == "up" else jnp.where((lane_index() & step) == 0, above, below)
 
     @plgpu.inline_mgpu(arg_types=(_LAYOUT,), return_type=_lane_struct(jnp.int32))
     def shuffle(_, x):
-        asm = f"shfl.sync.up.b32 $0, $1, {step}, 0, 0xffffffff;"
+        asm = f"shfl.sync.{kind}.b32 $0, $1, {step}, {clamp}, 0xffffffff;"
         return _lane_array(llvm.inline_asm(_i32(), [_scalar(x)], asm, "=r,r", has_side_effects=True), is_signed=True)
 
     return shuffle(x)
@@ -278,12 +311,12 @@ def instruction(asm: str, interpreted: Callable[..., jax.Array], *args: Value, d
 # --- implementation ---
 
 
-def _lane_args(index, where):
-    index = index.astype(jnp.int32) if jnp.ndim(index) else splat(index, jnp.int32)
+def _lane_args(index, where, which):
+    index, which = (a.astype(jnp.int32) if jnp.ndim(a) else splat(a, jnp.int32) for a in (index, which))
     if where is None:
-        return index, splat(True, jnp.bool_) if _interpreting else splat(1, jnp.uint32)
+        return index, splat(True, jnp.bool_) if _interpreting else splat(1, jnp.uint32), which
     where = where if jnp.ndim(where) else splat(where, jnp.bool_)
-    return index, where if _interpreting else where.astype(jnp.uint32)
+    return index, where if _interpreting else where.astype(jnp.uint32), which
 
 
 def _elements_per_access(count, size):
@@ -314,10 +347,13 @@ def _lane_struct(dtype):
     return plgpu.ShapeDtypeStruct((LANES,), jnp.dtype(dtype), layout=_LAYOUT)
 
 
-def _address(ref, index, bytes_per_index):
-    """i64 address of element `index`; offsets may exceed 2^31 bytes."""
+def _address(refs, which, index, bytes_per_index):
+    """i64 address of element `index` of the lane's reference; offsets may exceed 2^31 bytes."""
     i64 = ir.IntegerType.get_signless(64)
-    base = llvm.ptrtoint(i64, mgpu_utils.memref_ptr(ref))
+    base, *others = (llvm.ptrtoint(i64, mgpu_utils.memref_ptr(ref)) for ref in refs)
+    for i, other in enumerate(others, 1):
+        chosen = arith.cmpi(arith.CmpIPredicate.eq, _scalar(which), arith.constant(_i32(), i))
+        base = arith.select(chosen, other, base)
     offset = arith.muli(arith.extsi(i64, _scalar(index)), arith.constant(i64, bytes_per_index))
     return arith.addi(base, offset)
 

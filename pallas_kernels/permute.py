@@ -10,7 +10,7 @@ All are limited by device memory.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -53,7 +53,7 @@ def check_depermute(y: Any, row_map: Any) -> str | None:
         return f"y must be bfloat16 or float32 [rows, H], not empty, got {y.dtype} {y.shape}"
     if y.dtype == jnp.bfloat16 and y.shape[1] % 2:
         return f"a bfloat16 y needs an even H, got {y.shape}"
-    if max(y.shape[0], row_map.shape[0]) * _access(y.shape[1] * y.dtype.itemsize).items >= MAX_INDEX:
+    if max(y.shape[0], row_map.shape[0]) * row_access(y.shape[1] * y.dtype.itemsize).items >= MAX_INDEX:
         return f"y {y.shape} with row_map {row_map.shape} exceeds the kernel's 32-bit indices"
     if row_map.size == 0 or row_map.shape[1] > MAX_TOP_K:
         return f"row_map must be [T, k], not empty, k at most {MAX_TOP_K}, got {row_map.shape}"
@@ -67,7 +67,7 @@ def _bits(dtype):
     return jnp.finfo(dtype).bits if jnp.issubdtype(dtype, jnp.floating) else 0
 
 
-class _Access(NamedTuple):
+class Access(NamedTuple):
     """How rows of some bytes are cut: `count` elements of `dtype` per item, `items` per row."""
 
     count: int
@@ -75,11 +75,12 @@ class _Access(NamedTuple):
     items: int
 
 
-def _access(row_bytes):
+def row_access(row_bytes: int) -> Access:
+    """16 bytes at a time where rows are a multiple of that."""
     size = math.gcd(row_bytes, 16)
     if size >= 4:
-        return _Access(size // 4, jnp.uint32, row_bytes // size)
-    return _Access(1, jnp.uint16 if size == 2 else jnp.uint8, row_bytes // size)
+        return Access(size // 4, jnp.uint32, row_bytes // size)
+    return Access(1, jnp.uint16 if size == 2 else jnp.uint8, row_bytes // size)
 
 
 def scatter_rows(
@@ -95,7 +96,7 @@ def scatter_rows(
     Rows that no route names hold anything.
     """
     tokens, k = row_map.shape
-    cuts = [_access(r.shape[1] * r.dtype.itemsize) for r in rows]
+    cuts = [row_access(r.shape[1] * r.dtype.itemsize) for r in rows]
     config = config or tuning.tuned("scatter_rows", tokens * sum(cut.items for cut in cuts), TuningConfig)
     per_block = lanes.LANES * config.items_per_lane
     blocks = [-(-tokens * cut.items // per_block) for cut in cuts]
@@ -236,33 +237,44 @@ def depermute_combine(
     """
     if problem := check_depermute(y, row_map):
         raise NotImplementedError(f"depermute_combine kernel: {problem}")
-    tokens, k = row_map.shape
-    cut = _access(y.shape[1] * y.dtype.itemsize)
-    is_bf16 = y.dtype == jnp.bfloat16
+    tokens, _ = row_map.shape
+    cut = row_access(y.shape[1] * y.dtype.itemsize)
 
     def body(map_ref, weight_ref, y_ref, out_ref):
+        def load(row, column, where):  # a row beyond the last one reads the last, as in XLA
+            return lanes.gather(y_ref, jnp.minimum(row, y.shape[0] - 1) * cut.items + column, cut.count, where=where)
+
         item = lanes.block_index() * lanes.LANES + lanes.lane_index()
-        token = unsigned_div(item, cut.items)
-        valid = token < tokens
-        column = item - token * cut.items
-        routes = _load_routes(map_ref, token, k, valid)
-        weights = [lax.bitcast_convert_type(w, jnp.float32) for w in lanes.gather(weight_ref, token, k, where=valid)]
-        loaded = []
-        for row in routes:  # a row beyond the last one reads the last, as in XLA
-            position = jnp.minimum(row, y.shape[0] - 1) * cut.items + column
-            loaded.append(lanes.gather(y_ref, position, cut.count, where=valid & (row >= 0)))
-        totals = [lanes.splat(0, jnp.float32)] * (2 * cut.count if is_bf16 else cut.count)
-        for row, weight, words in zip(routes, weights, loaded, strict=True):
-            values = unpack_bf16(words) if is_bf16 else [lax.bitcast_convert_type(w, jnp.float32) for w in words]
-            added = [lane_math.add_rn(t, lane_math.mul_rn(v, weight)) for t, v in zip(totals, values, strict=True)]
-            totals = [jnp.where(row >= 0, a, t) for a, t in zip(added, totals, strict=True)]
-        if is_bf16:
-            words = [lane_math.pack_bf16(low, high) for low, high in zip(totals[::2], totals[1::2], strict=True)]
-        else:
-            words = [as_u32(t) for t in totals]
-        lanes.scatter(out_ref, item, words, where=valid)
+        sum_of_routes(item, load, map_ref, weight_ref, out_ref)
 
     grid = -(-tokens * cut.items // lanes.LANES)
     out = jax.ShapeDtypeStruct((tokens, y.shape[1]), y.dtype)
     weights = topk_weights.astype(jnp.float32)
     return lanes.kernel(body, out, grid=grid, interpret=interpret)(row_map.astype(jnp.int32), weights, y)
+
+
+def sum_of_routes(item: jax.Array, load: Callable[..., Any], map_ref: Any, weight_ref: Any, out_ref: Any) -> None:
+    """One access of the result per lane: out[t] = cast(sum over j in order of y[map[t, j]] * weight[t, j]).
+
+    item: i32 lane array, token * accesses per row + column; beyond the last one nothing happens. load(row, column,
+    where): u32 words of y at lane arrays.
+    """
+    (tokens, hidden), k = out_ref.shape, map_ref.shape[1]
+    cut = row_access(hidden * out_ref.dtype.itemsize)
+    is_bf16 = out_ref.dtype == jnp.bfloat16
+    token = unsigned_div(item, cut.items)
+    valid = token < tokens
+    column = item - token * cut.items
+    routes = _load_routes(map_ref, token, k, valid)
+    weights = [lax.bitcast_convert_type(w, jnp.float32) for w in lanes.gather(weight_ref, token, k, where=valid)]
+    loaded = [load(row, column, valid & (row >= 0)) for row in routes]
+    totals = [lanes.splat(0, jnp.float32)] * (2 * cut.count if is_bf16 else cut.count)
+    for row, weight, words in zip(routes, weights, loaded, strict=True):
+        values = unpack_bf16(words) if is_bf16 else [lax.bitcast_convert_type(w, jnp.float32) for w in words]
+        added = [lane_math.add_rn(t, lane_math.mul_rn(v, weight)) for t, v in zip(totals, values, strict=True)]
+        totals = [jnp.where(row >= 0, a, t) for a, t in zip(added, totals, strict=True)]
+    if is_bf16:
+        words = [lane_math.pack_bf16(low, high) for low, high in zip(totals[::2], totals[1::2], strict=True)]
+    else:
+        words = [as_u32(t) for t in totals]
+    lanes.scatter(out_ref, item, words, where=valid)

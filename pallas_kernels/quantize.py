@@ -286,10 +286,14 @@ def load_values(ref: Any, dtype: Any, block: jax.Array, valid: jax.Array) -> lis
     return [lax.bitcast_convert_type(w, jnp.float32) for w in lanes.gather(ref, block, 16, where=valid)]
 
 
+def finite_amax(values: list[list[jax.Array]]) -> jax.Array:
+    """Every lane's largest finite magnitude."""
+    return block_amax([jnp.where(jnp.abs(v) <= _F32_MAX, v, np.float32(0)) for block in values for v in block])
+
+
 def scale_of_row(values: list[list[jax.Array]], divisor: float) -> jax.Array:
     """Global scale of one row, from all finite values that the lanes hold: amax / divisor, a lane array."""
-    finite = [jnp.where(jnp.abs(v) <= _F32_MAX, v, np.float32(0)) for block in values for v in block]
-    return computed_scale(lanes.splat(jnp.max(block_amax(finite)), jnp.float32), divisor)
+    return computed_scale(lanes.splat(jnp.max(finite_amax(values)), jnp.float32), divisor)
 
 
 def rows_scale(global_scale: jax.Array, lead: list[int]) -> tuple[jax.Array, int]:

@@ -7,6 +7,7 @@ gives the same results as one without, unless the mark expression asks for GPU t
 import os
 import random
 import re
+import tempfile
 import zlib
 
 import hypothesis
@@ -34,6 +35,13 @@ def pytest_configure(config):
     wants_gpu = re.search(r"(?<!not )\b(multi)?gpu\b", config.option.markexpr)
     if not wants_gpu:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # Processes of one run share what they compiled; nothing is left for the next run, whose compiler may be another.
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = tempfile.TemporaryDirectory(prefix="fp4jax_tests_", ignore_cleanup_errors=True)
+        config.add_cleanup(cache.cleanup)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = cache.name
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
     import jax
 
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):

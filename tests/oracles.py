@@ -296,3 +296,30 @@ def moe(x, ids, weights, w13, w2, *, x_scale=None, act_scale=None, quantized=(Fa
                 act = rounded(act).astype(np.float64)
             out[t] += rounded(w2[e] @ act).astype(np.float64) * float(weight)
     return out
+
+
+def reference_dispatch(ids, devices, num_experts, form, capacity):
+    """Plain loops, ids [R, T, k] -> per receiver {row: (sender, token, slots)}, send_map [R, T, S], dropped [R]."""
+    local = num_experts // devices
+    _, tokens, k = ids.shape
+    received = [{} for _ in range(devices)]
+    send_map = np.full((devices, tokens, devices if form == "per_peer" else k), -1)
+    dropped = np.zeros(devices, int)
+    for sender in range(devices):
+        used = [0] * devices
+        for t in range(tokens):
+            slots_of = {}
+            for j, e in enumerate(ids[sender, t]):
+                if 0 <= e < num_experts:
+                    slots_of.setdefault((e // local,) if form == "per_peer" else (e // local, j), []).append(j)
+                elif e != -1:
+                    dropped[sender] += 1
+            for key in sorted(slots_of) if form == "per_peer" else sorted(slots_of, key=lambda key: key[1]):
+                peer, slots = key[0], slots_of[key]
+                if used[peer] == capacity:
+                    dropped[sender] += len(slots)
+                    continue
+                received[peer][sender * capacity + used[peer]] = (sender, t, slots)
+                send_map[sender, t, peer if form == "per_peer" else slots[0]] = peer * capacity + used[peer]
+                used[peer] += 1
+    return received, send_map, dropped

@@ -35,33 +35,6 @@ def same_bits(a, b):
 # --- dispatch and combine against loops ---
 
 
-def reference_dispatch(ids, devices, num_experts, form, capacity):
-    """Plain loops, ids [R, T, k] -> per receiver {row: (sender, token, slots)}, send_map [R, T, S], dropped [R]."""
-    local = num_experts // devices
-    _, tokens, k = ids.shape
-    received = [{} for _ in range(devices)]
-    send_map = np.full((devices, tokens, devices if form == "per_peer" else k), -1)
-    dropped = np.zeros(devices, int)
-    for sender in range(devices):
-        used = [0] * devices
-        for t in range(tokens):
-            slots_of = {}
-            for j, e in enumerate(ids[sender, t]):
-                if 0 <= e < num_experts:
-                    slots_of.setdefault((e // local,) if form == "per_peer" else (e // local, j), []).append(j)
-                elif e != -1:
-                    dropped[sender] += 1
-            for key in sorted(slots_of) if form == "per_peer" else sorted(slots_of, key=lambda key: key[1]):
-                peer, slots = key[0], slots_of[key]
-                if used[peer] == capacity:
-                    dropped[sender] += len(slots)
-                    continue
-                received[peer][sender * capacity + used[peer]] = (sender, t, slots)
-                send_map[sender, t, peer if form == "per_peer" else slots[0]] = peer * capacity + used[peer]
-                used[peer] += 1
-    return received, send_map, dropped
-
-
 @pytest.mark.parametrize("form", ["per_peer", "per_slot"])
 @pytest.mark.parametrize(("devices", "pair_capacity"), [(4, None), (4, 3), (2, None)])
 def test_dispatch_and_combine_against_loops(make_mesh, rng, form, devices, pair_capacity):
@@ -85,7 +58,7 @@ def test_dispatch_and_combine_against_loops(make_mesh, rng, form, devices, pair_
     flat_ids, flat_weights = (jnp.asarray(a.reshape(devices * tokens, k)) for a in (ids, weights))
     d, out = sharded(make_mesh(devices), body)(x, flat_ids, flat_weights, y)
 
-    received, send_map, dropped = reference_dispatch(ids, devices, num_experts, form, capacity)
+    received, send_map, dropped = oracles.reference_dispatch(ids, devices, num_experts, form, capacity)
     assert np.array_equal(np.asarray(d.dropped), dropped)
     assert np.array_equal(np.asarray(d.send_map).reshape(send_map.shape), send_map)
     got_x = np.asarray(d.x, np.float32).reshape(devices, devices * capacity, hidden)

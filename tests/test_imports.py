@@ -17,7 +17,7 @@ LAYERS = (
     {"rounding", "implementations", "hlo_collectives", "quant_config", "benchmarking", "block_graph"},
     {"nvfp4", "scale_layout"},
     {"packed_weights"},
-    {"routing", "permute", "grouped_gemm", "swiglu", "block_fp8"},
+    {"routing", "permute", "grouped_gemm", "swiglu", "block_fp8", "wire_formats"},
     {"gemm_swiglu"},
     {"expert_parallel"},
     {"moe"},
