@@ -8,10 +8,10 @@ Time of one dispatch with everything in it (quantize, which row goes where, the 
 all_to_all of bf16 rows that they replace, on all devices or on --ranks of them. Implementations: mosaic_gpu (kernels
 store into the peers' memory), nccl (our kernels around one all_to_all), xla (no kernel of ours).
 
-A step takes its ids from the step before (a zero times one of its results is added), so steps neither overlap nor
-vanish; results are kept. --tokens up to 2048: 12 x 12 steps in a loop per call, above: 8 steps in a row. Two routings:
-"random", the top 8 of 64 experts, buffers for the worst case; "even", every token to one device, as many to each, and
-buffers of exactly that size. Writes bench_dispatch.json and bench_dispatch.png.
+A call runs 24 to 192 steps. A step takes its ids from the step before (a zero times one of its results is added), so
+that steps neither overlap nor vanish; their results are kept. Two routings: "random", the top 8 of 64 experts, buffers
+for the worst case; "even", every token to one device, as many to each, and buffers of exactly that size. Writes
+bench_dispatch.json and bench_dispatch.png.
 """
 
 import os
@@ -20,8 +20,6 @@ os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # no NVLink multicast
 
 import functools
 import itertools
-import statistics
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,8 +31,10 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from tqdm import tqdm
 
+from experiments.chained_steps import time_steps
 from fp4jax import benchmarking
-from fp4jax.expert_parallel import Dispatched, combine, combine_all_to_all, dispatch, dispatch_all_to_all
+from fp4jax.all_to_all import combine_all_to_all, dispatch_all_to_all
+from fp4jax.expert_parallel import Dispatched, combine, dispatch
 from fp4jax.wire_formats import WIRE_FORMATS, wire_arrays
 from pallas_kernels.row_plan import Routes
 
@@ -53,7 +53,6 @@ _INPUTS = (
     "normal bf16 tokens; random: the top 8 of 64 experts drawn uniformly with a fixed seed, worst-case buffers; even: "
     "every token to one device, as many to each; wall time per step of a program of many steps, median over calls"
 )
-_LONG = 2048  # tokens from which on a call has few steps
 AXIS = P("ep")
 
 
@@ -137,7 +136,7 @@ def run_cell(cell: Cell, formats: list[str], names: list[str]) -> list[dict[str,
         lambda *a: dispatch(*a, **options, implementation="xla").send_map, mesh=mesh, in_specs=AXIS, out_specs=AXIS
     )
     send_map = jax.jit(placed)(x, ids, weights)
-    timed = functools.partial(time_steps, mesh, cell)
+    timed = functools.partial(time_steps, mesh, tokens=cell.tokens, repeats=_REPEATS.value)
     rows = []
 
     def add(op, implementation, wire, us, baseline=None):
@@ -206,7 +205,7 @@ def exchange_and_sum(state, operands, zero, *, ranks):
 
 def dispatch_step(state, operands, zero, *, ranks, cell, wire, implementation):
     """One dispatch."""
-    x, ids, weights = operands
+    (x, ids, weights), state = lax.optimization_barrier((operands, state))
     ids = ids + zero * state
     scale = jnp.float32(0.01) if wire == "nvfp4" else None
     if implementation == "nccl":
@@ -225,7 +224,7 @@ def dispatch_step(state, operands, zero, *, ranks, cell, wire, implementation):
 
 def combine_step(state, operands, zero, *, ranks, cell, implementation):
     """One combine of rows that are there already."""
-    y, send_map, weights = operands
+    (y, send_map, weights), state = lax.optimization_barrier((operands, state))
     send_map = send_map + zero * state
     home = weights if cell.form == "per_slot" else None
     if implementation == "nccl":
@@ -237,42 +236,6 @@ def combine_step(state, operands, zero, *, ranks, cell, implementation):
         d = Dispatched(None, ids, ones, send_map, jnp.int32(0))
         out = combine(y, d, topk_weights=home, implementation=implementation)
     return out[0, 0].astype(jnp.int32), out
-
-
-def time_steps(mesh, cell: Cell, step, state, operands) -> float:
-    """Microseconds per step. state None: a number, 0 at first, of which every step adds a zeroth part."""
-    unrolled, loops, calls = (12, 12, 1) if cell.tokens <= _LONG else (8, 1, 3)
-    if not benchmarking.on_gpu():
-        unrolled, loops, calls = 2, 1, 1
-    once = jax.jit(functools.partial(step, ranks=cell.ranks))  # traced once
-
-    def body(state, operands, zero):
-        state = lax.pcast(jnp.int32(0), "ep", to="varying") if state is None else state
-
-        def several(state):
-            results = []
-            for _ in range(unrolled):
-                state, result = once(state, operands, zero[0])
-                results.append(result)
-            return state, results
-
-        carry = several(state)
-        if loops > 1:  # what a step leaves behind is not read by the next round: no copies
-            carry = lax.fori_loop(1, loops, lambda _, carry: several(carry[0]), carry)
-        return jax.tree.map(lambda a: a[None], carry)
-
-    given = AXIS if state is not None else P()
-    run = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=(given, AXIS, AXIS), out_specs=AXIS, check_vma=False))
-    zero = jax.device_put(jnp.zeros(cell.ranks, jnp.int32), NamedSharding(mesh, AXIS))
-    jax.block_until_ready(run(state, operands, zero))
-    times = []
-    for _ in range(_REPEATS.value):
-        start = time.perf_counter()
-        for _ in range(calls):
-            out = run(state, operands, zero)
-        jax.block_until_ready(out)
-        times.append(1e6 * (time.perf_counter() - start) / (calls * unrolled * loops))
-    return statistics.median(times)
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -11,16 +11,15 @@ return and the weights are applied at home in slot order: the same bits for ever
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from fp4jax.all_to_all import combine_all_to_all, dispatch_all_to_all, quantize_mode
 from fp4jax.hlo_collectives import WireBytes, wire_bytes
 from fp4jax.implementations import Call, peers_problem, run_implementation
-from fp4jax.nvfp4 import NVFP4Tensor, as_scale, quantize, tensor_scale
-from fp4jax.permute import depermute_combine, permute_to_masked
-from fp4jax.wire_formats import WIRE_FORMATS, from_bytes, from_fp8, from_wire, to_bytes, wire_arrays
+from fp4jax.nvfp4 import NVFP4Tensor, as_scale, tensor_scale
+from fp4jax.wire_formats import WIRE_FORMATS, from_fp8, from_wire, wire_arrays
 from pallas_kernels import combine as combine_kernels, dispatch as dispatch_kernels
 from pallas_kernels.dispatch import Routes
 
@@ -77,9 +76,9 @@ def dispatch(
     _check_dispatch_args(
         x, topk_ids, topk_weights, num_experts, devices, form, wire_format, pair_capacity, global_scale
     )
-    # Ids that are neither -1 nor an expert become num_experts, so that they survive the cast to int32 as what they are.
     valid = (topk_ids >= 0) & (topk_ids < num_experts)
-    ids = jnp.where(valid, topk_ids, jnp.where(topk_ids == -1, -1, num_experts)).astype(jnp.int32)
+    # In 64 bits an id that is no expert could become one when it is cast.
+    ids = topk_ids if topk_ids.dtype == jnp.int32 else jnp.where(valid, topk_ids, -1).astype(jnp.int32)
     tokens, k = ids.shape
     per_row = 1 if form == "per_peer" else k
     capacity = max(1, tokens * per_row) if pair_capacity is None else pair_capacity
@@ -109,53 +108,9 @@ def dispatch(
     return Dispatched(from_wire(received, like, wire_format), local_ids, local_weights, send_map, dropped)
 
 
-def dispatch_all_to_all(
-    parts: list[Array],
-    scale: Float[Array, ""] | None,
-    ids: Int[Array, "t k"],
-    topk_weights: Float[Array, "t k"],
-    *,
-    routes: Routes,
-    axis_name: str,
-    quantized: bool,
-    implementation: str | None,
-) -> tuple[list[Array], Int[Array, "rows s"], Float[Array, "rows s"], Int[Array, "t c"]]:
-    """The exchange as one all_to_all of u8 rows -> (received parts, local ids, local weights, send map).
-
-    parts: what a row consists of, [T, n]; or, to be `quantized` here, one [T, H] with a `scale` (None: per token).
-    """
-    if quantized:
-        with jax.named_scope("quantize"):
-            x = quantize(parts[0], global_scale="per_token" if scale is None else scale, implementation=implementation)
-        parts = wire_arrays(x, "nvfp4")
-    valid = (ids >= 0) & (ids < routes.devices * routes.local_experts)
-    peer = jnp.where(valid, ids // routes.local_experts, -1)
-    rows = [*parts, ids]
-    if routes.form == "per_peer":
-        ranks = jnp.arange(routes.devices, dtype=jnp.int32)
-        destination = jnp.where(jnp.any(peer[:, :, None] == ranks, axis=1), ranks, -1)
-        rows.append(topk_weights)
-    else:  # every route is a row of its own; its weight stays at home
-        destination = peer.reshape(-1, 1)
-        rows = [*(jnp.repeat(a, routes.k, axis=0) for a in parts), ids.reshape(-1, 1)]
-    sent = permute_to_masked(
-        to_bytes(rows), None, destination, num_experts=routes.devices, capacity=routes.capacity,
-        implementation=implementation,
-    )  # fmt: skip
-    # 0xFF in every pad: ids become -1 and floats NaN, so that nothing can come to depend on a pad unnoticed.
-    filled = (jnp.arange(routes.capacity) < sent.masked_m[:, None])[..., None]
-    arrays = from_bytes(_exchange(jnp.where(filled, sent.x, jnp.uint8(0xFF)), axis_name), rows)
-    local_weights = arrays.pop() if routes.form == "per_peer" else None
-    local_ids = _localize(arrays.pop(), routes.local_experts, axis_name)
-    if local_weights is None:
-        local_weights = jnp.ones(local_ids.shape, jnp.float32)
-    return arrays, local_ids, local_weights, sent.row_map.reshape(ids.shape[0], -1)
-
-
 def _dispatch_kernel(parts, scale, ids, topk_weights, *, routes, axis_name, quantized):
-    mode = ("per_token" if scale is None else scale) if quantized else None
     received, local_ids, weights, send_map = dispatch_kernels.dispatch(
-        parts, ids, topk_weights, routes, axis_name=axis_name, quantize_scale=mode
+        parts, ids, topk_weights, routes, axis_name=axis_name, quantize_scale=quantize_mode(scale, quantized)
     )
     received, local_ids = ([a.reshape(-1, a.shape[-1]) for a in arrays] for arrays in (received, [local_ids]))
     if weights is None:
@@ -164,7 +119,7 @@ def _dispatch_kernel(parts, scale, ids, topk_weights, *, routes, axis_name, quan
 
 
 def _dispatch_problem(parts, quantized, scale, routes):
-    return dispatch_kernels.check_config(parts, routes, quantize_scale=scale if quantized else None)
+    return dispatch_kernels.check_config(parts, routes, quantize_scale=quantize_mode(scale, quantized))
 
 
 def combine(
@@ -206,36 +161,10 @@ def combine(
     )
 
 
-def combine_all_to_all(
-    y: Float[Array, "rows h"],
-    send_map: Int[Array, "t s"],
-    weights: Float[Array, "t s"],
-    *,
-    devices: int,
-    axis_name: str,
-    implementation: str | None,
-) -> Float[Array, "t h"]:
-    """The way back as one all_to_all of u8 rows, summed at home."""
-    payload = to_bytes([y]).reshape(devices, y.shape[0] // devices, -1)
-    (home,) = from_bytes(_exchange(payload, axis_name), [y])
-    return depermute_combine(home, send_map, weights, implementation=implementation)
-
-
 def agree_global_scale(scale: Float[Array, "..."], axis_name: str | None = None) -> Float[Array, ""]:
     """One global scale for the whole mesh axis: the maximum over all given scales of all devices, f32 ()."""
     agreed = jnp.max(jnp.asarray(scale, jnp.float32))
     return agreed if axis_name is None else lax.pmax(agreed, axis_name)
-
-
-def _exchange(payload, axis_name):
-    """u8 [R, C, bytes], block r for device r -> [R*C, bytes], block r from device r."""
-    received = lax.all_to_all(payload, axis_name, split_axis=0, concat_axis=0)
-    return received.reshape(-1, payload.shape[-1])
-
-
-def _localize(ids, local_experts, axis_name):
-    local = ids - lax.axis_index(axis_name) * local_experts
-    return jnp.where((ids >= 0) & (local >= 0) & (local < local_experts), local, -1)
 
 
 def _check_dispatch_args(

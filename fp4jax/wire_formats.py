@@ -63,7 +63,7 @@ def to_bytes(arrays: list[Array]) -> UInt8[Array, "t n"]:
     return jnp.concatenate(columns, axis=1)
 
 
-def from_bytes(payload: UInt8[Array, "t n"], like: list[Array]) -> list[Array]:
+def from_bytes(payload: UInt8[Array, "t n"], like: list[Any]) -> list[Array]:
     """Inverse of `to_bytes` for any number of rows; `like` gives widths and dtypes."""
     arrays, start = [], 0
     for a in like:

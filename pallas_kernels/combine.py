@@ -4,7 +4,7 @@ For the devices of one process that reach each other's memory (NVLink), inside `
 lane owns 16 bytes of a token: it loads them from every row of the token, wherever that is, and adds in f32 in the order
 of the columns of the map, rounding where `permute.depermute_combine` rounds. No copy of the rows is written at home.
 
-At the end all devices meet (dispatch.py), so that nobody overwrites rows that others still read. What limits it: the
+At the end all devices meet (meeting.py), so that nobody overwrites rows that others still read. What limits it: the
 links.
 """
 
@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import lanes
-from pallas_kernels.dispatch import meet
+from pallas_kernels.meeting import Meeting
 from pallas_kernels.permute import check_depermute, row_access, sum_of_routes
 from pallas_kernels.quantize import MAX_INDEX, unsigned_div
 from pallas_kernels.row_plan import MAX_DEVICES
@@ -72,7 +72,7 @@ def combine(
     cut = row_access(y.shape[1] * y.dtype.itemsize)
     workers = config.blocks * config.warpgroups
 
-    def body(map_ref, weight_ref, y_ref, out_ref, semaphore):
+    def body(map_ref, weight_ref, y_ref, out_ref, *meeting):
         me = lax.axis_index(axis_name)
         peers = [plgpu.remote_ref(y_ref, jnp.int32(d)) for d in range(devices)]
 
@@ -89,12 +89,12 @@ def combine(
             sum_of_routes(item, load, map_ref, weight_ref, out_ref)
 
         lax.fori_loop(0, -(-tokens * cut.items // (workers * lanes.LANES)), step, None)
-        meet(semaphore, devices, config.warpgroups)
+        Meeting(*meeting).meet(devices, config.warpgroups)
 
     return lanes.kernel(
         body,
         jax.ShapeDtypeStruct((tokens, y.shape[1]), y.dtype),
         grid=config.blocks,
-        scratch_types=[plgpu.SemaphoreType.REGULAR],
+        scratch_types=Meeting.scratch(config.warpgroups),
         warpgroups=config.warpgroups,
     )(send_map.astype(jnp.int32), weights.astype(jnp.float32), y)

@@ -233,17 +233,29 @@ def prefix_sum(x: jax.Array, scratch_ref: Any, at: int) -> tuple[jax.Array, jax.
 
     The totals of the warps meet in `scratch_ref[at : at + 4]`, i32 in shared memory.
     """
+    return prefix_sums([x], scratch_ref, at)[0]
+
+
+def prefix_sums(many: Sequence[jax.Array], scratch_ref: Any, at: int) -> list[tuple[jax.Array, jax.Array]]:
+    """`prefix_sum` of several lane arrays with two barriers in all; 4 words of `scratch_ref` for each."""
     lane, warp = lane_index() & 31, lane_index() >> 5
-    for step in (1, 2, 4, 8, 16):
-        x = x + jnp.where(lane >= step, _from_lane_below(x, step), 0)
+    sums = []
+    for x in many:
+        for step in (1, 2, 4, 8, 16):
+            x = x + jnp.where(lane >= step, _shuffle(x, "up", step, 0), 0)
+        sums.append(x)
     sync()  # whoever still reads what is there
-    scatter(scratch_ref, at + warp, [x.astype(jnp.uint32)], where=lane == 31)
+    for i, x in enumerate(sums):
+        scatter(scratch_ref, at + 4 * i + warp, [x.astype(jnp.uint32)], where=lane == 31)
     sync()
-    before = jnp.int32(0)
-    for w in range(LANES // 32):
-        x = x + jnp.where(warp == w, before, 0)
-        before = before + scratch_ref[at + w]
-    return x, before
+    found = []
+    for i, x in enumerate(sums):
+        before = jnp.int32(0)
+        for w in range(LANES // 32):
+            x = x + jnp.where(warp == w, before, 0)
+            before = before + scratch_ref[at + 4 * i + w]
+        found.append((x, before))
+    return found
 
 
 def largest(x: jax.Array, scratch_ref: Any, at: int) -> jax.Array:
@@ -256,11 +268,6 @@ def largest(x: jax.Array, scratch_ref: Any, at: int) -> jax.Array:
     for w in range(LANES // 32):
         x = jnp.maximum(x, scratch_ref[at + w])
     return x
-
-
-def _from_lane_below(x, step):
-    """The value of the lane `step` below within the warp; anything in the first lanes."""
-    return _shuffle(x, "up", step, 0)
 
 
 def _shuffle(x, kind, step, clamp):

@@ -19,6 +19,7 @@ from pallas_kernels.schedule import H100_SMS
 
 MAX_DEVICES = 8
 MAX_SLOTS = 15  # a token's routes to one device are counted in 4 bits
+_FEW_TILES = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,7 @@ class RowPlan:
         self.per_block = -(-routes.tokens // config.blocks)
         self.tiles = -(-self.per_block // lanes.LANES)
         self.table = self.tiles * lanes.LANES * routes.columns
-        self.words = self.table + 4  # and what prefix sums need
+        self.words = self.table + 8 * routes.devices  # and what prefix sums need
 
     def scratch(self) -> Any:
         """Shared memory for the rows, and for making them."""
@@ -86,7 +87,7 @@ class RowPlan:
             index = tile * lanes.LANES + lanes.lane_index()
             _, needed = self.load(ids_ref, first + index, index < number)
             totals = [t + n for t, n in zip(totals, needed, strict=True)]
-        return [lanes.prefix_sum(t, scratch, at)[1] for t in totals]
+        return [total for _, total in lanes.prefix_sums(totals, scratch, at)]
 
     def fill(self, ids_ref: Any, counts_ref: Any, scratch: Any, map_ref: Any, writes_map: jax.Array) -> list[jax.Array]:
         """Puts the rows of this block's tokens into `scratch` and, where told to, `map_ref`; -> rows of all tokens.
@@ -108,7 +109,13 @@ class RowPlan:
                 token = i * lanes.LANES + lanes.lane_index()
                 return add(carry, self.load(ids_ref, token, token < r.tokens)[1], token < first)
 
-            before, all_ = lax.fori_loop(0, -(-r.tokens // lanes.LANES), step, (zero, zero))
+            before, all_ = zero, zero
+            tiles = -(-r.tokens // lanes.LANES)
+            if tiles <= _FEW_TILES:  # all loads at once
+                for i in range(tiles):
+                    before, all_ = step(i, (before, all_))
+            else:
+                before, all_ = lax.fori_loop(0, tiles, step, (before, all_))
         else:
             before, all_ = zero, zero
             for tile in range(-(-self.config.blocks // lanes.LANES)):
@@ -119,14 +126,14 @@ class RowPlan:
                     for d in range(r.devices)
                 ]
                 before, all_ = add((before, all_), needed, block < lanes.block_index())
-        start = [lanes.prefix_sum(b, scratch, at)[1] for b in before]
-        totals = [lanes.prefix_sum(a, scratch, at)[1] for a in all_]
+        sums = [total for _, total in lanes.prefix_sums([*before, *all_], scratch, at)]
+        start, totals = sums[: r.devices], sums[r.devices :]
 
         for tile in range(self.tiles):
             index = tile * lanes.LANES + lanes.lane_index()
             valid = index < number
             owners, needed = self.load(ids_ref, first + index, valid)
-            ends = [lanes.prefix_sum(n, scratch, at) for n in needed]
+            ends = lanes.prefix_sums(needed, scratch, at)
             place = [s + end - n for s, (end, _), n in zip(start, ends, needed, strict=True)]
             start = [s + total for s, (_, total) in zip(start, ends, strict=True)]
             rows = self._rows(owners, needed, place)
@@ -169,5 +176,5 @@ def counts_of_blocks(ids: jax.Array, plan: RowPlan, *, interpret: Any = None) ->
 
     out = jax.ShapeDtypeStruct((plan.config.blocks, devices), jnp.int32)
     return lanes.kernel(
-        body, out, grid=plan.config.blocks, scratch_types=[plgpu.SMEM((4,), jnp.int32)], interpret=interpret
+        body, out, grid=plan.config.blocks, scratch_types=[plgpu.SMEM((4 * devices,), jnp.int32)], interpret=interpret
     )(ids)

@@ -207,3 +207,12 @@ def test_a_named_kernel_needs_gpus(make_mesh):
     ):
         with pytest.raises(NotImplementedError, match="GPU"):
             jax.jit(jax.shard_map(body, mesh=make_mesh(2), in_specs=P("ep"), out_specs=P("ep")))(x, ids)
+
+
+def test_several_hosts_pack_in_one_kernel_for_one_all_to_all(monkeypatch):
+    x, ids, weights = struct((128, 7168), jnp.bfloat16), struct((128, 8), jnp.int32), struct((128, 8), jnp.float32)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for form in ("per_peer", "per_slot"):
+        text = lowered_text(4, there_and_back(form, "nvfp4", 64), x, ids, weights)
+        assert text.count("stablehlo.all_to_all") == 2
+        assert text.count("@mosaic_gpu_v2") == 2  # pack, depermute

@@ -18,7 +18,7 @@ LAYERS = (
     {"nvfp4", "scale_layout"},
     {"packed_weights"},
     {"routing", "permute", "grouped_gemm", "swiglu", "block_fp8", "wire_formats"},
-    {"gemm_swiglu"},
+    {"gemm_swiglu", "all_to_all"},
     {"expert_parallel"},
     {"moe"},
     {"layers"},

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, PartitionSpec as P
 
 import oracles
 from fp4jax.expert_parallel import combine, dispatch
@@ -155,6 +155,37 @@ def test_tokens_that_are_quantized_already(make_mesh, rng, devices, global_scale
             return jax.tree.map(lambda a: a if a.ndim else a[None], d)
 
         results.append(jax.device_get(sharded(make_mesh(devices), body, (specs, EP, EP))(t, ids, weights)))
+    check_same(*results)
+
+
+@pytest.mark.parametrize("devices", DEVICES)
+@pytest.mark.parametrize("form", ["per_peer", "per_slot"])
+@pytest.mark.parametrize(
+    ("wire", "hidden", "tokens", "k", "routing"),
+    [("nvfp4", 7168, 37, 8, "random"), ("nvfp4", 512, 3001, 3, "bad"), ("bf16", 64, 515, 5, "skewed")],
+)
+def test_a_kernel_packs_for_one_all_to_all(make_mesh, rng, devices, form, wire, hidden, tokens, k, routing):
+    """What several hosts do: a second mesh axis keeps the kernels from storing to peers."""
+    experts = 16
+    x = jnp.asarray(rng.standard_normal((devices * tokens, hidden)), jnp.bfloat16)
+    ids = make_ids(rng, routing, devices, tokens, k, experts).reshape(-1, k)
+    weights = rng.random(ids.shape).astype(np.float32)
+    options = dict(num_experts=experts, form=form, wire_format=wire)
+    if wire == "nvfp4":
+        options["global_scale"] = "per_token"
+    mesh = jax.make_mesh((1, devices), ("host", "ep"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:devices])
+    results = []
+    for implementation in (None, XLA):
+
+        def body(x, ids, weights, implementation=implementation):
+            d = dispatch(x, ids, weights, implementation=implementation, **options)
+            return jax.tree.map(lambda a: a if a.ndim else a[None], d)
+
+        fn = sharded(mesh, body)
+        text = fn.lower(x, ids, weights).as_text()
+        assert text.count("stablehlo.all_to_all") == 1
+        assert ("mosaic_gpu" in text) == (implementation is None)
+        results.append(jax.device_get(fn(x, ids, weights)))
     check_same(*results)
 
 

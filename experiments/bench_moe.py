@@ -1,0 +1,179 @@
+"""The expert layer across devices: 4-bit weights, activations and wire against bf16, stage by stage.
+
+    python experiments/bench_moe.py                                    # every model and size; some minutes on a node
+    python experiments/bench_moe.py --models=deepseek-v3 --tokens=16,128,4096 --ranks=4
+    JAX_NUM_CPU_DEVICES=2 JAX_PLATFORMS=cpu python experiments/bench_moe.py      # a tiny layer: how it runs
+
+Layers, one per row: "nvfp4" (the library: --wire_format, nvfp4 unless told otherwise, kernels wherever they serve),
+"nvfp4 nccl" (the same around one all_to_all), "bf16" (JAX's Pallas ragged dot between our dispatch, permute, SwiGLU,
+depermute and combine), "bf16 jax" (the same ragged dot, all_to_all and XLA for the rest). Time per layer of a program
+of many layers one after the other; stages from a profile of one layer; floors: a sum over stages of the bytes or FLOPs
+of each over what the memory, the link or a large matrix product reach. Writes bench_moe.json and bench_moe.png.
+"""
+
+import os
+
+os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # no NVLink multicast
+
+import functools
+import itertools
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags
+from jax.sharding import AxisType, PartitionSpec as P
+from tqdm import tqdm
+
+from experiments import flags as shared_flags, moe_cases
+from experiments.chained_steps import time_steps
+from experiments.stage_times import compiler_options, stage_times
+from fp4jax import benchmarking, wire_bytes
+
+_MODELS = flags.DEFINE_list("models", None, f"Of {', '.join(moe_cases.MODELS)}; default: all but tiny (CPU: tiny).")
+_TOKENS = flags.DEFINE_list("tokens", None, "Tokens per device; default: 16,128,1024,4096 (CPU: 32).")
+_RANKS = flags.DEFINE_list("ranks", None, "Numbers of devices; default: all of 2, 4, 8 that there are.")
+_LAYERS = flags.DEFINE_list("layers", None, "Of nvfp4, nvfp4 nccl, bf16, bf16 jax; default: all.")
+_REPEATS = flags.DEFINE_integer("repeats", 5, "Timed calls per layer, of which the median counts.", lower_bound=1)
+_PROFILE = flags.DEFINE_bool("profile", True, "Also measure the stages.")
+_OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Folder for JSON and PNG; default: output/bench_moe.")
+
+LAYERS = ("nvfp4", "nvfp4 nccl", "bf16", "bf16 jax")
+_INPUTS = (
+    "normal bf16 tokens, distinct experts per token drawn uniformly with a fixed seed, random 4-bit weights and the "
+    "same in bf16; worst-case buffers between devices, room for 1.25 x the average rows in front of the experts "
+    "(decode of nvfp4: masked, worst case)"
+)
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    shared_flags.join_processes()
+    wire = shared_flags.wire_format("nvfp4")
+    gpu = benchmarking.on_gpu()
+    models = _choices("models", _MODELS.value, moe_cases.MODELS, moe_cases.MODELS[:-1] if gpu else ("tiny",))
+    layers = _choices("layers", _LAYERS.value, LAYERS, LAYERS)
+    tokens = _integers("tokens", _TOKENS.value or ((16, 128, 1024, 4096) if gpu else (32,)))
+    ranks = _integers("ranks", _RANKS.value or [n for n in (2, 4, 8) if n <= jax.device_count()])
+    if not ranks or max(ranks) > jax.device_count() or min(ranks) < 2:
+        raise app.UsageError(f"--ranks: needs 2 devices or more, JAX sees {jax.device_count()}, asked for {ranks}")
+    ceilings = benchmarking.measure_ceilings()
+    folder = Path(_OUTPUT_DIR.value or "output/bench_moe")
+    rows: list[dict[str, Any]] = []
+    cells = list(itertools.product(ranks, models, tokens))
+    progress = tqdm(cells, unit="cell", disable=jax.process_index() > 0)
+    for n, model, t in progress:
+        progress.set_description(f"{model}, {n} ranks, T={t}")
+        rows += run_cell(moe_cases.make_shape(model, n, t), wire, layers, ceilings)
+        if jax.process_index() == 0:
+            benchmarking.save_results(folder / "bench_moe.json", "bench_moe", rows, inputs=_INPUTS, ceilings=ceilings)
+    if jax.process_index() > 0:
+        return
+    print(table(rows))
+    plot(rows, folder / "bench_moe.png")
+    print(f"wrote {folder}/bench_moe.json and bench_moe.png")
+
+
+def _choices(name, values, allowed, default):
+    if unknown := set(values or ()) - set(allowed):
+        raise app.UsageError(f"--{name}: {sorted(unknown)} unknown; choose of {list(allowed)}")
+    return list(values or default)
+
+
+def _integers(name, values):
+    try:
+        found = [int(v) for v in values]
+    except ValueError as error:
+        raise app.UsageError(f"--{name}: {error}") from error
+    if found and min(found) < 1:
+        raise app.UsageError(f"--{name} must be positive, got {min(found)}")
+    return found
+
+
+def run_cell(shape: moe_cases.Shape, wire: str, layers: list[str], ceilings) -> list[dict[str, Any]]:
+    """A row for every layer of one shape."""
+    make_mesh = functools.partial(jax.make_mesh, devices=jax.devices()[: shape.ranks])
+    mesh = make_mesh((shape.ranks,), ("ep",), axis_types=(AxisType.Auto,))
+    # With a second axis the kernels that store to peers stand back: what several hosts do.
+    two_axes = make_mesh((1, shape.ranks), ("host", "ep"), axis_types=(AxisType.Auto,) * 2)
+    inputs = moe_cases.make_inputs(shape, mesh, with_dense=any(name.startswith("bf16") for name in layers))
+    rows, us = [], {}
+    for name in layers:
+        quantized = name.startswith("nvfp4")
+        if quantized:
+            layer, experts = moe_cases.nvfp4_layer(shape, wire), inputs.packed
+        else:
+            layer, experts = moe_cases.bf16_layer(shape, own=name == "bf16"), inputs.dense
+        on = two_axes if name.endswith("nccl") else mesh
+        operands = (inputs.x, inputs.ids, inputs.weights, experts)
+        whole = jax.jit(
+            jax.shard_map(lambda *a, f=layer: f(*a)[0], mesh=on, in_specs=P("ep"), out_specs=P("ep"), check_vma=False)
+        )
+        compiled = whole.lower(*operands).compile(compiler_options())
+        wired = wire_bytes(compiled)
+        step = functools.partial(moe_cases.layer_step, layer=layer)
+        us[name] = time_steps(on, step, None, operands, tokens=shape.tokens, repeats=_REPEATS.value)
+        floors = moe_cases.floors_us(shape, wire if quantized else "bf16", ceilings, quantized=quantized)
+        row = {
+            "layer": name, "wire_format": wire if quantized else "bf16", **shape._asdict(), "us": round(us[name], 1),
+            "floor_us": round(sum(floors.values()), 1), "floors_us": {k: round(v, 2) for k, v in floors.items()},
+            "all_to_all_bytes": [a.bytes for a in wired.all_to_alls],
+        }  # fmt: skip
+        if _PROFILE.value:
+            stages = stage_times(compiled, lambda c=compiled, o=operands: c(*o), moe_cases.STAGES)
+            row["stages_us"] = {stage: round(time, 2) for stage, time in stages.items()}
+        rows.append(row)
+    for row in rows:
+        for name in ("bf16", "bf16 jax"):
+            if row["layer"].startswith("nvfp4") and name in us:
+                other = next(r for r in rows if r["layer"] == name)
+                row[f"against {name}"] = round(other["us"] / row["us"], 2)
+                row["against bf16, floors"] = round(other["floor_us"] / row["floor_us"], 2)
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """All rows as aligned text, the stages below each."""
+    head = f"{'model':<14}{'ranks':>5}{'T':>7}  {'layer':<12}{'us':>10}{'floors':>9}"
+    lines = [head + f"{'bf16':>8}{'bf16 jax':>10}{'floors':>8}"]
+    ratio = lambda r, key: f"{r[key]:.2f}x" if key in r else ""  # noqa: E731
+    for r in rows:
+        lines.append(
+            f"{r['model']:<14}{r['ranks']:>5}{r['tokens']:>7}  {r['layer']:<12}{r['us']:>10.1f}{r['floor_us']:>9.1f}"
+            f"{ratio(r, 'against bf16'):>8}{ratio(r, 'against bf16 jax'):>10}{ratio(r, 'against bf16, floors'):>8}"
+        )
+        if "stages_us" in r:
+            lines.append(" " * 28 + ", ".join(f"{stage} {time:.1f}" for stage, time in r["stages_us"].items() if time))
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Time per layer: a group of bars per model and T, the sum of floors as a line across each bar."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    ranks = sorted({r["ranks"] for r in rows})
+    figure, axes = plt.subplots(len(ranks), 1, figsize=(12, 4.5 * len(ranks)), squeeze=False)
+    names = list(dict.fromkeys(r["layer"] for r in rows))
+    for (axis,), n in zip(axes, ranks, strict=True):
+        groups = list(dict.fromkeys((r["model"], r["tokens"]) for r in rows if r["ranks"] == n))
+        for i, name in enumerate(names):
+            chosen = {(r["model"], r["tokens"]): r for r in rows if r["ranks"] == n and r["layer"] == name}
+            place = np.array([g for g, key in enumerate(groups) if key in chosen]) + (i - len(names) / 2) * 0.2
+            some = [chosen[key] for key in groups if key in chosen]
+            axis.bar(place, [r["us"] for r in some], 0.18, label=name)
+            axis.hlines([r["floor_us"] for r in some], place - 0.09, place + 0.09, color="black", linewidth=1)
+        axis.set(yscale="log", ylabel="us per layer", title=f"{n} ranks; lines: sum of floors")
+        axis.set_xticks(range(len(groups)), [f"{model}\nT={t}" for model, t in groups], fontsize=7)
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=90)
+
+
+if __name__ == "__main__":
+    app.run(main)
