@@ -98,24 +98,27 @@ def run_cell(shape: moe_cases.Shape, wire: str, layers: list[str], ceilings) -> 
     mesh = make_mesh((shape.ranks,), ("ep",), axis_types=(AxisType.Auto,))
     # With a second axis the kernels that store to peers stand back: what several hosts do.
     two_axes = make_mesh((1, shape.ranks), ("host", "ep"), axis_types=(AxisType.Auto,) * 2)
-    inputs = moe_cases.make_inputs(shape, mesh, with_dense=any(name.startswith("bf16") for name in layers))
+    weights = moe_cases.make_weights(shape, mesh, with_dense=any(name.startswith("bf16") for name in layers))
+    x, ids, topk_weights = moe_cases.make_tokens(shape, mesh)
     rows, us = [], {}
     for name in layers:
         quantized = name.startswith("nvfp4")
         if quantized:
-            layer, experts = moe_cases.nvfp4_layer(shape, wire), inputs.packed
+            layer, experts = moe_cases.nvfp4_layer(shape, wire), weights.packed
         else:
-            layer, experts = moe_cases.bf16_layer(shape, own=name == "bf16"), inputs.dense
+            layer, experts = moe_cases.bf16_layer(shape, own=name == "bf16"), weights.dense
         on = two_axes if name.endswith("nccl") else mesh
-        operands = (inputs.x, inputs.ids, inputs.weights, experts)
+        operands = (x, ids, topk_weights, experts)
         whole = jax.jit(
             jax.shard_map(lambda *a, f=layer: f(*a)[0], mesh=on, in_specs=P("ep"), out_specs=P("ep"), check_vma=False)
         )
         compiled = whole.lower(*operands).compile(compiler_options())
         wired = wire_bytes(compiled)
-        step = functools.partial(moe_cases.layer_step, layer=layer)
-        us[name] = time_steps(on, step, None, operands, tokens=shape.tokens, repeats=_REPEATS.value)
         floors = moe_cases.floors_us(shape, wire if quantized else "bf16", ceilings, quantized=quantized)
+        step = functools.partial(moe_cases.layer_step, layer=layer)
+        us[name] = time_steps(
+            on, step, None, operands, unrolled=2, about_us=sum(floors.values()), repeats=_REPEATS.value
+        )
         row = {
             "layer": name, "wire_format": wire if quantized else "bf16", **shape._asdict(), "us": round(us[name], 1),
             "floor_us": round(sum(floors.values()), 1), "floors_us": {k: round(v, 2) for k, v in floors.items()},

@@ -17,20 +17,30 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from fp4jax import benchmarking
 
-# Tokens per device up to which: steps in the body of a loop, rounds of it.
-_STEPS = ((512, 12, 16), (2048, 8, 12), (8192, 8, 8), (1 << 30, 4, 6))
+# Milliseconds that a call should take at least, next to some 0.2 ms of the host.
+_CALL_MS = 6
 
 
 def time_steps(
-    mesh: Mesh, step: Callable[..., Any], state: Any, operands: Any, *, tokens: int, repeats: int, axis: str = "ep"
+    mesh: Mesh,
+    step: Callable[..., Any],
+    state: Any,
+    operands: Any,
+    *,
+    unrolled: int,
+    about_us: float,
+    repeats: int,
+    axis: str = "ep",
 ) -> float:
-    """Microseconds per step on the mesh: median over `repeats` calls of 24 to 192 steps, fewer the more tokens.
+    """Microseconds per step on the mesh: median over `repeats` calls of `unrolled` steps in the body of a loop.
+
+    about_us: a guess of a step's time, which says how many rounds the loop takes.
 
     step(state, operands, zero, ranks=devices) -> (next state, results), inside shard_map with everything sharded over
     `axis`. state None: an i32 number, 0 at first. A step must use it, times `zero` (which no compiler knows), and
     make the next one of its results.
     """
-    unrolled, loops = next(steps for limit, *steps in _STEPS if tokens <= limit)
+    loops = max(1, round(1e3 * _CALL_MS / (unrolled * about_us)))
     if not benchmarking.on_gpu():
         unrolled, loops = 2, 1
     ranks = mesh.shape[axis]

@@ -65,50 +65,73 @@ def make_shape(model: str, ranks: int, tokens: int) -> Shape:
     return Shape(model, ranks, tokens, hidden, intermediate, min(experts, 64 * ranks), top_k)
 
 
-class Inputs(NamedTuple):
-    """x bf16 [ranks * T, H], ids and weights [ranks * T, k], packed and dense expert weights, sharded over `ep`."""
-
-    x: Any
-    ids: Any
-    weights: Any
-    packed: MoEWeights
-    dense: tuple[Any, Any]
+_ACTIVATION_SCALE = 6 / 2688  # static, as checkpoints bring it: values up to 6
 
 
-def make_inputs(shape: Shape, mesh: Mesh, *, with_dense: bool) -> Inputs:
-    """Normal tokens, distinct experts per token drawn uniformly with a fixed seed; the same weights on every device."""
+class Weights(NamedTuple):
+    """Expert weights, sharded over `ep`: packed, with scales of GEMM 2's operand; and dense in bf16 (or empty)."""
+
+    packed: tuple[Any, ...]
+    dense: tuple[Any, ...]
+
+
+def make_tokens(shape: Shape, mesh: Mesh) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """x bf16 [ranks * T, H], normal; ids, distinct experts per token drawn uniformly with a fixed seed; weights."""
     sharding = NamedSharding(mesh, P("ep"))
     rng = np.random.default_rng(0)
     tokens = shape.ranks * shape.tokens
     ids = np.argsort(rng.random((tokens, shape.experts)), axis=-1)[:, : shape.top_k].astype(np.int32)
     weights = rng.random((tokens, shape.top_k)).astype(np.float32)
     weights /= weights.sum(axis=1, keepdims=True)
-    put = lambda a: jax.make_array_from_callback(a.shape, sharding, lambda index: a[index])  # noqa: E731
-    x = put(rng.standard_normal((tokens, shape.hidden)).astype(jnp.bfloat16))
+    x = rng.standard_normal((tokens, shape.hidden), np.float32).astype(jnp.bfloat16)
+    x, ids, weights = (
+        jax.make_array_from_callback(a.shape, sharding, lambda index, a=a: a[index]) for a in (x, ids, weights)
+    )
+    return x, ids, weights
+
+
+def make_weights(shape: Shape, mesh: Mesh, *, with_dense: bool) -> Weights:
+    """Random, the same on every device; kept for the next shape of the same layer."""
+    key = (*shape._replace(tokens=0), with_dense)
+    if key not in _made:
+        _made.clear()
+        _made[key] = _make_weights(shape, mesh, with_dense)
+    return _made[key]
+
+
+_made: dict[Any, Weights] = {}
+
+
+def _make_weights(shape, mesh, with_dense):
+    sharding, local = NamedSharding(mesh, P("ep")), shape.local_experts
 
     def everywhere(leaf):
         whole = (shape.ranks * leaf.shape[0], *leaf.shape[1:])
         mine = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
         return jax.make_array_from_single_device_arrays(whole, sharding, [jax.device_put(leaf, d) for d in mine])
 
-    local = shape.local_experts
     gemm_1 = random_weights(local, 2 * shape.intermediate, shape.hidden)
     gemm_2 = random_weights(local, shape.hidden, shape.intermediate)
     # Random codes and scales are of size 5: scaled so that the layer neither grows nor shrinks its input much.
     gemm_1, gemm_2 = (PackedWeights(w.words, w.global_scale / (5 * w.shape[2] ** 0.5)) for w in (gemm_1, gemm_2))
     dense = (densify(gemm_1)[0], densify(gemm_2)[0]) if with_dense else ()
-    packed = MoEWeights(*(jax.tree.map(everywhere, w) for w in (gemm_1, gemm_2)))
-    return Inputs(x, put(ids), put(weights), packed, tuple(everywhere(w) for w in dense))
+    packed = (gemm_1, gemm_2, jnp.full((local, 1, 1), _ACTIVATION_SCALE, jnp.float32))
+    return Weights(jax.tree.map(everywhere, packed), tuple(everywhere(w) for w in dense))
 
 
 def nvfp4_layer(shape: Shape, wire_format: str):
-    """(x, ids, weights, MoEWeights) -> y with 4-bit weights and activations, as the library runs it."""
+    """(x, ids, weights, packed weights) -> y with 4-bit weights and activations, as the library runs it."""
     prefill = shape.rows > 128 * shape.local_experts
     config = MoEConfig(
         num_experts=shape.experts, axis_name="ep", wire_format=wire_format,
         layout="contiguous" if prefill else "masked", capacity=shape.capacity if prefill else None,
     )  # fmt: skip
-    return lambda x, ids, weights, experts: moe_layer(x, ids, weights, experts, config)
+
+    def layer(x, ids, weights, packed):
+        w13, w2, scale_2 = packed
+        return moe_layer(x, ids, weights, MoEWeights(w13, w2, jnp.float32(_ACTIVATION_SCALE), scale_2), config)
+
+    return layer
 
 
 def bf16_layer(shape: Shape, *, own: bool):

@@ -26,8 +26,9 @@ class MoEWeights(NamedTuple):
     """Expert weights of one device, L local experts.
 
     w13 [L, 2I, H] (gate rows first) and w2 [L, H, I]: PackedWeights (what the kernel on Hopper takes), NVFP4Tensor, or
-    bf16 / f32 arrays. input_scale_1: f32 decode scale of the tokens, (); per-expert scales [L, 1, 1] are reduced to
-    their maximum over all devices. input_scale_2: f32 [L, 1, 1]. None = a dynamic scale per token.
+    bf16 / f32 arrays. input_scale_1: f32 decode scale of the tokens, (), the same on every device; per-expert scales
+    [L, 1, 1] are reduced to their maximum over all devices, in every call. input_scale_2: f32 [L, 1, 1]. None = a
+    dynamic scale per token.
     """
 
     w13: Any
@@ -99,7 +100,9 @@ def moe_layer(
     if x.shape[0] == 0:  # on every device, as shapes are the same there: no device waits for another's collective
         return x, MoEStats(jnp.int32(0))
     axis, scope = config.axis_name, jax.named_scope
-    scale_1 = None if weights.input_scale_1 is None else agree_global_scale(weights.input_scale_1, axis)
+    scale_1 = weights.input_scale_1
+    if scale_1 is not None and scale_1.ndim:  # a scalar is the same on all devices: no collective
+        scale_1 = agree_global_scale(scale_1, axis)
     global_scale = "per_token" if scale_1 is None else scale_1
     to_nvfp4 = functools.partial(quantize, global_scale=global_scale, implementation=config.implementation)
     rows, ids, row_weights, dispatched = x, topk_ids, topk_weights, None

@@ -2,13 +2,13 @@
 
 For the devices of one process that reach each other's memory (NVLink). Inside `jax.shard_map` over one mesh axis.
 
-A block of threads owns a run of consecutive tokens. Every warpgroup works out for itself to which row of which peer
-they go (`RowPlan`: counts of all earlier tokens, then a prefix sum over its own), makes one token's row after the other
-in one of two buffers of shared memory, quantizing where that is asked for, and lets the copy engine send it to all of
-its destinations while it makes the next one. Ids and weights, a few words, are stored by the lanes themselves. At the
-end it waits for its stores, signals every peer and waits for the signals of all of them: block b of one device meets
-block b of the others. XLA puts a barrier between the devices in front of such a kernel, so that nobody's buffers are
-written while they still hold something else.
+A block of threads owns a run of consecutive tokens. One of its warpgroups works out to which row of which peer they go
+(`RowPlan`: counts of all earlier tokens, then a prefix sum over its own) and stores ids and weights there. The others,
+meanwhile, make one token's row after the other in one of two buffers of shared memory each, quantizing where that is
+asked for, and let the copy engine send it to all of its destinations while they make the next one. At the end a block
+waits for its stores, signals every peer and waits for the signals of all of them: block b of one device meets block b
+of the others. XLA puts a barrier between the devices in front of such a kernel, so that nobody's buffers are written
+while they still hold something else.
 
 Rows of one sender are in token order, then slot order, as `route_metadata` would place them. What limits it: the links
 from some thousand tokens on, below that the barrier, the signals and the launch, about 15 us together.
@@ -64,11 +64,12 @@ def check_pack(
     sent = row_maker(parts, quantize_scale).sent
     if routes.devices * routes.capacity * max(routes.k, *(p.shape[1] for p in sent)) >= MAX_INDEX:
         return f"{routes.devices * routes.capacity} rows exceed the kernel's 32-bit indices"
-    if not (1 <= config.blocks <= H100_SMS and 1 <= config.warpgroups <= 8):
-        return f"blocks must be 1..{H100_SMS} and warpgroups 1..8, got {config}"
-    shared = _STAGES * sum(p.shape[1] * p.dtype.itemsize for p in sent) + 4 * RowPlan(routes, config).words
-    if config.warpgroups * shared > _MAX_SHARED_BYTES:
-        return f"{config.warpgroups} warpgroups need {shared} bytes of shared memory each"
+    if not (1 <= config.blocks <= H100_SMS and 1 <= config.warpgroups <= 7):
+        return f"blocks must be 1..{H100_SMS} and warpgroups 1..7, got {config}"
+    row_bytes = sum(p.shape[1] * p.dtype.itemsize for p in sent)
+    shared = config.warpgroups * _STAGES * row_bytes + 4 * RowPlan(routes, config).words
+    if shared > _MAX_SHARED_BYTES:
+        return f"{config.warpgroups} warpgroups with rows of {row_bytes} bytes need {shared} bytes of shared memory"
     return None
 
 
@@ -159,7 +160,7 @@ class _Kernel:
             types += [(self.ids_per_row, t) for t in (jnp.int32, jnp.float32)[: 1 + self.with_weights]]
             targets = [jax.ShapeDtypeStruct((r.devices, r.capacity, n), t) for n, t in types]
             buffers = [plgpu.SMEM((config.warpgroups * _STAGES, p.shape[1]), p.dtype) for p in self.big]
-            meeting = Meeting.scratch(config.warpgroups)
+            meeting = Meeting.scratch(config.warpgroups + 1)
 
         def body(*refs):
             refs = list(refs)
@@ -167,79 +168,103 @@ class _Kernel:
             sources, (ids_ref,) = take(len(self.maker.operands)), take(1)
             weights_ref, counts_ref = take(self.with_weights), take(counted)
             target_refs, (map_ref,), buffer_refs = take(len(targets)), take(1), take(len(buffers))
-            (plan_smem,) = take(1)
+            plan_smem, planned = take(2)
             target = (_Peers if refs else _Payload)(self, target_refs)
-            self._send_all(sources, ids_ref, weights_ref, counts_ref, map_ref, buffer_refs, plan_smem, target)
+            self._send_all(sources, ids_ref, weights_ref, counts_ref, map_ref, buffer_refs, plan_smem, planned, target)
             if refs:
-                Meeting(*refs).meet(r.devices, config.warpgroups)
+                Meeting(*refs).meet(r.devices, config.warpgroups + 1)
 
+        scratch = [*buffers, self.plan.scratch(4 * config.warpgroups), plgpu.Barrier(num_arrivals=1), *meeting]
         return lanes.kernel(
-            body, (*targets, send_map), grid=config.blocks, warpgroups=config.warpgroups,
-            scratch_types=[*buffers, self.plan.scratch(), *meeting],
-        )(*operands)  # fmt: skip
+            body, (*targets, send_map), grid=config.blocks, warpgroups=config.warpgroups + 1, scratch_types=scratch
+        )(*operands)
 
-    def _send_all(self, sources, ids_ref, weights_ref, counts_ref, map_ref, buffers, plan_smem, target):
-        r, plan, config = self.routes, self.plan, self.config
-        warpgroup = lanes.warpgroup_index() if config.warpgroups > 1 else jnp.int32(0)
-        rows, scratch = plan_smem.at[warpgroup], plan_smem.at[warpgroup, plan.table : plan.words]
-        first, number = plan.tokens_of_block()
+    def _send_all(self, sources, ids_ref, weights_ref, counts_ref, map_ref, buffers, plan_smem, planned, target):
+        """One warpgroup plans and sends what the plan alone says; the others make rows and send them."""
+        warpgroup = lanes.warpgroup_index()
+
+        @pl.when(warpgroup == self.config.warpgroups)
+        def _():
+            totals = self.plan.fill(ids_ref, counts_ref[0] if counts_ref else None, plan_smem, map_ref)
+            plgpu.barrier_arrive(planned)
+            self._send_words(plan_smem, ids_ref, weights_ref, target)
+            self._blank(totals, target)
+
+        @pl.when(warpgroup < self.config.warpgroups)
+        def _():
+            self._send_rows(warpgroup, sources, buffers, plan_smem, planned, target)
+
+    def _send_rows(self, mover, sources, buffers, rows, planned, target):
+        r, movers = self.routes, self.config.warpgroups
+        first, number = self.plan.tokens_of_block()
+        scratch = rows.at[pl.ds(self.plan.words + 4 * mover, 4)]
 
         def load(i):
-            local = warpgroup + i * config.warpgroups
+            local = mover + i * movers
             return tuple(self.maker.load(sources, first + local, local < number))
 
-        start = load(0)  # on its way while the plan is made
-        totals = plan.fill(ids_ref, counts_ref[0] if counts_ref else None, rows, map_ref, warpgroup == 0)
-
         def send(i, loaded):
-            local = warpgroup + i * config.warpgroups
-            stage = warpgroup * _STAGES + lax.rem(i, _STAGES)
+            local, stage = mover + i * movers, mover * _STAGES + lax.rem(i, _STAGES)
             following = load(i + 1)
             plgpu.wait_smem_to_gmem(_STAGES - 1, wait_read_only=True)
             singles = self.maker.store(sources, loaded, buffers, stage, scratch)
             plgpu.commit_smem()
+
+            @pl.when(i == 0)
+            def _():
+                plgpu.barrier_wait(planned)
+
             for j in range(r.columns):
                 row = rows[local * r.columns + j]
                 device = lax.div(jnp.maximum(row, 0), jnp.int32(r.capacity))
                 place = jnp.maximum(row, 0) - device * r.capacity
                 target.copy([b.at[stage] for b in buffers], device, place, row >= 0)
             plgpu.commit_smem_to_gmem_group()
-            self._send_words(first + local, local, rows, ids_ref, weights_ref, singles, target)
+            if singles:
+                column = lanes.lane_index()
+                (row,) = lanes.gather(rows, local * r.columns + column, where=column < r.columns)
+                sends, device, place = self._destination(row, column < r.columns)
+                for single, value in enumerate(singles):
+                    target.store(single, device, place, jnp.int32(0), value, sends)
             return following
 
-        mine = lax.div(jnp.maximum(number - warpgroup + config.warpgroups - 1, 0), jnp.int32(config.warpgroups))
-        lax.fori_loop(0, mine, send, start)
-        self._blank(totals, warpgroup, target)
+        mine = lax.div(jnp.maximum(number - mover + movers - 1, 0), jnp.int32(movers))
+        lax.fori_loop(0, mine, send, load(0))
         plgpu.wait_smem_to_gmem(0)
 
-    def _send_words(self, token, local, rows, ids_ref, weights_ref, singles, target):
-        """Lane (column, slot): an id and a weight of the row that goes there; slot 0 the single values too."""
-        r, per_row = self.routes, self.ids_per_row
-        for start in range(0, r.columns * per_row, lanes.LANES):
-            item = start + lanes.lane_index()
-            column = unsigned_div(item, per_row)
-            slot = item - column * per_row
-            (row,) = lanes.gather(rows, local * r.columns + column, where=column < r.columns)
-            row = row.astype(jnp.int32)
-            sends = (column < r.columns) & (row >= 0)
-            device = unsigned_div(jnp.maximum(row, 0), r.capacity)
-            place = row - device * r.capacity
-            source = token * r.k + (slot if self.with_weights else column)
-            (expert,) = lanes.gather(ids_ref, source, where=sends)
-            words = [(single, slot == 0) for single in singles]
-            words.append((target.id_of(expert.astype(jnp.int32), device).astype(jnp.uint32), sends))
-            words += [(lanes.gather(w, source, where=sends)[0], sends) for w in weights_ref]
-            for i, (word, where) in enumerate(words):
-                at = jnp.where(where, slot, 0) if i < len(singles) else slot
-                target.store(i, device, place, at, word, sends & where)
+    def _destination(self, row, where):
+        """Of rows of the plan: whether they exist, device, place there; lane arrays."""
+        row = row.astype(jnp.int32)
+        device = unsigned_div(jnp.maximum(row, 0), self.routes.capacity)
+        return where & (row >= 0), device, row - device * self.routes.capacity
 
-    def _blank(self, totals, warpgroup, target):
+    def _send_words(self, rows, ids_ref, weights_ref, target):
+        """Lane (token, column, slot): an id and a weight of the row that goes there."""
+        r, per_row = self.routes, self.ids_per_row
+        first, number = self.plan.tokens_of_block()
+
+        def step(i, _):
+            item = i * lanes.LANES + lanes.lane_index()
+            place_in_plan = unsigned_div(item, per_row)
+            slot = item - place_in_plan * per_row
+            local = unsigned_div(place_in_plan, r.columns)
+            (row,) = lanes.gather(rows, place_in_plan, where=local < number)
+            sends, device, place = self._destination(row, local < number)
+            column = place_in_plan - local * r.columns
+            source = (first + local) * r.k + (slot if self.with_weights else column)
+            words = [lanes.gather(ref, source, where=sends)[0] for ref in (ids_ref, *weights_ref)]
+            words[0] = target.id_of(words[0].astype(jnp.int32), device).astype(jnp.uint32)
+            for j, word in enumerate(words):
+                target.store(len(self.singles) + j, device, place, slot, word, sends)
+
+        lax.fori_loop(0, lax.div(number * r.columns * per_row + lanes.LANES - 1, jnp.int32(lanes.LANES)), step, None)
+
+    def _blank(self, totals, target):
         """Ids of -1 into the rows that nobody fills."""
         r, per_row = self.routes, self.ids_per_row
-        worker = lanes.block_index() * self.config.warpgroups + warpgroup
-        stride = self.config.blocks * self.config.warpgroups * lanes.LANES
+        stride = self.config.blocks * lanes.LANES
         for d, total in enumerate(totals):
-            begin = jnp.minimum(total, r.capacity) * per_row + worker * lanes.LANES
+            begin = jnp.minimum(total, r.capacity) * per_row + lanes.block_index() * lanes.LANES
 
             def blank(i, _, d=d, begin=begin):
                 word = begin + i * stride + lanes.lane_index()

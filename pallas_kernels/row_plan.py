@@ -19,12 +19,12 @@ from pallas_kernels.schedule import H100_SMS
 
 MAX_DEVICES = 8
 MAX_SLOTS = 15  # a token's routes to one device are counted in 4 bits
-_FEW_TILES = 2
+_FEW_TILES = 8  # of 128 tokens, whose ids are loaded all at once
 
 
 @dataclasses.dataclass(frozen=True)
 class TuningConfig:
-    """blocks: of threads, all at work at once. warpgroups: of a block."""
+    """blocks: of threads, all at work at once. warpgroups: of a block that make rows; one more plans."""
 
     blocks: int = H100_SMS
     warpgroups: int = 2
@@ -48,7 +48,7 @@ class Routes:
 
 
 class RowPlan:
-    """Which rows the tokens of a block go to; in shared memory, one copy for every warpgroup."""
+    """Which rows the tokens of a block go to; in shared memory."""
 
     def __init__(self, routes: Routes, config: TuningConfig):
         self.routes, self.config = routes, config
@@ -57,9 +57,9 @@ class RowPlan:
         self.table = self.tiles * lanes.LANES * routes.columns
         self.words = self.table + 8 * routes.devices  # and what prefix sums need
 
-    def scratch(self) -> Any:
-        """Shared memory for the rows, and for making them."""
-        return plgpu.SMEM((self.config.warpgroups, self.words), jnp.int32)
+    def scratch(self, more: int = 0) -> Any:
+        """Shared memory for the rows and for making them, and some words more."""
+        return plgpu.SMEM((self.words + more,), jnp.int32)
 
     def tokens_of_block(self) -> tuple[jax.Array, jax.Array]:
         """First token of this block and their number."""
@@ -89,8 +89,8 @@ class RowPlan:
             totals = [t + n for t, n in zip(totals, needed, strict=True)]
         return [total for _, total in lanes.prefix_sums(totals, scratch, at)]
 
-    def fill(self, ids_ref: Any, counts_ref: Any, scratch: Any, map_ref: Any, writes_map: jax.Array) -> list[jax.Array]:
-        """Puts the rows of this block's tokens into `scratch` and, where told to, `map_ref`; -> rows of all tokens.
+    def fill(self, ids_ref: Any, counts_ref: Any, scratch: Any, map_ref: Any) -> list[jax.Array]:
+        """Puts the rows of this block's tokens into `scratch` and `map_ref`; -> rows that all tokens need, per device.
 
         A row is device * capacity + its place there, or -1. counts_ref: what `count` gave every block, or None.
         """
@@ -139,9 +139,7 @@ class RowPlan:
             rows = self._rows(owners, needed, place)
             for j, row in enumerate(rows):
                 lanes.scatter(scratch, index * r.columns + j, [row.astype(jnp.uint32)])
-                lanes.scatter(
-                    map_ref, (first + index) * r.columns + j, [row.astype(jnp.uint32)], where=valid & writes_map
-                )
+                lanes.scatter(map_ref, (first + index) * r.columns + j, [row.astype(jnp.uint32)], where=valid)
         lanes.sync()
         return totals
 

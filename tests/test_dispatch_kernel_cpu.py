@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec as P, use_abstract_mesh
 
 import oracles
@@ -35,7 +34,7 @@ def plan_in_interpret_mode(ids, routes, config, interpret, counted):
     def body(*refs):
         ids_ref, *counts_ref = refs[: len(operands)]
         map_ref, table_ref, totals_ref, rows = refs[len(operands) :]
-        totals = plan.fill(ids_ref, counts_ref[0] if counted else None, rows, map_ref, jnp.bool_(True))
+        totals = plan.fill(ids_ref, counts_ref[0] if counted else None, rows, map_ref)
         lane = lanes.lane_index()
         (word,) = lanes.gather(rows, lane)
         lanes.scatter(table_ref, lanes.block_index() * lanes.LANES + lane, [word])
@@ -48,7 +47,7 @@ def plan_in_interpret_mode(ids, routes, config, interpret, counted):
         struct((config.blocks, lanes.LANES), jnp.int32),  # the first rows, which are all
         struct((config.blocks, routes.devices), jnp.int32),
     )
-    scratch = [plgpu.SMEM((plan.words,), jnp.int32)]
+    scratch = [plan.scratch()]
     got = lanes.kernel(body, out, grid=config.blocks, scratch_types=scratch, interpret=interpret)(*operands)
     return [np.asarray(a) for a in got], plan
 
@@ -166,8 +165,8 @@ def test_moe_layer_exchanges_without_a_collective():
         (dict(k=16), TuningConfig(), "1 to 15 slots"),
         (dict(capacity=2**22), TuningConfig(), "32-bit"),
         (dict(), TuningConfig(133), "blocks must be"),
-        (dict(), TuningConfig(132, 9), "warpgroups 1..8"),
-        (dict(tokens=132 * 2048, capacity=1), TuningConfig(132, 8), "shared memory"),
+        (dict(), TuningConfig(132, 8), "warpgroups 1..7"),
+        (dict(tokens=132 * 12288, capacity=1), TuningConfig(132, 7), "shared memory"),
     ],
 )
 def test_dispatch_refuses_with_the_value(change, config, message):
