@@ -29,11 +29,17 @@ class TuningConfig:
     """blocks: of threads, all at work at once. warpgroups: of a block."""
 
     blocks: int = H100_SMS
-    warpgroups: int = 8
+    warpgroups: int = 4
 
 
-def check_config(y: Any, send_map: Any, devices: int, config: TuningConfig = TuningConfig()) -> str | None:
+def default_config(tokens: int) -> TuningConfig:
+    """Few tokens take fewer blocks: every block signals every peer. Measured on four H100."""
+    return TuningConfig(H100_SMS if tokens > 256 else H100_SMS // 2)
+
+
+def check_config(y: Any, send_map: Any, devices: int, config: TuningConfig | None = None) -> str | None:
     """None if `combine` accepts these (arrays or structs), else what does not fit."""
+    config = config or default_config(send_map.shape[0])
     if not 2 <= devices <= MAX_DEVICES:
         return f"needs 2 to {MAX_DEVICES} devices, got {devices}"
     if y.ndim == 2 and y.shape[0] % devices:
@@ -65,7 +71,7 @@ def combine(
     Raises:
       NotImplementedError: what `check_config` returns.
     """
-    config = config or TuningConfig()
+    config = config or default_config(send_map.shape[0])
     if problem := check_config(y, send_map, devices, config):
         raise NotImplementedError(f"combine kernel: {problem}")
     tokens, capacity = send_map.shape[0], y.shape[0] // devices

@@ -37,8 +37,9 @@ _COUNT_APART = 2048
 
 
 def default_config(tokens: int) -> TuningConfig:
-    """One token per warpgroup as long as there are few."""
-    return TuningConfig(max(1, min(H100_SMS, -(-tokens // 2))))
+    """Few tokens take fewer blocks: every block signals every peer. Measured on four H100, like `TuningConfig`."""
+    blocks = max(1, min(H100_SMS, -(-tokens // 2)))
+    return TuningConfig(blocks, 1 if blocks < H100_SMS else 2)
 
 
 def check_config(

