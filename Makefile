@@ -15,7 +15,7 @@ WORKERS ?= $(if $(findstring cuda,$(EXTRA)),0,2)
 test_platforms = $${JAX_PLATFORMS:-$(if $(findstring cuda,$(EXTRA)),cuda$(comma)cpu,cpu)}
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu bench lint format clean
+.PHONY: help demo test test-slow test-gpu bench lint format clean
 
 help:  ## this text
 	@echo 'Targets (each makes $(VENV) and installs what it needs):'
@@ -31,9 +31,13 @@ demo:  ## text through a small MoE language model with NVFP4 experts: a table, a
 	@.ci/bootstrap $(VENV) bench $(extras)
 	$(bin)/python experiments/demo.py $(ARGS)
 
-test:  ## the test suite, on the CPU unless EXTRA names a CUDA extra
+test:  ## the test suite but for the slow tests, on the CPU unless EXTRA names a CUDA extra
 	@.ci/bootstrap $(VENV) test $(extras)
-	JAX_PLATFORMS="$(test_platforms)" $(bin)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	JAX_PLATFORMS="$(test_platforms)" $(bin)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(ARGS)
+
+test-slow:  ## the slow tests: whole scripts, every tuned configuration, models on several meshes
+	@.ci/bootstrap $(VENV) test $(extras)
+	JAX_PLATFORMS="$(test_platforms)" $(bin)/python -m pytest -n $(WORKERS) --dist loadfile -m slow $(ARGS)
 
 test-gpu: EXTRA := $(or $(EXTRA),cuda12)
 test-gpu:  ## the tests that need one or several GPUs; EXTRA is cuda12 unless given

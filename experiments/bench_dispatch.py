@@ -31,7 +31,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from tqdm import tqdm
 
-from experiments.chained_steps import time_steps
+from experiments.chained_steps import ChainedSteps
 from fp4jax import benchmarking
 from fp4jax.all_to_all import combine_all_to_all, dispatch_all_to_all
 from fp4jax.expert_parallel import Dispatched, combine, dispatch
@@ -137,27 +137,30 @@ def run_cell(cell: Cell, formats: list[str], names: list[str]) -> list[dict[str,
     )
     send_map = jax.jit(placed)(x, ids, weights)
     unrolled = 12 if cell.tokens <= 512 else 8 if cell.tokens <= 8192 else 4
-    timed = functools.partial(
-        time_steps, mesh, unrolled=unrolled, about_us=25 + cell.tokens / 20, repeats=_REPEATS.value
-    )
+
+    def timed(*args):
+        chain = ChainedSteps(mesh, *args, unrolled=unrolled, about_us=25 + cell.tokens / 20)
+        return chain.us(_REPEATS.value)
+
     rows = []
 
     def add(op, implementation, wire, us, baseline=None):
+        row_bytes = {"nvfp4": 9 / 16, "fp8": 1 + 1 / 32, "bf16": 2}[wire] * cell.hidden
+        # Kernels of ours send the rows that there are, an all_to_all the whole buffers.
+        sent = copies * cell.tokens if implementation == "mosaic_gpu" else received
+        away = sent * row_bytes * (cell.ranks - 1) / cell.ranks
         row = {
             "op": op, "implementation": implementation, "wire_format": wire, "ranks": cell.ranks, "T": cell.tokens,
             "routing": cell.routing, "form": cell.form, "H": cell.hidden, "us": round(us, 2),
-            "gbps_out": None, "baseline": None if baseline is None else "all_to_all bf16",
-            "baseline_us": baseline, "speedup": None if baseline is None else round(baseline / us, 2),
+            "gbps_out": round(away / us / 1e3, 1), "baseline": None, "baseline_us": None, "speedup": None,
         }  # fmt: skip
-        if op != "all_to_all":
-            row_bytes = {"nvfp4": 9 / 16, "fp8": 1 + 1 / 32, "bf16": 2}[wire] * cell.hidden
-            away = copies * cell.tokens * (cell.ranks - 1) / cell.ranks
-            row["gbps_out"] = round(away * row_bytes / us / 1e3, 1)
+        if baseline is not None and cell.form == "per_peer":  # per slot the buffers are R times what is sent
+            row |= baseline_columns(baseline, us)
         rows.append(row)
         return row
 
-    there = add("all_to_all", "xla", "bf16", timed(exchange, y, ()))["us"]
-    back = add("all_to_all + sum", "xla", "bf16", timed(exchange_and_sum, y, ()))["us"]
+    there = add("all_to_all", "xla", "bf16", timed(exchange, y, ()))
+    back = add("all_to_all + sum", "xla", "bf16", timed(exchange_and_sum, y, ()))
     for wire, name in itertools.product(formats, names):
         step = functools.partial(dispatch_step, cell=cell, wire=wire, implementation=name)
         add("dispatch", name, wire, timed(step, None, (x, ids, weights)), there)
@@ -165,6 +168,12 @@ def run_cell(cell: Cell, formats: list[str], names: list[str]) -> list[dict[str,
         step = functools.partial(combine_step, cell=cell, implementation=name)
         add("combine", name, "bf16", timed(step, None, (y, send_map, weights)), back)
     return rows
+
+
+def baseline_columns(baseline: dict[str, Any], us: float) -> dict[str, Any]:
+    """What a row says of the row that it is compared with."""
+    name = f"{baseline['op']} bf16"
+    return {"baseline": name, "baseline_us": baseline["us"], "speedup": round(baseline["us"] / us, 2)}
 
 
 def make_routing(cell: Cell) -> tuple[jax.Array, jax.Array]:
@@ -186,7 +195,7 @@ def rows_sent(cell: Cell, ids: np.ndarray) -> np.ndarray:
     if cell.form == "per_slot":
         return np.full(len(ids), cell.top_k)
     owner = ids // (EXPERTS // cell.ranks)
-    return sum((owner == r).any(axis=1).astype(int) for r in range(cell.ranks))
+    return (owner[:, :, None] == np.arange(cell.ranks)).any(axis=1).sum(axis=1)
 
 
 # --- steps: (state, operands, zero) -> (next state, results that must be computed) ---
@@ -263,12 +272,14 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(len(ranks), 2, figsize=(11, 4.2 * len(ranks)), squeeze=False)
     for line, n in zip(axes, ranks, strict=True):
         for axis, op in zip(line, ("dispatch", "combine"), strict=True):
-            chosen = [r for r in rows if r["ranks"] == n and r["op"] == op and r["routing"] == rows[0]["routing"]]
+            of = (n, op, rows[0]["routing"])
+            chosen = [r for r in rows if (r["ranks"], r["op"], r["routing"]) == of and r["speedup"] is not None]
             for key in dict.fromkeys((r["wire_format"], r["implementation"]) for r in chosen):
                 some = [r for r in chosen if (r["wire_format"], r["implementation"]) == key]
                 axis.plot([r["T"] for r in some], [r["speedup"] for r in some], "o-", label=", ".join(key))
             axis.axhline(1, color="black", linewidth=0.8)
-            axis.set(xscale="log", xlabel="tokens per device", ylabel="times as fast as all_to_all of bf16")
+            compared = "all_to_all of bf16" + (" and sum" if op == "combine" else "")
+            axis.set(xscale="log", xlabel="tokens per device", ylabel=f"times as fast as {compared}")
             axis.set_title(f"{op}, {n} ranks, {rows[0]['routing']} routing")
             axis.legend(fontsize=7)
     figure.tight_layout()

@@ -7,8 +7,8 @@
 Layers, one per row: "nvfp4" (the library: --wire_format, nvfp4 unless told otherwise, kernels wherever they serve),
 "nvfp4 nccl" (the same around one all_to_all), "bf16" (JAX's Pallas ragged dot between our dispatch, permute, SwiGLU,
 depermute and combine), "bf16 jax" (the same ragged dot, all_to_all and XLA for the rest). Time per layer of a program
-of many layers one after the other; stages from a profile of one layer; floors: a sum over stages of the bytes or FLOPs
-of each over what the memory, the link or a large matrix product reach. Writes bench_moe.json and bench_moe.png.
+of many layers one after the other, stages from a profile of it. Floors: a sum over stages of the bytes or FLOPs of each
+over what the memory, the link or a large matrix product reach. Writes bench_moe.json and bench_moe.png.
 """
 
 import os
@@ -23,11 +23,11 @@ from typing import Any
 import jax
 import numpy as np
 from absl import app, flags
-from jax.sharding import AxisType, PartitionSpec as P
+from jax.sharding import AxisType
 from tqdm import tqdm
 
 from experiments import flags as shared_flags, moe_cases
-from experiments.chained_steps import time_steps
+from experiments.chained_steps import ChainedSteps
 from experiments.stage_times import compiler_options, stage_times
 from fp4jax import benchmarking, wire_bytes
 
@@ -56,9 +56,12 @@ def main(argv):
     models = _choices("models", _MODELS.value, moe_cases.MODELS, moe_cases.MODELS[:-1] if gpu else ("tiny",))
     layers = _choices("layers", _LAYERS.value, LAYERS, LAYERS)
     tokens = _integers("tokens", _TOKENS.value or ((16, 128, 1024, 4096) if gpu else (32,)))
-    ranks = _integers("ranks", _RANKS.value or [n for n in (2, 4, 8) if n <= jax.device_count()])
+    some = [n for n in (2, 4, 8) if n <= jax.device_count()] if jax.process_count() == 1 else [jax.device_count()]
+    ranks = _integers("ranks", _RANKS.value or some)
     if not ranks or max(ranks) > jax.device_count() or min(ranks) < 2:
         raise app.UsageError(f"--ranks: needs 2 devices or more, JAX sees {jax.device_count()}, asked for {ranks}")
+    if jax.process_count() > 1 and ranks != [jax.device_count()]:
+        raise app.UsageError(f"--ranks: several processes use all their {jax.device_count()} devices, got {ranks}")
     ceilings = benchmarking.measure_ceilings()
     folder = Path(_OUTPUT_DIR.value or "output/bench_moe")
     rows: list[dict[str, Any]] = []
@@ -108,25 +111,26 @@ def run_cell(shape: moe_cases.Shape, wire: str, layers: list[str], ceilings) -> 
         else:
             layer, experts = moe_cases.bf16_layer(shape, own=name == "bf16"), weights.dense
         on = two_axes if name.endswith("nccl") else mesh
-        operands = (x, ids, topk_weights, experts)
-        whole = jax.jit(
-            jax.shard_map(lambda *a, f=layer: f(*a)[0], mesh=on, in_specs=P("ep"), out_specs=P("ep"), check_vma=False)
-        )
-        compiled = whole.lower(*operands).compile(compiler_options())
-        wired = wire_bytes(compiled)
         floors = moe_cases.floors_us(shape, wire if quantized else "bf16", ceilings, quantized=quantized)
         step = functools.partial(moe_cases.layer_step, layer=layer)
-        us[name] = time_steps(
-            on, step, None, operands, unrolled=2, about_us=sum(floors.values()), repeats=_REPEATS.value
-        )
+        chain = ChainedSteps(
+            on, step, None, (x, ids, topk_weights, experts), unrolled=2, about_us=sum(floors.values()),
+            compiler_options=compiler_options(),
+        )  # fmt: skip
+        us[name] = chain.us(_REPEATS.value)
+        _, results = chain.run()
+        if dropped := max(int(np.max(s.data)) for _, counts in results for s in counts.addressable_shards):
+            raise RuntimeError(f"{name}, {shape}: {dropped} routes did not fit the buffers")
+        exchanged = [a.bytes for a in wire_bytes(chain.compiled).all_to_alls]
         row = {
             "layer": name, "wire_format": wire if quantized else "bf16", **shape._asdict(), "us": round(us[name], 1),
             "floor_us": round(sum(floors.values()), 1), "floors_us": {k: round(v, 2) for k, v in floors.items()},
-            "all_to_all_bytes": [a.bytes for a in wired.all_to_alls],
+            "all_to_all_bytes": exchanged[: len(exchanged) // chain.copies],
         }  # fmt: skip
         if _PROFILE.value:
-            stages = stage_times(compiled, lambda c=compiled, o=operands: c(*o), moe_cases.STAGES)
-            row["stages_us"] = {stage: round(time, 2) for stage, time in stages.items()}
+            stages = stage_times(chain.compiled, chain.run, moe_cases.STAGES, repeats=1)
+            per_layer = jax.process_count() / chain.steps  # a profile sees the devices of its process
+            row["stages_us"] = {stage: round(time * per_layer, 2) for stage, time in stages.items()}
         rows.append(row)
     for row in rows:
         for name in ("bf16", "bf16 jax"):

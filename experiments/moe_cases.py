@@ -129,7 +129,9 @@ def nvfp4_layer(shape: Shape, wire_format: str):
 
     def layer(x, ids, weights, packed):
         w13, w2, scale_2 = packed
-        return moe_layer(x, ids, weights, MoEWeights(w13, w2, jnp.float32(_ACTIVATION_SCALE), scale_2), config)
+        experts = MoEWeights(w13, w2, jnp.float32(_ACTIVATION_SCALE), scale_2)
+        y, stats = moe_layer(x, ids, weights, experts, config)
+        return y, stats.dropped
 
     return layer
 
@@ -154,7 +156,7 @@ def bf16_layer(shape: Shape, *, own: bool):
         with scope("depermute"):
             y = depermute_combine(y, p.row_map, d.local_weights, **options)
         with scope("combine"):
-            return combine(y, d, **options), p.dropped + d.dropped
+            return combine(y, d, **options), lax.psum(p.dropped + d.dropped, "ep")
 
     return layer
 
@@ -172,12 +174,12 @@ def ragged_dot(x, w, group_sizes, shape: Shape):
 
 
 def layer_step(state, operands, zero, *, ranks, layer):
-    """One layer for `chained_steps.time_steps`; operands: x, ids, weights and what `layer` takes as weights."""
+    """One layer for `chained_steps.ChainedSteps`; operands: x, ids, weights and what `layer` takes as weights."""
     del ranks
     x, ids, weights, experts = operands
     x, state = lax.optimization_barrier((x, state))
-    y, _ = layer(x, ids + zero * state, weights, experts)
-    return y[0, 0].astype(jnp.int32), y
+    y, dropped = layer(x, ids + zero * state, weights, experts)
+    return y[0, 0].astype(jnp.int32), (y, dropped)
 
 
 def floors_us(shape: Shape, wire_format: str, ceilings: benchmarking.Ceilings, *, quantized: bool) -> dict[str, float]:

@@ -104,12 +104,37 @@ def swiglu_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def dispatch_table(report: dict[str, Any]) -> str:
+    """NVFP4 dispatch and the way back by kernels and by NCCL, against NCCL's all_to_all of bf16 rows."""
+    found = {(r["ranks"], r["T"], r["op"], r["implementation"]): r for r in report["rows"] if r["routing"] == "random"}
+    lines = [
+        "| GPUs | T | bf16 all_to_all, us | dispatch, us | faster | through NCCL, us | faster "
+        "| bf16 back + sum, us | combine, us | faster |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for ranks, tokens in dict.fromkeys(key[:2] for key in found):
+        row = lambda op, name, cell=(ranks, tokens): found.get((*cell, op, name))  # noqa: E731
+        kernel, nccl, back = row("dispatch", "mosaic_gpu"), row("dispatch", "nccl"), row("combine", "mosaic_gpu")
+        if kernel and nccl and back:
+            cells = [f"{ranks}", f"{tokens}", f"{kernel['baseline_us']:.0f}"]
+            cells += [
+                f"{kernel['us']:.1f}",
+                f"{kernel['speedup']:.2f}x",
+                f"{nccl['us']:.1f}",
+                f"{nccl['speedup']:.2f}x",
+            ]
+            cells += [f"{back['baseline_us']:.0f}", f"{back['us']:.1f}", f"{back['speedup']:.2f}x"]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def tables() -> dict[str, str]:
     """Every table of the README under its name."""
     return {
         "demo": demo_table(json.loads((RESULTS / "cpu" / "demo.json").read_text())),
         "ops": ops_table(json.loads((RESULTS / "h100" / "bench_ops.json").read_text())),
         "gemm": gemm_table(json.loads((RESULTS / "h100" / "bench_gemm.json").read_text())),
+        "dispatch": dispatch_table(json.loads((RESULTS / "h100" / "bench_dispatch.json").read_text())),
         "swiglu": swiglu_table(json.loads((RESULTS / "h100" / "bench_gemm.json").read_text())),
     }
 

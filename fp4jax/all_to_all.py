@@ -36,7 +36,7 @@ def dispatch_all_to_all(
     problem = dispatch_kernels.check_pack(parts, routes, quantize_scale=quantize_mode(scale, quantized))
     like = _row_of(parts, scale, routes, quantized)
     row_bytes = sum(p.shape[1] * p.dtype.itemsize for p in like)
-    if implementation is None and problem is None and has_hopper_gpu():
+    if implementation != "xla" and problem is None and has_hopper_gpu():
         row_bytes = -(-row_bytes // 16) * 16  # what the kernel writes
     options = dict(routes=routes, quantized=quantized)
     payload, send_map = run_implementation(
@@ -95,7 +95,7 @@ def _pack_xla(parts, scale, ids, topk_weights, *, routes, quantized, row_bytes, 
     )
     # 0xFF in every pad: ids become -1 and floats NaN, so that nothing can come to depend on a pad unnoticed.
     filled = (jnp.arange(routes.capacity) < sent.masked_m[:, None])[..., None]
-    return jnp.where(filled, sent.x, jnp.uint8(0xFF)), sent.row_map.reshape(ids.shape[0], -1)
+    return jnp.where(filled, sent.x, jnp.uint8(0xFF)), sent.row_map.reshape(ids.shape[0], routes.columns)
 
 
 def _pack_kernel(parts, scale, ids, topk_weights, *, routes, quantized):

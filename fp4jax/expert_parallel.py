@@ -69,8 +69,12 @@ def dispatch(
       global_scale: for wire format nvfp4 and a plain x: f32 (), the same on every device; "per_token"; or None: from
         the maximum over all devices.
 
+    implementation None stores straight to the peers where `peers_problem` and the kernel have no objection, and goes
+    through one all_to_all elsewhere.
+
     Raises:
       ValueError, TypeError: shapes, dtypes or options that do not fit.
+      NotImplementedError: "mosaic_gpu" was named and cannot serve the call; the message says why.
     """
     devices = lax.axis_size(axis_name)
     _check_dispatch_args(
@@ -135,7 +139,10 @@ def combine(
     per_peer (`topk_weights` None): y holds partial sums, one per received row; added in rank order. per_slot: y holds
     unweighted expert outputs; weights are applied here in slot order. Each product is rounded before it is added.
 
+    implementation as in `dispatch`.
+
     Raises:
+      NotImplementedError: "mosaic_gpu" was named and cannot serve the call; the message says why.
       ValueError: weights missing for the per-slot form, given for the per-peer form, or shapes that do not fit.
     """
     devices = lax.axis_size(axis_name)

@@ -101,7 +101,7 @@ def moe_layer(
         return x, MoEStats(jnp.int32(0))
     axis, scope = config.axis_name, jax.named_scope
     scale_1 = weights.input_scale_1
-    if scale_1 is not None and scale_1.ndim:  # a scalar is the same on all devices: no collective
+    if scale_1 is not None and jnp.ndim(scale_1):  # a scalar is the same on all devices: no collective
         scale_1 = agree_global_scale(scale_1, axis)
     global_scale = "per_token" if scale_1 is None else scale_1
     to_nvfp4 = functools.partial(quantize, global_scale=global_scale, implementation=config.implementation)

@@ -32,7 +32,7 @@ from pallas_kernels.schedule import H100_SMS
 
 _STAGES = 2
 _MAX_SHARED_BYTES = 220 * 1024
-# From here on a kernel of its own counts the routes; below, every warpgroup reads the ids of all tokens.
+# From here on a kernel of its own counts the routes; below, every block reads the ids of all tokens.
 _COUNT_APART = 2048
 
 
@@ -63,7 +63,8 @@ def check_pack(
     if problem := check_parts(parts, quantize_scale):
         return problem
     sent = row_maker(parts, quantize_scale).sent
-    if routes.devices * routes.capacity * max(routes.k, *(p.shape[1] for p in sent)) >= MAX_INDEX:
+    row_words = sum(p.shape[1] * p.dtype.itemsize for p in sent) // 4 + 2 * routes.k + 4
+    if routes.devices * routes.capacity * max(row_words, *(p.shape[1] for p in sent)) >= MAX_INDEX:
         return f"{routes.devices * routes.capacity} rows exceed the kernel's 32-bit indices"
     if not (1 <= config.blocks <= H100_SMS and 1 <= config.warpgroups <= 7):
         return f"blocks must be 1..{H100_SMS} and warpgroups 1..7, got {config}"

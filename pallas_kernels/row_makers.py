@@ -18,6 +18,8 @@ from pallas_kernels.nvfp4_codec import (
 )
 from pallas_kernels.quantize import AMAX_DIVISOR, as_u32, finite_amax
 
+# Two rows per warpgroup are in registers: one that is made, one on its way.
+_MAX_ROW_BYTES = 2**15
 PIECE = 16  # bytes the copy engine moves at least, and a lane at most
 
 
@@ -37,6 +39,8 @@ def check_parts(parts: Sequence[Any], quantize_scale: Any) -> str | None:
         x = parts[0]
         if x.dtype not in (jnp.bfloat16, jnp.float32) or x.shape[1] % BLOCK_SIZE:
             return f"x must be bfloat16 or float32 [T, H], H a multiple of {BLOCK_SIZE}, got {x.dtype} {x.shape}"
+        if x.shape[1] * x.dtype.itemsize > _MAX_ROW_BYTES:
+            return f"rows of x must be at most {_MAX_ROW_BYTES} bytes, got {x.dtype} {x.shape}"
     sent = row_maker(parts, quantize_scale).sent
     if [is_single(p) for p in sent] != sorted(is_single(p) for p in sent):
         return "single values must come last"

@@ -97,6 +97,16 @@ def make_mesh():
     return make
 
 
+@pytest.fixture(scope="module")
+def quick_compile():
+    """For modules that compile whole layers again and again: two thirds of the time. Not for kernels and formats."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture
 def on_the_cpu():
     """Also where the suite runs on a GPU."""

@@ -13,6 +13,8 @@ import pytest
 from experiments import gemm_cases
 from experiments.gemm_cases import GemmShape
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -21,6 +23,7 @@ def run(*args):
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("distributions", ["multinomial", "uniform,one_hot"])
 def test_a_run_writes_rows_with_errors_floors_and_baselines(tmp_path, distributions):
     result = run(f"--output_dir={tmp_path}", "--rounds=1", f"--distributions={distributions}", "--m=3")

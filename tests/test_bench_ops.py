@@ -13,6 +13,8 @@ from experiments import op_cases
 from fp4jax import benchmarking
 from pallas_kernels import permute, quantize, route_metadata, tuning
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -21,6 +23,7 @@ def _run(*args):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250)
 
 
+@pytest.mark.slow
 def test_a_small_run_writes_rows_with_a_floor(tmp_path):
     done = _run("--tokens=8", "--ops=quantize,permute_rows_decoded,depermute", f"--output_dir={tmp_path}")
     assert done.returncode == 0, done.stderr

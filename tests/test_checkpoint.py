@@ -15,6 +15,8 @@ from fp4jax.checkpoint import load_model, save_model
 from fp4jax.checkpoint.save import model_params
 from fp4jax.models import Qwen3Moe, Qwen3MoeConfig, configure_experts, quantize_experts
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 CONFIG = Qwen3MoeConfig(
     vocab_size=32,
     hidden_size=32,
@@ -239,6 +241,7 @@ def test_quantization_is_refused_by_its_value(folder):
         load_model(folder, quantization='{"quantization": "mix_quant"}')
 
 
+@pytest.mark.slow
 def test_a_mesh_of_explicit_axes_works(folder):
     """The default of jax.make_mesh."""
     mesh = jax.make_mesh((2,), ("ep",), devices=jax.devices()[:2])

@@ -1,6 +1,7 @@
 """The kernels of expert parallelism without GPUs: where rows go (in interpret mode), lowering for CUDA, refusals."""
 
 import dataclasses
+import re
 
 import hypothesis
 import hypothesis.strategies as st
@@ -52,6 +53,7 @@ def plan_in_interpret_mode(ids, routes, config, interpret, counted):
     return [np.asarray(a) for a in got], plan
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["per_peer", "per_slot"])
 @pytest.mark.parametrize(
     ("tokens", "k", "devices", "blocks", "capacity", "counted"),
@@ -113,8 +115,8 @@ def there_and_back(form, wire, experts, implementation=None, scale="per_token"):
     ("devices", "tokens", "hidden", "k", "form", "wire", "kernels"),
     [
         (2, 128, 7168, 8, "per_peer", "nvfp4", 2),
-        (4, 4096, 2048, 8, "per_peer", "nvfp4", 3),
-        (8, 4096, 8192, 8, "per_slot", "nvfp4", 3),
+        pytest.param(4, 4096, 2048, 8, "per_peer", "nvfp4", 3, marks=pytest.mark.slow),
+        pytest.param(8, 4096, 8192, 8, "per_slot", "nvfp4", 3, marks=pytest.mark.slow),
         (4, 16384, 2560, 6, "per_slot", "nvfp4", 3),
         (2, 1024, 7168, 8, "per_peer", "bf16", 2),
         (4, 16, 2048, 8, "per_slot", "fp8", 2),
@@ -144,16 +146,35 @@ def test_rows_the_kernel_does_not_take_go_through_one_all_to_all():
 
 
 def test_moe_layer_exchanges_without_a_collective():
-    """What is left are all-reduces of single numbers: drops, and a scale if one has to be agreed."""
+    """A scale that is given is the same everywhere and needs no collective either."""
     packed = lambda n, k: PackedWeights(  # noqa: E731
         struct((8, n // 64, k // 64, 9, 64), jnp.uint32), struct((8, 1, 1), jnp.float32)
     )
     x, ids, weights = struct((128, 512), jnp.bfloat16), struct((128, 4), jnp.int32), struct((128, 4), jnp.float32)
-    for wire in ("nvfp4", "bf16"):
+    for wire, scale in (("nvfp4", None), ("bf16", None), ("nvfp4", jnp.float32(0.01))):
         config = MoEConfig(num_experts=16, axis_name="ep", wire_format=wire)
-        text = lowered_text(2, lambda *a, c=config: moe_layer(*a[:3], MoEWeights(a[3], a[4]), c)[0], x, ids, weights,
-                            packed(512, 512), packed(512, 256))  # fmt: skip
-        assert "all_to_all" not in text
+
+        def layer(x, ids, weights, w13, w2, config=config, scale=scale):
+            y, _ = moe_layer(x, ids, weights, MoEWeights(w13, w2, scale), config)
+            return y
+
+        text = lowered_text(2, layer, x, ids, weights, packed(512, 512), packed(512, 256))
+        assert "mosaic_gpu" in text
+        assert not re.search("all_to_all|all_reduce|all_gather|collective_permute", text)
+
+
+@pytest.mark.parametrize("form", ["per_peer", "per_slot"])
+def test_gradients_are_those_of_one_all_to_all(form):
+    """Also where a kernel is named, and rows are no multiple of 16 bytes."""
+
+    def result(x, ids, weights):
+        d = dispatch(x, ids, weights, num_experts=8, form=form, wire_format="bf16", implementation="mosaic_gpu")
+        home = weights if form == "per_slot" else None
+        return combine(d.x * 2, d, topk_weights=home, implementation="mosaic_gpu")
+
+    structs = struct((64, 256), jnp.bfloat16), struct((64, 3), jnp.int32), struct((64, 3), jnp.float32)
+    text = lowered_text(2, lambda x, *rest: jax.jvp(lambda x: result(x, *rest), (x,), (x,)), *structs)
+    assert "all_to_all" in text
 
 
 @pytest.mark.parametrize(

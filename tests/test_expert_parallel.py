@@ -15,6 +15,8 @@ from fp4jax.moe import MoEConfig, MoEWeights, dense_moe, moe_layer
 from fp4jax.nvfp4 import NVFP4Tensor, dequantize, quantize
 from fp4jax.permute import permute_to_masked
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 EP = P("ep")
 
 
@@ -93,6 +95,20 @@ def test_dispatch_and_combine_against_loops(make_mesh, rng, form, devices, pair_
                     weight = weights[sender, t, s] if form == "per_slot" else np.float32(1)
                     total = total + y_np[row // capacity, sender, row % capacity] * weight
             assert np.array_equal(out[sender, t], np.asarray(jnp.asarray(total, jnp.bfloat16), np.float32))
+
+
+@pytest.mark.parametrize("form", ["per_peer", "per_slot"])
+@pytest.mark.parametrize("scale", [None, "per_token", 0.01])
+def test_no_tokens_at_all(make_mesh, form, scale):
+    def body(x, ids):
+        d = dispatch(x, ids, jnp.ones(ids.shape), num_experts=4, form=form, global_scale=scale)
+        return d.send_map, d.local_ids, d.dropped[None]
+
+    x, ids = jnp.zeros((0, 32), jnp.bfloat16), jnp.zeros((0, 2), jnp.int32)
+    send_map, local_ids, dropped = sharded(make_mesh(2), body)(x, ids)
+    assert send_map.shape == (0, 2)
+    assert (np.asarray(local_ids) == -1).all()
+    assert np.asarray(dropped).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("scale_mode", ["agreed", "per_token", "static"])
@@ -385,7 +401,7 @@ def test_wire_bytes_of_the_compiled_layer(make_mesh, layer, form, devices):
     assert [a.bytes for a in found.all_to_alls] == [there, back]
     assert found.total == there + back
     assert found.crossing == (there + back) * (devices - 1) // devices
-    assert found.scalar_bytes == 8  # one agreed scale, one count
+    assert found.scalar_bytes == 4  # one count; the scale is a scalar, so it is the same on all devices already
 
 
 @pytest.mark.parametrize(("wire_format", "bytes_per_row"), [("bf16", 2 * H), ("fp8", H + 4 * (H // 128))])

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from absl import flags
 from absl.testing import flagsaver
 
 from experiments import flags as shared_flags
@@ -24,6 +25,7 @@ def run(folder, *arguments, **environment):
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=200, cwd=ROOT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("environment", "arguments", "row_bytes"),
     [
@@ -57,6 +59,7 @@ def test_the_order(monkeypatch, given):
         monkeypatch.delenv(name, raising=False)
     if given is not None:
         monkeypatch.setenv("FD_DISPATCH_USE_FP4", given)
+    flags.FLAGS.mark_as_parsed()
     with flagsaver.as_parsed():
         assert shared_flags.wire_format("fp8") == ("fp8" if given is None else "bf16")
     with flagsaver.as_parsed(wire_format="nvfp4"):
@@ -69,6 +72,7 @@ def test_some_coordinator_flags_are_not_enough(tmp_path):
     assert "go together" in result.stderr + result.stdout
 
 
+@pytest.mark.slow
 def test_bench_dispatch_writes_rows_for_every_cell(tmp_path):
     env = {
         **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "2", "PYTHONPATH": str(ROOT),

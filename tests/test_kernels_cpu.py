@@ -155,6 +155,7 @@ def test_metadata_masked(routing, interpret):
     assert {key: int(meta.source[key[0] * 4 + key[1]]) for key in source} == source
 
 
+@pytest.mark.slow
 def test_metadata_of_several_chunks_and_many_experts(rng, interpret):
     ids = rng.integers(-1, 131, (12, 4)).astype(np.int32)  # 131 columns: more than one tile of 128 lanes
     ids[3] = 7
@@ -248,6 +249,7 @@ MODELS = {  # hidden, intermediate, experts on a device, top k: contract.md sect
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model, tokens",
     [("ernie-21b", 16384), ("deepseek-v3", 1024), ("large-ernie", 128)],

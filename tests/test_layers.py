@@ -12,6 +12,8 @@ from fp4jax import implementations, nvfp4
 from fp4jax.layers import ExpertSettings, Linear, MoEBlock, NVFP4Linear, RMSNorm, RoutingConfig
 from fp4jax.packed_weights import PackedWeights
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 F32 = dict(dtype="float32", param_dtype="float32")
 BF16 = dict(dtype="bfloat16", param_dtype="bfloat16")
 HIDDEN, INTER, EXPERTS, TOKENS = 64, 32, 8, 24
@@ -248,6 +250,7 @@ def test_input_scales_can_be_removed(rng):
     np.testing.assert_array_equal(run(block, x)[0], dynamic)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("static", [False, True], ids=["per token", "calibrated"])
 def test_per_slot_experts_give_the_same_bits_on_every_mesh(rng, make_mesh, static):
     """Given the routing of one device, nvfp4 on the wire, 2 and 4 devices: identical."""

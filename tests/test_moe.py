@@ -11,6 +11,8 @@ import oracles
 from fp4jax.moe import MoEConfig, MoEWeights, dense_moe, moe_layer
 from fp4jax.nvfp4 import NVFP4Tensor
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 T, K, E, H, I = 40, 3, 6, 128, 64
 SCALE_1 = np.float32(0.0021)
 SCALE_2 = np.linspace(0.0005, 0.004, E, dtype=np.float32).reshape(E, 1, 1)

@@ -17,6 +17,8 @@ from fp4jax.grouped_gemm import (
 from fp4jax.moe import MoEConfig, MoEWeights, moe_layer
 from fp4jax.nvfp4 import NVFP4Tensor, quantize
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 E, N, K = 2, 128, 192
 
 

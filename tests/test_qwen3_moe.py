@@ -20,6 +20,8 @@ from fp4jax.layers import ExpertSettings
 from fp4jax.models import Qwen3Moe, Qwen3MoeConfig, configure_experts, generate, quantize_experts, set_input_scales
 from fp4jax.models.qwen3_moe import KVCache
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 CONFIG = Qwen3MoeConfig(
     vocab_size=96,
     hidden_size=64,
@@ -169,6 +171,7 @@ def test_formats_agree_within_their_thresholds():
     assert diffs["bf16"] < diffs["W4A16"] < diffs["W4A4"], diffs  # every step loses something, none is a no-op
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["per_peer", "per_slot"])
 def test_experts_on_a_mesh_agree_with_one_device(make_mesh, form):
     """Same weights and wire numerics on 1, 2 and 4 devices; 15 tokens do not divide by the devices."""

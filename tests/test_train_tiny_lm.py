@@ -13,6 +13,8 @@ from safetensors.numpy import load_file
 from configs import tiny_lm
 from experiments import corpus
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 ROOT = Path(__file__).resolve().parent.parent
 _MICRO = {
     "model.hidden_size": 64,
