@@ -33,11 +33,11 @@ demo:  ## text through a small MoE language model with NVFP4 experts: a table, a
 
 test:  ## the test suite but for the slow tests, on the CPU unless EXTRA names a CUDA extra
 	@.ci/bootstrap $(VENV) test $(extras)
-	JAX_PLATFORMS="$(test_platforms)" $(bin)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(ARGS)
+	JAX_PLATFORMS="$(test_platforms)" $(bin)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(ARGS)
 
 test-slow:  ## the slow tests: whole scripts, every tuned configuration, models on several meshes
 	@.ci/bootstrap $(VENV) test $(extras)
-	JAX_PLATFORMS="$(test_platforms)" $(bin)/python -m pytest -n $(WORKERS) --dist loadfile -m slow $(ARGS)
+	JAX_PLATFORMS="$(test_platforms)" $(bin)/python -m pytest -n $(WORKERS) --dist worksteal -m slow $(ARGS)
 
 test-gpu: EXTRA := $(or $(EXTRA),cuda12)
 test-gpu:  ## the tests that need one or several GPUs; EXTRA is cuda12 unless given

@@ -276,6 +276,7 @@ def test_agreed_scale_is_the_maximum_over_all_devices(make_mesh):
     assert (np.asarray(agreed) == 8).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "threshold"),
     [
@@ -325,6 +326,7 @@ def test_unquantized_weights_on_two_devices(make_mesh, layer):
 # --- capacities, pads, odd sizes ---
 
 
+@pytest.mark.slow
 def test_capacities_larger_than_needed_change_nothing(make_mesh, layer):
     """Pads carry 0xFF bytes (NaN scales, NaN weights, ids of -1): more of them must not change a bit."""
     for form in ("per_peer", "per_slot"):

@@ -235,6 +235,7 @@ def test_the_nearest_entry_is_chosen():
 DISTINCT = {(config, key.startswith("swiglu")): key for key, _, config in TUNED}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config, fused", DISTINCT, ids=str)
 def test_every_tuned_config_lowers(config, fused):
     k, n = (int(size) for size in DISTINCT[config, fused].removeprefix("swiglu ").split("x"))

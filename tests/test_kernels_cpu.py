@@ -203,6 +203,7 @@ def test_scatter_decoded_rows(routing, rng, interpret):
         np.testing.assert_array_equal(np.asarray(out, np.float64)[e * 4 + r], expected[token])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout, columns", [("m_major", 3), ("m_major", 8), ("swizzled", 3)])
 def test_arrange_scales(layout, columns, routing, rng, interpret):
     ids = np.minimum(routing[0], 1)  # two experts: the interpreter takes seconds per block
@@ -306,6 +307,7 @@ _TUNED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel, size, fields", _TUNED)
 def test_every_tuned_config_lowers(kernel, size, fields):
     x, g = struct((300, 2, 1040), jnp.bfloat16), struct((), jnp.float32)

@@ -179,6 +179,7 @@ def test_quantized_block_equals_the_reference_on_dequantized_weights(rng):
         block.quantize_experts()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [None, 2])
 def test_experts_are_packed_where_the_kernel_will_run(rng, make_mesh, monkeypatch, devices):
     """On a Hopper GPU, unless the settings say otherwise; the results do not change."""

@@ -124,6 +124,7 @@ def test_the_gemm_takes_packed_weights(rng):
         np.testing.assert_array_equal(np.asarray(same)[valid].view(np.uint16), np.asarray(found)[valid].view(np.uint16))
 
 
+@pytest.mark.slow
 def test_the_layer_takes_packed_weights_sharded_over_ep(rng, make_mesh):
     experts, hidden, intermediate, tokens = 4, 64, 64, 16
     w13 = quantize(
