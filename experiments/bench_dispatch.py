@@ -32,6 +32,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from tqdm import tqdm
 
 from experiments.chained_steps import ChainedSteps
+from experiments.flag_values import choices, integers
 from fp4jax import benchmarking
 from fp4jax.all_to_all import combine_all_to_all, dispatch_all_to_all
 from fp4jax.expert_parallel import Dispatched, combine, dispatch
@@ -81,13 +82,18 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     gpu = benchmarking.on_gpu()
-    ranks = _integers("ranks", _RANKS.value or [n for n in (2, 4, 8) if n <= jax.device_count()])
+    ranks = integers("ranks", _RANKS.value or [n for n in (2, 4, 8) if n <= jax.device_count()])
     if not ranks or max(ranks) > jax.device_count() or min(ranks) < 2:
         raise app.UsageError(f"--ranks: needs 2 devices or more, JAX sees {jax.device_count()}, asked for {ranks}")
-    tokens = _integers("tokens", _TOKENS.value or ((16, 128, 1024, 4096, 16384) if gpu else (16,)))
-    formats = _choices("wire_formats", _FORMATS.value, WIRE_FORMATS)
-    routings = _choices("routings", _ROUTINGS.value, ("random", "even"))
-    names = _choices("implementations", _IMPLEMENTATIONS.value, ("mosaic_gpu", "nccl", "xla") if gpu else ("xla",))
+    tokens = integers("tokens", _TOKENS.value or ((16, 128, 1024, 4096, 16384) if gpu else (16,)))
+    formats = choices("wire_formats", _FORMATS.value, WIRE_FORMATS, WIRE_FORMATS)
+    routings = choices("routings", _ROUTINGS.value, ("random", "even"), ("random", "even"))
+    names = choices(
+        "implementations",
+        _IMPLEMENTATIONS.value,
+        ("mosaic_gpu", "nccl", "xla"),
+        ("mosaic_gpu", "nccl", "xla") if gpu else ("xla",),
+    )
     hidden = _HIDDEN.value or (7168 if gpu else 256)
     folder = Path(_OUTPUT_DIR.value or "output/bench_dispatch")
     rows: list[dict[str, Any]] = []
@@ -100,22 +106,6 @@ def main(argv):
     print(table(rows))
     plot(rows, folder / "bench_dispatch.png")
     print(f"wrote {folder}/bench_dispatch.json and bench_dispatch.png")
-
-
-def _integers(name, values):
-    try:
-        found = [int(v) for v in values]
-    except ValueError as error:
-        raise app.UsageError(f"--{name}: {error}") from error
-    if found and min(found) < 1:
-        raise app.UsageError(f"--{name} must be positive, got {min(found)}")
-    return found
-
-
-def _choices(name, values, allowed):
-    if unknown := set(values or ()) - set(allowed):
-        raise app.UsageError(f"--{name}: {sorted(unknown)} unknown; choose of {list(allowed)}")
-    return values or list(allowed)
 
 
 def run_cell(cell: Cell, formats: list[str], names: list[str]) -> list[dict[str, Any]]:

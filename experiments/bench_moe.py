@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from experiments import flags as shared_flags, moe_cases
 from experiments.chained_steps import ChainedSteps
+from experiments.flag_values import choices, integers
 from experiments.stage_times import compiler_options, stage_times
 from fp4jax import benchmarking, wire_bytes
 
@@ -53,11 +54,11 @@ def main(argv):
     shared_flags.join_processes()
     wire = shared_flags.wire_format("nvfp4")
     gpu = benchmarking.on_gpu()
-    models = _choices("models", _MODELS.value, moe_cases.MODELS, moe_cases.MODELS[:-1] if gpu else ("tiny",))
-    layers = _choices("layers", _LAYERS.value, LAYERS, LAYERS)
-    tokens = _integers("tokens", _TOKENS.value or ((16, 128, 1024, 4096) if gpu else (32,)))
+    models = choices("models", _MODELS.value, moe_cases.MODELS, moe_cases.MODELS[:-1] if gpu else ("tiny",))
+    layers = choices("layers", _LAYERS.value, LAYERS, LAYERS)
+    tokens = integers("tokens", _TOKENS.value or ((16, 128, 1024, 4096) if gpu else (32,)))
     some = [n for n in (2, 4, 8) if n <= jax.device_count()] if jax.process_count() == 1 else [jax.device_count()]
-    ranks = _integers("ranks", _RANKS.value or some)
+    ranks = integers("ranks", _RANKS.value or some)
     if not ranks or max(ranks) > jax.device_count() or min(ranks) < 2:
         raise app.UsageError(f"--ranks: needs 2 devices or more, JAX sees {jax.device_count()}, asked for {ranks}")
     if jax.process_count() > 1 and ranks != [jax.device_count()]:
@@ -77,22 +78,6 @@ def main(argv):
     print(table(rows))
     plot(rows, folder / "bench_moe.png")
     print(f"wrote {folder}/bench_moe.json and bench_moe.png")
-
-
-def _choices(name, values, allowed, default):
-    if unknown := set(values or ()) - set(allowed):
-        raise app.UsageError(f"--{name}: {sorted(unknown)} unknown; choose of {list(allowed)}")
-    return list(values or default)
-
-
-def _integers(name, values):
-    try:
-        found = [int(v) for v in values]
-    except ValueError as error:
-        raise app.UsageError(f"--{name}: {error}") from error
-    if found and min(found) < 1:
-        raise app.UsageError(f"--{name} must be positive, got {min(found)}")
-    return found
 
 
 def run_cell(shape: moe_cases.Shape, wire: str, layers: list[str], ceilings) -> list[dict[str, Any]]:
