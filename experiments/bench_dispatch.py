@@ -36,7 +36,7 @@ from experiments.flag_values import choices, integers
 from fp4jax import benchmarking
 from fp4jax.all_to_all import combine_all_to_all, dispatch_all_to_all
 from fp4jax.expert_parallel import Dispatched, combine, dispatch
-from fp4jax.wire_formats import WIRE_FORMATS, wire_arrays
+from fp4jax.wire_formats import WIRE_FORMATS
 from pallas_kernels.row_plan import Routes
 
 _RANKS = flags.DEFINE_list("ranks", None, "Numbers of devices; default: all of 2, 4, 8 that there are.")
@@ -213,8 +213,8 @@ def dispatch_step(state, operands, zero, *, ranks, cell, wire, implementation):
     if implementation == "nccl":
         routes = Routes(cell.tokens, cell.top_k, ranks, EXPERTS // ranks, cell.capacity, cell.form)
         received = dispatch_all_to_all(
-            [x] if wire == "nvfp4" else wire_arrays(x, wire), scale, ids, weights, routes=routes, axis_name="ep",
-            quantized=wire == "nvfp4", implementation=None,
+            [x], scale, ids, weights, routes=routes, axis_name="ep", encode=None if wire == "bf16" else wire,
+            implementation=None,
         )  # fmt: skip
         return received[1][0, 0], received
     d = dispatch(

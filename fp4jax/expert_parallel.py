@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from fp4jax.all_to_all import combine_all_to_all, dispatch_all_to_all, quantize_mode
+from fp4jax.all_to_all import combine_all_to_all, dispatch_all_to_all, encode_option
 from fp4jax.hlo_collectives import WireBytes, wire_bytes
 from fp4jax.implementations import Call, peers_problem, run_implementation
 from fp4jax.nvfp4 import NVFP4Tensor, as_scale, tensor_scale
@@ -88,12 +88,13 @@ def dispatch(
     capacity = max(1, tokens * per_row) if pair_capacity is None else pair_capacity
     routes = Routes(tokens, k, devices, num_experts // devices, capacity, form)
 
-    quantized = wire_format == "nvfp4" and not isinstance(x, NVFP4Tensor)  # on the way
+    # bf16 is cast here; the others are encoded on the way.
+    encode = None if wire_format == "bf16" or isinstance(x, NVFP4Tensor) else wire_format
     scale = global_scale
-    if quantized and not isinstance(scale, str):
+    if encode == "nvfp4" and not isinstance(scale, str):
         scale = tensor_scale(x, axis_name) if scale is None else as_scale(scale, x.shape)
-    parts = [x] if quantized else wire_arrays(x, wire_format)
-    options = dict(routes=routes, axis_name=axis_name, quantized=quantized)
+    parts = wire_arrays(x, wire_format) if encode is None else [x]
+    options = dict(routes=routes, axis_name=axis_name, encode=encode)
     operands = (parts, None if isinstance(scale, str) else scale, ids, topk_weights.astype(jnp.float32))
     received, local_ids, local_weights, send_map = run_implementation(
         "dispatch",
@@ -101,29 +102,26 @@ def dispatch(
         operands,
         xla=Call.of(dispatch_all_to_all, **options, implementation=implementation),
         mosaic_gpu=Call.of(_dispatch_kernel, **options),
-        problem=peers_problem(axis_name) or _dispatch_problem(parts, quantized, scale, routes),
+        problem=peers_problem(axis_name)
+        or dispatch_kernels.check_config(parts, routes, encode=encode_option(scale, encode)),
     )
     row_of_route = send_map
     if form == "per_peer":
         peer = jnp.where(valid, ids // routes.local_experts, 0)
         row_of_route = jnp.take_along_axis(send_map, peer, axis=1)
     dropped = jnp.sum(topk_ids != -1, dtype=jnp.int32) - jnp.sum(valid & (row_of_route >= 0), dtype=jnp.int32)
-    like = NVFP4Tensor(parts[0], parts[0], scale) if quantized and not isinstance(scale, str) else x
+    like = NVFP4Tensor(parts[0], parts[0], scale) if encode == "nvfp4" and not isinstance(scale, str) else x
     return Dispatched(from_wire(received, like, wire_format), local_ids, local_weights, send_map, dropped)
 
 
-def _dispatch_kernel(parts, scale, ids, topk_weights, *, routes, axis_name, quantized):
+def _dispatch_kernel(parts, scale, ids, topk_weights, *, routes, axis_name, encode):
     received, local_ids, weights, send_map = dispatch_kernels.dispatch(
-        parts, ids, topk_weights, routes, axis_name=axis_name, quantize_scale=quantize_mode(scale, quantized)
+        parts, ids, topk_weights, routes, axis_name=axis_name, encode=encode_option(scale, encode)
     )
     received, local_ids = ([a.reshape(-1, a.shape[-1]) for a in arrays] for arrays in (received, [local_ids]))
     if weights is None:
         weights = jnp.ones(local_ids[0].shape, jnp.float32)
     return received, local_ids[0], weights.reshape(local_ids[0].shape), send_map
-
-
-def _dispatch_problem(parts, quantized, scale, routes):
-    return dispatch_kernels.check_config(parts, routes, quantize_scale=quantize_mode(scale, quantized))
 
 
 def combine(

@@ -18,6 +18,7 @@ _INSTRUCTION = re.compile(r"^\s*(?:ROOT\s+)?%?[\w.\-]+ = (.*?) ([a-z][a-z0-9\-]*
 _SHAPE = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\]")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|called_computations)=\{?%?([\w.\-]+)")
 _BRANCHES = re.compile(r"\b(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+))")
+_MAX_SCALARS = 64  # in a vector of combined all-reduces
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
@@ -33,8 +34,8 @@ class WireBytes(NamedTuple):
     """Bytes per device and execution.
 
     total: operands of all all-to-alls. crossing: total * (R - 1) / R, what leaves the device. all_to_alls lists them,
-    one inside a loop once per iteration. scalar_bytes: all-reduces of single numbers (agreed scales, counts), in
-    neither sum.
+    one inside a loop once per iteration. scalar_bytes: all-reduces of single numbers (agreed scales, counts; XLA puts
+    those of several layers into one short vector), in neither sum.
     """
 
     total: int
@@ -105,7 +106,7 @@ def _collective(result, op, rest, computations):
         return [], 0
     if kind == "all-reduce":
         shapes = _SHAPE.findall(result)
-        if any(dims for _, dims in shapes):
+        if any("," in dims or int(dims or 1) > _MAX_SCALARS for _, dims in shapes):
             raise ValueError(f"wire_bytes: unknown collective: an all-reduce that is not scalar: {result} {op}")
         return [], sum(_bits(*s) for s in shapes) // 8 if _group_size(rest) > 1 else 0
     if kind != "all-to-all":

@@ -13,9 +13,9 @@ from jaxtyping import Array, Float, UInt8
 
 from fp4jax.nvfp4 import NVFP4Tensor
 from fp4jax.rounding import E4M3_MAX, div_rn, round_to_e4m3
+from pallas_kernels.row_makers import FP8_GROUP
 
 WIRE_FORMATS = ("nvfp4", "fp8", "bf16")
-FP8_GROUP = 128  # values that share one f32 scale in the fp8 wire format
 
 
 def from_fp8(x: Float[Array, "rows h"], scales: Float[Array, "rows groups"]) -> Float[Array, "rows h"]:
@@ -25,11 +25,16 @@ def from_fp8(x: Float[Array, "rows h"], scales: Float[Array, "rows groups"]) -> 
 
 
 def to_fp8(x: Float[Array, "t h"]) -> tuple[Float[Array, "t h"], Float[Array, "t groups"]]:
-    """x [T, H] -> e4m3 [T, H], f32 [T, ceil(H/128)]: scale = amax of the group / 448, 1 for a group of zeros."""
+    """x [T, H] -> e4m3 [T, H], f32 [T, ceil(H/128)]: scale = amax of the group / 448, 1 for a group of zeros.
+
+    A NaN makes its whole group NaN.
+    """
     tokens, hidden = x.shape
     groups = -(-hidden // FP8_GROUP)
     wide = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, groups * FP8_GROUP - hidden))).reshape(tokens, groups, FP8_GROUP)
-    amax = jnp.max(jnp.abs(wide), axis=-1)
+    # As integers magnitudes are ordered alike, with NaN on top: XLA:CPU's maximum of floats loses some NaNs.
+    magnitudes = lax.bitcast_convert_type(jnp.abs(wide), jnp.int32)
+    amax = lax.bitcast_convert_type(jnp.max(magnitudes, axis=-1), jnp.float32)
     # Below, amax / 448 would be subnormal, which CPUs flush to zero; such a group is zero to e4m3 with scale 1.
     scales = jnp.where(amax < E4M3_MAX * 2.0**-126, np.float32(1), div_rn(amax, np.float32(E4M3_MAX)))
     values = round_to_e4m3(div_rn(wide, scales[..., None]))

@@ -43,16 +43,16 @@ def default_config(tokens: int) -> TuningConfig:
 
 
 def check_config(
-    parts: Sequence[Any], routes: Routes, *, quantize_scale: Any = None, config: TuningConfig | None = None
+    parts: Sequence[Any], routes: Routes, *, encode: Any = None, config: TuningConfig | None = None
 ) -> str | None:
     """None if `dispatch` accepts these (arrays or structs), else what does not fit."""
     if not 2 <= routes.devices <= MAX_DEVICES:
         return f"needs 2 to {MAX_DEVICES} devices, got {routes.devices}"
-    return check_pack(parts, routes, quantize_scale=quantize_scale, config=config)
+    return check_pack(parts, routes, encode=encode, config=config)
 
 
 def check_pack(
-    parts: Sequence[Any], routes: Routes, *, quantize_scale: Any = None, config: TuningConfig | None = None
+    parts: Sequence[Any], routes: Routes, *, encode: Any = None, config: TuningConfig | None = None
 ) -> str | None:
     """None if `pack` accepts these (arrays or structs), else what does not fit."""
     config = config or default_config(routes.tokens)
@@ -60,9 +60,9 @@ def check_pack(
         return f"needs at most {MAX_DEVICES} devices, got {routes.devices}"
     if routes.tokens < 1 or not 1 <= routes.k <= MAX_SLOTS:
         return f"needs tokens, and 1 to {MAX_SLOTS} slots, got {routes.tokens} tokens and {routes.k} slots"
-    if problem := check_parts(parts, quantize_scale):
+    if problem := check_parts(parts, encode):
         return problem
-    sent = row_maker(parts, quantize_scale).sent
+    sent = row_maker(parts, encode).sent
     row_words = sum(p.shape[1] * p.dtype.itemsize for p in sent) // 4 + 2 * routes.k + 4
     if routes.devices * routes.capacity * max(row_words, *(p.shape[1] for p in sent)) >= MAX_INDEX:
         return f"{routes.devices * routes.capacity} rows exceed the kernel's 32-bit indices"
@@ -82,7 +82,7 @@ def dispatch(
     routes: Routes,
     *,
     axis_name: str,
-    quantize_scale: Any = None,
+    encode: Any = None,
     config: TuningConfig | None = None,
 ) -> tuple[list[jax.Array], jax.Array, jax.Array | None, jax.Array]:
     """Rows of the parts [T, n] -> every device's [devices, capacity, n], in rank order of the senders.
@@ -90,18 +90,20 @@ def dispatch(
     Args:
       parts: what a row consists of; 16 bytes or a multiple per row, or one 32-bit value.
       topk_ids: i32 [T, k], global; others than 0..devices * local_experts - 1 go nowhere. topk_weights: f32 [T, k].
-      quantize_scale: parts is one bf16 or f32 array [T, H] to be sent as NVFP4: f32 of one element, or "per_token".
+      encode: parts is one bf16 or f32 array [T, H] to be sent as NVFP4: its scale, f32 of one element, or "per_token";
+        or as "fp8".
 
-    -> received parts (quantized: codes u8 [.., H/2], scales e4m3 [.., H/16] and, "per_token", f32 [.., 1]); local ids
-    i32 [devices, capacity, k] (per_slot: 1), -1 where it is not here or no row; weights f32 like them, None per_slot;
-    the map i32 [T, columns] of rows that this device sent: receiver * capacity + place, or -1.
+    -> received parts (NVFP4: codes u8 [.., H/2], scales e4m3 [.., H/16] and, "per_token", f32 [.., 1]; fp8: e4m3
+    [.., H], f32 [.., ceil(H/128)]); local ids i32 [devices, capacity, k] (per_slot: 1), -1 where it is not here or no
+    row; weights f32 like them, None per_slot; the map i32 [T, columns] of rows that this device sent: receiver *
+    capacity + place, or -1.
 
     Raises:
       NotImplementedError: what `check_config` returns.
     """
-    if problem := check_config(parts, routes, quantize_scale=quantize_scale, config=config):
+    if problem := check_config(parts, routes, encode=encode, config=config):
         raise NotImplementedError(f"dispatch kernel: {problem}")
-    *received, send_map = _Kernel(parts, routes, quantize_scale, config, axis_name).run(topk_ids, topk_weights)
+    *received, send_map = _Kernel(parts, routes, encode, config, axis_name).run(topk_ids, topk_weights)
     weights = received.pop() if routes.form == "per_peer" else None
     local_ids = received.pop()
     return received, local_ids, weights, send_map
@@ -113,28 +115,29 @@ def pack(
     topk_weights: jax.Array,
     routes: Routes,
     *,
-    quantize_scale: Any = None,
+    encode: Any = None,
+    apart: bool = False,
     config: TuningConfig | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """The same rows in a buffer of this device, for an all_to_all -> (u8 [devices, capacity, bytes], map).
+) -> tuple[list[jax.Array], jax.Array]:
+    """The same rows in buffers of this device, for an all_to_all -> ([u8 [devices, capacity, bytes]], map).
 
     A row: its parts, k global ids i32 (per_slot: 1), per_peer k weights f32, and up to 12 bytes more: a multiple of 16
-    in all. Ids of rows that nobody fills are -1. Arguments, map and errors as in `dispatch`; any number of devices up
-    to 8.
+    in all. apart: the first part has an array of its own, [devices, capacity, n] of its dtype, before that of the rest.
+    Ids of rows that nobody fills are -1. Arguments, map and errors as in `dispatch`; any number of devices up to 8.
     """
-    if problem := check_pack(parts, routes, quantize_scale=quantize_scale, config=config):
+    if problem := check_pack(parts, routes, encode=encode, config=config):
         raise NotImplementedError(f"pack kernel: {problem}")
-    payload, send_map = _Kernel(parts, routes, quantize_scale, config, None).run(topk_ids, topk_weights)
+    *payload, send_map = _Kernel(parts, routes, encode, config, None, apart).run(topk_ids, topk_weights)
     return payload, send_map
 
 
 class _Kernel:
-    """The kernel of both: to the peers of a mesh axis, or (axis_name None) into a buffer of this device."""
+    """The kernel of both: to the peers of a mesh axis, or (axis_name None) into one or two buffers of this device."""
 
-    def __init__(self, parts, routes, quantize_scale, config, axis_name):
-        self.routes, self.axis_name = routes, axis_name
+    def __init__(self, parts, routes, encode, config, axis_name, apart=False):
+        self.routes, self.axis_name, self.apart = routes, axis_name, int(apart)
         self.config = config or default_config(routes.tokens)
-        self.maker = row_maker(parts, quantize_scale)
+        self.maker = row_maker(parts, encode)
         self.plan = RowPlan(routes, self.config)
         self.with_weights = routes.form == "per_peer"
         self.ids_per_row = routes.k if self.with_weights else 1
@@ -143,7 +146,7 @@ class _Kernel:
         self.singles = [p for p in self.maker.sent if is_single(p)]
         self.big_bytes = [p.shape[1] * p.dtype.itemsize for p in self.big]
         self.widths = [1] * len(self.singles) + [self.ids_per_row] * (1 + self.with_weights)
-        self.row_bytes = -(-(sum(self.big_bytes) + 4 * sum(self.widths)) // PIECE) * PIECE
+        self.row_bytes = -(-(sum(self.big_bytes[self.apart :]) + 4 * sum(self.widths)) // PIECE) * PIECE
 
     def run(self, topk_ids, topk_weights):
         r, config = self.routes, self.config
@@ -154,8 +157,13 @@ class _Kernel:
             operands.append(counts_of_blocks(topk_ids, self.plan))
         send_map = jax.ShapeDtypeStruct((r.tokens, r.columns), jnp.int32)
         if self.axis_name is None:
-            targets = [jax.ShapeDtypeStruct((r.devices, r.capacity, self.row_bytes), jnp.uint8)]
-            buffers = [plgpu.SMEM((config.warpgroups * _STAGES, n), jnp.uint8) for n in self.big_bytes]
+            targets = [
+                *(jax.ShapeDtypeStruct((r.devices, r.capacity, p.shape[1]), p.dtype) for p in self.big[: self.apart]),
+                jax.ShapeDtypeStruct((r.devices, r.capacity, self.row_bytes), jnp.uint8),
+            ]
+            types = [(p.shape[1], p.dtype) for p in self.big[: self.apart]]
+            types += [(n, jnp.uint8) for n in self.big_bytes[self.apart :]]
+            buffers = [plgpu.SMEM((config.warpgroups * _STAGES, n), t) for n, t in types]
             meeting = []
         else:
             types = [(p.shape[1], p.dtype) for p in self.maker.sent]
@@ -305,10 +313,10 @@ class _Peers:
 
 
 class _Payload:
-    """One buffer of this device, whole rows of bytes."""
+    """Buffers of this device: rows of bytes, before them perhaps an array of the first part."""
 
     def __init__(self, kernel, refs):
-        self.kernel, (self.ref,) = kernel, refs
+        self.kernel, (*self.apart, self.ref) = kernel, refs
 
     def id_of(self, expert, device):
         """Receivers get global ids."""
@@ -316,14 +324,16 @@ class _Payload:
         return expert
 
     def copy(self, buffers, device, place, where):
+        there = [ref.at[device, place] for ref in self.apart]
         offset = 0
-        for buffer, size in zip(buffers, self.kernel.big_bytes, strict=True):
-            there = self.ref.at[device, place, pl.ds(offset, size)]
-            plgpu.copy_smem_to_gmem(buffer, there, predicate=where, commit_group=False)
+        for size in self.kernel.big_bytes[self.kernel.apart :]:
+            there.append(self.ref.at[device, place, pl.ds(offset, size)])
             offset += size
+        for buffer, at in zip(buffers, there, strict=True):
+            plgpu.copy_smem_to_gmem(buffer, at, predicate=where, commit_group=False)
 
     def store(self, i, device, place, slot, word, where):
         k = self.kernel
-        offset = sum(k.big_bytes) // 4 + sum(k.widths[:i])
+        offset = sum(k.big_bytes[k.apart :]) // 4 + sum(k.widths[:i])
         row = device * k.routes.capacity + place
         lanes.scatter(self.ref, row * (k.row_bytes // 4) + offset + slot, [word], where=where)

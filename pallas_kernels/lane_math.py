@@ -1,5 +1,7 @@
 """Arithmetic on lane arrays whose rounding no compiler pass may change, as single PTX instructions."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,6 +70,19 @@ def pack_bf16(low: jax.Array, high: jax.Array) -> jax.Array:
         return lax.bitcast_convert_type(both, jnp.uint32)
 
     return lanes.instruction("cvt.rn.bf16x2.f32 $0, $2, $1;", packed, low, high, dtype=jnp.uint32)
+
+
+def pack_e4m3(values: Sequence[jax.Array]) -> jax.Array:
+    """Four f32 -> one u32 of four e4m3, rounded to nearest even, saturating at +-448; NaN becomes 0x7F."""
+
+    def packed(*values):
+        x = jnp.clip(jnp.stack(values, axis=-1), -448, 448)
+        codes = lax.bitcast_convert_type(lax.optimization_barrier(x.astype(jnp.float8_e4m3fn)), jnp.uint8)
+        return lax.bitcast_convert_type(jnp.where(x != x, np.uint8(0x7F), codes), jnp.uint32)
+
+    low, high = (f"cvt.rn.satfinite.e4m3x2.f32 {t}, ${i + 1}, ${i};" for t, i in (("a", 1), ("b", 3)))
+    asm = f"{{ .reg .b16 a, b; {low} {high} mov.b32 $0, {{a, b}}; }}"
+    return lanes.instruction(asm, packed, *values, dtype=jnp.uint32)
 
 
 def high_halves(low: jax.Array, high: jax.Array) -> jax.Array:

@@ -260,13 +260,21 @@ def prefix_sums(many: Sequence[jax.Array], scratch_ref: Any, at: int) -> list[tu
 
 def largest(x: jax.Array, scratch_ref: Any, at: int) -> jax.Array:
     """The largest of the 128 lanes of an i32 lane array, in every lane; what prefix_sum says of `scratch_ref`."""
-    for step in (1, 2, 4, 8, 16):
-        x = jnp.maximum(x, _shuffle(x, "bfly", step, 31))
+    x = largest_of_neighbours(x, 32)
     sync()
     scatter(scratch_ref, at + (lane_index() >> 5), [x.astype(jnp.uint32)], where=(lane_index() & 31) == 0)
     sync()
     for w in range(LANES // 32):
         x = jnp.maximum(x, scratch_ref[at + w])
+    return x
+
+
+def largest_of_neighbours(x: jax.Array, count: int) -> jax.Array:
+    """The largest among every `count` (a power of two up to 32) successive lanes of an i32 lane array, in each."""
+    step = 1
+    while step < count:
+        x = jnp.maximum(x, _shuffle(x, "bfly", step, 31))
+        step *= 2
     return x
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec as P, use_abstract_mesh
 
 import oracles
@@ -17,7 +18,9 @@ from fp4jax.expert_parallel import combine, dispatch
 from fp4jax.implementations import peers_problem
 from fp4jax.moe import MoEConfig, MoEWeights, moe_layer
 from fp4jax.packed_weights import PackedWeights
+from fp4jax.wire_formats import to_fp8
 from pallas_kernels import dispatch as dispatch_kernels, lanes
+from pallas_kernels.row_makers import row_maker
 from pallas_kernels.row_plan import Routes, RowPlan, TuningConfig, counts_of_blocks
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
@@ -85,6 +88,39 @@ def test_every_token_belongs_to_one_block(tokens, k, devices, blocks):
     assert plan.table == plan.tiles * 128 * devices
 
 
+# --- rows as they are sent ---
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("hidden", "dtype"), [(2560, jnp.bfloat16), (400, jnp.float32)])
+def test_fp8_rows_have_the_bits_of_xla(rng, hidden, dtype):
+    """Two steps of the lanes, and a last group that is not full; zeros, NaN, infinity, subnormals."""
+    x = rng.standard_normal((4, hidden)) * np.exp(rng.uniform(-60, 60, (4, 1)))
+    x[1, :300], x[2, 5], x[2, 300], x[3] = 0, np.inf, np.nan, x[3] / np.abs(x[3]).max() * 1e-38
+    x = jnp.asarray(x, dtype)
+    maker = row_maker([x], "fp8")
+
+    def body(x_ref, values_ref, scales_ref, values, scales):
+        for row in range(4):
+            loaded = maker.load([x_ref], jnp.int32(row), jnp.bool_(True))
+            maker.store([x_ref], loaded, [values, scales], jnp.int32(row), None)
+        lanes.sync()
+        for smem, ref in ((values, values_ref), (scales, scales_ref)):
+            words = ref.size * ref.dtype.itemsize // 4
+            for start in range(0, words, lanes.LANES):
+                at = start + lanes.lane_index()
+                lanes.scatter(ref, at, lanes.gather(smem, at, where=at < words), where=at < words)
+
+    scratch = [plgpu.SMEM(s.shape, s.dtype) for s in maker.sent]
+    # One warpgroup, so nothing for a race detector, which would take minutes.
+    kernel = lanes.kernel(body, tuple(maker.sent), grid=1, scratch_types=scratch, interpret=plgpu.InterpretGPUParams())
+    values, scales = kernel(x)
+    expected = to_fp8(x)
+    for got, right in zip((values, scales), expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(right, np.float32))
+    assert np.isnan(np.asarray(values, np.float32)).sum() == 1 + min(128, hidden - 256)
+
+
 # --- lowering for CUDA ---
 
 
@@ -104,7 +140,7 @@ def there_and_back(form, wire, experts, implementation=None, scale="per_token"):
             x, ids, weights, num_experts=experts, form=form, wire_format=wire, implementation=implementation, **options
         )
         leaf = jax.tree.leaves(d.x)[0]
-        y = leaf.astype(jnp.bfloat16)
+        y = jnp.where(jnp.any(d.local_ids >= 0, axis=1, keepdims=True), leaf.astype(jnp.bfloat16), 0)
         home = weights if form == "per_slot" else None
         return combine(y, d, topk_weights=home, implementation=implementation)
 
@@ -193,7 +229,7 @@ def test_gradients_are_those_of_one_all_to_all(form):
 def test_dispatch_refuses_with_the_value(change, config, message):
     routes = dataclasses.replace(Routes(128, 8, 4, 16, 128, "per_peer"), **change)
     parts = [struct((max(1, routes.tokens), 7168), jnp.bfloat16)]
-    problem = dispatch_kernels.check_config(parts, routes, quantize_scale="per_token", config=config)
+    problem = dispatch_kernels.check_config(parts, routes, encode="per_token", config=config)
     assert message in problem
 
 
@@ -229,10 +265,15 @@ def test_a_named_kernel_needs_gpus(make_mesh):
             jax.jit(jax.shard_map(body, mesh=make_mesh(2), in_specs=P("ep"), out_specs=P("ep")))(x, ids)
 
 
-def test_several_hosts_pack_in_one_kernel_for_one_all_to_all(monkeypatch):
+def test_several_hosts_pack_in_one_kernel(monkeypatch):
     x, ids, weights = struct((128, 7168), jnp.bfloat16), struct((128, 8), jnp.int32), struct((128, 8), jnp.float32)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     for form in ("per_peer", "per_slot"):
         text = lowered_text(4, there_and_back(form, "nvfp4", 64), x, ids, weights)
         assert text.count("stablehlo.all_to_all") == 2
         assert text.count("@mosaic_gpu_v2") == 2  # pack, depermute
+    x, ids, weights = (struct((1200, *s.shape[1:]), s.dtype) for s in (x, ids, weights))
+    for wire in ("nvfp4", "fp8", "bf16"):  # 16 MB and more: the values of all rows in an all_to_all of their own
+        text = lowered_text(4, there_and_back("per_peer", wire, 64), x, ids, weights)
+        assert text.count("stablehlo.all_to_all") == 3
+        assert text.count("@mosaic_gpu_v2") == 2

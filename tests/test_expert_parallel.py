@@ -10,6 +10,7 @@ from jax.experimental import checkify
 from jax.sharding import PartitionSpec as P
 
 import oracles
+from fp4jax import all_to_all
 from fp4jax.expert_parallel import agree_global_scale, combine, dispatch, from_fp8, wire_bytes
 from fp4jax.moe import MoEConfig, MoEWeights, dense_moe, moe_layer
 from fp4jax.nvfp4 import NVFP4Tensor, dequantize, quantize
@@ -399,7 +400,7 @@ def test_wire_bytes_of_the_compiled_layer(make_mesh, layer, form, devices):
     routing = 8 * K if form == "per_peer" else 4  # i32 id and f32 weight per slot; one id
     rows = devices * tokens * (1 if form == "per_peer" else K)
     there, back = rows * (H // 2 + H // 16 + routing), rows * 2 * H
-    assert [a.dtype for a in found.all_to_alls] == ["u8", "u8"]
+    assert [a.dtype for a in found.all_to_alls] == ["u8", "u16"]
     assert [a.bytes for a in found.all_to_alls] == [there, back]
     assert found.total == there + back
     assert found.crossing == (there + back) * (devices - 1) // devices
@@ -416,6 +417,28 @@ def test_wire_bytes_of_other_formats(make_mesh, layer, wire_format, bytes_per_ro
     found = wire_bytes(sharded(make_mesh(2), body).lower(x, ids, weights).compile())
     assert [(a.dtype, a.bytes) for a in found.all_to_alls] == [("u8", T * (bytes_per_row + 8 * K))]
     assert found.scalar_bytes == 0
+
+
+@pytest.mark.parametrize("form", ["per_peer", "per_slot"])
+@pytest.mark.parametrize("wire_format", ["nvfp4", "fp8", "bf16"])
+def test_large_payloads_cross_in_two_all_to_alls(make_mesh, layer, monkeypatch, form, wire_format):
+    """Not one bit changes, and no byte is added."""
+    x, ids, weights = layer[:3]
+
+    def run(large):
+        monkeypatch.setattr(all_to_all, "_APART_BYTES", 0 if large else 2**24)
+
+        def body(x, ids, weights):
+            d = dispatch(x, ids, weights, num_experts=E, form=form, wire_format=wire_format)
+            return [a for a in jax.tree.leaves(d) if a.ndim]
+
+        f = sharded(make_mesh(2), body, (EP, EP, EP), EP).lower(x, ids, weights).compile()
+        return wire_bytes(f), jax.tree.map(np.asarray, f(x, ids, weights))
+
+    (one, together), (two, apart) = run(False), run(True)
+    assert (len(one.all_to_alls), len(two.all_to_alls)) == (1, 2)
+    assert one.total == two.total
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.view(np.uint8), b.view(np.uint8)), together, apart)
 
 
 def test_wire_bytes_is_zero_on_one_device(make_mesh, layer):

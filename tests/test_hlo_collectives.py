@@ -90,17 +90,19 @@ def test_scalar_all_reduces_are_reported_apart():
     body = (
         f"{PLAIN}\n  %pmax = f32[] all-reduce(%x), channel_id=1, {GROUPS}, to_apply=%region\n"
         f"  %sums = (s32[], f32[]) all-reduce-start(%x, %y), channel_id=2, {GROUPS}, to_apply=%region\n"
-        "  %done = (s32[], f32[]) all-reduce-done(%sums)"
+        "  %done = (s32[], f32[]) all-reduce-done(%sums)\n"
+        f"  %both = s32[2]{{0}} all-reduce(%z), channel_id=3, {GROUPS}, to_apply=%region"
     )
     found = wire_bytes(module(body))
-    assert (found.total, found.scalar_bytes) == (4 * 16 * 104, 12)
+    assert (found.total, found.scalar_bytes) == (4 * 16 * 104, 20)
 
 
 @pytest.mark.parametrize(
     "line",
     [
         "  %g = f32[8]{0} all-gather(%x), replica_groups={{0,1}}, dimensions={0}",
-        "  %g = f32[4]{0} all-reduce(%x), replica_groups={{0,1}}, to_apply=%region",
+        "  %g = f32[65]{0} all-reduce(%x), replica_groups={{0,1}}, to_apply=%region",
+        "  %g = f32[2,2]{1,0} all-reduce(%x), replica_groups={{0,1}}, to_apply=%region",
         "  %g = u8[16]{0} ragged-all-to-all(%x), replica_groups={{0,1}}",
         "  %g = (f32[4]{0}, f32[4]{0}) collective-permute-start(%x), source_target_pairs={{0,1}}",
         "  %g = f32[2]{0} reduce-scatter(%x), replica_groups={{0,1}}, to_apply=%region",

@@ -22,6 +22,7 @@ from jax import lax
 from jax.sharding import AxisType, PartitionSpec as P
 
 import oracles
+from fp4jax import all_to_all
 from fp4jax.expert_parallel import combine, dispatch
 from fp4jax.moe import MoEConfig, MoEWeights, moe_layer
 from fp4jax.nvfp4 import quantize
@@ -164,10 +165,20 @@ def test_tokens_that_are_quantized_already(make_mesh, rng, devices, global_scale
 @pytest.mark.parametrize("form", ["per_peer", "per_slot"])
 @pytest.mark.parametrize(
     ("wire", "hidden", "tokens", "k", "routing"),
-    [("nvfp4", 7168, 37, 8, "random"), ("nvfp4", 512, 3001, 3, "bad"), ("bf16", 64, 515, 5, "skewed")],
+    [
+        ("nvfp4", 7168, 37, 8, "random"),
+        ("nvfp4", 512, 3001, 3, "bad"),
+        ("nvfp4", 7168, 2500, 2, "bad"),  # large: two all_to_alls
+        ("fp8", 2048, 130, 8, "bad"),
+        ("fp8", 7168, 1300, 3, "bad"),
+        ("bf16", 64, 515, 5, "skewed"),
+        ("bf16", 7168, 700, 4, "random"),
+    ],
 )
-def test_a_kernel_packs_for_one_all_to_all(make_mesh, rng, devices, form, wire, hidden, tokens, k, routing):
+def test_a_kernel_packs_for_an_all_to_all(make_mesh, rng, devices, form, wire, hidden, tokens, k, routing):
     """What several hosts do: a second mesh axis keeps the kernels from storing to peers."""
+    capacity, value_bytes = tokens * (k if form == "per_slot" else 1), {"nvfp4": 1 / 2, "fp8": 1, "bf16": 2}[wire]
+    large = devices * capacity * hidden * value_bytes >= all_to_all._APART_BYTES
     experts = 16
     x = jnp.asarray(rng.standard_normal((devices * tokens, hidden)), jnp.bfloat16)
     ids = make_ids(rng, routing, devices, tokens, k, experts).reshape(-1, k)
@@ -185,7 +196,7 @@ def test_a_kernel_packs_for_one_all_to_all(make_mesh, rng, devices, form, wire, 
 
         fn = sharded(mesh, body)
         text = fn.lower(x, ids, weights).as_text()
-        assert text.count("stablehlo.all_to_all") == 1
+        assert text.count("stablehlo.all_to_all") == 1 + large
         assert ("mosaic_gpu" in text) == (implementation is None)
         results.append(jax.device_get(fn(x, ids, weights)))
     check_same(*results)
