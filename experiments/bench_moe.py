@@ -98,14 +98,11 @@ def run_cell(shape: moe_cases.Shape, wire: str, layers: list[str], ceilings) -> 
         on = two_axes if name.endswith("nccl") else mesh
         floors = moe_cases.floors_us(shape, wire if quantized else "bf16", ceilings, quantized=quantized)
         step = functools.partial(moe_cases.layer_step, layer=layer)
-        chain = ChainedSteps(
-            on, step, None, (x, ids, topk_weights, experts), unrolled=2, about_us=sum(floors.values()),
-            compiler_options=compiler_options(),
-        )  # fmt: skip
+        make_chain = functools.partial(
+            ChainedSteps, on, step, None, (x, ids, topk_weights, experts), unrolled=2, about_us=sum(floors.values())
+        )
+        chain = make_chain()
         us[name] = chain.us(_REPEATS.value)
-        _, results = chain.run()
-        if dropped := max(int(np.max(s.data)) for _, counts in results for s in counts.addressable_shards):
-            raise RuntimeError(f"{name}, {shape}: {dropped} routes did not fit the buffers")
         exchanged = [a.bytes for a in wire_bytes(chain.compiled).all_to_alls]
         row = {
             "layer": name, "wire_format": wire if quantized else "bf16", **shape._asdict(), "us": round(us[name], 1),
@@ -113,6 +110,8 @@ def run_cell(shape: moe_cases.Shape, wire: str, layers: list[str], ceilings) -> 
             "all_to_all_bytes": exchanged[: len(exchanged) // chain.copies],
         }  # fmt: skip
         if _PROFILE.value:
+            if options := compiler_options():  # a program whose kernels a profile can tell apart
+                chain = make_chain(compiler_options=options)
             stages = stage_times(chain.compiled, chain.run, moe_cases.STAGES, repeats=1)
             per_layer = jax.process_count() / chain.steps  # a profile sees the devices of its process
             row["stages_us"] = {stage: round(time * per_layer, 2) for stage, time in stages.items()}

@@ -196,7 +196,8 @@ def _scale_of_row(scale, group_sizes, num_rows):
     """Per-expert scales [L, 1, 1] -> [rows, 1] for rows sorted by expert; a pad takes the last expert's."""
     if scale is None:
         return None
-    expert = jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(num_rows), side="right")
+    ends = jnp.cumsum(group_sizes)
+    expert = jnp.searchsorted(ends, jnp.arange(num_rows), side="right", method="compare_all")  # one kernel, no loop
     return scale.reshape(-1)[jnp.minimum(expert, scale.shape[0] - 1)][:, None]
 
 

@@ -27,6 +27,7 @@ from fp4jax.expert_parallel import combine, dispatch
 from fp4jax.moe import MoEConfig, MoEWeights, moe_layer
 from fp4jax.nvfp4 import quantize
 from fp4jax.packed_weights import pack_weights
+from fp4jax.wire_formats import from_fp8, to_fp8
 
 EP = P("ep")
 _WATCHDOG_S = 240
@@ -284,7 +285,7 @@ def test_200_random_routings(make_mesh, devices, form, tokens):
         )
     )
     assert (run(False, 200) == 0).all()
-    found = run(True, 3)
+    found = run(True, 20)  # of few tokens all can be idle in a step
     assert (found > 0).all()  # what is different is seen
 
 
@@ -309,14 +310,14 @@ def test_the_layer_has_the_bits_of_one_device(make_mesh, rng, devices, wire):
         assert int(stats.dropped) == 0
         return np.asarray(y)
 
-    alone, _ = jax.jit(lambda *a: moe_layer(*a, MoEConfig(num_experts=experts)))(x, ids, weights, packed)
-    if wire != "fp8":  # what crosses, quantized there or here, is what one device computes with
-        np.testing.assert_array_equal(bits(run(None, "per_slot")), bits(alone))
+    # fp8 is rounded to NVFP4 after it has crossed: as if x had been e4m3.
+    arrived = from_fp8(*to_fp8(x)) if wire == "fp8" else x
+    alone, _ = jax.jit(lambda *a: moe_layer(*a, MoEConfig(num_experts=experts)))(arrived, ids, weights, packed)
+    np.testing.assert_array_equal(bits(run(None, "per_slot")), bits(alone))
     alone = np.asarray(alone, np.float64)
-    limit = 0.1 if wire == "fp8" else 5e-3  # fp8 is rounded twice
     for form in ("per_peer", "per_slot"):
         got, reference = run(None, form), run(XLA, form)
-        assert np.linalg.norm(got.astype(np.float64) - alone) < limit * np.linalg.norm(alone)
+        assert np.linalg.norm(got.astype(np.float64) - alone) < 5e-3 * np.linalg.norm(alone)
         difference = np.linalg.norm(got.astype(np.float64) - reference.astype(np.float64))
         assert difference < 1e-2 * np.linalg.norm(alone)
 
