@@ -107,7 +107,7 @@ def run_cell(shape: moe_cases.Shape, wire: str, layers: list[str], ceilings) -> 
         row = {
             "layer": name, "wire_format": wire if quantized else "bf16", **shape._asdict(), "us": round(us[name], 1),
             "floor_us": round(sum(floors.values()), 1), "floors_us": {k: round(v, 2) for k, v in floors.items()},
-            "all_to_all_bytes": exchanged[: len(exchanged) // chain.copies],
+            "all_to_all_bytes": exchanged[: len(exchanged) // chain.steps],
         }  # fmt: skip
         if _PROFILE.value:
             if options := compiler_options():  # a program whose kernels a profile can tell apart

@@ -24,8 +24,7 @@ _CALL_MS = 50
 
 
 class ChainedSteps:
-    """A compiled program of many steps on a mesh. compiled: the program; steps: how many it runs, of
-    `copies` that are in its text.
+    """A compiled program of many steps on a mesh. compiled: the program; steps: how many it runs.
 
     step(state, operands, zero, ranks=devices) -> (next state, results), inside shard_map with everything sharded over
     `axis`. state None: an i32 number, 0 at first. A step must use it, times `zero` (which no compiler knows), and
@@ -51,7 +50,6 @@ class ChainedSteps:
         if not benchmarking.on_gpu():
             unrolled, loops = 2, 1
         self.steps, ranks = unrolled * loops, mesh.shape[axis]
-        self.copies = unrolled * (2 if loops > 1 else 1)
         once = jax.jit(functools.partial(step, ranks=ranks))  # traced once
 
         def body(state, operands, zero):

@@ -106,7 +106,11 @@ def swiglu_table(report: dict[str, Any]) -> str:
 
 def dispatch_table(report: dict[str, Any]) -> str:
     """NVFP4 dispatch and the way back by kernels and by NCCL, against NCCL's all_to_all of bf16 rows."""
-    found = {(r["ranks"], r["T"], r["op"], r["implementation"]): r for r in report["rows"] if r["routing"] == "random"}
+    found = {
+        (r["ranks"], r["T"], r["op"], r["implementation"]): r
+        for r in report["rows"]
+        if r["routing"] == "random" and (r["op"], r["wire_format"]) in (("dispatch", "nvfp4"), ("combine", "bf16"))
+    }
     lines = [
         "| GPUs | T | bf16 all_to_all, us | dispatch, us | faster | through NCCL, us | faster "
         "| bf16 back + sum, us | combine, us | faster |",
@@ -128,13 +132,31 @@ def dispatch_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def moe_table(report: dict[str, Any]) -> str:
+    """A layer in NVFP4 against the two in bf16, and the ratio that the sums of floors have."""
+    found = {(r["ranks"], r["model"], r["tokens"], r["layer"]): r for r in report["rows"]}
+    lines = [
+        "| GPUs | model | T | NVFP4, us | through NCCL, us | bf16, us | bf16 of JAX, us | to bf16 | floors' ratio "
+        "| to JAX's |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for cell in sorted({key[:3] for key in found}, key=lambda c: (-c[0], c[1], c[2])):
+        rows = [found[*cell, name] for name in ("nvfp4", "nvfp4 nccl", "bf16", "bf16 jax")]
+        ours = rows[0]
+        ratios = [f"{ours[key]:.2f}x" for key in ("against bf16", "against bf16, floors", "against bf16 jax")]
+        cells = [str(cell[0]), cell[1], str(cell[2]), *(f"{r['us']:.0f}" for r in rows), *ratios]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def tables() -> dict[str, str]:
     """Every table of the README under its name."""
     return {
         "demo": demo_table(json.loads((RESULTS / "cpu" / "demo.json").read_text())),
         "ops": ops_table(json.loads((RESULTS / "h100" / "bench_ops.json").read_text())),
         "gemm": gemm_table(json.loads((RESULTS / "h100" / "bench_gemm.json").read_text())),
-        "dispatch": dispatch_table(json.loads((RESULTS / "h100" / "bench_dispatch.json").read_text())),
+        "moe": moe_table(json.loads((RESULTS / "h200" / "bench_moe.json").read_text())),
+        "dispatch": dispatch_table(json.loads((RESULTS / "h200" / "bench_dispatch.json").read_text())),
         "swiglu": swiglu_table(json.loads((RESULTS / "h100" / "bench_gemm.json").read_text())),
     }
 

@@ -91,7 +91,7 @@ def dispatch(
     # bf16 is cast here; the others are encoded on the way.
     encode = None if wire_format == "bf16" or isinstance(x, NVFP4Tensor) else wire_format
     scale = global_scale
-    if encode == "nvfp4" and not isinstance(scale, str):
+    if encode == "nvfp4" and not isinstance(scale, str) and not isinstance(x, NVFP4Tensor):
         scale = tensor_scale(x, axis_name) if scale is None else as_scale(scale, x.shape)
     parts = wire_arrays(x, wire_format) if encode is None else [x]
     options = dict(routes=routes, axis_name=axis_name, encode=encode)

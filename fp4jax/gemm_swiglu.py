@@ -49,7 +49,7 @@ def grouped_gemm_swiglu(
       out_dtype: of the product, before SwiGLU.
 
     Returns:
-      NVFP4Tensor, or an array of [E, M, I] or [rows, I].
+      NVFP4Tensor, or an array of [E, M, I] or [rows, I], for "nvfp4_as_bf16" with a scale per token and the scales.
 
     Raises:
       ValueError, TypeError: shapes or dtypes that do not fit.

@@ -184,10 +184,12 @@ def _experts(rows, ids, row_weights, weights, config, dtype, expected_m):
         out: str = "bf16"
         act_scale: Any = None
         if config.activation_format_2 == "nvfp4":
-            out, act_scale = ("nvfp4", "per_token") if scale_2 is None else ("nvfp4_as_bf16", scale_2)
+            out, act_scale = "nvfp4_as_bf16", "per_token" if scale_2 is None else scale_2
         act = grouped_gemm_swiglu(p.x, weights.w13, counts, x_scale=x_scale, global_scale=act_scale, out=out, **options)
+        if isinstance(act, tuple):
+            act, act_scale = act
     with scope("gemm_2"):
-        y = gemm(act, weights.w2, counts, x_scale=act_scale if out == "nvfp4_as_bf16" else None, **options)
+        y = gemm(act, weights.w2, counts, x_scale=act_scale, **options)
     with scope("depermute"):
         return depermute_combine(y, p.row_map, row_weights, implementation=impl), p.dropped
 

@@ -19,7 +19,7 @@ def swiglu_quantize(
     global_scale: Any,
     out: str = "nvfp4",
     implementation: str | None = None,
-) -> NVFP4Tensor | Float[Array, "..."]:
+) -> NVFP4Tensor | Float[Array, "..."] | tuple[Float[Array, "..."], Float[Array, "..."]]:
     """gate_up [E, M, 2I] (gate = first half of the columns) -> silu(gate) * up [E, M, I] in the form `out`.
 
     GEMM 1 has rounded gate and up to bf16; the product stays f32 until it is quantized (dialect exact), or until the
@@ -29,7 +29,8 @@ def swiglu_quantize(
       masked_m: valid rows per expert, or None for contiguous rows [rows, 2I].
       global_scale: as in `nvfp4.quantize`, e.g. f32 [E, 1, 1] or "per_token"; not used by "bf16".
       out: "nvfp4"; "nvfp4_as_bf16": the same values as bf16 code x block_scale (exact), to be multiplied by
-        x_scale=global_scale in GEMM 2, so the scale must be an array; "bf16": unquantized (f32 if gate_up is f32).
+        x_scale=global_scale in GEMM 2; a pair of them and the global scale where that is computed here; "bf16":
+        unquantized (f32 if gate_up is f32).
 
     Raises:
       ValueError: unknown `out`, or shapes that do not fit.
@@ -42,8 +43,6 @@ def swiglu_quantize(
         )
     if out != "bf16" and gate_up.shape[-1] % (2 * BLOCK_SIZE):
         raise ValueError(f"swiglu_quantize: I must be a multiple of {BLOCK_SIZE}, got gate_up {gate_up.shape}")
-    if out == "nvfp4_as_bf16" and (global_scale is None or isinstance(global_scale, str)):
-        raise ValueError(f"swiglu_quantize: out='nvfp4_as_bf16' needs an array as global_scale, got {global_scale!r}")
     if isinstance(global_scale, str | None):
         mode, scale = global_scale, None
     else:
@@ -66,15 +65,18 @@ def _swiglu_xla(gate_up, masked_m, scale, *, mode, out):
         return v.astype(gate_up.dtype)
     given = mode if scale is None else scale
     quantized = quantize(v, global_scale=given, masked_m=masked_m, implementation="xla")
-    return quantized if out == "nvfp4" else decode_blocks(quantized.qdata, quantized.block_scale)
+    if out == "nvfp4":
+        return quantized
+    decoded = decode_blocks(quantized.qdata, quantized.block_scale)
+    return (decoded, quantized.global_scale) if scale is None else decoded
 
 
 def _swiglu_kernel(gate_up, masked_m, scale, *, mode, out):
-    result = swiglu_kernel.swiglu_quantize(gate_up, masked_m, mode if scale is None else scale, out=out)
-    if out != "nvfp4":
-        return result[0]
-    qdata, block_scale, row_scale = result
-    return NVFP4Tensor(qdata, block_scale, row_scale if scale is None else scale)
+    *arrays, row_scale = swiglu_kernel.swiglu_quantize(gate_up, masked_m, mode if scale is None else scale, out=out)
+    if out == "nvfp4":
+        qdata, block_scale = arrays
+        return NVFP4Tensor(qdata, block_scale, row_scale if scale is None else scale)
+    return arrays[0] if row_scale is None else (arrays[0], row_scale)
 
 
 def silu(x: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -64,8 +64,8 @@ def check_config(
     if out not in OUTPUTS:
         return f"out must be one of {OUTPUTS}, got {out!r}"
     if out != "bf16" and (global_scale is None or isinstance(global_scale, str)):
-        if global_scale != "per_token" or out != "nvfp4":
-            return f"out={out!r} needs an array as global_scale (or 'per_token' for 'nvfp4'), got {global_scale!r}"
+        if global_scale != "per_token":
+            return f"out={out!r} needs an array or 'per_token' as global_scale, got {global_scale!r}"
         if gate_up.shape[-1] > 2 * BLOCK_SIZE * lanes.LANES * MAX_BLOCKS_PER_LANE:
             return f"a per-token scale needs I of at most {BLOCK_SIZE * lanes.LANES * MAX_BLOCKS_PER_LANE}"
     if gate_up.size // BLOCK_SIZE >= MAX_INDEX:
@@ -84,8 +84,9 @@ def swiglu_quantize(
 ) -> tuple[Any, ...]:
     """[E, M, 2I] with masked_m [E], or [rows, 2I] with None -> the form `out` of silu(gate) * up, [.., I].
 
-    "nvfp4": (codes u8 [.., I/2], scales e4m3 [.., I/16], and the scales f32 [.., 1] if global_scale is "per_token",
-    else None). "nvfp4_as_bf16": (bf16 code x block scale,). "bf16": (bf16,). global_scale as in `quantize.quantize`.
+    "nvfp4": (codes u8 [.., I/2], scales e4m3 [.., I/16], global scales). "nvfp4_as_bf16": (bf16 code x block scale,
+    global scales). "bf16": (bf16, None). global_scale as in `quantize.quantize`; the global scales are f32 [.., 1]
+    where it is "per_token", else None.
 
     Raises:
       NotImplementedError: what `check_config` returns.
@@ -96,16 +97,16 @@ def swiglu_quantize(
     *lead, two_i = gate_up.shape
     rows, blocks = int(np.prod(lead, dtype=np.int64)), two_i // 2 // BLOCK_SIZE
     m = lead[-1]
-    per_token = out == "nvfp4" and isinstance(global_scale, str)
+    per_token = out != "bf16" and isinstance(global_scale, str)
     if out == "nvfp4":
         out_type = [
             jax.ShapeDtypeStruct((rows, two_i // 4), jnp.uint8),
             jax.ShapeDtypeStruct((rows, blocks), jnp.float8_e4m3fn),
         ]
-        if per_token:
-            out_type.append(jax.ShapeDtypeStruct((rows, 1), jnp.float32))
     else:
         out_type = [jax.ShapeDtypeStruct((rows, two_i // 2), jnp.bfloat16)]
+    if per_token:
+        out_type.append(jax.ShapeDtypeStruct((rows, 1), jnp.float32))
     operands, scale_stride = [gate_up.reshape(rows, two_i)], 0
     needs_scale = out != "bf16" and not per_token
     if needs_scale:
@@ -129,7 +130,7 @@ def swiglu_quantize(
                 products = [swiglu(*words) for words in loaded]
                 scale = scale_of_row([values for values, _ in products], AMAX_DIVISOR)
                 is_first = items[0].valid & (items[0].column == 0)
-                lanes.scatter(refs[2], items[0].row, [as_u32(scale)], where=is_first)
+                lanes.scatter(refs[len(out_type) - 1], items[0].row, [as_u32(scale)], where=is_first)
                 scales = encode_scales(scale)
                 for item, (values, amax) in zip(items, products, strict=True):
                     store_products(refs, item, values, amax, scales, out)
@@ -144,7 +145,7 @@ def swiglu_quantize(
         body, tuple(out_type), grid=work.grid, scratch_types=work.scratch_types, interpret=interpret
     )(*operands)
     results = tuple(r.reshape(*lead, r.shape[-1]) for r in results)
-    return (*results, None) if out == "nvfp4" and not per_token else results
+    return results if per_token else (*results, None)
 
 
 # --- one block of 16 columns; shared with the fused epilogue of the grouped GEMM ---

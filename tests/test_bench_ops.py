@@ -8,6 +8,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from refusals import check_refusals
 
 from experiments import op_cases
 from fp4jax import benchmarking
@@ -43,19 +44,16 @@ def test_a_small_run_writes_rows_with_a_floor(tmp_path):
     assert "% floor" in done.stdout
 
 
-@pytest.mark.parametrize(
-    "flag, message",
-    [
-        ("--models=gpt2", "gpt2"),
-        ("--tokens=many", "many"),
-        ("--tokens=0", "positive"),
-        ("--ops=sort", "route_metadata"),
-    ],
-)
-def test_bad_flags_name_the_value(flag, message):
-    done = _run("--tokens=8", flag)
-    assert done.returncode != 0
-    assert message in done.stderr + done.stdout
+def test_bad_flags_name_the_value():
+    check_refusals(
+        "bench_ops",
+        {
+            ("--models=gpt2",): "gpt2",
+            ("--tokens=many",): "many",
+            ("--tokens=0",): "positive",
+            ("--ops=sort",): "route_metadata",
+        },
+    )
 
 
 def test_mismatch_counts_valid_elements_only():

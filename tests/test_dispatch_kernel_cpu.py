@@ -154,7 +154,7 @@ def there_and_back(form, wire, experts, implementation=None, scale="per_token"):
         pytest.param(4, 4096, 2048, 8, "per_peer", "nvfp4", 3, marks=pytest.mark.slow),
         pytest.param(8, 4096, 8192, 8, "per_slot", "nvfp4", 3, marks=pytest.mark.slow),
         (4, 16384, 2560, 6, "per_slot", "nvfp4", 3),
-        (2, 1024, 7168, 8, "per_peer", "bf16", 2),
+        pytest.param(2, 1024, 7168, 8, "per_peer", "bf16", 2, marks=pytest.mark.slow),
         (4, 16, 2048, 8, "per_slot", "fp8", 2),
     ],
 )
@@ -273,7 +273,7 @@ def test_several_hosts_pack_in_one_kernel(monkeypatch):
         assert text.count("stablehlo.all_to_all") == 2
         assert text.count("@mosaic_gpu_v2") == 2  # pack, depermute
     x, ids, weights = (struct((1200, *s.shape[1:]), s.dtype) for s in (x, ids, weights))
-    for wire in ("nvfp4", "fp8", "bf16"):  # 16 MB and more: the values of all rows in an all_to_all of their own
+    for wire in ("nvfp4", "bf16"):  # 16 MB and more: the values of all rows in an all_to_all of their own
         text = lowered_text(4, there_and_back("per_peer", wire, 64), x, ids, weights)
         assert text.count("stablehlo.all_to_all") == 3
         assert text.count("@mosaic_gpu_v2") == 2

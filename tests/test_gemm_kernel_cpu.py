@@ -49,8 +49,14 @@ def expected_tasks(counts, max_rows, tile_m, columns, contiguous):
 @pytest.mark.parametrize("contiguous", [False, True])
 @pytest.mark.parametrize(
     "counts",
-    [[5, 0, 17, 8], [0, 0, 0], [40], [-3, 2**30, 1], [1] * 130, [0] * 128 + [9, 0, 3]],
-    ids=["some", "none", "one", "out of range", "many", "late"],
+    [
+        pytest.param([5, 0, 17, 8], id="some"),
+        pytest.param([-3, 2**30, 1], id="out of range"),
+        pytest.param([0] * 128 + [9, 0, 3], id="late"),
+        pytest.param([0, 0, 0], id="none", marks=pytest.mark.slow),
+        pytest.param([40], id="one", marks=pytest.mark.slow),
+        pytest.param([1] * 130, id="many", marks=pytest.mark.slow),
+    ],
 )
 def test_every_row_of_every_expert_is_one_task_per_column_tile(counts, contiguous, interpret, monkeypatch):
     monkeypatch.setattr(group_tiles, "H100_SMS", BLOCKS)
@@ -248,8 +254,15 @@ def test_every_tuned_config_lowers(config, fused):
     assert kernels_in(call, *operands(4, 300, n, k, per_row=True), *act) == 1
 
 
-@pytest.mark.parametrize("layout", ["masked", "contiguous"])
-@pytest.mark.parametrize("x_scale", ["one", "row"])
+@pytest.mark.parametrize(
+    ("layout", "x_scale"),
+    [
+        ("masked", "one"),
+        ("contiguous", "row"),
+        pytest.param("masked", "row", marks=pytest.mark.slow),
+        pytest.param("contiguous", "one", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("out", [None, "bf16", "nvfp4", "nvfp4_as_bf16"])
 def test_ops_take_the_kernel_by_default_on_a_hopper_gpu(layout, x_scale, out):
     experts, m, n, k = 3, 5, 384, 192  # no multiples of a task's columns, nor of a stage

@@ -1,5 +1,7 @@
 """The arithmetic of the GPU kernels as plain functions, against the numpy oracles; no kernel runs here."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,6 +76,12 @@ def test_decode_word_of_every_code_and_scale():
     np.testing.assert_array_equal((packed.astype(np.uint32) << 16).view(F32)[finite], expected[finite].astype(F32))
 
 
+@functools.partial(jax.jit, static_argnames="four_over_six")
+def _encode_block(values, g, *, four_over_six):
+    scales = nvfp4_codec.encode_scales(g)
+    return nvfp4_codec.encode_block(values, nvfp4_codec.block_amax(values), scales, four_over_six)
+
+
 @pytest.mark.parametrize("four_over_six", [False, True])
 @pytest.mark.parametrize("g", [1.0, 0.0123, 2.0**-100, 2.0**100, 77777.0])
 def test_encode_block(four_over_six, g, rng):
@@ -88,9 +96,7 @@ def test_encode_block(four_over_six, g, rng):
         ]
     ).astype(F32)
     values = [jnp.asarray(v) for v in blocks.T]
-    scales = nvfp4_codec.encode_scales(F32(g))
-    encode = jax.jit(lambda v: nvfp4_codec.encode_block(v, nvfp4_codec.block_amax(v), scales, four_over_six))
-    encoded = encode(values)
+    encoded = _encode_block(values, F32(g), four_over_six=four_over_six)
     oracle = oracles.quantize_four_over_six if four_over_six else oracles.quantize_exact
     qdata, scale_bytes = oracle(blocks, F32(g))
     np.testing.assert_array_equal(np.asarray(encoded.scale_byte), scale_bytes[:, 0])

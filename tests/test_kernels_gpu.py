@@ -198,10 +198,16 @@ def test_swiglu_random_shapes(seed):
     codes = oracles.unpack(np.asarray(t.qdata).reshape(experts, m, -1))[valid]
     assert _mismatch(codes, oracles.unpack(qdata)[valid]) <= 1e-4
     assert _mismatch(as_bytes(t.block_scale).reshape(experts, m, -1)[valid], scales[valid]) <= 1e-4
-    if not per_token:  # the bf16 form holds exactly the values of the packed one
-        exact = oracles.dequantize(np.asarray(t.qdata), as_bytes(t.block_scale)).reshape(experts, m, -1)
-        as_bf16 = np.asarray(run("nvfp4_as_bf16"), np.float64).reshape(experts, m, -1)
-        np.testing.assert_array_equal(as_bf16[valid], exact[valid])
+    # The bf16 form holds exactly the values of the packed one.
+    exact = oracles.dequantize(np.asarray(t.qdata), as_bytes(t.block_scale)).reshape(experts, m, -1)
+    as_bf16 = run("nvfp4_as_bf16")
+    if per_token:
+        as_bf16, row_scale = as_bf16
+        np.testing.assert_array_equal(
+            np.asarray(row_scale).reshape(experts, m)[valid], np.asarray(t.global_scale).reshape(experts, m)[valid]
+        )
+    as_bf16 = np.asarray(as_bf16, np.float64).reshape(experts, m, -1)
+    np.testing.assert_array_equal(as_bf16[valid], exact[valid])
     plain = np.asarray(run("bf16"), np.float32).reshape(experts, m, -1)[valid]
     rounded = oracles.round_bf16(v.astype(np.float32))[valid]
     assert _mismatch(plain, rounded) <= 1e-4

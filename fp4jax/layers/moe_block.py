@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from fp4jax import implementations, moe, nvfp4, routing
 from fp4jax.layers.dense import MLP, Linear, exact_precision, normal_param
@@ -148,9 +148,14 @@ class MoEBlock(nnx.Module):
                 raise ValueError("shared_gate=True needs shared_intermediate_size")
             self.shared_expert_gate = Linear(hidden_size, 1, **linear)
 
-    def __call__(self, x: Float[Array, "... H"]) -> tuple[Float[Array, "... H"], MoEAux]:
+    def __call__(
+        self, x: Float[Array, "... H"], valid: Bool[Array, "..."] | None = None
+    ) -> tuple[Float[Array, "... H"], MoEAux]:
+        """Tokens that are not `valid` go to no routed expert (and take no capacity); what they become means nothing."""
         rows = x.reshape(-1, x.shape[-1])
         route, balance_loss = self._route(rows)
+        if valid is not None:
+            route = route._replace(topk_ids=jnp.where(valid.reshape(-1, 1), route.topk_ids, -1))
         hidden = rows if self.fc1_latent_proj is None else self.fc1_latent_proj(rows)
         y, dropped = self.experts(hidden.astype(self.dtype), route)
         y = self._finish(y, rows)

@@ -139,12 +139,12 @@ class Output(NamedTuple):
     aux: MoEAux
 
 
-def rope(x: Float[Array, "B S heads D"], positions: Int[Array, "S"], theta: float) -> Float[Array, "B S heads D"]:
-    """Rotate the pairs (x[i], x[i + D/2]) by position * theta^(-2i/D); float32 inside."""
+def rope(x: Float[Array, "B S heads D"], positions: Int[Array, "..."], theta: float) -> Float[Array, "B S heads D"]:
+    """Rotate the pairs (x[i], x[i + D/2]) by position * theta^(-2i/D), positions [S] or [B, S]; float32 inside."""
     half = x.shape[-1] // 2
     frequency = theta ** -(jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[:, None].astype(jnp.float32) * frequency
-    cos, sin = jnp.cos(angle)[None, :, None], jnp.sin(angle)[None, :, None]
+    angle = positions[..., None, None].astype(jnp.float32) * frequency
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
@@ -153,15 +153,15 @@ def attention(
     q: Float[Array, "B S heads D"],
     k: Float[Array, "B K kv_heads D"],
     v: Float[Array, "B K kv_heads D"],
-    positions: Int[Array, "S"],
+    positions: Int[Array, "..."],
 ) -> Float[Array, "B S heads D"]:
-    """Causal grouped-query attention: a query at position p sees keys 0..p; softmax in float32."""
+    """Causal grouped-query attention: a query at position p ([S] or [B, S]) sees keys 0..p; softmax in float32."""
     batch, length, heads, dim = q.shape
     kv_heads = k.shape[2]
     precision = exact_precision(q.dtype)
     q = q.reshape(batch, length, kv_heads, heads // kv_heads, dim)
     scores = jnp.einsum("bsngd,bknd->bngsk", q, k, precision=precision, preferred_element_type=jnp.float32)
-    visible = jnp.arange(k.shape[1]) <= positions[:, None]
+    visible = jnp.arange(k.shape[1]) <= positions.reshape(-1, 1, 1, length, 1)
     probabilities = jax.nn.softmax(jnp.where(visible, scores * dim**-0.5, -jnp.inf), axis=-1).astype(q.dtype)
     out = jnp.einsum("bngsk,bknd->bsngd", probabilities, v, precision=precision, preferred_element_type=jnp.float32)
     return out.astype(q.dtype).reshape(batch, length, heads, dim)
@@ -185,18 +185,20 @@ class Attention(nnx.Module):
         self, x: jax.Array, start: jax.Array, cache: tuple[jax.Array, jax.Array] | None
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         q, k, v = (p(x).reshape(*x.shape[:2], -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
-        positions = start + jnp.arange(x.shape[1], dtype=jnp.int32)
+        positions = start[..., None] + jnp.arange(x.shape[1], dtype=jnp.int32)
         q, k = rope(self.q_norm(q), positions, self.theta), rope(self.k_norm(k), positions, self.theta)
         if cache is not None:
-            k, v = (
-                jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, start, 0, 0))
-                for old, new in zip(cache, (k, v), strict=True)
-            )
-            cache = k, v
+            k, v = cache = (_write(cache[0], k, start), _write(cache[1], v, start))
             # Places beyond the newest token may hold anything: their weight is 0, and 0 * NaN must not reach a sum.
-            v = jnp.where((jnp.arange(v.shape[1]) <= positions[-1])[:, None, None], v, 0)
+            v = jnp.where((jnp.arange(v.shape[1]) <= positions[..., -1:])[..., None, None], v, 0)
         out = attention(q, k, v, positions)
         return self.o_proj(out.reshape(*x.shape[:2], -1)), cache
+
+
+def _write(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+    """[B, S, ..] into [B, length, ..] from position `start` on, [] for all sequences or one each, [B]."""
+    write = lambda old, new, start: jax.lax.dynamic_update_slice(old, new, (start, 0, 0))  # noqa: E731
+    return jax.vmap(write, in_axes=(0, 0, 0 if start.ndim else None))(cache, new.astype(cache.dtype), start)
 
 
 class DecoderLayer(nnx.Module):
@@ -214,6 +216,23 @@ class DecoderLayer(nnx.Module):
             self.mlp = MoEBlock(config.hidden_size, config.moe_intermediate_size, router, path=path, **linear)
         else:
             self.mlp = MLP(config.hidden_size, config.intermediate_size, **linear)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        start: jax.Array,
+        cache: tuple[jax.Array, jax.Array] | None,
+        run_experts: Callable[[MoEBlock, jax.Array], tuple[jax.Array, Any]] = MoEBlock.__call__,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None, Any]:
+        """x [B, S, H] from position `start` ([] or [B]) on -> its successor, the cache with it, what experts report."""
+        attended, cache = self.self_attn(self.input_layernorm(x), start, cache)
+        x = x + attended
+        hidden, report = self.post_attention_layernorm(x), None
+        if isinstance(self.mlp, MoEBlock):
+            hidden, report = run_experts(self.mlp, hidden)
+        else:
+            hidden = self.mlp(hidden)
+        return x + hidden, cache, report
 
 
 class Embedding(nnx.Module):
@@ -264,8 +283,12 @@ class Qwen3Moe(nnx.Module):
         x, cache, layer_aux = self._decode(ids, cache, MoEBlock.__call__)
         dropped = sum((a.dropped for a in layer_aux), start=jnp.int32(0))
         aux = MoEAux(dropped, sum((a.balance_loss for a in layer_aux), start=jnp.float32(0)))
+        return Output(self.head(x), cache, aux)
+
+    def head(self, x: Float[Array, "B S H"]) -> Float[Array, "B S V"]:
+        """Float32 logits of what the last layer gives."""
         head = self.embed_tokens if self.lm_head is None else self.lm_head
-        return Output(dot(self.norm(x), head.weight[...], dtype=head.dtype, out_dtype=jnp.float32), cache, aux)
+        return dot(self.norm(x), head.weight[...], dtype=head.dtype, out_dtype=jnp.float32)
 
     def calibrate(self, ids: Int[Array, "B S"]) -> list[ExpertAmax]:
         """Largest inputs of the experts' GEMMs on sample text, one entry per MoE layer; needs plain expert weights."""
@@ -280,16 +303,10 @@ class Qwen3Moe(nnx.Module):
         kept, reports = [], []
         for index, layer in enumerate(self.layers):
             old = None if cache is None else (cache.keys[index], cache.values[index])
-            attended, new = layer.self_attn(layer.input_layernorm(x), start, old)
+            x, new, report = layer(x, start, old, run_experts)
             kept.append(new)
-            x = x + attended
-            hidden = layer.post_attention_layernorm(x)
-            if isinstance(layer.mlp, MoEBlock):
-                hidden, report = run_experts(layer.mlp, hidden)
+            if report is not None:
                 reports.append(report)
-            else:
-                hidden = layer.mlp(hidden)
-            x = x + hidden
         if cache is not None:
             keys, values = (jnp.stack(part) for part in zip(*kept, strict=True))
             cache = KVCache(keys, values, start + ids.shape[1])

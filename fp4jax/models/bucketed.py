@@ -1,0 +1,201 @@
+"""A language model that serves requests of any length without compiling: prefill block by block, decode in one program.
+
+Prefill runs one request at a time through three kinds of blocks (embedding, decoder layer, head), each compiled for a
+few token counts; layers of one shape share executables. Prompts above the largest count run in chunks through the
+cache. Decoding runs a batch of requests, each at its own position, in one executable per batch size.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from fp4jax.block_graph import BlockGraph, Bucketed, block_graph
+from fp4jax.layers.moe_block import MoEBlock
+from fp4jax.models.qwen3_moe import DecoderLayer, Qwen3Moe
+
+Cache = list[tuple[jax.Array, jax.Array]]  # keys and values of every layer, [B, length, kv heads, head dim]
+
+
+class Prefilled(NamedTuple):
+    """logits f32 [1, V] of the next token; cache of one request; its length."""
+
+    logits: jax.Array
+    cache: Cache
+    length: int
+
+
+class BucketedModel:
+    """Serves `model`, whose weights stay shared with it.
+
+    buckets: token counts of prefill. batch_buckets: requests that are decoded together. max_length: tokens of a
+    request, prompt and answer together. compiler_options: for XLA, for every executable.
+    """
+
+    def __init__(
+        self,
+        model: Qwen3Moe,
+        *,
+        buckets: Sequence[int],
+        batch_buckets: Sequence[int] = (1, 2, 4, 8),
+        max_length: int,
+        compiler_options: dict[str, str] | None = None,
+    ):
+        if not 1 <= max_length <= model.config.max_position_embeddings:
+            raise ValueError(f"max_length must be 1..{model.config.max_position_embeddings}, got {max_length}")
+        self.config, self.max_length = model.config, max_length
+        # A bucket's pads are written too, behind the tokens: they must not be pushed back by the end of the cache.
+        self._cache_length = max_length + max(buckets)
+        options: dict[str, Any] = dict(static_argnames=("graphdef",), compiler_options=compiler_options)
+        counted: dict[str, Any] = dict(count_argname="num_tokens", **options)
+        in_place: dict[str, Any] = dict(donate_argnums=(3,), **counted)
+        self._embed = nnx.split(model.embed_tokens)
+        self._layers = [_split_layer(layer) for layer in model.layers]
+        self._rest = nnx.split(_without_layers(model))
+        self._whole = nnx.split(model)
+        self.embed = block_graph(
+            _embed, buckets=buckets, in_axes=(None, 1), out_axes=1, name="embedding", **options
+        )  # fmt: skip
+        self.layer = block_graph(
+            _layer, buckets=buckets, in_axes=(None, 1, None, None), out_axes=(1, None), name="layer", **in_place
+        )
+        self.head = block_graph(_head, buckets=buckets, in_axes=(None, 1), out_axes=None, name="head", **counted)
+        axes: dict[str, Any] = dict(in_axes=(None, 0, 0, None), out_axes=(0, None))
+        self.decoders = {
+            size: block_graph(_decode, buckets=(size,), name=f"decode step of {size}", **axes, **in_place)
+            for size in sorted(batch_buckets)
+        }
+        self._insert = jax.jit(_insert, donate_argnums=0)
+
+    @property
+    def graphs(self) -> list[BlockGraph]:
+        """All blocks, for reports."""
+        return [self.embed, self.layer, self.head, *self.decoders.values()]
+
+    def warm_up(self, *, workers: int = 1, progress: bool = True) -> None:
+        """Compiles everything that `generate` will ever need."""
+        one = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+        x = jax.ShapeDtypeStruct((1, 1, self.config.hidden_size), jnp.dtype(self.config.dtype))
+        options: dict[str, Any] = dict(workers=workers, progress=progress)
+        self.embed.warm_up(self._embed[1], one, graphdef=self._embed[0], **options)
+        start, cache = np.int32(0), self._empty_cache(1)
+        for graphdef, state in dict(reversed(self._layers)).items():  # the first layer of each kind
+            self.layer.warm_up(state, x, start, cache[0], graphdef=graphdef, **options)
+        self.head.warm_up(self._rest[1], x, graphdef=self._rest[0], **options)
+        for size, decoder in self.decoders.items():
+            batch, numbers = self._empty_cache(size), jax.ShapeDtypeStruct((size,), jnp.int32)
+            decoder.warm_up(self._whole[1], numbers, numbers, batch, graphdef=self._whole[0], **options)
+            jax.block_until_ready(self._insert(batch, cache, np.int32(0)))
+
+    def prefill(self, ids: Sequence[int]) -> Prefilled:
+        """Runs a prompt; ValueError where it is empty or leaves no room for a token."""
+        if not 1 <= len(ids) < self.max_length:
+            raise ValueError(
+                f"a prompt of {len(ids)} tokens; 1..{self.max_length - 1} fit max_length={self.max_length}"
+            )
+        cache, logits, largest = self._empty_cache(1), None, self.layer.buckets[-1]
+        for start in range(0, len(ids), largest):
+            chunk = np.asarray(ids[start : start + largest], np.int32)
+            bucket = next(b for b in self.layer.buckets if b >= len(chunk))
+            padded = jax.device_put(np.pad(chunk, (0, bucket - len(chunk)))[None])
+            x = self.embed(self._embed[1], Bucketed(padded, len(chunk)), graphdef=self._embed[0])
+            for i, (graphdef, state) in enumerate(self._layers):
+                x, cache[i] = self.layer(state, x, np.int32(start), cache[i], graphdef=graphdef)
+            logits = self.head(self._rest[1], x, graphdef=self._rest[0])
+        assert logits is not None
+        return Prefilled(logits, cache, len(ids))
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+        """The most likely continuation of every prompt, `max_new_tokens` tokens each; at most the largest batch.
+
+        Raises:
+          ValueError: too many prompts, or more tokens than `max_length`.
+        """
+        size = next((s for s in self.decoders if s >= len(prompts)), None)
+        if not prompts or size is None:
+            raise ValueError(f"generate takes 1 to {max(self.decoders)} prompts, got {len(prompts)}")
+        longest = max(map(len, prompts)) + max_new_tokens
+        if max_new_tokens < 1 or longest > self.max_length:
+            raise ValueError(f"{longest} tokens with {max_new_tokens} new ones; at most max_length={self.max_length}")
+        last, lengths = np.zeros(size, np.int32), np.zeros(size, np.int32)
+        batch = self._empty_cache(size)
+        for slot, prompt in enumerate(prompts):
+            done = self.prefill(prompt)
+            last[slot], lengths[slot] = np.argmax(np.asarray(done.logits)[0]), done.length
+            batch = self._insert(batch, done.cache, np.int32(slot))
+        steps = [last]
+        for _ in range(max_new_tokens - 1):
+            tokens = Bucketed(jax.device_put(last), len(prompts)), Bucketed(jax.device_put(lengths), len(prompts))
+            chosen, batch = self.decoders[size](self._whole[1], *tokens, batch, graphdef=self._whole[0])
+            last, lengths = np.asarray(chosen.values), lengths + 1
+            steps.append(last)
+        return [[int(step[slot]) for step in steps] for slot in range(len(prompts))]
+
+    def _empty_cache(self, batch: int) -> Cache:
+        c = self.config
+        zeros = np.zeros((batch, self._cache_length, c.num_key_value_heads, c.head_dim), jnp.dtype(c.dtype))
+        return [(jax.device_put(zeros), jax.device_put(zeros)) for _ in range(c.num_hidden_layers)]
+
+
+# --- the blocks ---
+
+
+def _embed(state, ids, *, graphdef):
+    return nnx.merge(graphdef, state)(ids)
+
+
+def _layer(state, x, start, cache, *, graphdef, num_tokens):
+    valid = jnp.arange(x.shape[1]) < num_tokens
+    x, cache, _ = nnx.merge(graphdef, state)(x, start, cache, partial(MoEBlock.__call__, valid=valid))
+    return x, cache
+
+
+def _head(state, x, *, graphdef, num_tokens):
+    last = jax.lax.dynamic_slice_in_dim(x, num_tokens - 1, 1, axis=1)
+    return nnx.merge(graphdef, state).head(last)[:, 0]
+
+
+def _decode(state, last, lengths, cache, *, graphdef, num_tokens):
+    """One token for every request, from position `lengths` of its own."""
+    model = nnx.merge(graphdef, state)
+    valid = jnp.arange(last.shape[0]) < num_tokens
+    x, kept = model.embed_tokens(last[:, None]), []
+    for layer, old in zip(model.layers, cache, strict=True):
+        x, new, _ = layer(x, lengths, old, partial(MoEBlock.__call__, valid=valid))
+        kept.append(new)
+    return jnp.argmax(model.head(x)[:, 0], axis=-1).astype(jnp.int32), kept
+
+
+def _insert(batch, one, slot):
+    """A request's cache into its place of a batch's."""
+    return jax.tree.map(lambda b, o: jax.lax.dynamic_update_slice_in_dim(b, o, slot, 0), batch, one)
+
+
+@contextlib.contextmanager
+def _without_name(layer: DecoderLayer) -> Iterator[None]:
+    """Layers that differ in nothing but the name of their experts are one program."""
+    if not isinstance(layer.mlp, MoEBlock):
+        yield
+        return
+    path, layer.mlp.path = layer.mlp.path, "mlp"
+    try:
+        yield
+    finally:
+        layer.mlp.path = path
+
+
+def _split_layer(layer):
+    with _without_name(layer):
+        return nnx.split(layer)
+
+
+def _without_layers(model):
+    """What the head needs of a model, sharing its parameters."""
+    head = nnx.merge(*nnx.split(model))
+    head.layers = nnx.List([])
+    return head

@@ -1,0 +1,45 @@
+"""What a script says to command lines that it must refuse: all of them in one process, as importing JAX takes time."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+_RUN_ALL = """
+import contextlib, importlib, io, json, sys
+from absl import app
+from absl.testing import flagsaver
+
+script, found = importlib.import_module(sys.argv[1]), []
+for line in json.loads(sys.argv[2]):
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), flagsaver.flagsaver():
+        try:
+            app.run(script.main, [sys.argv[1], *line])
+        except SystemExit as stop:
+            status = stop.code
+    found.append((status, said.getvalue()))
+print(json.dumps(found))
+"""
+
+
+def refusals(script: str, lines: Sequence[Sequence[str]]) -> list[tuple[int, str]]:
+    """Exit status and everything printed, per command line of `experiments/<script>.py`."""
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", _RUN_ALL, f"experiments.{script}", json.dumps(list(lines))]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) == len(lines)
+    return found
+
+
+def check_refusals(script: str, expected: dict[tuple[str, ...], str]) -> None:
+    """Every command line ends with a status that is not 0, and a message that contains this; no traceback."""
+    for (line, message), (status, said) in zip(expected.items(), refusals(script, list(expected)), strict=True):
+        assert status not in (0, None), (line, said)
+        assert message in said and "Traceback" not in said, (line, said)
