@@ -6,13 +6,14 @@ floor and a baseline in the same table is not one.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import datetime
 import json
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,23 @@ class Ceilings:
     def floor_us(self, num_bytes: float, flops: float = 0) -> float:
         """Least time for that much traffic and arithmetic, in microseconds."""
         return max(num_bytes / self.copy_bytes_per_s, flops / self.bf16_flops) * 1e6
+
+
+@contextlib.contextmanager
+def count_compilations() -> Iterator[list[str]]:
+    """A list that grows by an entry for every program that XLA compiles inside the context."""
+    events: list[str] = []
+
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
+        del duration_secs
+        if event == "/jax/core/compile/backend_compile_duration":
+            events.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield events
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def on_gpu() -> bool:

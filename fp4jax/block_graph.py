@@ -10,10 +10,9 @@ the host, where nothing compiles; between blocks, hand on `Bucketed` values, whi
 """
 
 import concurrent.futures
-import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,13 +20,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from fp4jax.bucket_planner import check_buckets, plan_buckets as plan_buckets
-
-
-class Bucketed(NamedTuple):
-    """Arrays of one bucket's size along their token axis, of which the first `tokens` count."""
-
-    values: Any
-    tokens: int
+from fp4jax.bucketed import (
+    Bucketed as Bucketed,
+    home_of as home_of,
+    is_bucketed,
+    leaves_of_axes,
+    map_axes,
+    pad_tokens,
+    place_of,
+    take_tokens,
+    values_of,
+)
 
 
 class BlockStats(NamedTuple):
@@ -50,20 +53,37 @@ class BlockStats(NamedTuple):
         return 1 - self.tokens / self.rows if self.rows else 0.0
 
 
-class _Executable(NamedTuple):
-    compiled: jax.stages.Compiled
-    outputs: Any  # structs of the whole bucket
+class _Flat(NamedTuple):
+    """Arguments of a call as a list; a Bucketed is one leaf.
+
+    axes: the token axis of each leaf or None. home: where what has no place of its own goes.
+    """
+
+    leaves: list[Any]
+    structure: Any
+    axes: tuple[int | None, ...]
+    home: jax.sharding.Sharding | None
+
+
+_COUNT = jax.ShapeDtypeStruct((), jnp.int32)
 
 
 class BlockGraph:
-    """What `block_graph` returns; call it like the function."""
+    """What `block_graph` returns; call it like the function.
+
+    on_compile(name, bucket, seconds), where set, is called after each compilation.
+    """
 
     def __init__(self, fn, buckets, in_axes, out_axes, static_argnames, donate_argnums, count_argname, options, name):
         self.buckets, self.name = check_buckets(buckets), name
         self._fn, self._in_axes, self._out_axes = fn, tuple(in_axes), out_axes
         self._statics, self._donate, self._count = frozenset(static_argnames), tuple(donate_argnums), count_argname
+        if negative := [a for a in leaves_of_axes((self._in_axes, out_axes)) if a is not None and a < 0]:
+            raise ValueError(f"{name}: token axes count from the front, got {negative[0]}")
         self._options = dict(options or {})
-        self._executables: dict[Any, concurrent.futures.Future[_Executable]] = {}
+        self._executables: dict[Any, jax.stages.Compiled] = {}
+        self._compiling: dict[Any, threading.RLock] = {}
+        self._axes: dict[Any, tuple[int | None, ...]] = {}
         self._lock = threading.Lock()
         self._warm = False
         self._calls = dict.fromkeys(self.buckets, 0)
@@ -77,108 +97,146 @@ class BlockGraph:
         """The block's outputs for as many tokens as the arguments have.
 
         Raises:
-          ValueError: arguments without tokens, of different token counts, or above the largest bucket where outputs
-          that belong to no token keep the call from being cut into chunks.
+          ValueError: no argument with a token axis, arguments of different token counts, or no tokens, or more than the
+          largest bucket, where outputs that belong to no token, or donated arguments, allow neither.
         """
         self._check_call(args, static)
-        tokens, as_bucketed = self._count_tokens(args)
-        if tokens > self.buckets[-1] or tokens == 0:
-            if as_bucketed:
-                raise ValueError(f"{self.name}: Bucketed with {tokens} tokens; buckets are {self.buckets}")
-            return self._empty(args, static) if tokens == 0 else self._in_chunks(args, static, tokens)
-        bucket = next(b for b in self.buckets if b >= tokens)
-        if as_bucketed:
-            bucket = self._bucket_of(args)
-        return self._run(self._padded(args, bucket), tokens, bucket, static, as_bucketed)
+        flat = self._flat(args)
+        tokens, size = self._count_tokens(flat)
+        if size is not None:  # Bucketed
+            outputs = self._run(flat, tokens, size, static)
+            return map_axes(lambda a, v: v if a is None else Bucketed(v, tokens), self._out_axes, outputs)
+        if tokens == 0:
+            return self._empty(args, static)
+        if tokens > self.buckets[-1]:
+            return self._in_chunks(args, static, tokens)
+        outputs = self._run(flat, tokens, next(b for b in self.buckets if b >= tokens), static)
 
-    def _run(self, args, tokens, bucket, static, as_bucketed):
-        executable = self._executable(args, bucket, static)
-        outputs = executable.compiled(np.int32(tokens), *args)
+        def cut(axis, leaf):
+            whole = axis is None or leaf.shape[axis] == tokens
+            return leaf if whole else jax.device_put(take_tokens(leaf, axis, slice(0, tokens)), flat.home)
+
+        return map_axes(cut, self._out_axes, outputs)
+
+    def _run(self, flat, tokens, bucket, static):
+        padded = [
+            leaf if axis is None else pad_tokens(values_of(leaf), axis, bucket, flat.home)
+            for leaf, axis in zip(flat.leaves, flat.axes, strict=True)
+        ]
+        outputs = self._executable(flat, bucket, static)(np.int32(tokens), *jax.tree.unflatten(flat.structure, padded))
         with self._lock:
             self._calls[bucket] += 1
             self._tokens += tokens
+        return outputs
 
-        def cut(axis, leaf):
-            if axis is None:
-                return leaf
-            return Bucketed(leaf, tokens) if as_bucketed else _cut(leaf, axis, tokens)
-
-        return _map_axes(cut, self._out_axes, outputs)
+    def _flat(self, args):
+        leaves, structure = jax.tree.flatten(args, is_leaf=is_bucketed)
+        axes = self._axes.get(structure)
+        if axes is None:
+            found: list[int | None] = []
+            for axis, arg in zip(self._in_axes, args, strict=True):
+                map_axes(lambda axis, _: found.append(axis), axis, arg)
+            axes = self._axes[structure] = tuple(found)
+        return _Flat(leaves, structure, axes, home_of(leaves))
 
     def _in_chunks(self, args, static, tokens):
-        if any(axis is None for axis in _leaves_of_axes(self._out_axes)):
-            raise ValueError(
-                f"{self.name}: {tokens} tokens are above the largest bucket, {self.buckets[-1]}, and outputs that "
-                "belong to no token cannot be put together from chunks"
-            )
+        self._check_whole(f"{tokens} tokens are above the largest bucket, {self.buckets[-1]}")
         size, parts = self.buckets[-1], []
         for start in range(0, tokens, size):
             some = slice(start, min(start + size, tokens))
-            take = lambda axis, leaf, some=some: leaf if axis is None else _take(leaf, axis, some)  # noqa: E731
-            chunk = [_map_axes(take, axis, arg) for axis, arg in zip(self._in_axes, args, strict=True)]
+            take = lambda axis, leaf, some=some: leaf if axis is None else take_tokens(leaf, axis, some)  # noqa: E731
+            chunk = [map_axes(take, axis, arg) for axis, arg in zip(self._in_axes, args, strict=True)]
             parts.append(self(*chunk, **static))
         with self._lock:
             self._chunked += 1
-        join = lambda axis, *leaves: jax.device_put(np.concatenate([np.asarray(v) for v in leaves], axis))  # noqa: E731
-        return _map_axes(join, self._out_axes, *parts)
+        home = home_of(args)
+
+        def join(axis, *leaves):
+            return jax.device_put(np.concatenate([np.asarray(v) for v in leaves], axis), home)
+
+        return map_axes(join, self._out_axes, *parts)
 
     def _empty(self, args, static):
-        """No tokens: outputs of size 0 along their token axis, zeros where they belong to no token; nothing runs."""
-        structs = self._out_structs(self._structs(args, self.buckets[0]), static)
+        """Outputs of size 0 along their token axis; nothing runs."""
+        self._check_whole("there are no tokens")
+        bucket = self.buckets[0]
+        structs = jax.eval_shape(self._traced(bucket, static), _COUNT, *_structs(self._flat(args), bucket))
 
         def empty(axis, leaf):
-            shape = [n if i != axis else 0 for i, n in enumerate(leaf.shape)]
-            return jax.device_put(np.zeros(shape, leaf.dtype))
+            return jax.device_put(np.zeros([0 if i == axis else n for i, n in enumerate(leaf.shape)], leaf.dtype))
 
-        return _map_axes(empty, self._out_axes, structs)
+        return map_axes(empty, self._out_axes, structs)
+
+    def _check_whole(self, problem):
+        if self._donate or any(axis is None for axis in leaves_of_axes(self._out_axes)):
+            raise ValueError(
+                f"{self.name}: {problem}, and with donated arguments or outputs that belong to no token a call "
+                "takes at least one token and runs as a whole"
+            )
 
     # --- compiling ---
 
     def warm_up(self, *args: Any, workers: int = 1, progress: bool = True, **static: Any) -> None:
         """Compiles every bucket for arguments like these (arrays or structs, of any token count).
 
-        May be called again for arguments of other shapes or dtypes. workers: threads that compile side by side.
+        May be called again for arguments of other shapes or dtypes. workers: threads that compile side by side, which
+        settings of this thread alone (`jax.default_matmul_precision(..)` as a context) do not reach; 1: this thread.
         """
         from tqdm import tqdm
 
         self._check_call(args, static)
-        with concurrent.futures.ThreadPoolExecutor(max(1, workers)) as pool:
-            compile_one = lambda b: self._executable(self._structs(args, b), b, static, warming=True)  # noqa: E731
-            jobs = [pool.submit(compile_one, bucket) for bucket in reversed(self.buckets)]
-            done = concurrent.futures.as_completed(jobs)
-            for job in tqdm(done, total=len(jobs), desc=f"compiling {self.name}", unit="bucket", disable=not progress):
-                job.result()
+        flat = self._flat(args)
+        bar = tqdm(total=len(self.buckets), desc=f"compiling {self.name}", unit="bucket", disable=not progress)
+
+        def compile_one(bucket):
+            self._executable(flat, bucket, static, warming=True)
+            bar.update()
+
+        with bar:
+            if workers <= 1:
+                for bucket in reversed(self.buckets):
+                    compile_one(bucket)
+            else:
+                with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+                    list(pool.map(compile_one, reversed(self.buckets)))
         self._warm = True
 
-    def _executable(self, args, bucket, static, warming=False) -> _Executable:
-        key = bucket, self._key(args), tuple(sorted(static.items()))
+    def _executable(self, flat, bucket, static, warming=False) -> jax.stages.Compiled:
+        statics = tuple((name, type(static[name]), static[name]) for name in sorted(static))
+        kinds = tuple(_kind(leaf, axis, flat.home) for leaf, axis in zip(flat.leaves, flat.axes, strict=True))
+        key = bucket, flat.structure, kinds, flat.home, statics
         with self._lock:
-            future = self._executables.get(key)
-            mine = future is None
-            if future is None:
-                future = self._executables[key] = concurrent.futures.Future()
+            executable = self._executables.get(key)
+            one_at_a_time = self._compiling.setdefault(key, threading.RLock())
+        if executable is not None:
+            return executable
+        with one_at_a_time:  # a compilation that fails leaves nothing: whoever waited tries again
+            executable = self._executables.get(key)
+            if executable is not None:
+                return executable
+            start = time.perf_counter()
+            executable = self._compile(_structs(flat, bucket), bucket, static, flat.home)
+            seconds = time.perf_counter() - start
+            with self._lock:
+                self._executables[key] = executable
+                self._seconds.append((bucket, seconds))
                 self._misses += self._warm and not warming
-        if mine:
-            try:
-                future.set_result(self._compile(args, bucket, static))
-            except BaseException as error:  # whoever waits gets it too; the next call tries again
-                with self._lock:
-                    del self._executables[key]
-                future.set_exception(error)
-        return future.result()
-
-    def _compile(self, args, bucket, static):
-        start = time.perf_counter()
-        structs = self._structs(args, bucket)
-        jitted = jax.jit(self._traced(bucket, static), donate_argnums=tuple(i + 1 for i in self._donate))
-        lowered = jitted.lower(jax.ShapeDtypeStruct((), jnp.int32), *structs)
-        executable = _Executable(lowered.compile(compiler_options=self._options or None), lowered.out_info)
-        seconds = time.perf_counter() - start
-        with self._lock:
-            self._seconds.append((bucket, seconds))
         if self.on_compile is not None:
             self.on_compile(self.name, bucket, seconds)
         return executable
+
+    def _compile(self, structs, bucket, static, home):
+        donated = tuple(i + 1 for i in self._donate)
+        # Outputs stay where everything else is: what one block gives, the next one takes without another compilation.
+        placed = {} if home is None else {"out_shardings": home}
+        lowered = jax.jit(self._traced(bucket, static), donate_argnums=donated, **placed).lower(_COUNT, *structs)
+
+        def check(axis, leaf):
+            if axis is not None and (axis >= len(leaf.shape) or leaf.shape[axis] != bucket):
+                raise ValueError(f"{self.name}: an output {leaf.shape} has no token axis {axis} of {bucket}")
+
+        map_axes(check, self._out_axes, lowered.out_info)
+        return lowered.compile(compiler_options=self._options or None)
 
     def _traced(self, bucket, static):
         def run(tokens, *args):
@@ -186,34 +244,14 @@ class BlockGraph:
                 if axis is None:
                     return leaf
                 valid = jnp.arange(bucket, dtype=jnp.int32) < tokens
-                return jnp.where(jnp.expand_dims(valid, [i for i in range(leaf.ndim) if i != axis]), leaf, 0)
+                valid = jnp.expand_dims(valid, [i for i in range(leaf.ndim) if i != axis])
+                return jnp.where(valid, leaf, jnp.zeros_like(leaf))
 
-            cleared = [_map_axes(clear, axis, arg) for axis, arg in zip(self._in_axes, args, strict=True)]
+            cleared = [map_axes(clear, axis, arg) for axis, arg in zip(self._in_axes, args, strict=True)]
             counted = {} if self._count is None else {self._count: tokens}
             return self._fn(*cleared, **counted, **static)
 
         return run
-
-    def _out_structs(self, structs, static):
-        run = self._traced(self.buckets[0], static)
-        return jax.eval_shape(run, jax.ShapeDtypeStruct((), jnp.int32), *structs)
-
-    def _structs(self, args, bucket):
-        def struct(axis, leaf):
-            leaf = leaf.values if isinstance(leaf, Bucketed) else leaf
-            shape = tuple(bucket if i == axis else n for i, n in enumerate(leaf.shape))
-            sharding = getattr(leaf, "sharding", None)
-            committed = (
-                sharding if getattr(leaf, "committed", False) or isinstance(leaf, jax.ShapeDtypeStruct) else None
-            )
-            return jax.ShapeDtypeStruct(shape, jax.dtypes.canonicalize_dtype(leaf.dtype), sharding=committed)
-
-        return [_map_axes(struct, axis, arg) for axis, arg in zip(self._in_axes, args, strict=True)]
-
-    def _key(self, args):
-        """Everything of the arguments that an executable depends on, but the token count."""
-        leaves, structure = jax.tree.flatten(self._structs(args, 0))
-        return structure, tuple((s.shape, s.dtype, s.sharding) for s in leaves)
 
     # --- arguments ---
 
@@ -223,44 +261,33 @@ class BlockGraph:
         if static.keys() != self._statics:
             raise ValueError(f"{self.name}: static arguments are {sorted(self._statics)}, got {sorted(static)}")
 
-    def _tokens_of_leaves(self, args):
-        found = []
+    def _count_tokens(self, flat):
+        """-> tokens, and of Bucketed arguments their size, else None."""
+        found: set[tuple[int, int | None]] = set()
 
         def note(axis, leaf):
-            if axis is not None:
-                found.append(leaf)
-                if not isinstance(leaf, Bucketed) and not -1 < axis < np.ndim(leaf):
-                    raise ValueError(f"{self.name}: an argument {np.shape(leaf)} has no token axis {axis}")
-                sizes.append(leaf.values.shape[axis] if isinstance(leaf, Bucketed) else leaf.shape[axis])
+            if axis is None:
+                return
+            shape = np.shape(values_of(leaf))
+            if axis >= len(shape):
+                raise ValueError(f"{self.name}: an argument {shape} has no token axis {axis}")
+            if not isinstance(leaf, Bucketed):
+                found.add((shape[axis], None))
+                return
+            if shape[axis] not in self.buckets or not 1 <= leaf.tokens <= shape[axis]:
+                raise ValueError(
+                    f"{self.name}: Bucketed with {leaf.tokens} tokens in {shape}; buckets are {self.buckets}"
+                )
+            found.add((leaf.tokens, shape[axis]))
 
-        sizes: list[int] = []
-        for axis, arg in zip(self._in_axes, args, strict=True):
-            _map_axes(note, axis, arg)
-        return found, sizes
-
-    def _count_tokens(self, args):
-        found, sizes = self._tokens_of_leaves(args)
-        bucketed = [isinstance(leaf, Bucketed) for leaf in found]
-        counts = {leaf.tokens if isinstance(leaf, Bucketed) else n for leaf, n in zip(found, sizes, strict=True)}
-        if len(counts) != 1:
-            raise ValueError(f"{self.name}: arguments have {sorted(counts) or 'no'} tokens; all must have the same")
-        if any(bucketed) != all(bucketed):
-            raise ValueError(f"{self.name}: either all arguments with tokens are Bucketed or none")
-        return counts.pop(), all(bucketed)
-
-    def _bucket_of(self, args):
-        sizes = set(self._tokens_of_leaves(args)[1])
-        if len(sizes) != 1 or not sizes <= set(self.buckets):
-            raise ValueError(f"{self.name}: Bucketed arguments of sizes {sorted(sizes)}; buckets are {self.buckets}")
-        return sizes.pop()
-
-    def _padded(self, args, bucket):
-        def pad(axis, leaf):
-            if isinstance(leaf, Bucketed):
-                return leaf.values
-            return leaf if axis is None else pad_tokens(leaf, axis, bucket)
-
-        return [_map_axes(pad, axis, arg) for axis, arg in zip(self._in_axes, args, strict=True)]
+        for leaf, axis in zip(flat.leaves, flat.axes, strict=True):
+            note(axis, leaf)
+        if len(found) != 1:
+            counts = sorted({tokens for tokens, _ in found}) or "no"
+            raise ValueError(
+                f"{self.name}: arguments have {counts} tokens; all must have the same, and all be Bucketed or none"
+            )
+        return found.pop()
 
     # --- report ---
 
@@ -290,17 +317,21 @@ def block_graph(
 
     Args:
       buckets: token counts to compile, ascending.
-      in_axes: for every positional argument the axis of its tokens, None for what has none (weights, caches,
-        positions); like `jax.vmap`'s, an entry may be a tree that is a prefix of the argument. Every leaf with tokens
-        is an array or a `Bucketed`. out_axes: the same for what `fn` returns.
+      in_axes: for every positional argument the axis of its tokens, counted from the front, None for what has none
+        (weights, caches, positions); as for `jax.vmap` an entry may be a tree that is a prefix of the argument. Every
+        leaf with tokens is an array or a `Bucketed`. out_axes: the same for what `fn` returns.
       static_argnames: keyword arguments that are part of the program, and so of the key of an executable; hashable.
-      donate_argnums: arguments whose memory the outputs may take; they are gone after the call.
+      donate_argnums: arguments whose memory the outputs may take; they are gone after the call (of arguments with
+        tokens, a padded copy is).
       count_argname: keyword under which `fn` gets the number of tokens that count, a traced i32 [].
       compiler_options: for XLA, e.g. {"xla_gpu_enable_command_buffer": ""}.
       name: for messages; None: the function's.
 
+    Arguments that were put on devices (weights on a mesh) stay there; all others, and the outputs, are on all of these
+    devices, whole.
+
     Raises:
-      ValueError: buckets that are not positive and ascending.
+      ValueError: buckets that are not positive and ascending, a negative axis.
     """
     return BlockGraph(
         fn, buckets, in_axes, out_axes, static_argnames, donate_argnums, count_argname, compiler_options,
@@ -308,53 +339,26 @@ def block_graph(
     )  # fmt: skip
 
 
-def pad_tokens(x: Any, axis: int, size: int) -> jax.Array:
-    """An array with zeros appended along `axis` up to `size`, put together on the host: nothing compiles."""
-    if x.shape[axis] == size:
-        return x if isinstance(x, jax.Array) else jax.device_put(x)  # jnp.asarray would compile
-    host = np.asarray(x)
-    widths = [(0, size - n if i == axis else 0) for i, n in enumerate(host.shape)]
-    padded = np.pad(host, widths)
-    return jax.device_put(padded, x.sharding if isinstance(x, jax.Array) and x.committed else None)
+def _kind(leaf, axis, home):
+    """Shape but for the token axis, dtype and place of an argument: what weights keep, all else is at `home`."""
+    leaf = values_of(leaf)
+    if isinstance(leaf, jax.Array):
+        shape, dtype = leaf.shape, leaf.dtype
+    else:
+        aval = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)
+        shape, dtype = aval.shape, jax.dtypes.canonicalize_dtype(aval.dtype, allow_extended_dtype=True)
+    if axis is not None:
+        return (*shape[:axis], *shape[axis + 1 :]), dtype, home
+    place = place_of(leaf)
+    return shape, dtype, home if place is None else place
 
 
-@contextlib.contextmanager
-def count_compilations() -> Iterator[list[str]]:
-    """A list that grows by an entry for every program that XLA compiles inside the context."""
-    events: list[str] = []
+def _structs(flat, bucket):
+    """The arguments of an executable."""
 
-    def listen(event: str, duration_secs: float, **_: Any) -> None:
-        del duration_secs
-        if event == "/jax/core/compile/backend_compile_duration":
-            events.append(event)
+    def struct(leaf, axis):
+        shape, dtype, place = _kind(leaf, axis, flat.home)
+        shape = shape if axis is None else (*shape[:axis], bucket, *shape[axis:])
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield events
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-
-
-def _cut(leaf, axis, tokens):
-    """The first `tokens` along the axis, over the host."""
-    return leaf if leaf.shape[axis] == tokens else _take(leaf, axis, slice(0, tokens))
-
-
-def _take(leaf, axis, some):
-    index = tuple(some if i == axis else slice(None) for i in range(np.ndim(leaf)))
-    part = np.ascontiguousarray(np.asarray(leaf)[index])
-    return jax.device_put(part, leaf.sharding if isinstance(leaf, jax.Array) and leaf.committed else None)
-
-
-def _map_axes(fn, axes, *trees):
-    """fn(axis, *leaves) over trees of which `axes` is a prefix; Bucketed counts as a leaf."""
-    is_leaf = lambda t: isinstance(t, Bucketed)  # noqa: E731
-
-    def below(axis, *subtrees):
-        return jax.tree.map(lambda *leaves: fn(axis, *leaves), *subtrees, is_leaf=is_leaf)
-
-    return jax.tree.map(below, axes, *trees, is_leaf=lambda a: a is None)
-
-
-def _leaves_of_axes(axes):
-    return jax.tree.leaves(axes, is_leaf=lambda a: a is None)
+    return jax.tree.unflatten(flat.structure, map(struct, flat.leaves, flat.axes))

@@ -10,6 +10,7 @@ import numpy as np
 
 # What the serving system that this project re-implements captures unless it is told otherwise.
 REFERENCE_BUCKETS = (128, 256, 512, 1024, 2048)
+_TOO_MUCH = 2**61  # rows; sums of two stay in 64 bits
 
 
 class BucketPlan(NamedTuple):
@@ -50,27 +51,32 @@ def plan_buckets(
     if not calls:
         raise ValueError("plan_buckets: the histogram has no call with tokens")
     for name, value in (("max_buckets", max_buckets), ("granularity", granularity), ("largest", largest)):
-        if value is not None and value < 1:
-            raise ValueError(f"plan_buckets: {name} must be at least 1, got {value}")
-    largest = _round_up(max(calls), granularity) if largest is None else largest
-    rests: dict[int, int] = {}
+        if value is not None and (int(value) != value or value < 1):
+            raise ValueError(f"plan_buckets: {name} must be a whole number from 1 up, got {value}")
+    largest = _round_up(max(calls), granularity) if largest is None else int(largest)
+    rests: dict[int, int] = {}  # calls per size, of what is left behind full chunks of the largest
     for tokens, count in calls.items():
         if rest := tokens % largest or (largest if tokens == largest else 0):
-            rests[rest] = rests.get(rest, 0) + count
-    sizes = np.array(sorted({min(_round_up(n, granularity), largest) for n in rests} | {largest}))
-    at = np.searchsorted(sizes, [min(_round_up(n, granularity), largest) for n in rests])
-    # calls_up_to[i]: calls that fit one of the first i sizes.
-    calls_up_to = np.concatenate([[0], np.cumsum(np.bincount(at, list(rests.values()), len(sizes)))]).astype(np.int64)
-    cost = np.where(np.arange(len(sizes) + 1) == 0, 0, np.iinfo(np.int64).max // 4)  # of the first i sizes
+            size = min(_round_up(rest, granularity), largest)
+            rests[size] = rests.get(size, 0) + count
+    rests.setdefault(largest, 0)
+    sizes = np.array(sorted(rests))
+    if sum(rests.values()) * largest >= _TOO_MUCH:
+        raise ValueError(f"plan_buckets: {sum(rests.values())} calls of up to {largest} tokens are too many to add up")
+    calls_up_to = np.cumsum([0, *(rests[size] for size in sizes.tolist())])  # that fit one of the first i sizes
+    cost = np.full(len(sizes) + 1, _TOO_MUCH)  # of the calls that fit the first i sizes, with the buckets so far
+    cost[0] = 0
     choices = []
     for _ in range(min(max_buckets, len(sizes))):
-        # total[i, j]: sizes up to the first i as before, then one bucket sizes[j - 1] for the calls up to there.
-        total = cost[:, None] + np.concatenate([[0], sizes]) * (calls_up_to[None, :] - calls_up_to[:, None])
-        total[np.tri(len(cost), dtype=bool)] = np.iinfo(np.int64).max // 2
-        total[0, 0] = cost[0]
-        choices.append(np.argmin(total, axis=0))
-        cost = np.minimum(np.min(total, axis=0), np.iinfo(np.int64).max // 4)
-        cost[0] = 0
+        # One bucket more, sizes[i - 1], for the calls behind the first j sizes.
+        choice = np.zeros(len(cost), np.int64)
+        cheapest = cost.copy()
+        for i in range(1, len(cost)):
+            total = cost[:i] + sizes[i - 1] * (calls_up_to[i] - calls_up_to[:i])
+            choice[i] = np.argmin(total)
+            cheapest[i] = total[choice[i]]
+        choices.append(choice)
+        cost = cheapest
     buckets, end = [], len(sizes)
     for choice in reversed(choices):
         if end == 0:
@@ -93,7 +99,7 @@ def work(buckets: Sequence[int], histogram: Mapping[int, int] | Sequence[int] | 
 
 
 def powers_of_two(largest: int, number: int) -> tuple[int, ...]:
-    """The `number` powers of two up to the first that reaches `largest`: the usual choice."""
+    """The `number` >= 1 powers of two up to the first that reaches `largest`: the usual choice."""
     top = max(0, int(largest - 1).bit_length())
     return tuple(2**i for i in range(max(0, top - number + 1), top + 1))
 
@@ -150,7 +156,7 @@ def read_histogram(histogram: Mapping[int, int] | Sequence[int] | np.ndarray) ->
     pairs = histogram.items() if isinstance(histogram, Mapping) else enumerate(histogram)
     found = {}
     for tokens, calls in pairs:
-        if any(isinstance(v, bool) or int(v) != v or v < 0 for v in (tokens, calls)):
+        if any(isinstance(v, bool) or not np.isfinite(v) or int(v) != v or v < 0 for v in (tokens, calls)):
             raise ValueError(f"histogram: {calls!r} calls of {tokens!r} tokens; both must be whole numbers from 0 up")
         if tokens and calls:
             found[int(tokens)] = int(calls)

@@ -49,7 +49,8 @@ def grouped_gemm_swiglu(
       out_dtype: of the product, before SwiGLU.
 
     Returns:
-      NVFP4Tensor, or an array of [E, M, I] or [rows, I], for "nvfp4_as_bf16" with a scale per token and the scales.
+      NVFP4Tensor, or an array [E, M, I] or [rows, I]; for "nvfp4_as_bf16" with a scale per token a pair of that and the
+      scales, f32 [E, M, 1] or [rows, 1].
 
     Raises:
       ValueError, TypeError: shapes or dtypes that do not fit.

@@ -46,6 +46,8 @@ def check_parts(parts: Sequence[Any], encode: Any) -> str | None:
         x = parts[0]
         if x.dtype not in (jnp.bfloat16, jnp.float32) or x.shape[1] % BLOCK_SIZE:
             return f"x must be bfloat16 or float32 [T, H], H a multiple of {BLOCK_SIZE}, got {x.dtype} {x.shape}"
+        if isinstance(encode, str) and encode == "fp8" and x.shape[1] <= FP8_GROUP:
+            return f"fp8 rows of one scale, H = {x.shape[1]}, are not what the kernel's buffers are made for"
         if x.shape[1] * x.dtype.itemsize > _MAX_ROW_BYTES:
             return f"rows of x must be at most {_MAX_ROW_BYTES} bytes, got {x.dtype} {x.shape}"
     sent = row_maker(parts, encode).sent

@@ -8,8 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec as P
 
-from fp4jax.block_graph import Bucketed, block_graph, count_compilations, pad_tokens
+from fp4jax.benchmarking import count_compilations
+from fp4jax.block_graph import Bucketed, block_graph
+from fp4jax.bucketed import pad_tokens
 
 BUCKETS = (4, 8, 16)
 
@@ -88,7 +91,7 @@ def test_the_number_of_tokens_is_handed_on():
     centred, count = graph(x)
     np.testing.assert_allclose(centred, x - x.mean(axis=0), atol=1e-6)
     assert int(count) == 5
-    with pytest.raises(ValueError, match="cannot be put together from chunks"):
+    with pytest.raises(ValueError, match="runs as a whole"):
         graph(np.zeros((9, 2), np.float32))
 
 
@@ -210,7 +213,9 @@ def test_compilations_are_reported():
         ((np.ones(3),), {}, "takes 2 positional arguments, got 1"),
         ((np.ones(3), np.ones((2, 3))), {"other": 1}, r"static arguments are \[\], got \['other'\]"),
         ((np.ones(3), np.float32(1)), {}, "no token axis 0"),
-        ((np.ones(3), Bucketed(np.ones((5, 3)), 4)), {}, r"sizes \[5\]; buckets are \(4, 8, 16\)"),
+        ((np.ones(3), Bucketed(np.ones((5, 3)), 4)), {}, r"4 tokens in \(5, 3\); buckets are \(4, 8, 16\)"),
+        ((np.ones(3), Bucketed(np.ones((4, 3)), 5)), {}, "5 tokens in"),
+        ((np.ones(3), Bucketed(np.ones((4, 3)), 0)), {}, "0 tokens in"),
         ((np.ones(3), Bucketed(np.ones((16, 3)), 17)), {}, "17 tokens"),
     ],
 )
@@ -227,6 +232,78 @@ def test_counts_that_differ_are_refused():
         graph(Bucketed(np.ones(4, np.float32), 3), np.ones(3, np.float32))
     with pytest.raises(ValueError, match="ascending"):
         block_graph(lambda x: x, buckets=(8, 4), in_axes=(0,))
+    with pytest.raises(ValueError, match="count from the front, got -1"):
+        block_graph(lambda x: x, buckets=(4,), in_axes=(0,), out_axes=-1)
+    with pytest.raises(ValueError, match=r"output \(1, 2\) has no token axis 0 of 4"):
+        block_graph(lambda x: x.sum(0, keepdims=True), buckets=(4,), in_axes=(0,))(np.ones((3, 2), np.float32))
+
+
+@pytest.mark.parametrize("tokens", [0, 5])
+def test_a_donated_cache_is_not_cut(tokens):
+    """Neither chunks nor nothing at all can run with it; it is still there afterwards."""
+    graph = block_graph(lambda x, c: x + c, buckets=(4,), in_axes=(0, None), donate_argnums=(1,))
+    cache = jnp.ones(1)
+    with pytest.raises(ValueError, match="runs as a whole"):
+        graph(np.ones((tokens, 1), np.float32), cache)
+    assert not cache.is_deleted()
+
+
+@pytest.mark.parametrize("dtype", [bool, np.int8, jnp.bfloat16])
+def test_dtypes_survive(dtype):
+    x = np.arange(6).reshape(3, 2).astype(dtype)
+    graph = block_graph(lambda x: (x, x), buckets=(4,), in_axes=(0,))
+    for found in graph(x):
+        assert found.dtype == dtype
+        np.testing.assert_array_equal(found, x)
+
+
+def test_keys_and_numbers_are_arguments_too():
+    graph = block_graph(
+        lambda x, key, factor: x * factor + jax.random.uniform(key, x.shape), buckets=(4,), in_axes=(0, None, None)
+    )
+    x = np.ones((4, 2), np.float32)
+    expected = 3 * x + jax.random.uniform(jax.random.key(1), (4, 2))
+    np.testing.assert_allclose(graph(x, jax.random.key(1), 3.0), expected, rtol=1e-6)
+
+
+def test_equal_static_arguments_of_different_types_are_two_programs():
+    graph = block_graph(lambda x, *, by: x * by, buckets=(4,), in_axes=(0,), static_argnames=("by",))
+    x = np.ones((2, 1), np.int32)
+    assert [graph(x, by=by).dtype for by in (1, 1.0)] == [np.int32, np.float32]
+
+
+def test_inputs_are_copied():
+    """The caller may fill its buffer anew at once."""
+    graph = block_graph(lambda x: x + 0, buckets=(4,), in_axes=(0,))
+    x = np.ones((4, 2), np.float32)
+    found = graph(x)
+    x[:] = 7
+    np.testing.assert_array_equal(found, np.ones((4, 2)))
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_committed_weights_keep_their_place_and_compile_once(make_mesh, devices):
+    """What one call gives, the next one takes: sharded weights, outputs whole on the same devices."""
+    mesh = make_mesh(devices)
+    weight = jax.device_put(jnp.arange(8.0).reshape(4, 2), NamedSharding(mesh, P("ep")))
+    graph = block_graph(
+        lambda w, x, c: (x + w.sum(0), c + 1), buckets=(4, 8), in_axes=(None, 0, None), out_axes=(0, None)
+    )
+    cache = jax.device_put(jnp.zeros(3), NamedSharding(mesh, P()))
+    graph.warm_up(weight, jax.ShapeDtypeStruct((1, 2), jnp.float32), cache, progress=False)
+    with count_compilations() as compiled:
+        for tokens in (1, 3, 4, 7):
+            x = np.full((tokens, 2), tokens, np.float32)
+            y, cache = graph(weight, x, cache)
+            np.testing.assert_array_equal(y, x + np.float32([12, 16]))
+            y, cache = graph(weight, y, cache)
+            np.testing.assert_array_equal(y, x + np.float32([24, 32]))
+            values = Bucketed(np.zeros((8, 2), np.float32), tokens)
+            values, cache = graph(weight, values, cache)
+            values, cache = graph(weight, values, cache)
+            np.testing.assert_array_equal(np.asarray(values.values)[:tokens], np.tile([[24, 32]], (tokens, 1)))
+    assert not compiled and graph.stats.misses == 0
+    assert float(cache[0]) == 16
 
 
 def test_padding_on_the_host_keeps_values_and_compiles_nothing():

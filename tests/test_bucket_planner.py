@@ -109,9 +109,11 @@ def test_bad_plan_files_are_refused(tmp_path, content, message):
         ([5, 0, 0], {}, "no call"),
         ({3: -1}, {}, "-1 calls of 3"),
         (np.array([0, 0.5]), {}, "0.5"),
-        ({3: 1}, {"max_buckets": 0}, "max_buckets must be at least 1, got 0"),
+        ({3: 1}, {"max_buckets": 0}, "max_buckets must be a whole number from 1 up, got 0"),
         ({3: 1}, {"granularity": 0}, "granularity must be"),
         ({3: 1}, {"largest": 0}, "largest must be"),
+        (np.array([0, np.inf]), {}, "inf"),
+        ({1: 10**13, 500_000: 10**13, 1_000_000: 10**13}, {}, "too many to add up"),
     ],
 )
 def test_bad_histograms_are_refused(histogram, options, message):

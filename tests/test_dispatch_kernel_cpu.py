@@ -117,7 +117,9 @@ def test_fp8_rows_have_the_bits_of_xla(rng, hidden, dtype):
     values, scales = kernel(x)
     expected = to_fp8(x)
     for got, right in zip((values, scales), expected, strict=True):
-        np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(right, np.float32))
+        got, right = (np.asarray(a, np.float32) for a in (got, right))
+        np.testing.assert_array_equal(got, right)
+        np.testing.assert_array_equal(np.signbit(got) & ~np.isnan(got), np.signbit(right) & ~np.isnan(right))
     assert np.isnan(np.asarray(values, np.float32)).sum() == 1 + min(128, hidden - 256)
 
 
@@ -187,7 +189,7 @@ def test_moe_layer_exchanges_without_a_collective():
         struct((8, n // 64, k // 64, 9, 64), jnp.uint32), struct((8, 1, 1), jnp.float32)
     )
     x, ids, weights = struct((128, 512), jnp.bfloat16), struct((128, 4), jnp.int32), struct((128, 4), jnp.float32)
-    for wire, scale in (("nvfp4", None), ("bf16", None), ("nvfp4", jnp.float32(0.01))):
+    for wire, scale in (("bf16", None), ("nvfp4", jnp.float32(0.01))):
         config = MoEConfig(num_experts=16, axis_name="ep", wire_format=wire)
 
         def layer(x, ids, weights, w13, w2, config=config, scale=scale):

@@ -311,6 +311,7 @@ def test_accuracy_against_the_unquantized_layer(make_mesh, layer, options, thres
         assert abs(error - own_error) < 0.01 * own_error
 
 
+@pytest.mark.slow
 def test_unquantized_weights_on_two_devices(make_mesh, layer):
     x, ids, weights, _, (w13, w2) = layer
     plain = MoEWeights(w13.astype(jnp.bfloat16), w2.astype(jnp.bfloat16))

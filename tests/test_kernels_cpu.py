@@ -79,6 +79,7 @@ def test_quantize_masked(mode, rng, interpret):
         np.testing.assert_array_equal(np.asarray(row_scale)[valid], given[valid])
 
 
+@pytest.mark.slow
 def test_quantize_swizzled_with_zero_pads(rng, interpret):
     x = np.asarray(bf16(rng.standard_normal((2, 5, 48))).astype(jnp.float32))
     masked_m = np.array([5, 2], np.int32)

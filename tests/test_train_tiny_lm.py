@@ -98,9 +98,9 @@ def test_committed_configuration_fits_the_clone():
     ("flag", "message"),
     [
         ("--config.train.steps=15", "train.steps=15"),
-        ("--config.train.steps_per_call=0", "train.steps_per_call=0"),
-        ("--config.train.sequence_length=100000", "bytes do not fill one window"),
-        ("--corpus=/no/such", "/no/such"),
+        pytest.param("--config.train.steps_per_call=0", "train.steps_per_call=0", marks=pytest.mark.slow),
+        pytest.param("--config.train.sequence_length=100000", "bytes do not fill one window", marks=pytest.mark.slow),
+        pytest.param("--corpus=/no/such", "/no/such", marks=pytest.mark.slow),
         ("--corpus=", "must not be empty"),
     ],
 )

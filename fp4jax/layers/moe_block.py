@@ -151,7 +151,10 @@ class MoEBlock(nnx.Module):
     def __call__(
         self, x: Float[Array, "... H"], valid: Bool[Array, "..."] | None = None
     ) -> tuple[Float[Array, "... H"], MoEAux]:
-        """Tokens that are not `valid` go to no routed expert (and take no capacity); what they become means nothing."""
+        """Tokens that are not `valid` go to no routed expert (and take no capacity); what they become means nothing.
+
+        The balance loss is that of all tokens, valid or not.
+        """
         rows = x.reshape(-1, x.shape[-1])
         route, balance_loss = self._route(rows)
         if valid is not None:

@@ -6,7 +6,7 @@ cache. Decoding runs a batch of requests, each at its own position, in one execu
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fp4jax.block_graph import BlockGraph, Bucketed, block_graph
+from fp4jax.block_graph import BlockGraph, Bucketed, block_graph, home_of
+from fp4jax.bucket_planner import check_buckets
 from fp4jax.layers.moe_block import MoEBlock
 from fp4jax.models.qwen3_moe import DecoderLayer, Qwen3Moe
 
@@ -31,7 +32,7 @@ class Prefilled(NamedTuple):
 
 
 class BucketedModel:
-    """Serves `model`, whose weights stay shared with it.
+    """Serves `model` as it is now: configure and quantize it before.
 
     buckets: token counts of prefill. batch_buckets: requests that are decoded together. max_length: tokens of a
     request, prompt and answer together. compiler_options: for XLA, for every executable.
@@ -48,16 +49,18 @@ class BucketedModel:
     ):
         if not 1 <= max_length <= model.config.max_position_embeddings:
             raise ValueError(f"max_length must be 1..{model.config.max_position_embeddings}, got {max_length}")
+        buckets, batch_buckets = check_buckets(buckets), check_buckets(batch_buckets)
         self.config, self.max_length = model.config, max_length
         # A bucket's pads are written too, behind the tokens: they must not be pushed back by the end of the cache.
         self._cache_length = max_length + max(buckets)
-        options: dict[str, Any] = dict(static_argnames=("graphdef",), compiler_options=compiler_options)
+        options: dict[str, Any] = dict(static_argnames=("structure",), compiler_options=compiler_options)
         counted: dict[str, Any] = dict(count_argname="num_tokens", **options)
         in_place: dict[str, Any] = dict(donate_argnums=(3,), **counted)
-        self._embed = nnx.split(model.embed_tokens)
-        self._layers = [_split_layer(layer) for layer in model.layers]
-        self._rest = nnx.split(_without_layers(model))
-        self._whole = nnx.split(model)
+        structures: dict[Any, _Structure] = {}
+        self._embed = _split(model.embed_tokens, structures)
+        self._layers = [_split_layer(layer, structures) for layer in model.layers]
+        self._rest = _split(_without_layers(model), structures)
+        self._whole = _split(model, structures)
         self.embed = block_graph(
             _embed, buckets=buckets, in_axes=(None, 1), out_axes=1, name="embedding", **options
         )  # fmt: skip
@@ -68,9 +71,12 @@ class BucketedModel:
         axes: dict[str, Any] = dict(in_axes=(None, 0, 0, None), out_axes=(0, None))
         self.decoders = {
             size: block_graph(_decode, buckets=(size,), name=f"decode step of {size}", **axes, **in_place)
-            for size in sorted(batch_buckets)
+            for size in batch_buckets
         }
-        self._insert = jax.jit(_insert, donate_argnums=0)
+        home = home_of(self._whole[1])
+        placed: dict[str, Any] = {} if home is None else {"out_shardings": home}
+        self._insert = jax.jit(_insert, donate_argnums=0, **placed)
+        self._zeros = jax.jit(self._make_zeros, static_argnums=0, **placed)
 
     @property
     def graphs(self) -> list[BlockGraph]:
@@ -82,14 +88,17 @@ class BucketedModel:
         one = jax.ShapeDtypeStruct((1, 1), jnp.int32)
         x = jax.ShapeDtypeStruct((1, 1, self.config.hidden_size), jnp.dtype(self.config.dtype))
         options: dict[str, Any] = dict(workers=workers, progress=progress)
-        self.embed.warm_up(self._embed[1], one, graphdef=self._embed[0], **options)
-        start, cache = np.int32(0), self._empty_cache(1)
-        for graphdef, state in dict(reversed(self._layers)).items():  # the first layer of each kind
-            self.layer.warm_up(state, x, start, cache[0], graphdef=graphdef, **options)
-        self.head.warm_up(self._rest[1], x, graphdef=self._rest[0], **options)
+        self.embed.warm_up(self._embed[1], one, structure=self._embed[0], **options)
+        start, cache = np.int32(0), self.empty_cache(1)
+        for structure, weights in self._layers:  # of one kind all but the first are there already
+            new = len(self.layer.stats.seconds)
+            self.layer.warm_up(weights, x, start, cache[0], structure=structure, **options)
+            options["progress"] = progress and len(self.layer.stats.seconds) > new
+        options["progress"] = progress
+        self.head.warm_up(self._rest[1], x, structure=self._rest[0], **options)
         for size, decoder in self.decoders.items():
-            batch, numbers = self._empty_cache(size), jax.ShapeDtypeStruct((size,), jnp.int32)
-            decoder.warm_up(self._whole[1], numbers, numbers, batch, graphdef=self._whole[0], **options)
+            batch, numbers = self.empty_cache(size), jax.ShapeDtypeStruct((size,), jnp.int32)
+            decoder.warm_up(self._whole[1], numbers, numbers, batch, structure=self._whole[0], **options)
             jax.block_until_ready(self._insert(batch, cache, np.int32(0)))
 
     def prefill(self, ids: Sequence[int]) -> Prefilled:
@@ -98,15 +107,15 @@ class BucketedModel:
             raise ValueError(
                 f"a prompt of {len(ids)} tokens; 1..{self.max_length - 1} fit max_length={self.max_length}"
             )
-        cache, logits, largest = self._empty_cache(1), None, self.layer.buckets[-1]
+        cache, logits, largest = self.empty_cache(1), None, self.layer.buckets[-1]
         for start in range(0, len(ids), largest):
             chunk = np.asarray(ids[start : start + largest], np.int32)
             bucket = next(b for b in self.layer.buckets if b >= len(chunk))
             padded = jax.device_put(np.pad(chunk, (0, bucket - len(chunk)))[None])
-            x = self.embed(self._embed[1], Bucketed(padded, len(chunk)), graphdef=self._embed[0])
-            for i, (graphdef, state) in enumerate(self._layers):
-                x, cache[i] = self.layer(state, x, np.int32(start), cache[i], graphdef=graphdef)
-            logits = self.head(self._rest[1], x, graphdef=self._rest[0])
+            x = self.run_embedding(Bucketed(padded, len(chunk)))
+            for i in range(len(self._layers)):
+                x, cache[i] = self.layer_caller(i)(x, start, cache[i])
+            logits = self.run_head(x)
         assert logits is not None
         return Prefilled(logits, cache, len(ids))
 
@@ -123,7 +132,7 @@ class BucketedModel:
         if max_new_tokens < 1 or longest > self.max_length:
             raise ValueError(f"{longest} tokens with {max_new_tokens} new ones; at most max_length={self.max_length}")
         last, lengths = np.zeros(size, np.int32), np.zeros(size, np.int32)
-        batch = self._empty_cache(size)
+        batch = self.empty_cache(size)
         for slot, prompt in enumerate(prompts):
             done = self.prefill(prompt)
             last[slot], lengths[slot] = np.argmax(np.asarray(done.logits)[0]), done.length
@@ -131,38 +140,76 @@ class BucketedModel:
         steps = [last]
         for _ in range(max_new_tokens - 1):
             tokens = Bucketed(jax.device_put(last), len(prompts)), Bucketed(jax.device_put(lengths), len(prompts))
-            chosen, batch = self.decoders[size](self._whole[1], *tokens, batch, graphdef=self._whole[0])
+            chosen, batch = self.decode(*tokens, batch)
             last, lengths = np.asarray(chosen.values), lengths + 1
             steps.append(last)
         return [[int(step[slot]) for step in steps] for slot in range(len(prompts))]
 
-    def _empty_cache(self, batch: int) -> Cache:
+    def run_embedding(self, ids: Bucketed) -> Bucketed:
+        """ids i32 [1, bucket] -> [1, bucket, H]."""
+        return self.embed(self._embed[1], ids, structure=self._embed[0])
+
+    def layer_caller(self, index: int) -> Callable[[Bucketed, int, Any], tuple[Bucketed, Any]]:
+        """(x, first position, keys and values) -> (x, keys and values) of a layer; the old ones are gone."""
+        structure, weights = self._layers[index]
+        return lambda x, start, cache: self.layer(weights, x, np.int32(start), cache, structure=structure)
+
+    def run_head(self, x: Bucketed) -> jax.Array:
+        """Logits [1, V] behind the last token."""
+        return self.head(self._rest[1], x, structure=self._rest[0])
+
+    def decode(self, last: Bucketed, lengths: Bucketed, batch: Cache) -> tuple[Bucketed, Cache]:
+        """Newest tokens i32 [size] at positions `lengths` -> the next ones, the cache with them (the old is gone)."""
+        decoder = self.decoders[last.values.shape[0]]
+        return decoder(self._whole[1], last, lengths, batch, structure=self._whole[0])
+
+    def empty_cache(self, batch: int) -> Cache:
+        """Zeros for `batch` requests."""
+        return self._zeros(batch)
+
+    def _make_zeros(self, batch):
         c = self.config
-        zeros = np.zeros((batch, self._cache_length, c.num_key_value_heads, c.head_dim), jnp.dtype(c.dtype))
-        return [(jax.device_put(zeros), jax.device_put(zeros)) for _ in range(c.num_hidden_layers)]
+        shape = (batch, self._cache_length, c.num_key_value_heads, c.head_dim)
+        return [(jnp.zeros(shape, c.dtype), jnp.zeros(shape, c.dtype)) for _ in range(c.num_hidden_layers)]
 
 
-# --- the blocks ---
+# --- the blocks: functions of a list of weights ---
 
 
-def _embed(state, ids, *, graphdef):
-    return nnx.merge(graphdef, state)(ids)
+class _Structure:
+    """How a module is made of its list of weights; modules alike share one, so that comparing them is quick."""
+
+    def __init__(self, graphdef, treedef):
+        self._graphdef, self._treedef = graphdef, treedef
+
+    def module(self, weights):
+        return nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, weights))
 
 
-def _layer(state, x, start, cache, *, graphdef, num_tokens):
+def _split(module, structures):
+    graphdef, state = nnx.split(module)
+    weights, treedef = jax.tree.flatten(state)
+    return structures.setdefault((graphdef, treedef), _Structure(graphdef, treedef)), weights
+
+
+def _embed(weights, ids, *, structure):
+    return structure.module(weights)(ids)
+
+
+def _layer(weights, x, start, cache, *, structure, num_tokens):
     valid = jnp.arange(x.shape[1]) < num_tokens
-    x, cache, _ = nnx.merge(graphdef, state)(x, start, cache, partial(MoEBlock.__call__, valid=valid))
+    x, cache, _ = structure.module(weights)(x, start, cache, partial(MoEBlock.__call__, valid=valid))
     return x, cache
 
 
-def _head(state, x, *, graphdef, num_tokens):
+def _head(weights, x, *, structure, num_tokens):
     last = jax.lax.dynamic_slice_in_dim(x, num_tokens - 1, 1, axis=1)
-    return nnx.merge(graphdef, state).head(last)[:, 0]
+    return structure.module(weights).head(last)[:, 0]
 
 
-def _decode(state, last, lengths, cache, *, graphdef, num_tokens):
+def _decode(weights, last, lengths, cache, *, structure, num_tokens):
     """One token for every request, from position `lengths` of its own."""
-    model = nnx.merge(graphdef, state)
+    model = structure.module(weights)
     valid = jnp.arange(last.shape[0]) < num_tokens
     x, kept = model.embed_tokens(last[:, None]), []
     for layer, old in zip(model.layers, cache, strict=True):
@@ -189,9 +236,9 @@ def _without_name(layer: DecoderLayer) -> Iterator[None]:
         layer.mlp.path = path
 
 
-def _split_layer(layer):
+def _split_layer(layer, structures):
     with _without_name(layer):
-        return nnx.split(layer)
+        return _split(layer, structures)
 
 
 def _without_layers(model):

@@ -1,0 +1,293 @@
+"""Blocks compiled ahead of time for a few token counts: wall time per call, start-up, padding.
+
+    python experiments/bench_block_graph.py                     # on a GPU: layers of Qwen3-30B in NVFP4; some minutes
+    JAX_PLATFORMS=cpu python experiments/bench_block_graph.py   # a tiny model: how it runs, not how fast
+    python experiments/bench_block_graph.py --trace=lengths.txt --max_buckets=8     # plan for these token counts
+
+Three parts. Blocks: the embedding, a decoder layer, the head and a decode step, each bucketed with XLA's command
+buffers (CUDA graphs) on and off, compiled for exactly these tokens, and padded to the largest bucket; calls follow each
+other without waiting. Start: seconds to compile everything, without and with what an earlier process left in JAX's
+compilation cache. Plans: rows that run for the token counts of --trace (one per line; default: a mix of chats and
+documents) with the planned buckets, powers of two and the serving system's default. Writes bench_block_graph.json and
+bench_block_graph.png.
+
+--block_graph_sizes, or FD_BLOCK_WISE_CUDA_GRAPH_SIZES, chooses the buckets of the first two parts; --noblock_graph, or
+FD_USE_BLOCK_WISE_CUDA_GRAPH=0, leaves only the blocks compiled for exact counts; --block_graph_debug, or
+FD_BLOCK_WISE_DEBUG=1, reports as it goes.
+"""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags
+from flax import nnx
+from tqdm import tqdm
+
+from experiments import block_report, flags as shared_flags
+from experiments.flag_values import integers
+from fp4jax import benchmarking, bucket_planner
+from fp4jax.block_graph import Bucketed
+from fp4jax.models import Qwen3Moe, Qwen3MoeConfig, configure_experts, quantize_experts
+from fp4jax.models.bucketed import BucketedModel
+
+_TOKENS = flags.DEFINE_list("tokens", None, "Tokens of the timed calls; default: 1,100,300,700,1500 (CPU: 3,12).")
+_BATCH = flags.DEFINE_list("batch", None, "Requests decoded together; default: 1,8 (CPU: 2).")
+_LAYERS = flags.DEFINE_integer("layers", 2, "Decoder layers of the model.", lower_bound=1)
+_REPEATS = flags.DEFINE_integer("repeats", 5, "Timed rounds, of which the median counts.", lower_bound=1)
+_TRACE = flags.DEFINE_string("trace", None, "File with one token count per line, to plan buckets for.")
+_MAX_BUCKETS = flags.DEFINE_integer("max_buckets", 5, "Of a plan.", lower_bound=1)
+_GRANULARITY = flags.DEFINE_integer("granularity", 8, "Buckets of a plan are multiples of it.", lower_bound=1)
+_ONLY_WARM_UP = flags.DEFINE_bool("only_warm_up", False, "Compile everything, print the seconds, and stop.")
+_OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Folder for JSON and PNG; default: output/bench_block_graph.")
+
+_CALLS = 20  # one after the other, between two looks at the clock
+_NO_COMMAND_BUFFERS = {"xla_gpu_enable_command_buffer": ""}
+_INPUTS = (
+    "Qwen3-30B layers with random weights, experts in NVFP4 with activation scales per token (CPU: a tiny model in "
+    "float32); random token ids; wall time per call of 20 calls that follow each other, median of the rounds"
+)
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    gpu = benchmarking.on_gpu()
+    options = shared_flags.block_graph_options(buckets=bucket_planner.REFERENCE_BUCKETS if gpu else (8, 16))
+    tokens = integers("tokens", _TOKENS.value or ((1, 100, 300, 700, 1500) if gpu else (3, 12)))
+    batches = integers("batch", _BATCH.value or ((1, 8) if gpu else (2,)))
+    if options.enabled and max(tokens) > options.buckets[-1]:
+        raise app.UsageError(f"--tokens: {max(tokens)} is above the largest bucket, {options.buckets[-1]}")
+    try:
+        calls = example_trace() if _TRACE.value is None else bucket_planner.read_trace(Path(_TRACE.value))
+    except (OSError, ValueError) as error:
+        raise app.UsageError(f"--trace: {error}") from error
+    model = make_model(gpu, _LAYERS.value)
+    make = functools.partial(BucketedModel, model, batch_buckets=batches, max_length=2 * max(options.buckets))
+    if _ONLY_WARM_UP.value:
+        print(json.dumps({"seconds": warm_up(make(buckets=options.buckets), options.debug)}))
+        return
+    folder = Path(_OUTPUT_DIR.value or "output/bench_block_graph")
+    rows = plan_rows(calls)
+    print(plan_table(rows))
+    variants: dict[str, BucketedModel] = {}
+    if options.enabled:
+        variants["graph"] = make(buckets=options.buckets)
+        variants["graph, no command buffers"] = make(buckets=options.buckets, compiler_options=_NO_COMMAND_BUFFERS)
+        variants["padded to the largest"] = make(buckets=options.buckets[-1:])
+        for variant in variants.values():
+            warm_up(variant, options.debug)
+        rows += start_rows(options.buckets, batches)
+    rows += block_rows(variants, make, tokens, batches)
+    benchmarking.save_results(folder / "bench_block_graph.json", "bench_block_graph", rows, inputs=_INPUTS)
+    print(block_table(rows))
+    plot(rows, folder / "bench_block_graph.png")
+    print(f"wrote {folder}/bench_block_graph.json and bench_block_graph.png")
+
+
+def make_model(gpu: bool, layers: int) -> Qwen3Moe:
+    """Random weights."""
+    shape: dict[str, Any] = dict(vocab_size=256, hidden_size=64, num_attention_heads=4, num_key_value_heads=2,
+                                 head_dim=16, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32,
+                                 dtype="float32")  # fmt: skip
+    if gpu:
+        shape = dict(vocab_size=32768, hidden_size=2048, num_attention_heads=32, num_key_value_heads=4, head_dim=128,
+                     num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768)  # fmt: skip
+    model = Qwen3Moe(Qwen3MoeConfig(num_hidden_layers=layers, **shape), rngs=nnx.Rngs(0))
+    quantize_experts(model)
+    configure_experts(model, activation_format="nvfp4")
+    return model
+
+
+def warm_up(served: BucketedModel, debug: bool) -> float:
+    """-> seconds."""
+    if debug:
+        block_report.watch(served.graphs)
+    start = time.perf_counter()
+    served.warm_up(workers=os.cpu_count() or 1)
+    return time.perf_counter() - start
+
+
+# --- blocks ---
+
+
+def block_rows(
+    variants: dict[str, BucketedModel],
+    make: Callable[..., BucketedModel],
+    tokens: Sequence[int],
+    batches: Sequence[int],
+) -> list[dict[str, Any]]:
+    """Wall time per call of every block, variant and count."""
+    rows = []
+    counts = [(n, False) for n in tokens] + [(n, True) for n in batches]
+    for number, decode in tqdm(counts, unit="count"):
+        exact = make(buckets=(number,)) if not decode else None
+        candidates = dict(variants)
+        if exact is not None:
+            exact.warm_up(progress=False)
+            candidates["exact"] = exact
+        for name, served in candidates.items():
+            if decode and name == "padded to the largest":
+                continue
+            calls = decode_calls(served, number) if decode else prefill_calls(served, number)
+            for block, (bucket, call) in calls.items():
+                rows.append({
+                    "part": "blocks", "block": block, "variant": name, "tokens": number, "bucket": bucket,
+                    "us": round(wall_us(call), 1),
+                })  # fmt: skip
+    return rows
+
+
+def prefill_calls(served: BucketedModel, tokens: int) -> dict[str, tuple[int, Callable[[], Any]]]:
+    """{block: (bucket, a call of it)}; a layer's call continues with the cache of the one before, which it takes."""
+    bucket = next(b for b in served.layer.buckets if b >= tokens)
+    ids = np.random.default_rng(0).integers(0, served.config.vocab_size, (1, bucket)).astype(np.int32)
+    ids = Bucketed(jax.device_put(ids), tokens)
+    x, layer, cache = served.run_embedding(ids), served.layer_caller(0), [served.empty_cache(1)[0]]
+
+    def run_layer():
+        y, cache[0] = layer(x, 0, cache[0])
+        return y.values
+
+    return {
+        "embedding": (bucket, lambda: served.run_embedding(ids).values),
+        "decoder layer": (bucket, run_layer),
+        "head": (bucket, lambda: served.run_head(x)),
+    }
+
+
+def decode_calls(served: BucketedModel, number: int) -> dict[str, tuple[int, Callable[[], Any]]]:
+    """The decode step of a batch, at position 10 of every request."""
+    size = next(s for s in served.decoders if s >= number)
+    batch = [served.empty_cache(size)]
+    last, lengths = (Bucketed(jax.device_put(np.full(size, v, np.int32)), number) for v in (1, 10))
+
+    def run():
+        chosen, batch[0] = served.decode(last, lengths, batch[0])
+        return chosen.values
+
+    return {"decode step": (size, run)}
+
+
+def wall_us(call: Callable[[], Any]) -> float:
+    """Microseconds per call of a run of calls, median over --repeats runs, after one that is not timed."""
+    times, result = [], None
+    for _ in range(_REPEATS.value + 1):
+        start = time.perf_counter()
+        for _ in range(_CALLS):
+            result = call()
+        jax.block_until_ready(result)
+        times.append(1e6 * (time.perf_counter() - start) / _CALLS)
+    return float(np.median(times[1:]))
+
+
+def block_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows of the first part as aligned text."""
+    lines = [f"{'block':<16}{'tokens':>8}{'bucket':>8}{'us':>12}  variant"]
+    lines += [
+        f"{r['block']:<16}{r['tokens']:>8}{r['bucket']:>8}{r['us']:>12.1f}  {r['variant']}"
+        for r in rows
+        if r["part"] == "blocks"
+    ]
+    return "\n".join(lines)
+
+
+# --- start ---
+
+
+def start_rows(buckets: Sequence[int], batches: Sequence[int]) -> list[dict[str, Any]]:
+    """Seconds that two processes, one after the other, take to compile everything; they share a compilation cache."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        env = {
+            **os.environ, "JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # this process has a part of the memory
+        }  # fmt: skip
+        command = [
+            sys.executable, __file__, "--only_warm_up", f"--layers={_LAYERS.value}",
+            f"--block_graph_sizes={','.join(map(str, buckets))}", f"--tokens={buckets[0]}",
+            f"--batch={','.join(map(str, batches))}",
+        ]  # fmt: skip
+        for start in ("first", "second"):
+            done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise RuntimeError(f"the {start} start failed:\n{done.stderr[-2000:]}")
+            seconds = json.loads(done.stdout.splitlines()[-1])["seconds"]
+            rows.append({"part": "start", "start": start, "seconds": round(seconds, 2)})
+            print(f"{start} start: {seconds:.1f} s to compile everything")
+    return rows
+
+
+# --- plans ---
+
+
+def example_trace() -> dict[int, int]:
+    """Prompts of chats and of documents: {tokens: calls}."""
+    rng = np.random.default_rng(0)
+    tokens = np.concatenate([rng.normal(90, 25, 9000), rng.normal(1400, 120, 1000)]).astype(int).clip(1, 2048)
+    return {int(n): int(c) for n, c in zip(*np.unique(tokens, return_counts=True), strict=True)}
+
+
+def plan_rows(calls: dict[int, int]) -> list[dict[str, Any]]:
+    """Buckets of the planner, powers of two and the serving system's default, and what they cost."""
+    plan = bucket_planner.plan_buckets(calls, _MAX_BUCKETS.value, granularity=_GRANULARITY.value)
+    candidates = {
+        "planned": plan.buckets,
+        "powers of two": bucket_planner.powers_of_two(plan.buckets[-1], len(plan.buckets)),
+        "reference system": bucket_planner.REFERENCE_BUCKETS,
+    }
+    rows = []
+    for name, buckets in candidates.items():
+        tokens, padded = bucket_planner.work(buckets, calls)
+        rows.append({"part": "plans", "plan": name, "buckets": list(buckets), "tokens": tokens, "padded": padded})
+    return rows
+
+
+def plan_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows of the third part as aligned text."""
+    lines = [f"{'buckets':<20}{'rows':>12}{'padding':>9}"]
+    for r in rows:
+        padding = 1 - r["tokens"] / r["padded"]
+        lines.append(f"{r['plan']:<20}{r['padded']:>12}{padding:>9.1%}  {', '.join(map(str, r['buckets']))}")
+    return "\n".join(lines)
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Time of every block by variant, and the padding of every plan."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.5), width_ratios=(3, 1))
+    blocks = [r for r in rows if r["part"] == "blocks"]
+    groups = list(dict.fromkeys((r["block"], r["tokens"]) for r in blocks))
+    variants = list(dict.fromkeys(r["variant"] for r in blocks))
+    for i, variant in enumerate(variants):
+        some = {(r["block"], r["tokens"]): r["us"] for r in blocks if r["variant"] == variant}
+        place = [g + 0.2 * (i - len(variants) / 2) for g, key in enumerate(groups) if key in some]
+        left.bar(place, [some[key] for key in groups if key in some], 0.18, label=variant)
+    left.set_xticks(range(len(groups)), [f"{block}\n{n}" for block, n in groups], fontsize=7)
+    left.set(yscale="log", ylabel="us per call", title="calls that follow each other")
+    left.legend(fontsize=8)
+    plans = [r for r in rows if r["part"] == "plans"]
+    right.bar([r["plan"] for r in plans], [100 * (1 - r["tokens"] / r["padded"]) for r in plans])
+    right.set(ylabel="% of the rows", title="padding")
+    right.tick_params(axis="x", labelsize=8)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=90)
+
+
+if __name__ == "__main__":
+    app.run(main)
