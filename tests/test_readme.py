@@ -13,10 +13,16 @@ def test_tables_are_generated_from_the_results():
     assert rewrite(README) == README
 
 
-def test_example_runs(capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    exec(compile(code, "README.md", "exec"), {})
-    assert capsys.readouterr().out == "(64, 256) 0\n"
+def test_examples_run(capsys):
+    printed = []
+    for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        exec(compile(code, "README.md", "exec"), {})
+        printed.append(capsys.readouterr().out)
+    layer, blocks = printed
+    assert layer == "(64, 256) 0\n"
+    assert blocks.splitlines() == [
+        "(3, 64) {128: 1, 512: 0} 0", "(200, 64) {128: 1, 512: 1} 0", "(1000, 64) {128: 1, 512: 3} 0",
+    ]  # fmt: skip
 
 
 def test_named_files_and_targets_exist():
