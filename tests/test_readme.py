@@ -18,7 +18,7 @@ def test_examples_run(capsys):
     for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         exec(compile(code, "README.md", "exec"), {})
         printed.append(capsys.readouterr().out)
-    layer, blocks = printed
+    blocks, layer = printed
     assert layer == "(64, 256) 0\n"
     assert blocks.splitlines() == [
         "(3, 64) {128: 1, 512: 0} 0", "(200, 64) {128: 1, 512: 1} 0", "(1000, 64) {128: 1, 512: 3} 0",
