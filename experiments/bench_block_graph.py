@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 from experiments import block_report, flags as shared_flags
 from experiments.flag_values import integers
+from experiments.graph_kernels import KEEP_GRAPHS, Kernel, kernel_columns, profile_kernels
 from fp4jax import benchmarking, bucket_planner
 from fp4jax.block_graph import Bucketed
 from fp4jax.models import Qwen3Moe, Qwen3MoeConfig, configure_experts, quantize_experts
@@ -81,16 +82,20 @@ def main(argv):
     print(plan_table(rows))
     variants: dict[str, BucketedModel] = {}
     if options.enabled:
-        variants["graph"] = make(buckets=options.buckets)
+        keep = KEEP_GRAPHS if gpu else None
+        variants["graph"] = make(buckets=options.buckets, compiler_options=keep)
         variants["graph, no command buffers"] = make(buckets=options.buckets, compiler_options=_NO_COMMAND_BUFFERS)
-        variants["padded to the largest"] = make(buckets=options.buckets[-1:])
+        variants["padded to the largest"] = make(buckets=options.buckets[-1:], compiler_options=keep)
         for variant in variants.values():
             warm_up(variant, options.debug)
         rows += start_rows(options.buckets, batches)
-    rows += block_rows(variants, make, tokens, batches)
+    timelines: dict[str, list[Kernel]] = {}
+    rows += block_rows(variants, make, tokens, batches, timelines)
     benchmarking.save_results(folder / "bench_block_graph.json", "bench_block_graph", rows, inputs=_INPUTS)
     print(block_table(rows))
     plot(rows, folder / "bench_block_graph.png")
+    if timelines:
+        plot_timelines(timelines, folder / "bench_block_graph_timeline.png")
     print(f"wrote {folder}/bench_block_graph.json and bench_block_graph.png")
 
 
@@ -125,8 +130,9 @@ def block_rows(
     make: Callable[..., BucketedModel],
     tokens: Sequence[int],
     batches: Sequence[int],
+    timelines: dict[str, list[Kernel]],
 ) -> list[dict[str, Any]]:
-    """Wall time per call of every block, variant and count."""
+    """Wall time per call of every block, variant and count; on a GPU its kernels too, and timelines of decode steps."""
     rows = []
     counts = [(n, False) for n in tokens] + [(n, True) for n in batches]
     for number, decode in tqdm(counts, unit="count"):
@@ -140,10 +146,17 @@ def block_rows(
                 continue
             calls = decode_calls(served, number) if decode else prefill_calls(served, number)
             for block, (bucket, call) in calls.items():
-                rows.append({
+                row = {
                     "part": "blocks", "block": block, "variant": name, "tokens": number, "bucket": bucket,
                     "us": round(wall_us(call), 1),
-                })  # fmt: skip
+                }  # fmt: skip
+                if benchmarking.on_gpu():
+                    kernels = profile_kernels(lambda call=call: [call() for _ in range(_CALLS)][-1])
+                    row |= kernel_columns(kernels, _CALLS)
+                    row["over_kernels"] = round(row["us"] / row["kernel_us"], 3)
+                    if decode:
+                        timelines[f"{name}, {number} requests"] = kernels[-2 * len(kernels) // _CALLS :]
+                rows.append(row)
     return rows
 
 
@@ -192,12 +205,13 @@ def wall_us(call: Callable[[], Any]) -> float:
 
 def block_table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows of the first part as aligned text."""
-    lines = [f"{'block':<16}{'tokens':>8}{'bucket':>8}{'us':>12}  variant"]
-    lines += [
-        f"{r['block']:<16}{r['tokens']:>8}{r['bucket']:>8}{r['us']:>12.1f}  {r['variant']}"
-        for r in rows
-        if r["part"] == "blocks"
-    ]
+    lines = [f"{'block':<16}{'tokens':>8}{'bucket':>8}{'us':>12}{'kernels, us':>13}{'in graphs':>11}  variant"]
+    for r in (r for r in rows if r["part"] == "blocks"):
+        kernels = f"{'':>24}"
+        if "kernel_us" in r:
+            of = f"{r['kernels_in_graphs']:.0f} of {r['kernels_outside'] + r['kernels_in_graphs']:.0f}"
+            kernels = f"{r['kernel_us']:>13.1f}{of:>11}"
+        lines.append(f"{r['block']:<16}{r['tokens']:>8}{r['bucket']:>8}{r['us']:>12.1f}{kernels}  {r['variant']}")
     return "\n".join(lines)
 
 
@@ -286,6 +300,24 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     right.tick_params(axis="x", labelsize=8)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=90)
+
+
+def plot_timelines(timelines: dict[str, list[Kernel]], path: Path) -> None:
+    """The kernels of two decode steps, a line per variant; lighter where a graph launched them."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(13, 1 + 0.6 * len(timelines)))
+    for line, kernels in enumerate(timelines.values()):
+        begin = kernels[0].begin_us
+        colors = ["tab:cyan" if k.in_graph else "tab:blue" for k in kernels]
+        axis.broken_barh([(k.begin_us - begin, k.us) for k in kernels], (line - 0.35, 0.7), facecolors=colors)
+    axis.set_yticks(range(len(timelines)), list(timelines), fontsize=8)
+    axis.set(xlabel="us", title="kernels of two decode steps; light: launched by a graph")
+    figure.tight_layout()
     figure.savefig(path, dpi=90)
 
 
