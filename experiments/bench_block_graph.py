@@ -146,7 +146,7 @@ def block_rows(
                 continue
             calls = decode_calls(served, number) if decode else prefill_calls(served, number)
             for block, (bucket, call) in calls.items():
-                row = {
+                row: dict[str, Any] = {
                     "part": "blocks", "block": block, "variant": name, "tokens": number, "bucket": bucket,
                     "us": round(wall_us(call), 1),
                 }  # fmt: skip

@@ -46,8 +46,6 @@ def check_parts(parts: Sequence[Any], encode: Any) -> str | None:
         x = parts[0]
         if x.dtype not in (jnp.bfloat16, jnp.float32) or x.shape[1] % BLOCK_SIZE:
             return f"x must be bfloat16 or float32 [T, H], H a multiple of {BLOCK_SIZE}, got {x.dtype} {x.shape}"
-        if isinstance(encode, str) and encode == "fp8" and x.shape[1] <= FP8_GROUP:
-            return f"fp8 rows of one scale, H = {x.shape[1]}, are not what the kernel's buffers are made for"
         if x.shape[1] * x.dtype.itemsize > _MAX_ROW_BYTES:
             return f"rows of x must be at most {_MAX_ROW_BYTES} bytes, got {x.dtype} {x.shape}"
     sent = row_maker(parts, encode).sent
@@ -180,10 +178,11 @@ class FP8Rows(_EncodedRows):
     def store(
         self, sources: Any, loaded: Sequence[jax.Array], buffers: Any, stage: jax.Array, scratch: Any
     ) -> list[jax.Array]:
-        """Puts values and scales into the buffers; no single values."""
+        """Puts values and scales into the buffers; -> the scale, if it is the only one."""
         del sources, scratch
-        values_ref, scales_ref = buffers
-        lanes_of_group = FP8_GROUP // BLOCK_SIZE
+        values_ref, *scales_ref = buffers
+        lanes_of_group = FP8_GROUP // BLOCK_SIZE if self.groups > 1 else 32  # the lanes that store single values
+        singles = []
         for i, column in enumerate(self._columns()):
             values = self._values(loaded, i)
             bits = [lax.bitcast_convert_type(jnp.abs(v), jnp.int32) for v in values]  # ordered alike, NaN on top
@@ -193,9 +192,12 @@ class FP8Rows(_EncodedRows):
             quotients = [lane_math.div_rn(v, scale) for v in values]
             words = [lane_math.pack_e4m3(quotients[j : j + 4]) for j in range(0, BLOCK_SIZE, 4)]
             lanes.scatter(values_ref, stage * self.blocks + column, words, where=column < self.blocks)
+            if not scales_ref:
+                singles = [as_u32(scale)]
+                continue
             group = column // lanes_of_group
             first = (column & (lanes_of_group - 1)) == 0
             lanes.scatter(
-                scales_ref, stage * self.groups + group, [as_u32(scale)], where=first & (column < self.blocks)
+                scales_ref[0], stage * self.groups + group, [as_u32(scale)], where=first & (column < self.blocks)
             )
-        return []
+        return singles

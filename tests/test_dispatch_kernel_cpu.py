@@ -158,6 +158,7 @@ def there_and_back(form, wire, experts, implementation=None, scale="per_token"):
         (4, 16384, 2560, 6, "per_slot", "nvfp4", 3),
         pytest.param(2, 1024, 7168, 8, "per_peer", "bf16", 2, marks=pytest.mark.slow),
         (4, 16, 2048, 8, "per_slot", "fp8", 2),
+        (2, 64, 128, 4, "per_peer", "fp8", 2),  # one scale per row
     ],
 )
 def test_models_take_the_kernels(devices, tokens, hidden, k, form, wire, kernels):

@@ -116,6 +116,7 @@ def run_both(mesh, x, ids, weights, dtype=jnp.bfloat16, **options):
         ("nvfp4", "agreed", 512, 263, 4, "idle", None),
         ("fp8", None, 2048, 130, 8, "random", None),
         ("fp8", None, 512, 259, 2, "bad", 50),
+        ("fp8", None, 112, 77, 15, "random", None),  # one scale per row
         ("bf16", None, 7168, 65, 8, "random", None),
         ("bf16", None, 64, 515, 5, "skewed", 301),
     ],
