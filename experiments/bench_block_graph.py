@@ -9,7 +9,7 @@ buffers (CUDA graphs) on and off, compiled for exactly these tokens, and padded 
 other without waiting. Start: seconds to compile everything, without and with what an earlier process left in JAX's
 compilation cache. Plans: rows that run for the token counts of --trace (one per line; default: a mix of chats and
 documents) with the planned buckets, powers of two and the serving system's default. Writes bench_block_graph.json and
-bench_block_graph.png.
+.png, and plan.json, which --block_graph_sizes takes.
 
 --block_graph_sizes, or FD_BLOCK_WISE_CUDA_GRAPH_SIZES, chooses the buckets of the first two parts; --noblock_graph, or
 FD_USE_BLOCK_WISE_CUDA_GRAPH=0, leaves only the blocks compiled for exact counts; --block_graph_debug, or
@@ -78,7 +78,10 @@ def main(argv):
         print(json.dumps({"seconds": warm_up(make(buckets=options.buckets), options.debug)}))
         return
     folder = Path(_OUTPUT_DIR.value or "output/bench_block_graph")
-    rows = plan_rows(calls)
+    plan = bucket_planner.plan_buckets(calls, _MAX_BUCKETS.value, granularity=_GRANULARITY.value)
+    folder.mkdir(parents=True, exist_ok=True)
+    bucket_planner.save_plan(plan, folder / "plan.json")
+    rows = plan_rows(calls, plan)
     print(plan_table(rows))
     variants: dict[str, BucketedModel] = {}
     if options.enabled:
@@ -185,7 +188,7 @@ def decode_calls(served: BucketedModel, number: int) -> dict[str, tuple[int, Cal
     last, lengths = (Bucketed(jax.device_put(np.full(size, v, np.int32)), number) for v in (1, 10))
 
     def run():
-        chosen, batch[0] = served.decode(last, lengths, batch[0])
+        chosen, _, batch[0] = served.decode(last, lengths, batch[0])
         return chosen.values
 
     return {"decode step": (size, run)}
@@ -252,9 +255,8 @@ def example_trace() -> dict[int, int]:
     return {int(n): int(c) for n, c in zip(*np.unique(tokens, return_counts=True), strict=True)}
 
 
-def plan_rows(calls: dict[int, int]) -> list[dict[str, Any]]:
+def plan_rows(calls: dict[int, int], plan: bucket_planner.BucketPlan) -> list[dict[str, Any]]:
     """Buckets of the planner, powers of two and the serving system's default, and what they cost."""
-    plan = bucket_planner.plan_buckets(calls, _MAX_BUCKETS.value, granularity=_GRANULARITY.value)
     candidates = {
         "planned": plan.buckets,
         "powers of two": bucket_planner.powers_of_two(plan.buckets[-1], len(plan.buckets)),

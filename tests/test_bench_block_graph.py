@@ -12,6 +12,7 @@ from absl.testing import flagsaver
 from refusals import check_refusals
 
 from experiments import flags as shared_flags
+from fp4jax.bucket_planner import parse_buckets
 
 ROOT = pathlib.Path(__file__).parent.parent
 SWITCHES = ("FD_USE_BLOCK_WISE_CUDA_GRAPH", "FD_BLOCK_WISE_CUDA_GRAPH_SIZES", "FD_BLOCK_WISE_DEBUG")
@@ -62,6 +63,7 @@ def test_switched_off_by_the_environment(tmp_path):
     assert {r["variant"] for r in rows if r["part"] == "blocks"} == {"exact"}
     assert not [r for r in rows if r["part"] == "start"]
     assert next(r["buckets"] for r in rows if r["part"] == "plans") == [10, 300]
+    assert parse_buckets(str(tmp_path / "plan.json")) == (10, 300)
     assert "block graph: compiled" not in done.stderr
 
 

@@ -68,7 +68,7 @@ class BucketedModel:
             _layer, buckets=buckets, in_axes=(None, 1, None, None), out_axes=(1, None), name="layer", **in_place
         )
         self.head = block_graph(_head, buckets=buckets, in_axes=(None, 1), out_axes=None, name="head", **counted)
-        axes: dict[str, Any] = dict(in_axes=(None, 0, 0, None), out_axes=(0, None))
+        axes: dict[str, Any] = dict(in_axes=(None, 0, 0, None), out_axes=(0, 0, None))
         self.decoders = {
             size: block_graph(_decode, buckets=(size,), name=f"decode step of {size}", **axes, **in_place)
             for size in batch_buckets
@@ -137,13 +137,13 @@ class BucketedModel:
             done = self.prefill(prompt)
             last[slot], lengths[slot] = np.argmax(np.asarray(done.logits)[0]), done.length
             batch = self._insert(batch, done.cache, np.int32(slot))
-        steps = [last]
-        for _ in range(max_new_tokens - 1):
-            tokens = Bucketed(jax.device_put(last), len(prompts)), Bucketed(jax.device_put(lengths), len(prompts))
-            chosen, batch = self.decode(*tokens, batch)
-            last, lengths = np.asarray(chosen.values), lengths + 1
-            steps.append(last)
-        return [[int(step[slot]) for step in steps] for slot in range(len(prompts))]
+        steps: list[Any] = [last]
+        newest, places = (Bucketed(jax.device_put(a), len(prompts)) for a in (last, lengths))
+        for _ in range(max_new_tokens - 1):  # nothing comes back to the host before the end
+            newest, places, batch = self.decode(newest, places, batch)
+            steps.append(newest.values)
+        answers = np.stack([np.asarray(step) for step in steps], axis=1)
+        return answers[: len(prompts)].tolist()
 
     def run_embedding(self, ids: Bucketed) -> Bucketed:
         """ids i32 [1, bucket] -> [1, bucket, H]."""
@@ -158,8 +158,8 @@ class BucketedModel:
         """Logits [1, V] behind the last token."""
         return self.head(self._rest[1], x, structure=self._rest[0])
 
-    def decode(self, last: Bucketed, lengths: Bucketed, batch: Cache) -> tuple[Bucketed, Cache]:
-        """Newest tokens i32 [size] at positions `lengths` -> the next ones, the cache with them (the old is gone)."""
+    def decode(self, last: Bucketed, lengths: Bucketed, batch: Cache) -> tuple[Bucketed, Bucketed, Cache]:
+        """Newest tokens i32 [size] at positions `lengths` -> the next ones, their positions, the new cache."""
         decoder = self.decoders[last.values.shape[0]]
         return decoder(self._whole[1], last, lengths, batch, structure=self._whole[0])
 
@@ -215,7 +215,7 @@ def _decode(weights, last, lengths, cache, *, structure, num_tokens):
     for layer, old in zip(model.layers, cache, strict=True):
         x, new, _ = layer(x, lengths, old, partial(MoEBlock.__call__, valid=valid))
         kept.append(new)
-    return jnp.argmax(model.head(x)[:, 0], axis=-1).astype(jnp.int32), kept
+    return jnp.argmax(model.head(x)[:, 0], axis=-1).astype(jnp.int32), lengths + 1, kept
 
 
 def _insert(batch, one, slot):
