@@ -44,7 +44,7 @@ from fp4jax.models.bucketed import BucketedModel
 _TOKENS = flags.DEFINE_list("tokens", None, "Tokens of the timed calls; default: 1,100,300,700,1500 (CPU: 3,12).")
 _BATCH = flags.DEFINE_list("batch", None, "Requests decoded together; default: 1,8 (CPU: 2).")
 _LAYERS = flags.DEFINE_integer("layers", 2, "Decoder layers of the model.", lower_bound=1)
-_REPEATS = flags.DEFINE_integer("repeats", 5, "Timed rounds, of which the median counts.", lower_bound=1)
+_REPEATS = flags.DEFINE_integer("repeats", 9, "Timed rounds, of which the median counts.", lower_bound=1)
 _TRACE = flags.DEFINE_string("trace", None, "File with one token count per line, to plan buckets for.")
 _MAX_BUCKETS = flags.DEFINE_integer("max_buckets", 5, "Of a plan.", lower_bound=1)
 _GRANULARITY = flags.DEFINE_integer("granularity", 8, "Buckets of a plan are multiples of it.", lower_bound=1)
@@ -75,7 +75,12 @@ def main(argv):
     model = make_model(gpu, _LAYERS.value)
     make = functools.partial(BucketedModel, model, batch_buckets=batches, max_length=2 * max(options.buckets))
     if _ONLY_WARM_UP.value:
-        print(json.dumps({"seconds": warm_up(make(buckets=options.buckets), options.debug)}))
+        served = make(buckets=options.buckets)
+        seconds = {"seconds": round(warm_up(served, options.debug), 2)}
+        every = [took for graph in served.graphs for took in graph.stats.seconds]
+        seconds["lowering_s"] = round(sum(took.lowering for took in every), 2)
+        seconds["compiling_s"] = round(sum(took.compiling for took in every), 2)
+        print(json.dumps(seconds))
         return
     folder = Path(_OUTPUT_DIR.value or "output/bench_block_graph")
     plan = bucket_planner.plan_buckets(calls, _MAX_BUCKETS.value, granularity=_GRANULARITY.value)
@@ -84,16 +89,17 @@ def main(argv):
     rows = plan_rows(calls, plan)
     print(plan_table(rows))
     variants: dict[str, BucketedModel] = {}
+    keep = KEEP_GRAPHS if gpu else None
     if options.enabled:
-        keep = KEEP_GRAPHS if gpu else None
         variants["graph"] = make(buckets=options.buckets, compiler_options=keep)
         variants["graph, no command buffers"] = make(buckets=options.buckets, compiler_options=_NO_COMMAND_BUFFERS)
         variants["padded to the largest"] = make(buckets=options.buckets[-1:], compiler_options=keep)
-        for variant in variants.values():
-            warm_up(variant, options.debug)
         rows += start_rows(options.buckets, batches)
+    variants["exact"] = make(buckets=sorted(set(tokens)), compiler_options=keep)
+    for name, variant in variants.items():
+        warm_up(variant, options.debug and name != "exact")
     timelines: dict[str, list[Kernel]] = {}
-    rows += block_rows(variants, make, tokens, batches, timelines)
+    rows += block_rows(variants, tokens, batches, timelines)
     benchmarking.save_results(folder / "bench_block_graph.json", "bench_block_graph", rows, inputs=_INPUTS)
     print(block_table(rows))
     plot(rows, folder / "bench_block_graph.png")
@@ -130,7 +136,6 @@ def warm_up(served: BucketedModel, debug: bool) -> float:
 
 def block_rows(
     variants: dict[str, BucketedModel],
-    make: Callable[..., BucketedModel],
     tokens: Sequence[int],
     batches: Sequence[int],
     timelines: dict[str, list[Kernel]],
@@ -139,19 +144,14 @@ def block_rows(
     rows = []
     counts = [(n, False) for n in tokens] + [(n, True) for n in batches]
     for number, decode in tqdm(counts, unit="count"):
-        exact = make(buckets=(number,)) if not decode else None
-        candidates = dict(variants)
-        if exact is not None:
-            exact.warm_up(progress=False)
-            candidates["exact"] = exact
-        for name, served in candidates.items():
-            if decode and name == "padded to the largest":
+        for name, served in variants.items():
+            if decode and name in ("padded to the largest", "exact"):
                 continue
             calls = decode_calls(served, number) if decode else prefill_calls(served, number)
             for block, (bucket, call) in calls.items():
                 row: dict[str, Any] = {
                     "part": "blocks", "block": block, "variant": name, "tokens": number, "bucket": bucket,
-                    "us": round(wall_us(call), 1),
+                    **wall_us(call),
                 }  # fmt: skip
                 if benchmarking.on_gpu():
                     kernels = profile_kernels(lambda call=call: [call() for _ in range(_CALLS)][-1])
@@ -194,27 +194,33 @@ def decode_calls(served: BucketedModel, number: int) -> dict[str, tuple[int, Cal
     return {"decode step": (size, run)}
 
 
-def wall_us(call: Callable[[], Any]) -> float:
-    """Microseconds per call of a run of calls, median over --repeats runs, after one that is not timed."""
-    times, result = [], None
+def wall_us(call: Callable[[], Any]) -> dict[str, float]:
+    """Of a run of calls, median over --repeats runs after one that is not timed: us per call, and us until it returns.
+
+    Where both are the same, the device waited for the host.
+    """
+    wall, host, result = [], [], None
     for _ in range(_REPEATS.value + 1):
         start = time.perf_counter()
         for _ in range(_CALLS):
             result = call()
+        host.append(1e6 * (time.perf_counter() - start) / _CALLS)
         jax.block_until_ready(result)
-        times.append(1e6 * (time.perf_counter() - start) / _CALLS)
-    return float(np.median(times[1:]))
+        wall.append(1e6 * (time.perf_counter() - start) / _CALLS)
+    return {"us": round(float(np.median(wall[1:])), 1), "host_us": round(float(np.median(host[1:])), 1)}
 
 
 def block_table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows of the first part as aligned text."""
-    lines = [f"{'block':<16}{'tokens':>8}{'bucket':>8}{'us':>12}{'kernels, us':>13}{'in graphs':>11}  variant"]
+    columns = f"{'us':>11}{'host, us':>10}{'kernels, us':>13}{'in graphs':>11}"
+    lines = [f"{'block':<14}{'tokens':>7}{'bucket':>7}{columns}  variant"]
     for r in (r for r in rows if r["part"] == "blocks"):
         kernels = f"{'':>24}"
         if "kernel_us" in r:
             of = f"{r['kernels_in_graphs']:.0f} of {r['kernels_outside'] + r['kernels_in_graphs']:.0f}"
             kernels = f"{r['kernel_us']:>13.1f}{of:>11}"
-        lines.append(f"{r['block']:<16}{r['tokens']:>8}{r['bucket']:>8}{r['us']:>12.1f}{kernels}  {r['variant']}")
+        times = f"{r['us']:>11.1f}{r['host_us']:>10.1f}{kernels}"
+        lines.append(f"{r['block']:<14}{r['tokens']:>7}{r['bucket']:>7}{times}  {r['variant']}")
     return "\n".join(lines)
 
 
@@ -222,7 +228,10 @@ def block_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def start_rows(buckets: Sequence[int], batches: Sequence[int]) -> list[dict[str, Any]]:
-    """Seconds that two processes, one after the other, take to compile everything; they share a compilation cache."""
+    """Seconds that two processes, one after the other, take to compile everything; they share a compilation cache.
+
+    lowering_s and compiling_s: of the seconds of every program, summed over the threads, waiting for Python included.
+    """
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         env = {
@@ -239,9 +248,8 @@ def start_rows(buckets: Sequence[int], batches: Sequence[int]) -> list[dict[str,
             done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise RuntimeError(f"the {start} start failed:\n{done.stderr[-2000:]}")
-            seconds = json.loads(done.stdout.splitlines()[-1])["seconds"]
-            rows.append({"part": "start", "start": start, "seconds": round(seconds, 2)})
-            print(f"{start} start: {seconds:.1f} s to compile everything")
+            rows.append({"part": "start", "start": start, **json.loads(done.stdout.splitlines()[-1])})
+            print(f"{start} start: {rows[-1]['seconds']:.1f} s to compile everything")
     return rows
 
 
@@ -293,7 +301,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         some = {(r["block"], r["tokens"]): r["us"] for r in blocks if r["variant"] == variant}
         place = [g + 0.2 * (i - len(variants) / 2) for g, key in enumerate(groups) if key in some]
         left.bar(place, [some[key] for key in groups if key in some], 0.18, label=variant)
-    left.set_xticks(range(len(groups)), [f"{block}\n{n}" for block, n in groups], fontsize=7)
+    left.set_xticks(range(len(groups)), [f"{block}, {n}" for block, n in groups], fontsize=7, rotation=45, ha="right")
     left.set(yscale="log", ylabel="us per call", title="calls that follow each other")
     left.legend(fontsize=8)
     plans = [r for r in rows if r["part"] == "plans"]
@@ -318,7 +326,7 @@ def plot_timelines(timelines: dict[str, list[Kernel]], path: Path) -> None:
         colors = ["tab:cyan" if k.in_graph else "tab:blue" for k in kernels]
         axis.broken_barh([(k.begin_us - begin, k.us) for k in kernels], (line - 0.35, 0.7), facecolors=colors)
     axis.set_yticks(range(len(timelines)), list(timelines), fontsize=8)
-    axis.set(xlabel="us", title="kernels of two decode steps; light: launched by a graph")
+    axis.set(xlabel="us", title="kernels of two decode steps, light: launched by a graph (under the profiler)")
     figure.tight_layout()
     figure.savefig(path, dpi=90)
 

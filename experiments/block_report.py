@@ -4,14 +4,15 @@ import atexit
 import sys
 from collections.abc import Sequence
 
-from fp4jax.block_graph import BlockGraph
+from fp4jax.block_graph import BlockGraph, CompileSeconds
 
 
 def watch(graphs: Sequence[BlockGraph]) -> None:
     """From now on, prints every compilation to stderr, and `summary` when the process ends."""
 
-    def line(name: str, bucket: int, seconds: float) -> None:
-        print(f"block graph: compiled {name} for {bucket} tokens in {seconds:.2f} s", file=sys.stderr, flush=True)
+    def line(name: str, took: CompileSeconds) -> None:
+        seconds = took.lowering + took.compiling
+        print(f"block graph: compiled {name} for {took.bucket} tokens in {seconds:.2f} s", file=sys.stderr, flush=True)
 
     for graph in graphs:
         graph.on_compile = line
@@ -25,7 +26,7 @@ def summary(graphs: Sequence[BlockGraph]) -> str:
     for graph in graphs:
         s = graph.stats
         hits = ", ".join(f"{bucket}: {calls}" for bucket, calls in s.calls.items())
-        seconds = sum(t for _, t in s.seconds)
+        seconds = sum(t.lowering + t.compiling for t in s.seconds)
         lines.append(
             f"{graph.name:<20}{len(s.seconds):>9}{seconds:>9.1f}{sum(s.calls.values()):>9}{s.waste:>9.1%}{s.chunked:>9}"
             f"{s.misses:>8}  {hits}"

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 # For `Lowered.compile`: XLA takes graphs apart while a profiler runs, unless it is told not to.
-KEEP_GRAPHS = {"xla_enable_command_buffers_during_profiling": "true"}
+KEEP_GRAPHS = {"xla_enable_command_buffers_during_profiling": True}
 
 
 class Kernel(NamedTuple):
@@ -44,11 +44,12 @@ def profile_kernels(run: Callable[[], Any], device: int = 0) -> list[Kernel]:
     return [k._replace(begin_us=k.begin_us - found[0].begin_us) for k in found]
 
 
-def kernel_columns(kernels: list[Kernel], calls: int) -> dict[str, float]:
-    """Per call: kernels inside and outside of graphs, and the sum of all their times in us."""
+def kernel_columns(kernels: list[Kernel], calls: int) -> dict[str, Any]:
+    """Per call: kernels inside and outside of graphs, the sum of all their times in us; names of those outside."""
     inside = sum(kernel.in_graph for kernel in kernels)
     return {
         "kernels_in_graphs": round(inside / calls, 2),
         "kernels_outside": round((len(kernels) - inside) / calls, 2),
         "kernel_us": round(sum(kernel.us for kernel in kernels) / calls, 2),
+        "outside": sorted({kernel.name for kernel in kernels if not kernel.in_graph}),
     }

@@ -149,6 +149,42 @@ def moe_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+_STAGES = ("dispatch", "permute", "gemm_1_swiglu", "gemm_2", "depermute", "combine", "other")
+
+
+def stage_table(report: dict[str, Any]) -> str:
+    """Where a layer's time goes, in us: profiled kernel by kernel, so the stages add up to more than a timed layer."""
+    lines = ["| model | T | layer | us | " + " | ".join(_STAGES) + " |", "|---" * (4 + len(_STAGES)) + "|"]
+    for r in report["rows"]:
+        if r["layer"] in ("nvfp4", "bf16"):
+            stages = [f"{r['stages_us'][stage]:.0f}" for stage in _STAGES]
+            lines.append(
+                "| " + " | ".join([r["model"], str(r["tokens"]), r["layer"], f"{r['us']:.0f}", *stages]) + " |"
+            )
+    return "\n".join(lines)
+
+
+def block_table(report: dict[str, Any]) -> str:
+    """Blocks in buckets, with CUDA graphs and without, of exact size and padded to the largest bucket."""
+    found = {(r["block"], r["tokens"], r["variant"]): r for r in report["rows"] if r["part"] == "blocks"}
+    lines = [
+        "| block | tokens | bucket | us | sum of kernels, us | in CUDA graphs | without graphs, us | exact size, us "
+        "| largest bucket, us |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    shown = {key[:2] for key in found if key[0].startswith("deco") or key[1] == 100}  # embedding and head: any count
+    for block, tokens in sorted(shown, key=lambda key: (key[0] != "decoder layer", *key)):
+        row = lambda variant, key=(block, tokens): found.get((*key, variant))  # noqa: E731
+        ours = row("graph")
+        inside, outside = ours["kernels_in_graphs"], ours["kernels_outside"]
+        cells = [block, f"{tokens}", f"{ours['bucket']}", f"{ours['us']:.0f}", f"{ours['kernel_us']:.0f}"]
+        cells += [f"{inside:.0f} of {inside + outside:.0f}"]
+        others = map(row, ("graph, no command buffers", "exact", "padded to the largest"))
+        cells += ["" if other is None else f"{other['us']:.0f}" for other in others]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def tables() -> dict[str, str]:
     """Every table of the README under its name."""
     return {
@@ -156,6 +192,8 @@ def tables() -> dict[str, str]:
         "ops": ops_table(json.loads((RESULTS / "h100" / "bench_ops.json").read_text())),
         "gemm": gemm_table(json.loads((RESULTS / "h100" / "bench_gemm.json").read_text())),
         "moe": moe_table(json.loads((RESULTS / "h200" / "bench_moe.json").read_text())),
+        "stages": stage_table(json.loads((RESULTS / "h100" / "bench_moe.json").read_text())),
+        "blocks": block_table(json.loads((RESULTS / "h100" / "bench_block_graph.json").read_text())),
         "dispatch": dispatch_table(json.loads((RESULTS / "h200" / "bench_dispatch.json").read_text())),
         "swiglu": swiglu_table(json.loads((RESULTS / "h100" / "bench_gemm.json").read_text())),
     }

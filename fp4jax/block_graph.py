@@ -10,9 +10,10 @@ the host, where nothing compiles; between blocks, hand on `Bucketed` values, whi
 """
 
 import concurrent.futures
+import functools
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,22 +22,35 @@ import numpy as np
 
 from fp4jax.bucket_planner import check_buckets, plan_buckets as plan_buckets
 from fp4jax.bucketed import (
+    Argument,
     Bucketed as Bucketed,
+    Kinds,
     home_of as home_of,
+    home_of_all,
     is_bucketed,
+    kind_of,
     leaves_of_axes,
     map_axes,
-    pad_tokens,
-    place_of,
+    map_tokens,
+    pad_argument,
+    structs_of,
     take_tokens,
     values_of,
 )
 
 
+class CompileSeconds(NamedTuple):
+    """Of one executable: tracing and lowering it (Python, one thread at a time), and what XLA took, cache included."""
+
+    bucket: int
+    lowering: float
+    compiling: float
+
+
 class BlockStats(NamedTuple):
     """What a block did. calls, tokens, rows: per bucket, runs of its executable, tokens in them, and bucket x runs.
 
-    seconds: (bucket, what tracing and compiling it took), in the order of compilation. chunked: calls above the largest
+    seconds: of every executable, in the order of compilation. chunked: calls above the largest
     bucket, each of which is a call of every chunk too. misses: compilations after `warm_up` that no `warm_up` made.
     """
 
@@ -45,7 +59,7 @@ class BlockStats(NamedTuple):
     rows: int
     chunked: int
     misses: int
-    seconds: list[tuple[int, float]]
+    seconds: list[CompileSeconds]
 
     @property
     def waste(self) -> float:
@@ -53,25 +67,10 @@ class BlockStats(NamedTuple):
         return 1 - self.tokens / self.rows if self.rows else 0.0
 
 
-class _Flat(NamedTuple):
-    """Arguments of a call as a list; a Bucketed is one leaf.
-
-    axes: the token axis of each leaf or None. home: where what has no place of its own goes.
-    """
-
-    leaves: list[Any]
-    structure: Any
-    axes: tuple[int | None, ...]
-    home: jax.sharding.Sharding | None
-
-
-_COUNT = jax.ShapeDtypeStruct((), jnp.int32)
-
-
 class BlockGraph:
     """What `block_graph` returns; call it like the function.
 
-    on_compile(name, bucket, seconds), where set, is called after each compilation.
+    on_compile(name, CompileSeconds), where set, is called after each compilation.
     """
 
     def __init__(self, fn, buckets, in_axes, out_axes, static_argnames, donate_argnums, count_argname, options, name):
@@ -84,12 +83,15 @@ class BlockGraph:
         self._executables: dict[Any, jax.stages.Compiled] = {}
         self._compiling: dict[Any, threading.RLock] = {}
         self._axes: dict[Any, tuple[int | None, ...]] = {}
+        self._kinds: dict[Kinds, Kinds] = {}
+        # A number that is on the device already costs no copy in the call.
+        self._count_of = functools.lru_cache(4096)(lambda tokens, home: jax.device_put(np.int32(tokens), home))
         self._lock = threading.Lock()
         self._warm = False
         self._calls = dict.fromkeys(self.buckets, 0)
         self._tokens = self._chunked = self._misses = 0
-        self._seconds: list[tuple[int, float]] = []
-        self.on_compile: Callable[[str, int, float], None] | None = None
+        self._seconds: list[CompileSeconds] = []
+        self.on_compile: Callable[[str, CompileSeconds], None] | None = None
 
     # --- calling ---
 
@@ -100,46 +102,65 @@ class BlockGraph:
           ValueError: no argument with a token axis, arguments of different token counts, or no tokens, or more than the
           largest bucket, where outputs that belong to no token, or donated arguments, allow neither.
         """
-        self._check_call(args, static)
-        flat = self._flat(args)
-        tokens, size = self._count_tokens(flat)
+        return self._call(self._looked_at(args), static)
+
+    def bind(self, *args: Any, **static: Any) -> Callable[..., Any]:
+        """This block with its first arguments (weights) and all static ones fixed, as a function of the others.
+
+        The arguments are looked at once and not in every call: with hundreds of weights that is most of a call's time.
+        """
+        first = self._looked_at(args)
+
+        def bound(*rest: Any) -> Any:
+            return self._call([*first, *self._looked_at(rest, len(first))], static)
+
+        return bound
+
+    def _call(self, arguments, static):
+        self._check_call(arguments, static)
+        tokens, size = self._count_tokens(arguments)
+        home = home_of_all(arguments)
         if size is not None:  # Bucketed
-            outputs = self._run(flat, tokens, size, static)
-            return map_axes(lambda a, v: v if a is None else Bucketed(v, tokens), self._out_axes, outputs)
+            outputs = self._run(arguments, home, tokens, size, static)
+            return map_tokens(lambda a, v: Bucketed(v, tokens), self._out_axes, outputs)
         if tokens == 0:
-            return self._empty(args, static)
+            return self._empty(arguments, home, static)
         if tokens > self.buckets[-1]:
-            return self._in_chunks(args, static, tokens)
-        outputs = self._run(flat, tokens, next(b for b in self.buckets if b >= tokens), static)
+            return self._in_chunks([a.value for a in arguments], home, static, tokens)
+        outputs = self._run(arguments, home, tokens, next(b for b in self.buckets if b >= tokens), static)
 
         def cut(axis, leaf):
-            whole = axis is None or leaf.shape[axis] == tokens
-            return leaf if whole else jax.device_put(take_tokens(leaf, axis, slice(0, tokens)), flat.home)
+            whole = leaf.shape[axis] == tokens
+            return leaf if whole else jax.device_put(take_tokens(leaf, axis, slice(0, tokens)), home)
 
-        return map_axes(cut, self._out_axes, outputs)
+        return map_tokens(cut, self._out_axes, outputs)
 
-    def _run(self, flat, tokens, bucket, static):
-        padded = [
-            leaf if axis is None else pad_tokens(values_of(leaf), axis, bucket, flat.home)
-            for leaf, axis in zip(flat.leaves, flat.axes, strict=True)
-        ]
-        outputs = self._executable(flat, bucket, static)(np.int32(tokens), *jax.tree.unflatten(flat.structure, padded))
+    def _run(self, arguments, home, tokens, bucket, static):
+        executable = self._executable(arguments, home, bucket, static)
+        padded = [pad_argument(argument, bucket, home) for argument in arguments]
+        outputs = executable(self._count_of(tokens, home), *padded)
         with self._lock:
             self._calls[bucket] += 1
             self._tokens += tokens
         return outputs
 
-    def _flat(self, args):
-        leaves, structure = jax.tree.flatten(args, is_leaf=is_bucketed)
-        axes = self._axes.get(structure)
+    def _looked_at(self, args, start=0):
+        if start + len(args) > len(self._in_axes):
+            self._check_call([None] * (start + len(args)), {})
+        return [self._argument(start + i, arg) for i, arg in enumerate(args)]
+
+    def _argument(self, place, value) -> Argument:
+        leaves, structure = jax.tree.flatten(value, is_leaf=is_bucketed)
+        axes = self._axes.get((place, structure))
         if axes is None:
             found: list[int | None] = []
-            for axis, arg in zip(self._in_axes, args, strict=True):
-                map_axes(lambda axis, _: found.append(axis), axis, arg)
-            axes = self._axes[structure] = tuple(found)
-        return _Flat(leaves, structure, axes, home_of(leaves))
+            map_axes(lambda axis, _: found.append(axis), self._in_axes[place], value)
+            axes = self._axes[place, structure] = tuple(found)
+        kinds = Kinds(structure, tuple(map(kind_of, leaves, axes)))
+        kinds, has_tokens = self._kinds.setdefault(kinds, kinds), any(axis is not None for axis in axes)
+        return Argument(value, leaves, axes, kinds, home_of(leaves), has_tokens)
 
-    def _in_chunks(self, args, static, tokens):
+    def _in_chunks(self, args, home, static, tokens):
         self._check_whole(f"{tokens} tokens are above the largest bucket, {self.buckets[-1]}")
         size, parts = self.buckets[-1], []
         for start in range(0, tokens, size):
@@ -149,18 +170,17 @@ class BlockGraph:
             parts.append(self(*chunk, **static))
         with self._lock:
             self._chunked += 1
-        home = home_of(args)
 
         def join(axis, *leaves):
             return jax.device_put(np.concatenate([np.asarray(v) for v in leaves], axis), home)
 
         return map_axes(join, self._out_axes, *parts)
 
-    def _empty(self, args, static):
+    def _empty(self, arguments, home, static):
         """Outputs of size 0 along their token axis; nothing runs."""
         self._check_whole("there are no tokens")
         bucket = self.buckets[0]
-        structs = jax.eval_shape(self._traced(bucket, static), _COUNT, *_structs(self._flat(args), bucket))
+        structs = jax.eval_shape(self._traced(bucket, static), *structs_of(arguments, home, bucket))
 
         def empty(axis, leaf):
             return jax.device_put(np.zeros([0 if i == axis else n for i, n in enumerate(leaf.shape)], leaf.dtype))
@@ -182,61 +202,61 @@ class BlockGraph:
         May be called again for arguments of other shapes or dtypes. workers: threads that compile side by side, which
         settings of this thread alone (`jax.default_matmul_precision(..)` as a context) do not reach; 1: this thread.
         """
-        from tqdm import tqdm
+        compile_all(self.compilations(*args, **static), workers=workers, progress=progress, name=self.name)
 
+    def compilations(self, *args: Any, **static: Any) -> dict[Any, Callable[[], None]]:
+        """What `warm_up` does, one call per executable, the largest first: for `compile_all` of several blocks."""
         self._check_call(args, static)
-        flat = self._flat(args)
-        bar = tqdm(total=len(self.buckets), desc=f"compiling {self.name}", unit="bucket", disable=not progress)
+        arguments = self._looked_at(args)
+        home = home_of_all(arguments)
 
         def compile_one(bucket):
-            self._executable(flat, bucket, static, warming=True)
-            bar.update()
+            self._executable(arguments, home, bucket, static, warming=True)
+            self._warm = True
 
-        with bar:
-            if workers <= 1:
-                for bucket in reversed(self.buckets):
-                    compile_one(bucket)
-            else:
-                with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-                    list(pool.map(compile_one, reversed(self.buckets)))
-        self._warm = True
+        keys = {bucket: (id(self), self._key(arguments, home, bucket, static)) for bucket in reversed(self.buckets)}
+        return {key: functools.partial(compile_one, bucket) for bucket, key in keys.items()}
 
-    def _executable(self, flat, bucket, static, warming=False) -> jax.stages.Compiled:
+    def _key(self, arguments, home, bucket, static):
         statics = tuple((name, type(static[name]), static[name]) for name in sorted(static))
-        kinds = tuple(_kind(leaf, axis, flat.home) for leaf, axis in zip(flat.leaves, flat.axes, strict=True))
-        key = bucket, flat.structure, kinds, flat.home, statics
-        with self._lock:
-            executable = self._executables.get(key)
-            one_at_a_time = self._compiling.setdefault(key, threading.RLock())
+        return bucket, home, tuple(id(argument.kinds) for argument in arguments), statics
+
+    def _executable(self, arguments, home, bucket, static, warming=False) -> jax.stages.Compiled:
+        key = self._key(arguments, home, bucket, static)
+        executable = self._executables.get(key)
         if executable is not None:
             return executable
+        with self._lock:
+            one_at_a_time = self._compiling.setdefault(key, threading.RLock())
         with one_at_a_time:  # a compilation that fails leaves nothing: whoever waited tries again
             executable = self._executables.get(key)
             if executable is not None:
                 return executable
             start = time.perf_counter()
-            executable = self._compile(_structs(flat, bucket), bucket, static, flat.home)
-            seconds = time.perf_counter() - start
+            lowered = self._lower(structs_of(arguments, home, bucket), bucket, static, home)
+            middle = time.perf_counter()
+            executable = lowered.compile(compiler_options=self._options or None)
+            seconds = CompileSeconds(bucket, middle - start, time.perf_counter() - middle)
             with self._lock:
                 self._executables[key] = executable
-                self._seconds.append((bucket, seconds))
+                self._seconds.append(seconds)
                 self._misses += self._warm and not warming
         if self.on_compile is not None:
-            self.on_compile(self.name, bucket, seconds)
+            self.on_compile(self.name, seconds)
         return executable
 
-    def _compile(self, structs, bucket, static, home):
+    def _lower(self, structs, bucket, static, home):
         donated = tuple(i + 1 for i in self._donate)
         # Outputs stay where everything else is: what one block gives, the next one takes without another compilation.
         placed = {} if home is None else {"out_shardings": home}
-        lowered = jax.jit(self._traced(bucket, static), donate_argnums=donated, **placed).lower(_COUNT, *structs)
+        lowered = jax.jit(self._traced(bucket, static), donate_argnums=donated, **placed).lower(*structs)
 
         def check(axis, leaf):
             if axis is not None and (axis >= len(leaf.shape) or leaf.shape[axis] != bucket):
                 raise ValueError(f"{self.name}: an output {leaf.shape} has no token axis {axis} of {bucket}")
 
         map_axes(check, self._out_axes, lowered.out_info)
-        return lowered.compile(compiler_options=self._options or None)
+        return lowered
 
     def _traced(self, bucket, static):
         def run(tokens, *args):
@@ -261,7 +281,7 @@ class BlockGraph:
         if static.keys() != self._statics:
             raise ValueError(f"{self.name}: static arguments are {sorted(self._statics)}, got {sorted(static)}")
 
-    def _count_tokens(self, flat):
+    def _count_tokens(self, arguments):
         """-> tokens, and of Bucketed arguments their size, else None."""
         found: set[tuple[int, int | None]] = set()
 
@@ -280,8 +300,9 @@ class BlockGraph:
                 )
             found.add((leaf.tokens, shape[axis]))
 
-        for leaf, axis in zip(flat.leaves, flat.axes, strict=True):
-            note(axis, leaf)
+        for argument in (a for a in arguments if a.has_tokens):
+            for axis, leaf in zip(argument.axes, argument.leaves, strict=True):
+                note(axis, leaf)
         if len(found) != 1:
             counts = sorted({tokens for tokens, _ in found}) or "no"
             raise ValueError(
@@ -301,6 +322,25 @@ class BlockGraph:
             )  # fmt: skip
 
 
+def compile_all(
+    compilations: dict[Any, Callable[[], None]], *, workers: int = 1, progress: bool = True, name: str = "blocks"
+) -> None:
+    """Runs what `BlockGraph.compilations` of one or several blocks gave, `workers` at a time; 1: in this thread."""
+    from tqdm import tqdm
+
+    with tqdm(total=len(compilations), desc=f"compiling {name}", unit="program", disable=not progress) as bar:
+        if workers <= 1:
+            for compile_one in compilations.values():
+                compile_one()
+                bar.update()
+            return
+        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+            started = [pool.submit(compile_one) for compile_one in compilations.values()]
+            for done in concurrent.futures.as_completed(started):
+                done.result()
+                bar.update()
+
+
 def block_graph(
     fn: Callable[..., Any],
     *,
@@ -310,7 +350,7 @@ def block_graph(
     static_argnames: Sequence[str] = (),
     donate_argnums: Sequence[int] = (),
     count_argname: str | None = None,
-    compiler_options: dict[str, str] | None = None,
+    compiler_options: Mapping[str, str | bool] | None = None,
     name: str | None = None,
 ) -> BlockGraph:
     """Wraps `fn(*args, **static)` so that it runs for any number of tokens in executables of fixed token counts.
@@ -337,28 +377,3 @@ def block_graph(
         fn, buckets, in_axes, out_axes, static_argnames, donate_argnums, count_argname, compiler_options,
         name or getattr(fn, "__name__", "block"),
     )  # fmt: skip
-
-
-def _kind(leaf, axis, home):
-    """Shape but for the token axis, dtype and place of an argument: what weights keep, all else is at `home`."""
-    leaf = values_of(leaf)
-    if isinstance(leaf, jax.Array):
-        shape, dtype = leaf.shape, leaf.dtype
-    else:
-        aval = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)
-        shape, dtype = aval.shape, jax.dtypes.canonicalize_dtype(aval.dtype, allow_extended_dtype=True)
-    if axis is not None:
-        return (*shape[:axis], *shape[axis + 1 :]), dtype, home
-    place = place_of(leaf)
-    return shape, dtype, home if place is None else place
-
-
-def _structs(flat, bucket):
-    """The arguments of an executable."""
-
-    def struct(leaf, axis):
-        shape, dtype, place = _kind(leaf, axis, flat.home)
-        shape = shape if axis is None else (*shape[:axis], bucket, *shape[axis:])
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
-
-    return jax.tree.unflatten(flat.structure, map(struct, flat.leaves, flat.axes))

@@ -6,12 +6,15 @@ import pathlib
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 from absl import app, flags
 from absl.testing import flagsaver
 from refusals import check_refusals
 
 from experiments import flags as shared_flags
+from experiments.graph_kernels import KEEP_GRAPHS, Kernel, kernel_columns, profile_kernels
 from fp4jax.bucket_planner import parse_buckets
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -65,6 +68,29 @@ def test_switched_off_by_the_environment(tmp_path):
     assert next(r["buckets"] for r in rows if r["part"] == "plans") == [10, 300]
     assert parse_buckets(str(tmp_path / "plan.json")) == (10, 300)
     assert "block graph: compiled" not in done.stderr
+
+
+def test_kernels_inside_and_outside_of_graphs_are_counted_per_call():
+    kernels = [Kernel("a", 0.0, 2.0, True), Kernel("copy", 3.0, 1.0, False), Kernel("a", 5.0, 4.0, True)]
+    assert kernel_columns(kernels, calls=2) == {
+        "kernels_in_graphs": 1.0, "kernels_outside": 0.5, "kernel_us": 3.5, "outside": ["copy"],
+    }  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graphs", [True, False])
+def test_profiles_tell_kernels_of_graphs(graphs):
+    def many(x):
+        for _ in range(6):
+            x = jnp.sin(x @ x) + x.sum(0)
+        return x
+
+    options = KEEP_GRAPHS if graphs else {"xla_gpu_enable_command_buffer": ""}
+    x = jnp.ones((64, 64))
+    compiled = jax.jit(many).lower(x).compile(compiler_options=options)
+    kernels = profile_kernels(lambda: compiled(x))
+    assert len(kernels) >= 6 and {kernel.in_graph for kernel in kernels} == {graphs}
+    assert all(kernel.us > 0 for kernel in kernels) and kernels[0].begin_us == 0
 
 
 def test_flag_over_environment_over_default(monkeypatch, tmp_path):

@@ -66,6 +66,31 @@ def test_nothing_compiles_after_warm_up(rng):
     assert len(compiled) == 1  # the count counts
 
 
+def test_bound_weights_are_looked_at_once(rows, monkeypatch):
+    weight, x = jnp.asarray([1.0, -2, 0.5]), np.ones((3, 3), np.float32)
+    bound, whole = rows.bind(weight), rows.bind(weight, x)
+    before = len(rows.stats.seconds)
+    looked_at = []
+    monkeypatch.setattr(
+        rows, "_argument", lambda place, value: looked_at.append(place) or type(rows)._argument(rows, place, value)
+    )
+    for got in (bound(x), whole(), bound(np.concatenate([x] * 7))[:2]):
+        for a, b in zip(got, expected(weight, np.resize(x, (len(got[0]), 3))), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5)
+    padded = bound(Bucketed(jnp.ones((4, 3)), 3))
+    np.testing.assert_array_equal(padded[0].values[:3], bound(x)[0])
+    assert len(rows.stats.seconds) == before and rows.stats.misses == 0  # the executables of calls that are not bound
+    assert looked_at.count(1) >= 4 and 0 in looked_at  # chunks of 21 tokens are calls of their own
+    for refused in (
+        lambda: rows.bind(weight, x, x),
+        lambda: bound(x, x),
+        lambda: bound(),
+        lambda: rows.bind(weight, k=1)(x),
+    ):
+        with pytest.raises(ValueError, match=r"positional arguments|static arguments"):
+            refused()
+
+
 def test_pads_are_inert():
     """NaN in every pad of Bucketed values, in a function whose tokens meet."""
     graph = block_graph(lambda x: x @ x.T @ x, buckets=(8,), in_axes=(0,))
@@ -200,7 +225,7 @@ def test_donated_buffers_are_gone_and_outputs_are_fresh():
 def test_compilations_are_reported():
     lines = []
     graph = block_graph(scale_rows, buckets=(4, 8), in_axes=(None, 0), name="rows")
-    graph.on_compile = lambda name, bucket, seconds: lines.append((name, bucket, seconds > 0))
+    graph.on_compile = lambda name, took: lines.append((name, took.bucket, took.lowering > 0 and took.compiling > 0))
     graph.warm_up(jnp.ones(2), np.ones((1, 2), np.float32), workers=2, progress=False)
     assert sorted(lines) == [("rows", 4, True), ("rows", 8, True)]
     graph(jnp.ones(5), np.ones((1, 5), np.float32))  # another shape

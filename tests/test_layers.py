@@ -50,6 +50,14 @@ def test_linear(rng, kinds, tolerance):
     np.testing.assert_allclose(f64(found), expected, rtol=tolerance, atol=1e-6 if kinds is F32 else 1e-3)
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_linear_sums_in_float32(rows):
+    """In bfloat16 the sum would stop at 256; libraries take another way for one row."""
+    linear = Linear(4096, 3, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, stddev=1.0, rngs=nnx.Rngs(0))
+    linear.weight[...] = jnp.ones((3, 4096), jnp.bfloat16)
+    np.testing.assert_array_equal(np.asarray(jax.jit(linear)(jnp.ones((rows, 4096))), np.float64), 4096.0)
+
+
 @pytest.mark.parametrize("magnitude", [1e-4, 1.0, 1e4])
 def test_rms_norm(rng, magnitude):
     norm = RMSNorm(HIDDEN, eps=1e-6, **F32)

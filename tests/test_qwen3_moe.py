@@ -91,8 +91,8 @@ def test_cached_decode_equals_the_full_sequence():
         parts.append(output.logits)
         assert int(cache.length) == stop
     np.testing.assert_allclose(np.concatenate(parts, axis=1), full, rtol=0, atol=1e-5)
-    assert cache.keys.shape == (2, 2, 20, 2, 16)
-    poisoned = KVCache(*(part.at[:, :, 12:].set(jnp.nan) for part in cache[:2]), cache.length)
+    assert cache.keys.shape == (2, 2, 2, 20, 16)
+    poisoned = KVCache(*(part.at[:, :, :, 12:].set(jnp.nan) for part in cache[:2]), cache.length)
     clean, dirty = (forward(model, ids[:, :1], c).logits for c in (cache, poisoned))
     np.testing.assert_array_equal(clean, dirty)
 

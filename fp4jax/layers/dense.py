@@ -4,6 +4,7 @@ Weights are [out, in], as checkpoints store them. `dtype` is what a module compu
 float32 means float32 products on every device (no TF32).
 """
 
+import math
 from typing import Any, Literal
 
 import jax
@@ -24,13 +25,17 @@ def dot(
     x: Float[Array, "... K"], weight: Float[Array, "N K"], *, dtype: Any, out_dtype: Any = None
 ) -> Float[Array, "... N"]:
     """x W^T with operands rounded to `dtype`, sums in float32, rounded once to `out_dtype` (None: `dtype`)."""
-    return jnp.einsum(
+    out_dtype = jnp.dtype(out_dtype or dtype)
+    # XLA turns one row into products and a sum, which it keeps in the type it is asked for: then ask for float32.
+    one_row = math.prod(x.shape[:-1]) == 1
+    y = jnp.einsum(
         "...k,nk->...n",
         x.astype(dtype),
         weight.astype(dtype),
         precision=exact_precision(dtype),
-        preferred_element_type=out_dtype or dtype,
+        preferred_element_type=jnp.float32 if one_row else out_dtype,
     )
+    return y.astype(out_dtype)
 
 
 def normal_param(rngs: nnx.Rngs, shape: tuple[int, ...], stddev: float, dtype: Any) -> nnx.Param:

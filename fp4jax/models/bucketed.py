@@ -6,8 +6,8 @@ cache. Decoding runs a batch of requests, each at its own position, in one execu
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fp4jax.block_graph import BlockGraph, Bucketed, block_graph, home_of
+from fp4jax.block_graph import BlockGraph, Bucketed, block_graph, compile_all, home_of
 from fp4jax.bucket_planner import check_buckets
 from fp4jax.layers.moe_block import MoEBlock
 from fp4jax.models.qwen3_moe import DecoderLayer, Qwen3Moe
 
-Cache = list[tuple[jax.Array, jax.Array]]  # keys and values of every layer, [B, length, kv heads, head dim]
+Cache = list[tuple[jax.Array, jax.Array]]  # keys and values of every layer, [B, kv heads, length, head dim]
 
 
 class Prefilled(NamedTuple):
@@ -45,7 +45,7 @@ class BucketedModel:
         buckets: Sequence[int],
         batch_buckets: Sequence[int] = (1, 2, 4, 8),
         max_length: int,
-        compiler_options: dict[str, str] | None = None,
+        compiler_options: Mapping[str, str | bool] | None = None,
     ):
         if not 1 <= max_length <= model.config.max_position_embeddings:
             raise ValueError(f"max_length must be 1..{model.config.max_position_embeddings}, got {max_length}")
@@ -74,6 +74,13 @@ class BucketedModel:
             for size in batch_buckets
         }
         home = home_of(self._whole[1])
+        self._run_embedding = self.embed.bind(self._embed[1], structure=self._embed[0])
+        self._run_layers = [self.layer.bind(weights, structure=structure) for structure, weights in self._layers]
+        self._run_head = self.head.bind(self._rest[1], structure=self._rest[0])
+        whole, weights = self._whole
+        self._run_decoders = {size: d.bind(weights, structure=whole) for size, d in self.decoders.items()}
+        # A prompt begins at 0, its chunks behind one another.
+        self._start_of = functools.lru_cache(1024)(lambda start: jax.device_put(np.int32(start), home))
         placed: dict[str, Any] = {} if home is None else {"out_shardings": home}
         self._insert = jax.jit(_insert, donate_argnums=0, **placed)
         self._zeros = jax.jit(self._make_zeros, static_argnums=0, **placed)
@@ -87,18 +94,17 @@ class BucketedModel:
         """Compiles everything that `generate` will ever need."""
         one = jax.ShapeDtypeStruct((1, 1), jnp.int32)
         x = jax.ShapeDtypeStruct((1, 1, self.config.hidden_size), jnp.dtype(self.config.dtype))
-        options: dict[str, Any] = dict(workers=workers, progress=progress)
-        self.embed.warm_up(self._embed[1], one, structure=self._embed[0], **options)
-        start, cache = np.int32(0), self.empty_cache(1)
-        for structure, weights in self._layers:  # of one kind all but the first are there already
-            new = len(self.layer.stats.seconds)
-            self.layer.warm_up(weights, x, start, cache[0], structure=structure, **options)
-            options["progress"] = progress and len(self.layer.stats.seconds) > new
-        options["progress"] = progress
-        self.head.warm_up(self._rest[1], x, structure=self._rest[0], **options)
-        for size, decoder in self.decoders.items():
+        start, cache = self._start_of(0), self.empty_cache(1)
+        todo = dict(self.embed.compilations(self._embed[1], one, structure=self._embed[0]))
+        for size, decoder in self.decoders.items():  # these take longest
             batch, numbers = self.empty_cache(size), jax.ShapeDtypeStruct((size,), jnp.int32)
-            decoder.warm_up(self._whole[1], numbers, numbers, batch, structure=self._whole[0], **options)
+            todo |= decoder.compilations(self._whole[1], numbers, numbers, batch, structure=self._whole[0])
+        for structure, weights in self._layers:  # layers of one kind are one program
+            todo |= self.layer.compilations(weights, x, start, cache[0], structure=structure)
+        todo |= self.head.compilations(self._rest[1], x, structure=self._rest[0])
+        compile_all(todo, workers=workers, progress=progress)
+        for size in self.decoders:
+            batch = self.empty_cache(size)
             jax.block_until_ready(self._insert(batch, cache, np.int32(0)))
 
     def prefill(self, ids: Sequence[int]) -> Prefilled:
@@ -147,21 +153,19 @@ class BucketedModel:
 
     def run_embedding(self, ids: Bucketed) -> Bucketed:
         """ids i32 [1, bucket] -> [1, bucket, H]."""
-        return self.embed(self._embed[1], ids, structure=self._embed[0])
+        return self._run_embedding(ids)
 
     def layer_caller(self, index: int) -> Callable[[Bucketed, int, Any], tuple[Bucketed, Any]]:
         """(x, first position, keys and values) -> (x, keys and values) of a layer; the old ones are gone."""
-        structure, weights = self._layers[index]
-        return lambda x, start, cache: self.layer(weights, x, np.int32(start), cache, structure=structure)
+        return lambda x, start, cache: self._run_layers[index](x, self._start_of(start), cache)
 
     def run_head(self, x: Bucketed) -> jax.Array:
         """Logits [1, V] behind the last token."""
-        return self.head(self._rest[1], x, structure=self._rest[0])
+        return self._run_head(x)
 
     def decode(self, last: Bucketed, lengths: Bucketed, batch: Cache) -> tuple[Bucketed, Bucketed, Cache]:
         """Newest tokens i32 [size] at positions `lengths` -> the next ones, their positions, the new cache."""
-        decoder = self.decoders[last.values.shape[0]]
-        return decoder(self._whole[1], last, lengths, batch, structure=self._whole[0])
+        return self._run_decoders[last.values.shape[0]](last, lengths, batch)
 
     def empty_cache(self, batch: int) -> Cache:
         """Zeros for `batch` requests."""
@@ -169,7 +173,7 @@ class BucketedModel:
 
     def _make_zeros(self, batch):
         c = self.config
-        shape = (batch, self._cache_length, c.num_key_value_heads, c.head_dim)
+        shape = (batch, c.num_key_value_heads, self._cache_length, c.head_dim)
         return [(jnp.zeros(shape, c.dtype), jnp.zeros(shape, c.dtype)) for _ in range(c.num_hidden_layers)]
 
 
@@ -198,7 +202,7 @@ def _embed(weights, ids, *, structure):
 
 def _layer(weights, x, start, cache, *, structure, num_tokens):
     valid = jnp.arange(x.shape[1]) < num_tokens
-    x, cache, _ = structure.module(weights)(x, start, cache, partial(MoEBlock.__call__, valid=valid))
+    x, cache, _ = structure.module(weights)(x, start, cache, functools.partial(MoEBlock.__call__, valid=valid))
     return x, cache
 
 
@@ -213,7 +217,7 @@ def _decode(weights, last, lengths, cache, *, structure, num_tokens):
     valid = jnp.arange(last.shape[0]) < num_tokens
     x, kept = model.embed_tokens(last[:, None]), []
     for layer, old in zip(model.layers, cache, strict=True):
-        x, new, _ = layer(x, lengths, old, partial(MoEBlock.__call__, valid=valid))
+        x, new, _ = layer(x, lengths, old, functools.partial(MoEBlock.__call__, valid=valid))
         kept.append(new)
     return jnp.argmax(model.head(x)[:, 0], axis=-1).astype(jnp.int32), lengths + 1, kept
 

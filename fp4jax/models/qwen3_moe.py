@@ -126,8 +126,8 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
 class KVCache(NamedTuple):
     """Keys and values of all layers at a fixed maximum length; the first `length` positions are filled."""
 
-    keys: Float[Array, "layers B S heads D"]
-    values: Float[Array, "layers B S heads D"]
+    keys: Float[Array, "layers B heads S D"]
+    values: Float[Array, "layers B heads S D"]
     length: Int[Array, ""]
 
 
@@ -151,19 +151,19 @@ def rope(x: Float[Array, "B S heads D"], positions: Int[Array, "..."], theta: fl
 
 def attention(
     q: Float[Array, "B S heads D"],
-    k: Float[Array, "B K kv_heads D"],
-    v: Float[Array, "B K kv_heads D"],
+    k: Float[Array, "B kv_heads K D"],
+    v: Float[Array, "B kv_heads K D"],
     positions: Int[Array, "..."],
 ) -> Float[Array, "B S heads D"]:
     """Causal grouped-query attention: a query at position p ([S] or [B, S]) sees keys 0..p; softmax in float32."""
     batch, length, heads, dim = q.shape
-    kv_heads = k.shape[2]
+    kv_heads = k.shape[1]
     precision = exact_precision(q.dtype)
     q = q.reshape(batch, length, kv_heads, heads // kv_heads, dim)
-    scores = jnp.einsum("bsngd,bknd->bngsk", q, k, precision=precision, preferred_element_type=jnp.float32)
-    visible = jnp.arange(k.shape[1]) <= positions.reshape(-1, 1, 1, length, 1)
+    scores = jnp.einsum("bsngd,bnkd->bngsk", q, k, precision=precision, preferred_element_type=jnp.float32)
+    visible = jnp.arange(k.shape[2]) <= positions.reshape(-1, 1, 1, length, 1)
     probabilities = jax.nn.softmax(jnp.where(visible, scores * dim**-0.5, -jnp.inf), axis=-1).astype(q.dtype)
-    out = jnp.einsum("bngsk,bknd->bsngd", probabilities, v, precision=precision, preferred_element_type=jnp.float32)
+    out = jnp.einsum("bngsk,bnkd->bsngd", probabilities, v, precision=precision, preferred_element_type=jnp.float32)
     return out.astype(q.dtype).reshape(batch, length, heads, dim)
 
 
@@ -187,17 +187,18 @@ class Attention(nnx.Module):
         q, k, v = (p(x).reshape(*x.shape[:2], -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
         positions = start[..., None] + jnp.arange(x.shape[1], dtype=jnp.int32)
         q, k = rope(self.q_norm(q), positions, self.theta), rope(self.k_norm(k), positions, self.theta)
+        k, v = (jnp.swapaxes(part, 1, 2) for part in (k, v))  # heads first, as batched products want the long part
         if cache is not None:
             k, v = cache = (_write(cache[0], k, start), _write(cache[1], v, start))
             # Places beyond the newest token may hold anything: their weight is 0, and 0 * NaN must not reach a sum.
-            v = jnp.where((jnp.arange(v.shape[1]) <= positions[..., -1:])[..., None, None], v, 0)
+            v = jnp.where((jnp.arange(v.shape[2]) <= positions[..., -1:])[..., None, :, None], v, 0)
         out = attention(q, k, v, positions)
         return self.o_proj(out.reshape(*x.shape[:2], -1)), cache
 
 
 def _write(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-    """[B, S, ..] into [B, length, ..] from position `start` on, [] for all sequences or one each, [B]."""
-    write = lambda old, new, start: jax.lax.dynamic_update_slice(old, new, (start, 0, 0))  # noqa: E731
+    """[B, heads, S, D] into [B, heads, length, D] from position `start` on, [] for all sequences or one each, [B]."""
+    write = lambda old, new, start: jax.lax.dynamic_update_slice(old, new, (0, start, 0))  # noqa: E731
     return jax.vmap(write, in_axes=(0, 0, 0 if start.ndim else None))(cache, new.astype(cache.dtype), start)
 
 
@@ -277,7 +278,7 @@ class Qwen3Moe(nnx.Module):
         Raises:
           ValueError: for more positions than the cache, or the model, has.
         """
-        limit = self.config.max_position_embeddings if cache is None else cache.keys.shape[2]
+        limit = self.config.max_position_embeddings if cache is None else cache.keys.shape[3]
         if ids.shape[1] > limit:
             raise ValueError(f"{ids.shape[1]} positions exceed the {limit} of the {'cache' if cache else 'model'}")
         x, cache, layer_aux = self._decode(ids, cache, MoEBlock.__call__)
@@ -315,7 +316,7 @@ class Qwen3Moe(nnx.Module):
     def init_cache(self, batch: int, max_length: int) -> KVCache:
         """An empty cache for `max_length` positions."""
         c = self.config
-        shape = (c.num_hidden_layers, batch, max_length, c.num_key_value_heads, c.head_dim)
+        shape = (c.num_hidden_layers, batch, c.num_key_value_heads, max_length, c.head_dim)
         return KVCache(jnp.zeros(shape, c.dtype), jnp.zeros(shape, c.dtype), jnp.int32(0))
 
     def moe_blocks(self) -> list[MoEBlock]:
