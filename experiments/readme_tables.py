@@ -174,13 +174,13 @@ def block_table(report: dict[str, Any]) -> str:
     ]
     shown = {key[:2] for key in found if key[0].startswith("deco") or key[1] == 100}  # embedding and head: any count
     for block, tokens in sorted(shown, key=lambda key: (key[0] != "decoder layer", *key)):
-        row = lambda variant, key=(block, tokens): found.get((*key, variant))  # noqa: E731
-        ours = row("graph")
+        ours = found[block, tokens, "graph"]
         inside, outside = ours["kernels_in_graphs"], ours["kernels_outside"]
         cells = [block, f"{tokens}", f"{ours['bucket']}", f"{ours['us']:.0f}", f"{ours['kernel_us']:.0f}"]
         cells += [f"{inside:.0f} of {inside + outside:.0f}"]
-        others = map(row, ("graph, no command buffers", "exact", "padded to the largest"))
-        cells += ["" if other is None else f"{other['us']:.0f}" for other in others]
+        for variant in ("graph, no command buffers", "exact", "padded to the largest"):
+            other = found.get((block, tokens, variant))
+            cells.append("" if other is None else f"{other['us']:.0f}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
