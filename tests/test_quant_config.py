@@ -1,0 +1,238 @@
+"""Which config wins, what every module runs as, and what is refused: tables of pairs of configs and their plans."""
+
+import json
+
+import pytest
+
+from fp4jax.quant_config import plan_quantization
+from fp4jax.quant_schemas import BF16, FP8_ONLINE, FP8_STORED, NVFP4_ONLINE, Method, disagreements
+
+W4A4, W4A16 = Method("nvfp4", "modelopt", "nvfp4"), Method("nvfp4", "modelopt", "bf16")
+PACKED = Method("nvfp4", "compressed_tensors", "nvfp4")
+DECODED = Method("bf16", "block_wise_fp8", "bf16")
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic", "fmt": "e4m3"}
+MODELOPT = {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head", "*.mlp.gate", "*self_attn*"]}
+FLOAT4 = {"num_bits": 4, "type": "float", "group_size": 16, "strategy": "tensor_group"}
+COMPRESSED = {
+    "quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", "ignore": ["re:.*lm_head"],
+    "config_groups": {"group_0": {"weights": FLOAT4, "input_activations": FLOAT4, "targets": ["Linear"]}},
+}  # fmt: skip
+CHECKPOINTS = {"none": None, "fp8": FP8, "modelopt": MODELOPT, "compressed": COMPRESSED}
+# As users of the serving system write it on the command line.
+REFERENCE = (
+    '{"quantization":"mix_quant","dense_quant_type":"block_wise_fp8","is_moe_quantized":true,'
+    '"moe_quant_type":"modelopt_fp4"}'
+)
+USERS = {
+    "none": None,
+    "fp8": '{"quantization": "block_wise_fp8"}',
+    "reference": REFERENCE,
+    "online": {"quantization": "mix_quant", "dense_quant_type": "block_wise_fp8", "moe_quant_type": "modelopt_fp4"},
+    "experts": {"quantization": "mix_quant", "moe_quant_type": "modelopt_fp4", "is_moe_quantized": True},
+    "nothing": {"quantization": "mix_quant"},
+}
+REFUSED = "needs a quantization config"
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "user", "expected"),
+    [
+        # (linear layers, experts), who decided
+        ("none", "none", (BF16, BF16, "none")),
+        ("none", "fp8", (FP8_ONLINE, BF16, "--quantization")),
+        ("none", "reference", REFUSED),
+        ("none", "online", (FP8_ONLINE, NVFP4_ONLINE, "--quantization")),
+        ("none", "experts", REFUSED),
+        ("none", "nothing", (BF16, BF16, "--quantization")),
+        ("fp8", "none", (FP8_STORED, DECODED, "checkpoint")),
+        ("fp8", "fp8", (FP8_STORED, DECODED, "checkpoint")),
+        ("fp8", "reference", (FP8_STORED, DECODED, "checkpoint")),
+        ("fp8", "online", (FP8_STORED, DECODED, "checkpoint")),
+        ("fp8", "experts", (FP8_STORED, DECODED, "checkpoint")),
+        ("fp8", "nothing", (FP8_STORED, DECODED, "checkpoint")),
+        ("modelopt", "none", (W4A4, W4A4, "checkpoint")),
+        ("modelopt", "fp8", (W4A4, W4A4, "checkpoint")),
+        ("modelopt", "reference", (FP8_ONLINE, W4A4, "--quantization")),
+        ("modelopt", "online", (FP8_ONLINE, NVFP4_ONLINE, "--quantization")),
+        ("modelopt", "experts", (BF16, W4A4, "--quantization")),
+        ("modelopt", "nothing", (BF16, BF16, "--quantization")),
+        ("compressed", "none", (PACKED, PACKED, "checkpoint")),
+        ("compressed", "fp8", (PACKED, PACKED, "checkpoint")),
+        ("compressed", "reference", (PACKED, PACKED, "checkpoint")),
+        ("compressed", "online", (PACKED, PACKED, "checkpoint")),
+        ("compressed", "experts", (PACKED, PACKED, "checkpoint")),
+        ("compressed", "nothing", (PACKED, PACKED, "checkpoint")),
+    ],
+)
+def test_precedence(checkpoint, user, expected):
+    if expected is REFUSED:
+        with pytest.raises(ValueError, match=REFUSED):
+            plan_quantization(CHECKPOINTS[checkpoint], USERS[user])
+        return
+    plan = plan_quantization(CHECKPOINTS[checkpoint], USERS[user])
+    dense, experts, source = expected
+    assert (plan.dense, plan.experts) == (dense, experts)
+    assert source in plan.source and plan.source in str(plan)
+    overruled = source == "checkpoint" and user != "none"
+    assert any("checkpoint's own config wins" in note for note in plan.notes) == overruled
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS.values(), ids=CHECKPOINTS)
+@pytest.mark.parametrize("user", [None, USERS["online"]], ids=["none", "online"])
+def test_dict_and_text_and_whole_files_are_the_same(checkpoint, user):
+    plan = plan_quantization(checkpoint, user)
+    text = None if user is None else json.dumps(user)
+    assert plan_quantization({"model_type": "m", "quantization_config": checkpoint}, text) == plan
+    assert (
+        plan_quantization(
+            {"model_type": "m", **({} if checkpoint is None else {"quantization_config": checkpoint})}, user
+        )
+        == plan
+    )
+
+
+def test_the_file_of_modelopt():
+    """hf_quant_config.json has other keys than the section of config.json."""
+    own = {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8", "group_size": 16, "exclude_modules": ["lm_head"]}
+    config = {"producer": {"name": "modelopt"}, "quantization": own}
+    plan = plan_quantization(config, None)
+    assert plan.dense == W4A4 and plan.method("lm_head") == BF16
+    assert any("cache" in note and "FP8" in note for note in plan.notes)
+    assert plan_quantization(config, REFERENCE).experts == W4A4
+
+
+def test_modules():
+    plan = plan_quantization(MODELOPT, None)
+    assert plan.method("model.layers.3.mlp.experts") == W4A4
+    assert plan.method("model.layers.3.mlp.experts.7.gate_proj") == W4A4
+    assert plan.method("model.layers.3.mlp.shared_experts.up_proj") == W4A4
+    assert plan.method("model.layers.3.self_attn.q_proj") == plan.method("model.layers.0.mlp.gate") == BF16
+    online = plan_quantization(None, USERS["online"])
+    assert online.method("model.layers.3.self_attn.q_proj") == FP8_ONLINE
+    assert online.method("model.layers.3.mlp.experts") == NVFP4_ONLINE
+    for plain in ("lm_head", "model.layers.3.mlp.gate", "model.embed_tokens", "model.layers.3.mlp.shared_expert_gate"):
+        assert online.method(plain) == BF16
+    # What the checkpoint's own quantization left out is what dense_quant_type is for.
+    assert plan_quantization(MODELOPT, REFERENCE).method("model.layers.3.self_attn.q_proj") == FP8_ONLINE
+
+
+@pytest.mark.parametrize(
+    ("pattern", "module", "matches"),
+    [
+        ("model.layers.1", "model.layers.1.mlp.up_proj", True),
+        ("model.layers.1", "model.layers.10.mlp.up_proj", False),
+        ("*.up_proj", "model.layers.1.mlp.up_proj", True),
+        ("model.layers.*.self_attn", "model.layers.1.self_attn.q_proj", True),
+        ("re:.*up_proj", "model.layers.1.mlp.up_proj", True),
+        ("re:up_proj", "model.layers.1.mlp.up_proj", False),
+        ("lm_head", "model.lm_head_2", False),
+    ],
+)
+def test_patterns(pattern, module, matches):
+    plan = plan_quantization({**MODELOPT, "ignore": [pattern]}, None)
+    assert (plan.ignored_by(module) == pattern) == matches
+    assert plan.method(module) == (BF16 if matches else W4A4)
+
+
+def test_mixed_precision():
+    layers = {
+        "model.layers.0.mlp.experts": {"quant_algo": "NVFP4", "group_size": 16},
+        "model.layers.0.self_attn.q_proj": "W4A16_NVFP4",
+    }
+    plan = plan_quantization(
+        {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": layers}, None
+    )
+    assert plan.method("model.layers.0.mlp.experts.3.up_proj") == W4A4
+    assert plan.method("model.layers.0.self_attn.q_proj") == W4A16
+    assert plan.method("model.layers.0.self_attn.k_proj") == BF16
+    with pytest.raises(ValueError, match=r"self_attn.q_proj has quant_algo='INT4_AWQ'"):
+        layers["model.layers.0.self_attn.q_proj"] = "INT4_AWQ"
+        plan_quantization({"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}, None)
+
+
+def test_disagreements_are_named():
+    plan = plan_quantization(MODELOPT, None)
+    attention, dense = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
+    found = list(disagreements(plan, {attention: "modelopt", "model.layers.0.mlp.experts": "modelopt", dense: "bf16"}))
+    assert found == [
+        "model.layers.0.self_attn.q_proj: the config says bf16 (ignored as '*self_attn*'), the tensors are modelopt",
+        "model.layers.0.mlp.up_proj: the config says modelopt, the tensors are bf16",
+    ]
+
+
+def test_weight_only_checkpoints():
+    groups = {"group_0": {"weights": FLOAT4, "input_activations": None}}
+    assert plan_quantization({**COMPRESSED, "config_groups": groups}, None).experts.activations == "bf16"
+    assert plan_quantization({**MODELOPT, "quant_algo": "W4A16_NVFP4"}, None).experts == W4A16
+    no_algo = {key: value for key, value in MODELOPT.items() if key != "quant_algo"}
+    assert plan_quantization({**no_algo, "config_groups": groups}, None).experts == W4A16
+
+
+def mixed(**keys):
+    return {"quantization": "mix_quant", **keys}
+
+
+@pytest.mark.parametrize(
+    ("user", "message"),
+    [
+        ("{not json", "not JSON"),
+        ("[1]", "must be a JSON object"),
+        ("{}", "lacks the key 'quantization'"),
+        ("wint2", "quantization='wint2' is not supported"),
+        ('{"quantization": "block_wise_fp8", "is_moe_quantized": true}', "unknown key 'is_moe_quantized'=True"),
+        (mixed(moe_quant_typ="modelopt_fp4"), "unknown key 'moe_quant_typ'='modelopt_fp4'"),
+        (mixed(dense_quant_type="wint8"), "dense_quant_type='wint8' is not supported"),
+        (mixed(moe_quant_type="w4afp8"), "moe_quant_type='w4afp8' is not supported"),
+        (mixed(moe_quant_type="block_wise_fp8"), "moe_quant_type='block_wise_fp8' is not supported"),
+        (mixed(is_moe_quantized="yes"), "is_moe_quantized='yes' must be of type bool"),
+        (mixed(is_moe_quantized=True), "moe_quant_type does not say how"),
+        (mixed(is_quantized=True), "dense_quant_type does not say how"),
+        (mixed(kv_cache_quant_type="block_wise_fp8"), "kv_cache_quant_type='block_wise_fp8' is not supported"),
+        (mixed(hadamard_block_size=64), "hadamard_block_size=64 is not supported, only 128"),
+        (mixed(is_permuted=False), "is_permuted=False is not supported"),
+        (mixed(moe_dynamic_quant=True), "moe_dynamic_quant=True is not supported"),
+        (mixed(is_channel_wise=True), "is_channel_wise=True"),
+        (mixed(has_zero_point=True), "has_zero_point=True"),
+        (mixed(moe_quant_type="modelopt_fp4", image_moe_quant_type="wint8"), "image_moe_quant_type='wint8'"),
+        (
+            mixed(dense_quant_type="modelopt_fp4", is_quantized=True),
+            "dense_quant_type='modelopt_fp4' with is_quantized",
+        ),
+        (
+            mixed(moe_quant_type="modelopt_fp4", is_moe_quantized=True, moe_quant_config={"quant_algo": "INT8"}),
+            "quant_algo='INT8'",
+        ),
+    ],
+)
+def test_refused_wishes(user, message):
+    with pytest.raises(ValueError, match=message):
+        plan_quantization(None, user)
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "message"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "quant_method='gptq'"),
+        ({**MODELOPT, "quant_algo": "FP8"}, "quant_algo='FP8'"),
+        ({**MODELOPT, "group_size": 32}, "group_size=32"),
+        ({**FP8, "weight_block_size": None}, "weight_block_size=None"),
+        ({**FP8, "weight_block_size": [64, 128]}, r"weight_block_size=\[64, 128\]"),
+        ({**FP8, "activation_scheme": "static"}, "activation_scheme='static'"),
+        ({**COMPRESSED, "format": "pack-quantized"}, "format='pack-quantized'"),
+        ({**COMPRESSED, "config_groups": {}}, "config_groups must have groups"),
+        ({**COMPRESSED, "config_groups": {"g": {"weights": {"num_bits": 8, "type": "float"}}}}, r"g.weights is"),
+        ({**COMPRESSED, "transform_config": {"a": 1}}, "transform_config"),
+    ],
+)
+def test_refused_checkpoints(checkpoint, message):
+    with pytest.raises(ValueError, match=message):
+        plan_quantization(checkpoint, None)
+
+
+def test_unknown_keys_of_a_checkpoint_are_noted():
+    assert any("shiny" in note for note in plan_quantization({**MODELOPT, "shiny": 1}, None).notes)
+    assert (
+        plan_quantization(None, mixed(moe_quant_type="modelopt_fp4", image_moe_quant_type="modelopt_fp4")).experts
+        == NVFP4_ONLINE
+    )
+    assert plan_quantization(None, mixed(dense_quant_type="none")).dense == BF16
