@@ -70,9 +70,13 @@ def main(argv):
         raise app.UsageError(f"--tokens: {max(tokens)} is above the largest bucket, {options.buckets[-1]}")
     try:
         calls = example_trace() if _TRACE.value is None else bucket_planner.read_trace(Path(_TRACE.value))
+        plan = bucket_planner.plan_buckets(calls, _MAX_BUCKETS.value, granularity=_GRANULARITY.value)
     except (OSError, ValueError) as error:
         raise app.UsageError(f"--trace: {error}") from error
     model = make_model(gpu, _LAYERS.value)
+    if 2 * max(options.buckets) > model.config.max_position_embeddings:
+        limit = model.config.max_position_embeddings // 2
+        raise app.UsageError(f"bucket sizes up to {limit} fit the model of the benchmark, got {max(options.buckets)}")
     make = functools.partial(BucketedModel, model, batch_buckets=batches, max_length=2 * max(options.buckets))
     if _ONLY_WARM_UP.value:
         served = make(buckets=options.buckets)
@@ -83,7 +87,6 @@ def main(argv):
         print(json.dumps(seconds))
         return
     folder = Path(_OUTPUT_DIR.value or "output/bench_block_graph")
-    plan = bucket_planner.plan_buckets(calls, _MAX_BUCKETS.value, granularity=_GRANULARITY.value)
     folder.mkdir(parents=True, exist_ok=True)
     bucket_planner.save_plan(plan, folder / "plan.json")
     rows = plan_rows(calls, plan)

@@ -1,7 +1,7 @@
 """Blocks compiled ahead of time for a few token counts (buckets), so that any number of tokens runs without compiling.
 
 A call is padded up to the next bucket, runs that bucket's executable, and is cut back. Above the largest bucket it runs
-in chunks. Weights are arguments: all layers of one shape share executables. Pads are zeroed inside the executable, so
+in chunks, unless its tokens meet. Weights are arguments: all layers of one shape share executables. Pads are zeroed inside the executable, so
 that nothing can depend on what they hold; a block whose tokens meet (attention, experts with capacities) also gets the
 number of tokens.
 
@@ -9,12 +9,12 @@ XLA compiles for one shape: even cutting a device array of a new length compiles
 the host, where nothing compiles; between blocks, hand on `Bucketed` values, which stay on the device as they are.
 """
 
-import concurrent.futures
 import functools
+import operator
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,47 +24,17 @@ from fp4jax.bucket_planner import check_buckets, plan_buckets as plan_buckets
 from fp4jax.bucketed import (
     Argument,
     Bucketed as Bucketed,
-    Kinds,
     home_of as home_of,
     home_of_all,
     is_bucketed,
-    kind_of,
     leaves_of_axes,
     map_axes,
     map_tokens,
-    pad_argument,
     structs_of,
     take_tokens,
     values_of,
 )
-
-
-class CompileSeconds(NamedTuple):
-    """Of one executable: tracing and lowering it (Python, one thread at a time), and what XLA took, cache included."""
-
-    bucket: int
-    lowering: float
-    compiling: float
-
-
-class BlockStats(NamedTuple):
-    """What a block did. calls, tokens, rows: per bucket, runs of its executable, tokens in them, and bucket x runs.
-
-    seconds: of every executable, in the order of compilation. chunked: calls above the largest
-    bucket, each of which is a call of every chunk too. misses: compilations after `warm_up` that no `warm_up` made.
-    """
-
-    calls: dict[int, int]
-    tokens: int
-    rows: int
-    chunked: int
-    misses: int
-    seconds: list[CompileSeconds]
-
-    @property
-    def waste(self) -> float:
-        """Part of the rows that were pads."""
-        return 1 - self.tokens / self.rows if self.rows else 0.0
+from fp4jax.compiling import BlockStats as BlockStats, CompileSeconds as CompileSeconds, compile_all as compile_all
 
 
 class BlockGraph:
@@ -73,17 +43,23 @@ class BlockGraph:
     on_compile(name, CompileSeconds), where set, is called after each compilation.
     """
 
-    def __init__(self, fn, buckets, in_axes, out_axes, static_argnames, donate_argnums, count_argname, options, name):
+    def __init__(
+        self, fn, buckets, in_axes, out_axes, static_argnames, donate_argnums, count_argname, chunks, options, name
+    ):
         self.buckets, self.name = check_buckets(buckets), name
         self._fn, self._in_axes, self._out_axes = fn, tuple(in_axes), out_axes
-        self._statics, self._donate, self._count = frozenset(static_argnames), tuple(donate_argnums), count_argname
+        statics = (static_argnames,) if isinstance(static_argnames, str) else static_argnames
+        self._statics, self._donate, self._count = frozenset(statics), tuple(donate_argnums), count_argname
+        if bad := [i for i in self._donate if not 0 <= i < len(self._in_axes)]:
+            raise ValueError(f"{name}: donate_argnums has {bad[0]}; arguments are 0 to {len(self._in_axes) - 1}")
+        self._chunks = count_argname is None if chunks is None else chunks
         if negative := [a for a in leaves_of_axes((self._in_axes, out_axes)) if a is not None and a < 0]:
             raise ValueError(f"{name}: token axes count from the front, got {negative[0]}")
         self._options = dict(options or {})
         self._executables: dict[Any, jax.stages.Compiled] = {}
         self._compiling: dict[Any, threading.RLock] = {}
         self._axes: dict[Any, tuple[int | None, ...]] = {}
-        self._kinds: dict[Kinds, Kinds] = {}
+        self._outputs: dict[Any, Any] = {}  # structs of what a key's program gives
         # A number that is on the device already costs no copy in the call.
         self._count_of = functools.lru_cache(4096)(lambda tokens, home: jax.device_put(np.int32(tokens), home))
         self._lock = threading.Lock()
@@ -99,8 +75,9 @@ class BlockGraph:
         """The block's outputs for as many tokens as the arguments have.
 
         Raises:
-          ValueError: no argument with a token axis, arguments of different token counts, or no tokens, or more than the
-          largest bucket, where outputs that belong to no token, or donated arguments, allow neither.
+          ValueError: no argument with a token axis, arguments of different token counts; no tokens, or more than the
+            largest bucket, where outputs that belong to no token, or donated arguments, allow neither; more than the
+            largest bucket where `chunks` is off.
         """
         return self._call(self._looked_at(args), static)
 
@@ -108,8 +85,13 @@ class BlockGraph:
         """This block with its first arguments (weights) and all static ones fixed, as a function of the others.
 
         The arguments are looked at once and not in every call: with hundreds of weights that is most of a call's time.
+
+        Raises:
+          ValueError: more arguments than the block has, or donated ones, which are gone after one call.
         """
         first = self._looked_at(args)
+        if donated := [i for i in self._donate if i < len(first)]:
+            raise ValueError(f"{self.name}: argument {donated[0]} is donated and cannot be bound")
 
         def bound(*rest: Any) -> Any:
             return self._call([*first, *self._looked_at(rest, len(first))], static)
@@ -126,8 +108,8 @@ class BlockGraph:
         if tokens == 0:
             return self._empty(arguments, home, static)
         if tokens > self.buckets[-1]:
-            return self._in_chunks([a.value for a in arguments], home, static, tokens)
-        outputs = self._run(arguments, home, tokens, next(b for b in self.buckets if b >= tokens), static)
+            return self._in_chunks(arguments, home, static, tokens)
+        outputs = self._run(arguments, home, tokens, self._bucket(tokens), static)
 
         def cut(axis, leaf):
             whole = leaf.shape[axis] == tokens
@@ -135,9 +117,12 @@ class BlockGraph:
 
         return map_tokens(cut, self._out_axes, outputs)
 
+    def _bucket(self, tokens):
+        return next(b for b in self.buckets if b >= tokens)
+
     def _run(self, arguments, home, tokens, bucket, static):
         executable = self._executable(arguments, home, bucket, static)
-        padded = [pad_argument(argument, bucket, home) for argument in arguments]
+        padded = [a.padded(bucket, home, donated=i in self._donate) for i, a in enumerate(arguments)]
         outputs = executable(self._count_of(tokens, home), *padded)
         with self._lock:
             self._calls[bucket] += 1
@@ -146,7 +131,7 @@ class BlockGraph:
 
     def _looked_at(self, args, start=0):
         if start + len(args) > len(self._in_axes):
-            self._check_call([None] * (start + len(args)), {})
+            raise ValueError(f"{self.name}: takes {len(self._in_axes)} positional arguments, got {start + len(args)}")
         return [self._argument(start + i, arg) for i, arg in enumerate(args)]
 
     def _argument(self, place, value) -> Argument:
@@ -156,36 +141,38 @@ class BlockGraph:
             found: list[int | None] = []
             map_axes(lambda axis, _: found.append(axis), self._in_axes[place], value)
             axes = self._axes[place, structure] = tuple(found)
-        kinds = Kinds(structure, tuple(map(kind_of, leaves, axes)))
-        kinds, has_tokens = self._kinds.setdefault(kinds, kinds), any(axis is not None for axis in axes)
-        return Argument(value, leaves, axes, kinds, home_of(leaves), has_tokens)
+        return Argument(leaves, structure, axes)
 
-    def _in_chunks(self, args, home, static, tokens):
-        self._check_whole(f"{tokens} tokens are above the largest bucket, {self.buckets[-1]}")
+    def _in_chunks(self, arguments, home, static, tokens):
+        problem = f"{tokens} tokens are above the largest bucket, {self.buckets[-1]}"
+        self._check_whole(problem)
+        if not self._chunks:
+            raise ValueError(
+                f"{self.name}: {problem}, and its tokens meet: they cannot run in chunks (chunks=True: they can)"
+            )
         size, parts = self.buckets[-1], []
         for start in range(0, tokens, size):
             some = slice(start, min(start + size, tokens))
-            take = lambda axis, leaf, some=some: leaf if axis is None else take_tokens(leaf, axis, some)  # noqa: E731
-            chunk = [map_axes(take, axis, arg) for axis, arg in zip(self._in_axes, args, strict=True)]
-            parts.append(self(*chunk, **static))
+            length = some.stop - some.start
+            outputs = self._run([a.chunk(some) for a in arguments], home, length, self._bucket(length), static)
+            parts.append(map_axes(lambda axis, v, n=length: take_tokens(v, axis, slice(0, n)), self._out_axes, outputs))
         with self._lock:
             self._chunked += 1
-
-        def join(axis, *leaves):
-            return jax.device_put(np.concatenate([np.asarray(v) for v in leaves], axis), home)
-
-        return map_axes(join, self._out_axes, *parts)
+        return map_axes(lambda axis, *vs: jax.device_put(np.concatenate(vs, axis), home), self._out_axes, *parts)
 
     def _empty(self, arguments, home, static):
         """Outputs of size 0 along their token axis; nothing runs."""
         self._check_whole("there are no tokens")
         bucket = self.buckets[0]
-        structs = jax.eval_shape(self._traced(bucket, static), *structs_of(arguments, home, bucket))
+        key = self._key(arguments, home, bucket, static)
+        if key not in self._outputs:
+            self._outputs[key] = jax.eval_shape(self._traced(bucket, static), *structs_of(arguments, home, bucket))
 
         def empty(axis, leaf):
-            return jax.device_put(np.zeros([0 if i == axis else n for i, n in enumerate(leaf.shape)], leaf.dtype))
+            shape = [0 if i == axis else n for i, n in enumerate(leaf.shape)]
+            return jax.device_put(np.zeros(shape, leaf.dtype), home)
 
-        return map_axes(empty, self._out_axes, structs)
+        return map_axes(empty, self._out_axes, self._outputs[key])
 
     def _check_whole(self, problem):
         if self._donate or any(axis is None for axis in leaves_of_axes(self._out_axes)):
@@ -210,16 +197,20 @@ class BlockGraph:
         arguments = self._looked_at(args)
         home = home_of_all(arguments)
 
+        todo = set(self.buckets)
+
         def compile_one(bucket):
             self._executable(arguments, home, bucket, static, warming=True)
-            self._warm = True
+            with self._lock:
+                todo.discard(bucket)
+                self._warm = self._warm or not todo
 
         keys = {bucket: (id(self), self._key(arguments, home, bucket, static)) for bucket in reversed(self.buckets)}
         return {key: functools.partial(compile_one, bucket) for bucket, key in keys.items()}
 
     def _key(self, arguments, home, bucket, static):
         statics = tuple((name, type(static[name]), static[name]) for name in sorted(static))
-        return bucket, home, tuple(id(argument.kinds) for argument in arguments), statics
+        return bucket, home, tuple(argument.kinds(home) for argument in arguments), statics
 
     def _executable(self, arguments, home, bucket, static, warming=False) -> jax.stages.Compiled:
         key = self._key(arguments, home, bucket, static)
@@ -228,19 +219,23 @@ class BlockGraph:
             return executable
         with self._lock:
             one_at_a_time = self._compiling.setdefault(key, threading.RLock())
-        with one_at_a_time:  # a compilation that fails leaves nothing: whoever waited tries again
-            executable = self._executables.get(key)
-            if executable is not None:
-                return executable
-            start = time.perf_counter()
-            lowered = self._lower(structs_of(arguments, home, bucket), bucket, static, home)
-            middle = time.perf_counter()
-            executable = lowered.compile(compiler_options=self._options or None)
-            seconds = CompileSeconds(bucket, middle - start, time.perf_counter() - middle)
+        try:
+            with one_at_a_time:  # a compilation that fails leaves nothing: whoever waited tries again
+                return self._executables.get(key) or self._compile(key, arguments, home, bucket, static, warming)
+        finally:
             with self._lock:
-                self._executables[key] = executable
-                self._seconds.append(seconds)
-                self._misses += self._warm and not warming
+                self._compiling.pop(key, None)
+
+    def _compile(self, key, arguments, home, bucket, static, warming):
+        start = time.perf_counter()
+        lowered = self._lower(structs_of(arguments, home, bucket), bucket, static, home)
+        middle = time.perf_counter()
+        executable = lowered.compile(compiler_options=self._options or None)
+        seconds = CompileSeconds(bucket, middle - start, time.perf_counter() - middle)
+        with self._lock:
+            self._executables[key] = executable
+            self._seconds.append(seconds)
+            self._misses += self._warm and not warming
         if self.on_compile is not None:
             self.on_compile(self.name, seconds)
         return executable
@@ -294,19 +289,19 @@ class BlockGraph:
             if not isinstance(leaf, Bucketed):
                 found.add((shape[axis], None))
                 return
-            if shape[axis] not in self.buckets or not 1 <= leaf.tokens <= shape[axis]:
-                raise ValueError(
-                    f"{self.name}: Bucketed with {leaf.tokens} tokens in {shape}; buckets are {self.buckets}"
-                )
-            found.add((leaf.tokens, shape[axis]))
+            tokens = operator.index(leaf.tokens)
+            if shape[axis] not in self.buckets or not 1 <= tokens <= shape[axis]:
+                raise ValueError(f"{self.name}: Bucketed with {tokens} tokens in {shape}; buckets are {self.buckets}")
+            found.add((tokens, shape[axis]))
 
         for argument in (a for a in arguments if a.has_tokens):
             for axis, leaf in zip(argument.axes, argument.leaves, strict=True):
                 note(axis, leaf)
         if len(found) != 1:
-            counts = sorted({tokens for tokens, _ in found}) or "no"
+            counts = [f"{n}" if size is None else f"{n} in a bucket of {size}" for n, size in sorted(found, key=str)]
             raise ValueError(
-                f"{self.name}: arguments have {counts} tokens; all must have the same, and all be Bucketed or none"
+                f"{self.name}: arguments have {' and '.join(counts) or 'no'} tokens; all must have the same, and "
+                "all be Bucketed, of one size, or none"
             )
         return found.pop()
 
@@ -322,25 +317,6 @@ class BlockGraph:
             )  # fmt: skip
 
 
-def compile_all(
-    compilations: dict[Any, Callable[[], None]], *, workers: int = 1, progress: bool = True, name: str = "blocks"
-) -> None:
-    """Runs what `BlockGraph.compilations` of one or several blocks gave, `workers` at a time; 1: in this thread."""
-    from tqdm import tqdm
-
-    with tqdm(total=len(compilations), desc=f"compiling {name}", unit="program", disable=not progress) as bar:
-        if workers <= 1:
-            for compile_one in compilations.values():
-                compile_one()
-                bar.update()
-            return
-        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-            started = [pool.submit(compile_one) for compile_one in compilations.values()]
-            for done in concurrent.futures.as_completed(started):
-                done.result()
-                bar.update()
-
-
 def block_graph(
     fn: Callable[..., Any],
     *,
@@ -350,6 +326,7 @@ def block_graph(
     static_argnames: Sequence[str] = (),
     donate_argnums: Sequence[int] = (),
     count_argname: str | None = None,
+    chunks: bool | None = None,
     compiler_options: Mapping[str, str | bool] | None = None,
     name: str | None = None,
 ) -> BlockGraph:
@@ -361,9 +338,12 @@ def block_graph(
         (weights, caches, positions); as for `jax.vmap` an entry may be a tree that is a prefix of the argument. Every
         leaf with tokens is an array or a `Bucketed`. out_axes: the same for what `fn` returns.
       static_argnames: keyword arguments that are part of the program, and so of the key of an executable; hashable.
-      donate_argnums: arguments whose memory the outputs may take; they are gone after the call (of arguments with
-        tokens, a padded copy is).
+      donate_argnums: arguments whose memory the outputs may take; they are gone after the call (of arrays with
+        tokens, a copy is; a Bucketed itself).
       count_argname: keyword under which `fn` gets the number of tokens that count, a traced i32 [].
+      chunks: whether calls above the largest bucket run in chunks, each by itself: right where a token's output depends
+        on that token only, wrong for attention, positions or random numbers per token. None: unless `count_argname` is
+        set, which is for blocks whose tokens meet.
       compiler_options: for XLA, e.g. {"xla_gpu_enable_command_buffer": ""}.
       name: for messages; None: the function's.
 
@@ -371,9 +351,9 @@ def block_graph(
     devices, whole.
 
     Raises:
-      ValueError: buckets that are not positive and ascending, a negative axis.
+      ValueError: buckets that are not positive and ascending, a negative axis, donated arguments that do not exist.
     """
     return BlockGraph(
-        fn, buckets, in_axes, out_axes, static_argnames, donate_argnums, count_argname, compiler_options,
+        fn, buckets, in_axes, out_axes, static_argnames, donate_argnums, count_argname, chunks, compiler_options,
         name or getattr(fn, "__name__", "block"),
     )  # fmt: skip

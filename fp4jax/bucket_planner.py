@@ -33,10 +33,12 @@ def plan_buckets(
     granularity: int = 1,
     largest: int | None = None,
 ) -> BucketPlan:
-    """The buckets, at most `max_buckets`, that run the calls of `histogram` with the fewest rows; exact.
+    """The buckets, at most `max_buckets` and up to `largest`, that run the calls of `histogram` with the fewest rows.
 
     A call of n tokens runs in the smallest bucket that holds it; above the largest, in chunks of the largest and a
-    rest. Dynamic programming over the sizes that end where a call does: the cheapest k buckets up to one size are the
+    rest. Exact for that largest bucket (by default no call is chunked); a smaller one may do with fewer rows.
+
+    Dynamic programming over the sizes that end where a call does: the cheapest k buckets up to one size are the
     cheapest k - 1 up to a smaller one, and that size for every call between them.
 
     Args:
@@ -51,7 +53,7 @@ def plan_buckets(
     if not calls:
         raise ValueError("plan_buckets: the histogram has no call with tokens")
     for name, value in (("max_buckets", max_buckets), ("granularity", granularity), ("largest", largest)):
-        if value is not None and (int(value) != value or value < 1):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1):
             raise ValueError(f"plan_buckets: {name} must be a whole number from 1 up, got {value}")
     largest = _round_up(max(calls), granularity) if largest is None else int(largest)
     rests: dict[int, int] = {}  # calls per size, of what is left behind full chunks of the largest
@@ -113,7 +115,7 @@ def parse_buckets(text: str) -> tuple[int, ...]:
     if text.endswith(".json"):
         try:
             content = json.loads(Path(text).read_text())
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{text}: {error}") from error
         if not isinstance(content, dict) or not isinstance(content.get("buckets"), list):
             raise ValueError(f"{text}: not a bucket plan; it needs a list 'buckets'")
@@ -156,7 +158,8 @@ def read_histogram(histogram: Mapping[int, int] | Sequence[int] | np.ndarray) ->
     pairs = histogram.items() if isinstance(histogram, Mapping) else enumerate(histogram)
     found = {}
     for tokens, calls in pairs:
-        if any(isinstance(v, bool) or not np.isfinite(v) or int(v) != v or v < 0 for v in (tokens, calls)):
+        numbers = (tokens, calls)
+        if any(isinstance(v, bool) or not 0 <= v < _TOO_MUCH or int(v) != v for v in numbers):
             raise ValueError(f"histogram: {calls!r} calls of {tokens!r} tokens; both must be whole numbers from 0 up")
         if tokens and calls:
             found[int(tokens)] = int(calls)

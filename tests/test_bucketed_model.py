@@ -92,14 +92,14 @@ def test_many_requests_compile_nothing(served, requests):
     assert min(calls.values()) > requests / 4  # every bucket was used
 
 
-@pytest.mark.parametrize("devices", [None, 2])
+@pytest.mark.parametrize("devices", [None, 1, 2])
 def test_quantized_experts(rng, make_mesh, devices):
-    """NVFP4 weights and activations per token, on one device and on a mesh; rows for 6 tokens, none for padding."""
+    """NVFP4 weights and activations per token, on one device (None: only the experts were put there) and on
+    a mesh; rows for 6 tokens, none for padding."""
     model = Qwen3Moe(dataclasses.replace(CONFIG, num_hidden_layers=1), rngs=nnx.Rngs(1))
     quantize_experts(model)
-    configure_experts(
-        model, activation_format="nvfp4", layout="contiguous", capacity=12, mesh=devices and make_mesh(devices)
-    )
+    mesh = {} if devices is None else {"mesh": None if devices == 1 else make_mesh(devices)}
+    configure_experts(model, activation_format="nvfp4", layout="contiguous", capacity=12, **mesh)
     served = BucketedModel(model, buckets=(8,), batch_buckets=(2,), max_length=40)
     served.warm_up(progress=False)
     ids = rng.integers(0, 97, 6).tolist()
@@ -109,6 +109,19 @@ def test_quantized_experts(rng, make_mesh, devices):
         served.generate([ids, ids + ids], 3)
     assert not compiled and all(graph.stats.misses == 0 for graph in served.graphs)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+def test_free_places_of_a_batch_take_no_capacity(rng):
+    """Rows for one token, two places of which one is free."""
+    model = Qwen3Moe(dataclasses.replace(CONFIG, num_hidden_layers=1, mlp_only_layers=()), rngs=nnx.Rngs(2))
+    prompt = [int(rng.integers(97))]
+    wide, answer = model, []
+    for _ in range(8):
+        answer.append(int(logits_of(wide, prompt + answer)[-1].argmax()))
+    configure_experts(model, layout="contiguous", capacity=2)
+    served = BucketedModel(model, buckets=(1,), batch_buckets=(2,), max_length=40)
+    assert served.generate([prompt], 8) == [answer]
+    assert served.generate([prompt, prompt], 8)[0] != answer  # here there is no room
 
 
 def test_tokens_that_are_not_valid_take_no_capacity(rng):
@@ -130,6 +143,8 @@ def test_tokens_that_are_not_valid_take_no_capacity(rng):
     [
         (lambda s: s.prefill([]), "prompt of 0 tokens"),
         (lambda s: s.prefill([1] * 80), r"prompt of 80 tokens; 1..79"),
+        (lambda s: s.prefill([1, 97]), r"from 0 to 96, got \[ *1 97\]"),
+        (lambda s: s.prefill([-1]), "from 0 to 96"),
         (lambda s: s.generate([], 1), "1 to 3 prompts, got 0"),
         (lambda s: s.generate([[1]] * 4, 1), "1 to 3 prompts, got 4"),
         (lambda s: s.generate([[1] * 70], 11), "81 tokens with 11 new ones"),

@@ -14,12 +14,21 @@ OURS = ("fp4jax", "pallas_kernels", "configs", "experiments", "tests")
 # A module of fp4jax imports modules of lower rows only. A name stands for a module or for a whole subpackage; the
 # modules of one subpackage may import each other. `expert_parallel` is the top of the ops: it permutes rows.
 LAYERS = (
-    {"rounding", "implementations", "hlo_collectives", "quant_schemas", "benchmarking", "bucket_planner", "bucketed"},
+    {
+        "rounding",
+        "implementations",
+        "hlo_collectives",
+        "quant_schemas",
+        "benchmarking",
+        "bucket_planner",
+        "bucketed",
+        "compiling",
+    },
     {"block_graph", "quant_config"},
     {"nvfp4", "scale_layout"},
     {"packed_weights"},
-    {"routing", "permute", "grouped_gemm", "swiglu", "block_fp8", "wire_formats"},
-    {"gemm_swiglu", "all_to_all"},
+    {"routing", "permute", "grouped_gemm", "swiglu", "wire_formats"},
+    {"gemm_swiglu", "all_to_all", "block_fp8"},
     {"expert_parallel"},
     {"moe"},
     {"layers"},

@@ -1,4 +1,4 @@
-"""Flax NNX modules, thin over the pure functions: linears (bf16, NVFP4), RMSNorm, SwiGLU MLP.
+"""Flax NNX modules, thin over the pure functions: linears (bf16, NVFP4, block-wise FP8), RMSNorm, SwiGLU MLP.
 
 Weights are [out, in], as checkpoints store them. `dtype` is what a module computes in, `param_dtype` what it stores;
 float32 means float32 products on every device (no TF32).
@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from fp4jax import nvfp4
+from fp4jax.block_fp8 import BlockFP8Weights, block_fp8_matmul, quantize_blocks
 from fp4jax.nvfp4 import NVFP4Tensor
 
 
@@ -97,6 +98,23 @@ class NVFP4Linear(nnx.Module):
         decoded = nvfp4.decode_blocks(weight.qdata, weight.block_scale, self.dtype)
         out = dot(rows, decoded, dtype=self.dtype, out_dtype=jnp.float32)
         return (out * scale).astype(self.dtype).reshape(*x.shape[:-1], -1)
+
+
+class BlockFP8Linear(nnx.Module):
+    """y = x W^T with W in FP8 blocks of 128 x 128, and x quantized per token in groups of 128: see `block_fp8`."""
+
+    def __init__(self, weight: BlockFP8Weights, *, dtype: Any):
+        self.dtype = jnp.dtype(dtype)
+        self.weight = nnx.Param(weight)
+
+    @classmethod
+    def from_linear(cls, linear: Linear) -> "BlockFP8Linear":
+        """Quantize a linear's weight."""
+        return cls(quantize_blocks(linear.weight[...]), dtype=linear.dtype)
+
+    def __call__(self, x: Float[Array, "... K"]) -> Float[Array, "... N"]:
+        rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
+        return block_fp8_matmul(rows, self.weight.get_value(), out_dtype=self.dtype).reshape(*x.shape[:-1], -1)
 
 
 class RMSNorm(nnx.Module):

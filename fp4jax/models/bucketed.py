@@ -17,6 +17,7 @@ from flax import nnx
 
 from fp4jax.block_graph import BlockGraph, Bucketed, block_graph, compile_all, home_of
 from fp4jax.bucket_planner import check_buckets
+from fp4jax.bucketed import place_of
 from fp4jax.layers.moe_block import MoEBlock
 from fp4jax.models.qwen3_moe import DecoderLayer, Qwen3Moe
 
@@ -57,6 +58,7 @@ class BucketedModel:
         counted: dict[str, Any] = dict(count_argname="num_tokens", **options)
         in_place: dict[str, Any] = dict(donate_argnums=(3,), **counted)
         structures: dict[Any, _Structure] = {}
+        model = _placed(model)
         self._embed = _split(model.embed_tokens, structures)
         self._layers = [_split_layer(layer, structures) for layer in model.layers]
         self._rest = _split(_without_layers(model), structures)
@@ -108,11 +110,14 @@ class BucketedModel:
             jax.block_until_ready(self._insert(batch, cache, np.int32(0)))
 
     def prefill(self, ids: Sequence[int]) -> Prefilled:
-        """Runs a prompt; ValueError where it is empty or leaves no room for a token."""
+        """Runs a prompt; ValueError where it is empty, leaves no room for a token, or has ids that are none."""
         if not 1 <= len(ids) < self.max_length:
             raise ValueError(
                 f"a prompt of {len(ids)} tokens; 1..{self.max_length - 1} fit max_length={self.max_length}"
             )
+        ids = np.asarray(ids)
+        if ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= self.config.vocab_size:
+            raise ValueError(f"token ids are whole numbers from 0 to {self.config.vocab_size - 1}, got {ids}")
         cache, logits, largest = self.empty_cache(1), None, self.layer.buckets[-1]
         for start in range(0, len(ids), largest):
             chunk = np.asarray(ids[start : start + largest], np.int32)
@@ -178,6 +183,16 @@ class BucketedModel:
 
 
 # --- the blocks: functions of a list of weights ---
+
+
+def _placed(model):
+    """The model with every weight that has no place put where the others are (often only experts have one)."""
+    graphdef, state = nnx.split(model)
+    home = home_of(state)
+    if home is None:
+        return model
+    put = lambda leaf: leaf if place_of(leaf) is not None else jax.device_put(leaf, home)  # noqa: E731
+    return nnx.merge(graphdef, jax.tree.map(put, state))
 
 
 class _Structure:

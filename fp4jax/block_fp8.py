@@ -1,0 +1,121 @@
+"""Block-wise FP8: weights in blocks of 128 x 128, activations in groups of 128 per token, products summed per block.
+
+    y[t, n] = sum over blocks g of K:  (x8[t, g] . w8[n, g]) * (x_scale[t, g] * w_scale[n / 128, g])
+
+Scales are amax / 448 in f32, multiplied to decode (the `weight_scale_inv` of checkpoints in DeepSeek's layout). The dot
+of a block is exact in its products and summed in f32; blocks are added in f32 in the order of K.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+from fp4jax.implementations import resolve_implementation
+from fp4jax.rounding import E4M3_MAX, div_rn, round_to_e4m3
+from fp4jax.wire_formats import to_fp8
+
+BLOCK = 128
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["qdata", "block_scale"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class BlockFP8Weights:
+    """A weight [N, K]: qdata e4m3 [N, K], block_scale f32 [ceil(N / 128), ceil(K / 128)], decode direction.
+
+    A pytree whose leaves may also be structs or specs; `validate()` checks real arrays.
+    """
+
+    qdata: Any
+    block_scale: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[N, K]."""
+        return self.qdata.shape
+
+    def validate(self) -> "BlockFP8Weights":
+        """Returns self; raises TypeError or ValueError naming the leaf whose dtype or shape does not fit."""
+        for name, dtype in (("qdata", jnp.float8_e4m3fn), ("block_scale", jnp.float32)):
+            if getattr(self, name).dtype != dtype:
+                raise TypeError(f"BlockFP8Weights.{name} must be {jnp.dtype(dtype)}, got {getattr(self, name).dtype}")
+        if self.qdata.ndim != 2 or self.block_scale.shape != scale_shape(self.shape):
+            raise ValueError(
+                f"BlockFP8Weights: qdata {self.shape} needs block_scale {scale_shape(self.shape)}, "
+                f"got {self.block_scale.shape}"
+            )
+        return self
+
+
+def scale_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Blocks of a weight [N, K], the last ones smaller."""
+    n, k = shape[-2:]
+    return -(-n // BLOCK), -(-k // BLOCK)
+
+
+def quantize_blocks(w: Float[Array, "n k"]) -> BlockFP8Weights:
+    """scale = amax of the block / 448 (1 for a block of zeros), values rounded to nearest, ties to even.
+
+    A NaN makes its block NaN.
+    """
+    blocks = _blocks(w.astype(jnp.float32))
+    amax = jnp.max(jnp.abs(blocks), axis=(1, 3))
+    amax = jnp.where(jnp.isnan(blocks).any(axis=(1, 3)), jnp.nan, amax)
+    scale = jnp.where(amax < E4M3_MAX * 2.0**-126, np.float32(1), div_rn(amax, np.float32(E4M3_MAX)))
+    values = round_to_e4m3(div_rn(blocks, scale[:, None, :, None]))
+    (rows, columns), (n, k) = scale.shape, w.shape
+    return BlockFP8Weights(values.reshape(rows * BLOCK, columns * BLOCK)[:n, :k], scale)
+
+
+def dequantize_blocks(w: BlockFP8Weights, dtype: Any = jnp.bfloat16) -> Float[Array, "n k"]:
+    """qdata x block_scale, rounded once."""
+    n, k = w.shape
+    wide = jnp.repeat(jnp.repeat(w.block_scale, BLOCK, axis=0)[:n], BLOCK, axis=1)[:, :k]
+    return (w.qdata.astype(jnp.float32) * wide).astype(dtype)
+
+
+def block_fp8_matmul(
+    x: Float[Array, "t k"], w: BlockFP8Weights, *, out_dtype: Any = jnp.bfloat16, implementation: str | None = None
+) -> Float[Array, "t n"]:
+    """x [T, K], quantized here per token and group of 128, times w^T -> [T, N], rounded once.
+
+    Raises:
+      ValueError, TypeError: shapes or dtypes that do not fit.
+      NotImplementedError: a named implementation that does not exist.
+    """
+    w.validate()
+    if x.ndim != 2 or x.shape[1] != w.shape[1]:
+        raise ValueError(f"block_fp8_matmul: x {x.shape} does not fit w {w.shape}; [T, K] and [N, K]")
+    resolve_implementation("block_fp8_matmul", implementation)
+    return _matmul_xla(*to_fp8(x), w, out_dtype)
+
+
+def _matmul_xla(x, x_scale, w, out_dtype):
+    """One dot per block of K; e4m3 values are exact in bf16."""
+    tokens, n = x.shape[0], w.shape[0]
+    groups = x_scale.shape[1]
+
+    def grouped(a):
+        padded = jnp.pad(a.astype(jnp.bfloat16), ((0, 0), (0, groups * BLOCK - a.shape[1])))
+        return jnp.moveaxis(padded.reshape(a.shape[0], groups, BLOCK), 1, 0)
+
+    def add(total, group):
+        x, w, x_scale, w_scale = group
+        product = lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        return total + product * (x_scale[:, None] * jnp.repeat(w_scale, BLOCK)[:n]), None
+
+    per_group = grouped(x), grouped(w.qdata), x_scale.T, w.block_scale.T
+    total = jnp.zeros((tokens, n), jnp.float32)
+    return lax.scan(add, total, per_group)[0].astype(out_dtype)
+
+
+def _blocks(w):
+    """[N, K] -> [N / 128, 128, K / 128, 128], zeros where N and K end before."""
+    rows, columns = scale_shape(w.shape)
+    padded = jnp.pad(w, ((0, rows * BLOCK - w.shape[0]), (0, columns * BLOCK - w.shape[1])))
+    return padded.reshape(rows, BLOCK, columns, BLOCK)
