@@ -1,9 +1,9 @@
 """Blocks compiled ahead of time for a few token counts (buckets), so that any number of tokens runs without compiling.
 
 A call is padded up to the next bucket, runs that bucket's executable, and is cut back. Above the largest bucket it runs
-in chunks, unless its tokens meet. Weights are arguments: all layers of one shape share executables. Pads are zeroed inside the executable, so
-that nothing can depend on what they hold; a block whose tokens meet (attention, experts with capacities) also gets the
-number of tokens.
+in chunks, unless its tokens meet. Weights are arguments: all layers of one shape share executables. Pads are zeroed
+inside the executable, so that nothing can depend on what they hold; a block whose tokens meet (attention, experts with
+capacities) also gets the number of tokens.
 
 XLA compiles for one shape: even cutting a device array of a new length compiles. Arrays of exact size therefore go over
 the host, where nothing compiles; between blocks, hand on `Bucketed` values, which stay on the device as they are.

@@ -115,12 +115,12 @@ class BucketedModel:
             raise ValueError(
                 f"a prompt of {len(ids)} tokens; 1..{self.max_length - 1} fit max_length={self.max_length}"
             )
-        ids = np.asarray(ids)
-        if ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= self.config.vocab_size:
-            raise ValueError(f"token ids are whole numbers from 0 to {self.config.vocab_size - 1}, got {ids}")
+        prompt = np.asarray(ids)
+        if prompt.dtype.kind not in "iu" or prompt.min() < 0 or prompt.max() >= self.config.vocab_size:
+            raise ValueError(f"token ids are whole numbers from 0 to {self.config.vocab_size - 1}, got {prompt}")
         cache, logits, largest = self.empty_cache(1), None, self.layer.buckets[-1]
         for start in range(0, len(ids), largest):
-            chunk = np.asarray(ids[start : start + largest], np.int32)
+            chunk = prompt[start : start + largest].astype(np.int32)
             bucket = next(b for b in self.layer.buckets if b >= len(chunk))
             padded = jax.device_put(np.pad(chunk, (0, bucket - len(chunk)))[None])
             x = self.run_embedding(Bucketed(padded, len(chunk)))
