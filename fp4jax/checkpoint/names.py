@@ -7,8 +7,8 @@ Parameter paths are tensor names already, but for the experts: a checkpoint stor
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-_PREFIX = "model."
-_TOP_LEVEL = ("lm_head",)  # the only module that checkpoints keep outside `model.`
+PREFIX = "model."
+_HEAD = "lm_head"  # the only module that checkpoints keep outside of the prefix
 _EXPERTS = {"w13": ("gate_proj", "up_proj"), "w2": ("down_proj",)}
 _STACKED = {"w13": "gate_up_proj", "w2": "down_proj"}
 
@@ -29,26 +29,40 @@ def tensor_slots(shapes: Mapping[Path, tuple[int, ...]]) -> dict[str, Slot]:
     return dict(slot for path, shape in shapes.items() for slot in _slots_of(path, shape))
 
 
-def stacked_name(path: Path) -> str | None:
+def stacked_name(path: Path, prefix: str = PREFIX) -> str | None:
     """Name under which newer checkpoints stack all experts of a w13 or w2 parameter; None for other parameters."""
     if path[-1] not in _STACKED:
         return None
-    return f"{_module_name(path[:-1])}.experts.{_STACKED[str(path[-1])]}"
+    return f"{module_name(path[:-1], prefix)}.experts.{_STACKED[str(path[-1])]}"
 
 
-def _module_name(path: Path) -> str:
+def expert_modules(path: Path, shape: tuple[int, ...], prefix: str = PREFIX) -> Iterable[tuple[str, int, int, int]]:
+    """(module, expert, first row, rows) of every expert's projections in a w13 or w2 parameter of that shape."""
+    projections = _EXPERTS[str(path[-1])]
+    experts, rows, _ = shape
+    rows //= len(projections)
+    for expert in range(experts):
+        for index, projection in enumerate(projections):
+            yield f"{module_name(path[:-1], prefix)}.experts.{expert}.{projection}", expert, index * rows, rows
+
+
+def find_prefix(names: Iterable[str]) -> str:
+    """What a folder puts before the modules of the text model: "model.", or more where it also holds another model."""
+    embeddings = sorted(name for name in names if name.endswith("embed_tokens.weight"))
+    return embeddings[0].removesuffix("embed_tokens.weight") if embeddings else PREFIX
+
+
+def module_name(path: Path, prefix: str = PREFIX) -> str:
+    """Of a module or parameter; the head stands beside "model.", or beside the inner one of "language_model.model."."""
     name = ".".join(map(str, path))
-    return name if path[0] in _TOP_LEVEL else _PREFIX + name
+    if path[0] != _HEAD:
+        return prefix + name
+    return prefix.removesuffix(PREFIX) + name if prefix.endswith("." + PREFIX) else name
 
 
 def _slots_of(path: Path, shape: tuple[int, ...]) -> Iterable[tuple[str, Slot]]:
     if path[-1] not in _EXPERTS:
-        yield _module_name(path), Slot(path, shape)
+        yield module_name(path), Slot(path, shape)
         return
-    projections = _EXPERTS[str(path[-1])]
-    experts, rows, columns = shape
-    rows //= len(projections)
-    for expert in range(experts):
-        for index, projection in enumerate(projections):
-            name = f"{_module_name(path[:-1])}.experts.{expert}.{projection}.weight"
-            yield name, Slot(path, (rows, columns), expert, index * rows)
+    for module, expert, start, rows in expert_modules(path, shape):
+        yield f"{module}.weight", Slot(path, (rows, shape[-1]), expert, start)

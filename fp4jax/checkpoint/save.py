@@ -11,11 +11,10 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from fp4jax.checkpoint.names import tensor_slots
+from fp4jax.checkpoint.reader import INDEX_NAME, WEIGHTS_NAME
 from fp4jax.nvfp4 import NVFP4Tensor
 from fp4jax.packed_weights import PackedWeights
 
-WEIGHTS_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "config.json"
 
 

@@ -1,0 +1,125 @@
+"""All tensors of a folder of safetensors files by name: headers are read at once, data when it is asked for.
+
+The safetensors library checks each file's header against its size; the data is mapped into memory by numpy, since the
+library's numpy side does not know FP8.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+DTYPES = {
+    "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "U8": np.uint8, "I8": np.int8, "I32": np.int32, "I64": np.int64, "F64": np.float64, "BOOL": np.bool_,
+}  # fmt: skip
+_NAMES_IN_ERROR = 8
+
+
+class _Entry(NamedTuple):
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+    start: int  # first byte in the file
+
+
+class Reader:
+    """The tensors that model.safetensors.index.json lists, or those of model.safetensors.
+
+    Raises:
+      FileNotFoundError: a file that does not exist, and what names it.
+      ValueError: an index or a file that cannot be read, tensors that the index lists and no file has.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        index = folder / INDEX_NAME
+        weight_map = _read_weight_map(index) if index.is_file() else None
+        files = [WEIGHTS_NAME] if weight_map is None else sorted(set(weight_map.values()))
+        headers = {file: _read_header(folder / file, weight_map is not None) for file in files}
+        self._entries: dict[str, _Entry] = {}
+        for header in headers.values():
+            self._entries.update(header)
+        for name, file in (weight_map or {}).items():  # a tensor in several files is read where the index says
+            if name in headers[file]:
+                self._entries[name] = headers[file][name]
+        absent = sorted(set(weight_map or ()) - self._entries.keys())
+        if absent:
+            raise ValueError(f"{index} lists tensors that are in no file: {some(absent)}")
+        self._maps: dict[Path, np.memmap] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def names(self) -> set[str]:
+        """Of all tensors."""
+        return set(self._entries)
+
+    def file_of(self, name: str) -> Path:
+        """The file that a tensor is read from."""
+        return self._entries[name].file
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor."""
+        return self._entries[name].shape
+
+    def dtype(self, name: str) -> str:
+        """As safetensors names it, e.g. BF16."""
+        return self._entries[name].dtype
+
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """A tensor, or some of its leading rows, as an array that is mapped into memory and must not be written."""
+        entry = self._entries[name]
+        if entry.dtype not in DTYPES:
+            raise ValueError(f"{entry.file}: tensor {name} has type {entry.dtype}, which is not supported")
+        if entry.file not in self._maps:
+            self._maps[entry.file] = np.memmap(entry.file, np.uint8, mode="r")
+        dtype = np.dtype(DTYPES[entry.dtype])
+        size = int(np.prod(entry.shape, dtype=np.int64)) * dtype.itemsize
+        whole = self._maps[entry.file][entry.start : entry.start + size].view(dtype).reshape(entry.shape)
+        return whole[rows] if entry.shape else whole
+
+    def check(self, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
+        """ValueError with file, tensor, found and expected, unless the tensor is like that."""
+        entry = self._entries[name]
+        if entry.shape != tuple(shape) or entry.dtype not in dtypes:
+            raise ValueError(
+                f"{entry.file}: tensor {name} has shape {entry.shape} and type {entry.dtype}, "
+                f"expected {tuple(shape)} and {'one of ' if len(dtypes) > 1 else ''}{', '.join(dtypes)}"
+            )
+
+
+def some(names: list[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    more = f" and {len(names) - _NAMES_IN_ERROR} more" if len(names) > _NAMES_IN_ERROR else ""
+    return (", ".join(names[:_NAMES_IN_ERROR]) or "none") + more
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads(index.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{index} is not an index of safetensors files: {error!r}") from error
+
+
+def _read_header(file: Path, listed: bool) -> dict[str, _Entry]:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist" + (f", but {INDEX_NAME} names it" if listed else ""))
+    try:
+        with safe_open(file, framework="numpy"):
+            pass  # checks that tensors do not overlap and that all of them are there
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a readable safetensors file: {error}") from error
+    with file.open("rb") as content:
+        size = int.from_bytes(content.read(8), "little")
+        header: dict[str, Any] = json.loads(content.read(size))
+    return {
+        name: _Entry(file, tuple(entry["shape"]), entry["dtype"], 8 + size + entry["data_offsets"][0])
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }

@@ -1,0 +1,215 @@
+"""How a module's weights are stored in a folder, and which tensors fill which rows of which array of a parameter.
+
+A parameter is one array (plain weights), or an NVFP4Tensor or BlockFP8Weights of several. Each array has a list of
+parts: rows of an expert (or of the whole) that come from one tensor, or from a weight and its scales where experts in
+FP8 are decoded. Scales are in the decode direction from here on: compressed-tensors keeps reciprocals.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from fp4jax.block_fp8 import BLOCK, scale_shape
+from fp4jax.checkpoint.reader import Reader
+from fp4jax.nvfp4 import BLOCK_SIZE
+
+FLOATS = ("BF16", "F16", "F32")
+# Suffixes of codes, block scales, global scale, input scale.
+_NVFP4 = {
+    "modelopt": ("weight", "weight_scale", "weight_scale_2", "input_scale"),
+    "compressed_tensors": ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale"),
+}
+
+
+class Tensor(NamedTuple):
+    """What a tensor of the folder must be like; shape None: one number, [] or [1]."""
+
+    name: str
+    shape: tuple[int, ...] | None
+    dtypes: tuple[str, ...]
+
+
+class Part(NamedTuple):
+    """Rows `start` to `start + rows` of an array, of expert `expert` where it has experts: `load()` gives them.
+
+    expert None: the whole array; what is plain gives some of its leading rows for a slice.
+    """
+
+    load: Callable[..., np.ndarray]
+    expert: int | None
+    start: int
+    rows: int
+
+
+class Leaf(NamedTuple):
+    """One array of a parameter and where it comes from."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    parts: list[Part]
+
+
+class Module(NamedTuple):
+    """A linear layer in the folder, [rows, K], and its place in a parameter."""
+
+    name: str
+    expert: int | None = None
+    start: int = 0
+    rows: int = 0
+
+
+class Source(NamedTuple):
+    """Of one parameter: how it is stored, the tensors that must be there, the arrays by field ("" if it is plain)."""
+
+    stored: str
+    tensors: list[Tensor]
+    leaves: dict[str, Leaf]
+
+
+def stored_as(reader: Reader, module: str) -> str:
+    """By the tensors of a linear layer: "bf16" (any plain floats), "modelopt", "compressed_tensors", "block_wise_fp8".
+
+    A layer without tensors counts as plain.
+    """
+    weight = f"{module}.weight"
+    if f"{module}.weight_packed" in reader:
+        return "compressed_tensors"
+    return {"U8": "modelopt", "F8_E4M3": "block_wise_fp8"}.get(reader.dtype(weight) if weight in reader else "", "bf16")
+
+
+def plain_source(reader: Reader, tensors: list[tuple[Module, Tensor]], shape: tuple[int, ...], dtype: Any) -> Source:
+    """An array that plain tensors fill, each some rows of it."""
+
+    def load(tensor):
+        return lambda rows=slice(None): reader.read(tensor.name, rows).astype(dtype)
+
+    parts = [Part(load(tensor), module.expert, module.start, module.rows) for module, tensor in tensors]
+    return Source("bf16", [tensor for _, tensor in tensors], {"": Leaf(shape, dtype, parts)})
+
+
+def weight_source(
+    reader: Reader, stored: str, modules: list[Module], shape: tuple[int, ...], dtype: Any, *, decode: bool
+) -> Source:
+    """The weight [.., N, K] of one linear layer, or of the same layers of all experts.
+
+    decode: FP8 weights become plain ones of `dtype` (experts, which have no FP8 kernels).
+    """
+    k = shape[-1]
+    if stored == "bf16":
+        plain = [(m, Tensor(f"{m.name}.weight", (m.rows, k), FLOATS)) for m in modules]
+        return plain_source(reader, plain, shape, dtype)
+    if stored == "block_wise_fp8":
+        return _fp8_source(reader, modules, shape, dtype, decode)
+    codes, block_scale, global_scale, _ = _NVFP4[stored]
+    tensors: list[Tensor] = []
+    for m in modules:
+        tensors += [
+            Tensor(f"{m.name}.{codes}", (m.rows, k // 2), ("U8",)),
+            Tensor(f"{m.name}.{block_scale}", (m.rows, k // BLOCK_SIZE), ("F8_E4M3",)),
+            Tensor(f"{m.name}.{global_scale}", None, ("F32",)),
+        ]
+    # One global scale per expert suffices where an expert is one tensor; gate and up may have different ones.
+    per_row = any(m.start for m in modules)
+    lead, n = shape[:-2], shape[-2]
+    scale_rows = n if per_row else 1
+
+    def parts(suffix, convert, rows=None):
+        def load(m):
+            return lambda: convert(reader, f"{m.name}.{suffix}")
+
+        return [
+            Part(load(m), m.expert, m.start if rows is None else 0, m.rows if rows is None else rows) for m in modules
+        ]
+
+    convert = _scalar if stored == "modelopt" else _reciprocal
+    leaves = {
+        "qdata": Leaf((*lead, n, k // 2), np.uint8, parts(codes, Reader.read)),
+        "block_scale": Leaf((*lead, n, k // BLOCK_SIZE), ml_dtypes.float8_e4m3fn, parts(block_scale, _block_scale)),
+        "global_scale": Leaf((*lead, scale_rows, 1) if lead else (), np.float32,
+                             parts(global_scale, convert, None if per_row else 1)),
+    }  # fmt: skip
+    return Source(stored, tensors, leaves)
+
+
+def input_scales(reader: Reader, stored: str, modules: Iterable[str]) -> dict[str, float]:
+    """{"<module>.input_scale": decode scale} of those modules that have one; not checked."""
+    if stored not in _NVFP4:
+        return {}
+    suffix = _NVFP4[stored][3]
+    found = {}
+    for module in modules:
+        name = f"{module}.{suffix}"
+        if name in reader:
+            reader.check(name, reader.shape(name) if reader.shape(name) in ((), (1,)) else (), ("F32",))
+            value = np.float32(reader.read(name).reshape(()))
+            with np.errstate(divide="ignore"):
+                found[f"{module}.input_scale"] = float(value if stored == "modelopt" else np.float32(1) / value)
+    return found
+
+
+def input_scale_name(stored: str, module: str) -> str:
+    """What the folder calls it."""
+    return f"{module}.{_NVFP4[stored][3]}"
+
+
+def _fp8_source(reader, modules, shape, dtype, decode):
+    k = shape[-1]
+    tensors = []
+    for m in modules:
+        tensors += [
+            Tensor(f"{m.name}.weight", (m.rows, k), ("F8_E4M3",)),
+            Tensor(f"{m.name}.weight_scale_inv", scale_shape((m.rows, k)), ("F32", "BF16")),
+        ]
+    if not decode:
+        (m,) = modules
+        codes = Part(lambda: reader.read(f"{m.name}.weight"), None, 0, m.rows)
+        scales = Part(lambda: _scales(reader, f"{m.name}.weight_scale_inv"), None, 0, scale_shape(shape)[0])
+        leaves = {
+            "qdata": Leaf(shape, ml_dtypes.float8_e4m3fn, [codes]),
+            "block_scale": Leaf(scale_shape(shape), np.float32, [scales]),
+        }
+        return Source("block_wise_fp8", tensors, leaves)
+
+    def load(m):
+        def decoded():
+            scale = _scales(reader, f"{m.name}.weight_scale_inv")
+            wide = np.repeat(np.repeat(scale, BLOCK, 0)[: m.rows], BLOCK, 1)[:, :k]
+            return (reader.read(f"{m.name}.weight").astype(np.float32) * wide).astype(dtype)
+
+        return decoded
+
+    parts = [Part(load(m), m.expert, m.start, m.rows) for m in modules]
+    return Source("block_wise_fp8", tensors, {"": Leaf(shape, dtype, parts)})
+
+
+# --- numbers that must be usable ---
+
+
+def _refuse(reader, name, value):
+    raise ValueError(f"{reader.file_of(name)}: tensor {name} has {value}; scales must be positive and finite")
+
+
+def _scales(reader, name):
+    values = reader.read(name).astype(np.float32)
+    bad = ~(np.isfinite(values) & (values > 0))
+    if bad.any():
+        _refuse(reader, name, values[bad].flat[0])
+    return values
+
+
+def _scalar(reader, name):
+    return _scales(reader, name).reshape(1, 1)
+
+
+def _reciprocal(reader, name):
+    decoded = np.float32(1) / _scalar(reader, name)
+    return decoded if np.isfinite(decoded).all() and (decoded > 0).all() else _refuse(reader, name, 1 / decoded)
+
+
+def _block_scale(reader, name):
+    values = reader.read(name)
+    if ((values.view(np.uint8) & 0x7F) == 0x7F).any():
+        _refuse(reader, name, "nan")
+    return values

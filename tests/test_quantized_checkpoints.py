@@ -1,0 +1,321 @@
+"""Folders in NVFP4 of both layouts and in block-wise FP8: what is loaded, from which names, and what is refused."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import save_file
+from tensor_files import read_tensors
+from test_checkpoint import CONFIG, edit, edit_config, make_model
+from test_quant_config import COMPRESSED, FP8, MODELOPT, REFERENCE, USERS
+
+from fp4jax.checkpoint import load_model, save_model
+from fp4jax.layers import BlockFP8Linear, Linear, NVFP4Linear
+from fp4jax.models import Qwen3Moe
+from fp4jax.nvfp4 import NVFP4Tensor
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+EXPERTS = "model.layers.0.mlp.experts."
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+VALUES = np.concatenate([E2M1, -E2M1])
+NAMES = {
+    "modelopt": ("weight", "weight_scale", "weight_scale_2", "input_scale"),
+    "compressed": ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale"),
+}
+CONFIGS = {"modelopt": MODELOPT, "compressed": COMPRESSED, "fp8": FP8}
+WEIGHT_ONLY = {
+    "modelopt": {**MODELOPT, "quant_algo": "W4A16_NVFP4"},
+    "compressed": {
+        **COMPRESSED, "config_groups": {"g": {**COMPRESSED["config_groups"]["group_0"], "input_activations": None}},
+    },
+}  # fmt: skip
+
+
+def nvfp4(tensors, module, kind, rng):
+    """Replaces a plain weight by random codes and scales; returns what they decode to, in float64."""
+    n, k = tensors.pop(f"{module}.weight").shape
+    codes = rng.integers(0, 16, (n, k)).astype(np.uint8)
+    block = rng.integers(30, 60, (n, k // 16)).astype(np.uint8).view(ml_dtypes.float8_e4m3fn)
+    scale = np.float32(rng.uniform(0.005, 0.02))
+    packed, block_name, scale_name, input_name = (f"{module}.{suffix}" for suffix in NAMES[kind])
+    tensors[packed] = codes[:, ::2] | codes[:, 1::2] << 4
+    tensors[block_name] = block
+    decode = kind == "modelopt"
+    tensors[scale_name] = np.array(scale) if decode else np.array([1 / scale], np.float32)
+    given = np.float32(rng.uniform(0.5, 1.5))
+    tensors[input_name] = np.array(given) if decode else np.array([1 / given], np.float32)
+    used = np.float64(scale if decode else np.float32(1) / tensors[scale_name][0])
+    return VALUES[codes] * np.repeat(block.astype(np.float64), 16, 1) * used
+
+
+def fp8(tensors, module, rng):
+    n, k = tensors.pop(f"{module}.weight").shape
+    codes = rng.integers(0, 0x58, (n, k)).astype(np.uint8).view(ml_dtypes.float8_e4m3fn)
+    scale = rng.uniform(0.001, 0.01, (-(-n // 128), -(-k // 128))).astype(np.float32)
+    tensors[f"{module}.weight"], tensors[f"{module}.weight_scale_inv"] = codes, scale
+    wide = np.repeat(np.repeat(scale, 128, 0), 128, 1)[:n, :k]
+    return codes.astype(np.float64) * wide
+
+
+@pytest.fixture
+def make_folder(tmp_path):
+    """(kind, which modules) -> a folder, and {module: decoded weight} of what was quantized in it."""
+
+    def make(kind, chosen=lambda name: ".experts." in name, config=None):
+        save_model(*make_model(), tmp_path)
+        rng, decoded = np.random.default_rng(7), {}
+
+        def change(tensors):
+            for name in sorted(tensors):
+                module = name.removesuffix(".weight")
+                if name.endswith("_proj.weight") and chosen(name) and tensors[name].shape[1] % 16 == 0:
+                    decoded[module] = fp8(tensors, module, rng) if kind == "fp8" else nvfp4(tensors, module, kind, rng)
+
+        edit(tmp_path, change)
+        edit_config(tmp_path, quantization_config=config or CONFIGS[kind])
+        return tmp_path, decoded
+
+    return make
+
+
+def everything(name):
+    return name.endswith("_proj.weight")
+
+
+@pytest.mark.parametrize("kind", ["modelopt", "compressed"])
+@pytest.mark.parametrize("chosen", [lambda name: ".experts." in name, everything], ids=["experts", "all"])
+@pytest.mark.filterwarnings("ignore:.*modules are not as the config says")
+def test_weights_decode_to_what_the_tensors_say(make_folder, tmp_path_factory, kind, chosen):
+    """W4A16 in float32: the logits of a plain folder that holds the decoded weights."""
+    folder, decoded = make_folder(kind, chosen, WEIGHT_ONLY[kind])
+    model, _ = load_model(folder, dtype="float32")
+    assert isinstance(model.layers[0].mlp.w13.get_value(), NVFP4Tensor)
+    assert isinstance(model.layers[0].self_attn.q_proj, NVFP4Linear if chosen is everything else Linear)
+    plain = tmp_path_factory.mktemp("plain")
+    reference, config = make_model(dtype="float32")
+    save_model(reference, config, plain)
+    own = read_tensors(folder / "model.safetensors")
+
+    def change(tensors):
+        for name in tensors:
+            module = name.removesuffix(".weight")
+            if module in decoded:
+                tensors[name] = decoded[module].astype(np.float32)
+            else:
+                tensors[name] = own[name].astype(np.float32)
+
+    edit(plain, change)
+    ids = jnp.arange(24, dtype=jnp.int32).reshape(2, 12)
+    expected = np.asarray(load_model(plain)[0](ids))
+    np.testing.assert_allclose(np.asarray(model(ids)), expected, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("kind", ["modelopt", "compressed"])
+def test_activation_scales(make_folder, kind):
+    """GEMM 1: the largest of all experts' gate and up; GEMM 2: each expert's own; decode direction in both layouts."""
+    folder, _ = make_folder(kind)
+    tensors = read_tensors(folder / "model.safetensors")
+    suffix = NAMES[kind][3]
+
+    def scale(e, name):
+        value = np.float32(tensors[f"{EXPERTS}{e}.{name}_proj.{suffix}"].reshape(()))
+        return value if kind == "modelopt" else np.float32(1) / value
+
+    with pytest.warns(UserWarning, match="are not as the config says"):  # the layers that are plain
+        model, _ = load_model(folder)
+    block = model.layers[0].mlp
+    assert block.settings.activation_format == "nvfp4"
+    assert float(block.input_scale_1[...]) == max(scale(e, name) for e in range(4) for name in ("gate", "up"))
+    np.testing.assert_array_equal(np.ravel(block.input_scale_2[...]), [scale(e, "down") for e in range(4)])
+    per_token, _ = load_model(folder, input_scales="per_token")
+    assert per_token.layers[0].mlp.input_scale_1 is None
+    assert per_token.layers[0].mlp.settings.activation_format == "nvfp4"
+
+
+def test_gate_and_up_keep_their_own_scales(make_folder):
+    folder, _ = make_folder("modelopt", config=WEIGHT_ONLY["modelopt"])
+    tensors = read_tensors(folder / "model.safetensors")
+    scales = np.asarray(load_model(folder)[0].layers[0].mlp.w13.get_value().global_scale)
+    for e in range(4):
+        for half, name in ((slice(0, 16), "gate"), (slice(16, 32), "up")):
+            np.testing.assert_array_equal(scales[e, half], tensors[f"{EXPERTS}{e}.{name}_proj.weight_scale_2"])
+
+
+@pytest.mark.parametrize("kind", ["modelopt", "compressed", "fp8"])
+@pytest.mark.filterwarnings("ignore:.*modules are not as the config says")
+def test_devices_get_their_experts(make_folder, make_mesh, kind):
+    folder, _ = make_folder(kind)
+    alone, spread = load_model(folder)[0], load_model(folder, mesh=make_mesh(2))[0]
+    for name in ("w13", "w2"):
+        one, two = (getattr(model.layers[0].mlp, name).get_value() for model in (alone, spread))
+        for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+            np.testing.assert_array_equal(np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8))
+            assert [shard.index[0] for shard in b.addressable_shards] == [slice(0, 2), slice(2, 4)]
+
+
+def test_fp8(make_folder):
+    """Linear layers stay in FP8, experts are decoded."""
+    folder, decoded = make_folder("fp8", everything)
+    model, _ = load_model(folder)
+    tensors = read_tensors(folder / "model.safetensors")
+    linear = model.layers[0].self_attn.o_proj
+    assert isinstance(linear, BlockFP8Linear)
+    stored = linear.weight.get_value().validate()
+    name = "model.layers.0.self_attn.o_proj.weight"
+    np.testing.assert_array_equal(np.asarray(stored.qdata).view(np.uint8), tensors[name].view(np.uint8))
+    np.testing.assert_array_equal(stored.block_scale, tensors[name + "_scale_inv"])
+    w2 = np.asarray(model.layers[0].mlp.w2.get_value())
+    expected = [decoded[f"{EXPERTS}{e}.down_proj"].astype(np.float32).astype(ml_dtypes.bfloat16) for e in range(4)]
+    np.testing.assert_array_equal(w2, np.stack(expected))
+    assert np.isfinite(np.asarray(model(jnp.arange(6, dtype=jnp.int32)[None]))).all()
+
+
+def test_the_command_line_of_the_serving_system(make_folder):
+    """Experts as they are stored, linear layers quantized while they are loaded, routers and the head left alone."""
+    folder, _ = make_folder("modelopt")
+    model, _ = load_model(folder, quantization=REFERENCE)
+    layer, dense = model.layers
+    assert isinstance(layer.self_attn.q_proj, BlockFP8Linear) and isinstance(dense.mlp.down_proj, BlockFP8Linear)
+    assert isinstance(layer.mlp.gate, Linear) and isinstance(model.lm_head, Linear)
+    assert isinstance(layer.mlp.w13.get_value(), NVFP4Tensor) and layer.mlp.settings.activation_format == "nvfp4"
+    assert np.isfinite(np.asarray(model(jnp.arange(6, dtype=jnp.int32)[None]))).all()
+
+
+def test_everything_quantized_while_loading(tmp_path):
+    model, config = make_model()
+    save_model(model, config, tmp_path)
+    loaded, _ = load_model(tmp_path, quantization=USERS["online"])
+    assert isinstance(loaded.layers[0].self_attn.q_proj, BlockFP8Linear)
+    assert isinstance(loaded.layers[0].mlp.w13.get_value(), NVFP4Tensor)
+    assert loaded.layers[0].mlp.input_scale_1 is None and loaded.layers[0].mlp.settings.activation_format == "nvfp4"
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.down_proj: K = 24 is no multiple of 16"):
+        load_model(tmp_path, quantization="modelopt_fp4")
+    save_model(*make_model(intermediate_size=32), tmp_path)
+    other, _ = load_model(tmp_path, quantization="modelopt_fp4")
+    assert isinstance(other.layers[1].mlp.down_proj, NVFP4Linear)
+
+
+@pytest.mark.parametrize(
+    ("rename", "head"),
+    [
+        (lambda name: name.replace("model.", "model.language_model."), "lm_head.weight"),
+        (lambda name: "language_model." + name, "language_model.lm_head.weight"),
+    ],
+    ids=["inside", "outside"],
+)
+def test_text_models_inside_of_others(tmp_path, rename, head):
+    model, config = make_model()
+    save_model(model, config, tmp_path)
+
+    def change(tensors):
+        for name in list(tensors):
+            value = tensors.pop(name)
+            tensors[head if name == "lm_head.weight" else rename(name)] = value
+        tensors["model.visual.patch_embed.weight"] = np.ones(3, np.float32)
+
+    edit(tmp_path, change)
+    ids = jnp.arange(6, dtype=jnp.int32)[None]
+    np.testing.assert_array_equal(np.asarray(load_model(tmp_path)[0](ids)), np.asarray(model(ids)))
+
+
+def test_other_tensors_of_real_checkpoints(make_folder):
+    """Scales of a cache are kept; layers that predict further tokens are not loaded."""
+    folder, _ = make_folder("modelopt", config=WEIGHT_ONLY["modelopt"])
+    edit(folder, lambda t: t.update({
+        "model.layers.1.self_attn.k_proj.k_scale": np.array(0.25, np.float32),
+        "model.layers.1.self_attn.v_scale": np.array([0.5], np.float32),
+        "model.layers.2.enorm.weight": np.ones(3, np.float32),
+    }))  # fmt: skip
+    attention = load_model(folder)[0].layers[1].self_attn
+    assert float(attention.k_scale[...]) == 0.25 and float(attention.v_scale[...]) == 0.5
+
+
+def test_the_file_of_modelopt_counts_without_a_section(make_folder):
+    folder, _ = make_folder("modelopt")
+    edit_config(folder, quantization_config=None)
+    own = {"quant_algo": "W4A16_NVFP4", "exclude_modules": ["lm_head", "*self_attn*", "model.layers.1*", "*.gate"]}
+    (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": own}))
+    assert load_model(folder)[0].layers[0].mlp.settings.activation_format == "bf16"
+
+
+UP = EXPERTS + "2.up_proj."
+
+
+def put(name, value):
+    return lambda t: t.update({name: np.asarray(value)})
+
+
+def spoil(name, index, byte):
+    def change(tensors):
+        values = tensors[name].copy()
+        values.view(np.uint8)[index] = byte
+        tensors[name] = values
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "messages"),
+    [
+        ("modelopt", lambda t: t.pop(UP + "weight_scale"), ["1 tensors missing", UP + "weight_scale"]),
+        ("modelopt", lambda t: t.pop(UP + "weight_scale_2"), ["1 tensors missing", UP + "weight_scale_2"]),
+        ("modelopt", lambda t: t.pop(UP + "input_scale"), [UP + "input_scale is missing", "per_token"]),
+        ("modelopt", put(UP + "input_scale", np.float32(0)), [UP + "input_scale = 0.0", "model.safetensors"]),
+        ("modelopt", put(UP + "input_scale", np.float32(np.nan)), [UP + "input_scale = nan"]),
+        ("modelopt", put(UP + "input_scale", np.ones(2, np.float32)), [UP + "input_scale", "(2,)", "expected ()"]),
+        ("modelopt", put(UP + "input_scale", np.float64(1)), [UP + "input_scale", "F64", "F32"]),
+        ("modelopt", put(UP + "weight_scale_2", np.float32(0)), [UP + "weight_scale_2", "0.0", "positive"]),
+        ("modelopt", put(UP + "weight_scale_2", np.float32(-1)), [UP + "weight_scale_2", "-1.0"]),
+        ("modelopt", put(UP + "weight_scale_2", np.float32(np.inf)), [UP + "weight_scale_2", "inf"]),
+        ("modelopt", put(UP + "weight_scale_2", np.ones(3, np.float32)), [UP + "weight_scale_2", "(3,)"]),
+        ("modelopt", spoil(UP + "weight_scale", (3, 1), 0x7F), [UP + "weight_scale", "nan", "model.safetensors"]),
+        ("modelopt", put(UP + "weight_scale", np.ones((16, 2), np.float32)), [UP + "weight_scale", "F32", "F8_E4M3"]),
+        ("modelopt", put(UP + "weight", np.ones((16, 8), np.uint8)), [UP + "weight", "(16, 8)", "(16, 16)"]),
+        ("modelopt", put(UP + "weight", np.ones((16, 32), np.float32)), [UP + "weight", "F32", "U8"]),
+        ("compressed", lambda t: t.pop(UP + "weight_packed"), ["1 tensors missing", UP + "weight_packed"]),
+        ("compressed", put(UP + "weight_global_scale", np.zeros(1, np.float32)), [UP + "weight_global_scale", "0.0"]),
+        ("compressed", put(UP + "weight_global_scale", np.full(1, np.inf, np.float32)), [UP + "weight_global_scale"]),
+        ("compressed", put(UP + "input_global_scale", np.zeros(1, np.float32)), [UP + "input_global_scale = inf"]),
+        ("compressed", put(UP + "weight", np.ones((16, 32), np.float32)), ["1 unexpected", UP + "weight"]),
+        ("fp8", lambda t: t.pop(UP + "weight_scale_inv"), ["1 tensors missing", UP + "weight_scale_inv"]),
+        ("fp8", put(UP + "weight_scale_inv", np.ones((2, 1), np.float32)), [UP + "weight_scale_inv", "(2, 1)"]),
+        ("fp8", put(UP + "weight_scale_inv", np.zeros((1, 1), np.float32)), [UP + "weight_scale_inv", "0.0"]),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:.*modules are not as the config says")
+def test_broken_tensors_are_named(make_folder, kind, change, messages):
+    folder, _ = make_folder(kind)
+    edit(folder, change)
+    with pytest.raises(ValueError) as error:
+        load_model(folder)
+    for message in messages:
+        assert message in str(error.value)
+
+
+def test_promises_that_the_tensors_do_not_keep(tmp_path, make_folder):
+    folder, _ = make_folder("modelopt", chosen=lambda name: False)
+    with pytest.warns(UserWarning, match=r"modules are not as the config says: .*experts: the config says modelopt"):
+        load_model(folder)
+    with pytest.raises(ValueError, match=r"mlp\.experts is not quantized, although --quantization says that it is"):
+        load_model(folder, quantization=REFERENCE)
+    with pytest.raises(ValueError, match="needs a quantization config"):
+        edit_config(folder, quantization_config=None)
+        load_model(folder, quantization=REFERENCE)
+
+
+def test_a_truncated_shard_loads_nothing(tmp_path):
+    config = dataclasses.replace(CONFIG)
+    save_model(Qwen3Moe(config, rngs=nnx.Rngs(0)), config, tmp_path, max_shard_bytes=20_000)
+    shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=rf"{shard.name} is not a readable safetensors file"):
+        load_model(tmp_path)
+    save_file({"lm_head.weight": np.ones((32, 32), np.int64)}, shard)
+    with pytest.raises(ValueError, match="lists tensors that are in no file"):
+        load_model(tmp_path)
