@@ -59,36 +59,80 @@ def rotate(vector, position, theta):
     return np.concatenate([turned.real, turned.imag])
 
 
-def qwen3_moe(config, tensors, ids):
-    """Logits [S, V] of one sequence."""
+def rotate_neighbours(vector, position, theta):
+    """RoPE on one head whose pairs are neighbours: (2i, 2i + 1)."""
+    turned = rotate(np.concatenate([vector[::2], vector[1::2]]), position, theta)
+    out = np.empty_like(vector)
+    out[::2], out[1::2] = np.split(turned, 2)
+    return out
+
+
+def grouped_attention(config, w, p, h, turn):
+    """What attention adds to the residual stream; norms on heads where the checkpoint has them."""
+    heads, kv_heads, length = config["num_attention_heads"], config["num_key_value_heads"], len(h)
+    dim, theta = config["head_dim"], config["rope_theta"]
+    q = (h @ w[p + "q_proj.weight"].T).reshape(length, heads, dim)
+    k = (h @ w[p + "k_proj.weight"].T).reshape(length, kv_heads, dim)
+    v = (h @ w[p + "v_proj.weight"].T).reshape(length, kv_heads, dim)
+    if p + "q_norm.weight" in w:
+        eps = config["rms_norm_eps"]
+        q, k = rms_norm(q, w[p + "q_norm.weight"], eps), rms_norm(k, w[p + "k_norm.weight"], eps)
+    attended = np.zeros((length, heads, dim))
+    for head in range(heads):
+        group = head // (heads // kv_heads)
+        keys = np.stack([turn(k[s, group], s, theta) for s in range(length)])
+        for t in range(length):
+            scores = keys[: t + 1] @ turn(q[t, head], t, theta) / np.sqrt(dim)
+            attended[t, head] = softmax(scores) @ v[: t + 1, group]
+    return attended.reshape(length, -1) @ w[p + "o_proj.weight"].T
+
+
+def stacked_experts(w, p, number):
+    one = lambda e, name: w[f"{p}experts.{e}.{name}_proj.weight"]  # noqa: E731
+    w13 = np.stack([np.concatenate([one(e, "gate"), one(e, "up")]) for e in range(number)])
+    return w13, np.stack([one(e, "down") for e in range(number)])
+
+
+def mlp(w, p, h):
+    return swiglu(h, *(w[f"{p}{name}_proj.weight"] for name in ("gate", "up", "down")))
+
+
+def decoder(config, tensors, ids, turn, experts_of):
+    """Logits [S, V] of one sequence; experts_of(w, prefix, h) is what the experts of a layer add."""
     w = {name: np.asarray(value, np.float64) for name, value in tensors.items()}
-    eps, heads, kv_heads = config["rms_norm_eps"], config["num_attention_heads"], config["num_key_value_heads"]
-    dim, length = config["head_dim"], len(ids)
     x = w["model.embed_tokens.weight"][ids]
     for layer in range(config["num_hidden_layers"]):
         p = f"model.layers.{layer}."
-        h = rms_norm(x, w[p + "input_layernorm.weight"], eps)
-        q = (h @ w[p + "self_attn.q_proj.weight"].T).reshape(length, heads, dim)
-        k = (h @ w[p + "self_attn.k_proj.weight"].T).reshape(length, kv_heads, dim)
-        v = (h @ w[p + "self_attn.v_proj.weight"].T).reshape(length, kv_heads, dim)
-        q, k = rms_norm(q, w[p + "self_attn.q_norm.weight"], eps), rms_norm(k, w[p + "self_attn.k_norm.weight"], eps)
-        attended = np.zeros((length, heads, dim))
-        for head in range(heads):
-            group = head // (heads // kv_heads)
-            keys = np.stack([rotate(k[s, group], s, config["rope_theta"]) for s in range(length)])
-            for t in range(length):
-                scores = keys[: t + 1] @ rotate(q[t, head], t, config["rope_theta"]) / np.sqrt(dim)
-                attended[t, head] = softmax(scores) @ v[: t + 1, group]
-        x = x + attended.reshape(length, -1) @ w[p + "self_attn.o_proj.weight"].T
-        h = rms_norm(x, w[p + "post_attention_layernorm.weight"], eps)
-        if p + "mlp.gate.weight" in w:
-            logits = h @ w[p + "mlp.gate.weight"].T
-            topk_ids, weights = topk_softmax(logits, config["num_experts_per_tok"], config["norm_topk_prob"])
-            one = lambda e, name: w[f"{p}mlp.experts.{e}.{name}_proj.weight"]  # noqa: B023, E731
-            w13 = np.stack([np.concatenate([one(e, "gate"), one(e, "up")]) for e in range(config["num_experts"])])
-            w2 = np.stack([one(e, "down") for e in range(config["num_experts"])])
-            x = x + experts(h, topk_ids, weights, w13, w2)
-        else:
-            x = x + swiglu(h, *(w[f"{p}mlp.{name}_proj.weight"] for name in ("gate", "up", "down")))
+        h = rms_norm(x, w[p + "input_layernorm.weight"], config["rms_norm_eps"])
+        x = x + grouped_attention(config, w, p + "self_attn.", h, turn)
+        h = rms_norm(x, w[p + "post_attention_layernorm.weight"], config["rms_norm_eps"])
+        routed = p + "mlp.gate.weight" in w
+        x = x + (experts_of(w, p + "mlp.", h) if routed else mlp(w, p + "mlp.", h))
     head = w["model.embed_tokens.weight" if config["tie_word_embeddings"] else "lm_head.weight"]
-    return rms_norm(x, w["model.norm.weight"], eps) @ head.T
+    return rms_norm(x, w["model.norm.weight"], config["rms_norm_eps"]) @ head.T
+
+
+def qwen3_moe(config, tensors, ids):
+    """Logits [S, V] of one sequence."""
+
+    def experts_of(w, p, h):
+        logits = h @ w[p + "gate.weight"].T
+        topk_ids, weights = topk_softmax(logits, config["num_experts_per_tok"], config["norm_topk_prob"])
+        return experts(h, topk_ids, weights, *stacked_experts(w, p, config["num_experts"]))
+
+    return decoder(config, tensors, ids, rotate, experts_of)
+
+
+def ernie45_moe(config, tensors, ids):
+    """Logits [S, V] of one sequence; the bias chooses experts and does not weigh them."""
+
+    def experts_of(w, p, h):
+        scores = softmax(h @ w[p + "gate.weight"].T)
+        bias = w[p + "moe_statics.e_score_correction_bias"][0]
+        topk_ids = np.argsort(-(scores + bias), axis=-1, kind="stable")[:, : config["moe_k"]]
+        weights = np.take_along_axis(scores, topk_ids, axis=-1)
+        weights = weights / np.maximum(weights.sum(axis=-1, keepdims=True), config["moe_norm_min"])
+        y = experts(h, topk_ids, weights, *stacked_experts(w, p, config["moe_num_experts"]))
+        return y + (mlp(w, p + "shared_experts.", h) if config["moe_num_shared_experts"] else 0)
+
+    return decoder(config, tensors, ids, rotate_neighbours, experts_of)

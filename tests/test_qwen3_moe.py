@@ -18,7 +18,7 @@ from fp4jax.checkpoint.names import tensor_slots
 from fp4jax.checkpoint.save import model_params
 from fp4jax.layers import ExpertSettings
 from fp4jax.models import Qwen3Moe, Qwen3MoeConfig, configure_experts, generate, quantize_experts, set_input_scales
-from fp4jax.models.qwen3_moe import KVCache
+from fp4jax.models.decoder import KVCache
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

@@ -24,17 +24,27 @@ from tqdm import tqdm
 
 from fp4jax.block_fp8 import BlockFP8Weights
 from fp4jax.checkpoint import stored
-from fp4jax.checkpoint.names import Path as ParamPath, expert_modules, find_prefix, module_name, stacked_name
+from fp4jax.checkpoint.names import (
+    Path as ParamPath,
+    expert_modules,
+    find_prefix,
+    module_name,
+    stacked_name,
+    tensor_name,
+)
 from fp4jax.checkpoint.reader import Reader, some
 from fp4jax.checkpoint.save import CONFIG_NAME, model_params
 from fp4jax.layers import EP_AXIS, BlockFP8Linear, ExpertSettings, Linear, MoEBlock, NVFP4Linear, expert_mesh
-from fp4jax.models.qwen3_moe import MODEL_TYPE, Qwen3Moe, Qwen3MoeConfig
+from fp4jax.models import Ernie45Moe, Ernie45MoeConfig, Qwen3Moe, Qwen3MoeConfig, ernie45_moe, qwen3_moe
 from fp4jax.nvfp4 import BLOCK_SIZE, NVFP4Tensor
 from fp4jax.quant_config import QuantizationPlan, plan_quantization
 from fp4jax.quant_schemas import disagreements
 
 QUANT_CONFIG_NAME = "hf_quant_config.json"
-_MODELS: dict[str, tuple[Callable[..., Any], Any]] = {MODEL_TYPE: (Qwen3Moe, Qwen3MoeConfig)}
+_MODELS: dict[str, tuple[Callable[..., Any], Any]] = {
+    qwen3_moe.MODEL_TYPE: (Qwen3Moe, Qwen3MoeConfig),
+    ernie45_moe.MODEL_TYPE: (Ernie45Moe, Ernie45MoeConfig),
+}
 _PROGRESS_FROM = 1000  # tensors; smaller checkpoints load faster than a bar is read
 _KV_SCALE = re.compile(r"layers\.(\d+)\.self_attn\.(?:[kv]_proj\.)?([kv]_scale)$")
 
@@ -160,7 +170,9 @@ def _source(reader: Reader, model: Any, path: ParamPath, struct: Any, prefix: st
     if isinstance(owner, Linear):
         whole = [stored.Module(name, None, 0, shape[0])]
         return stored.weight_source(reader, stored.stored_as(reader, name), whole, shape, struct.dtype, decode=False)
-    tensor = stored.Tensor(module_name(path, prefix), shape, stored.FLOATS)
+    full = tensor_name(path, model.TENSOR_NAMES, prefix)
+    row = (1, *shape)  # some models keep their correction bias as one row
+    tensor = stored.Tensor(full, row if full in reader and reader.shape(full) == row else shape, stored.FLOATS)
     return stored.plain_source(reader, [(stored.Module(name, None, 0, shape[0]), tensor)], shape, struct.dtype)
 
 

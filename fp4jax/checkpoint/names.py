@@ -24,9 +24,9 @@ class Slot(NamedTuple):
     start: int = 0
 
 
-def tensor_slots(shapes: Mapping[Path, tuple[int, ...]]) -> dict[str, Slot]:
-    """Tensor name -> slot, for parameters given as path -> shape; experts one by one."""
-    return dict(slot for path, shape in shapes.items() for slot in _slots_of(path, shape))
+def tensor_slots(shapes: Mapping[Path, tuple[int, ...]], renamed: Mapping[str, str] | None = None) -> dict[str, Slot]:
+    """Tensor name -> slot, for parameters given as path -> shape; experts one by one. renamed: see `tensor_name`."""
+    return dict(slot for path, shape in shapes.items() for slot in _slots_of(path, shape, renamed or {}))
 
 
 def stacked_name(path: Path, prefix: str = PREFIX) -> str | None:
@@ -60,9 +60,14 @@ def module_name(path: Path, prefix: str = PREFIX) -> str:
     return prefix.removesuffix(PREFIX) + name if prefix.endswith("." + PREFIX) else name
 
 
-def _slots_of(path: Path, shape: tuple[int, ...]) -> Iterable[tuple[str, Slot]]:
+def tensor_name(path: Path, renamed: Mapping[str, str], prefix: str = PREFIX) -> str:
+    """Of a parameter that is one tensor; renamed: what a model's checkpoints call the last part of some paths."""
+    return ".".join((module_name(path[:-1], prefix), renamed.get(str(path[-1]), str(path[-1]))))
+
+
+def _slots_of(path: Path, shape: tuple[int, ...], renamed: Mapping[str, str]) -> Iterable[tuple[str, Slot]]:
     if path[-1] not in _EXPERTS:
-        yield module_name(path), Slot(path, shape)
+        yield tensor_name(path, renamed), Slot(path, shape)
         return
     for module, expert, start, rows in expert_modules(path, shape):
         yield f"{module}.weight", Slot(path, (rows, shape[-1]), expert, start)

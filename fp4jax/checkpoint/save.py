@@ -38,13 +38,18 @@ def save_model(model: nnx.Module, config: Any, folder: str | os.PathLike, *, max
     for path, value in params.items():
         if isinstance(value, NVFP4Tensor | PackedWeights):
             raise ValueError(f"{'.'.join(map(str, path))} is NVFP4: save the model before quantize_experts")
-    host = {path: np.asarray(jax.device_get(value)).astype(config.dtype) for path, value in params.items()}
+    host = {path: np.asarray(jax.device_get(value)) for path, value in params.items()}
+    host = {
+        path: value if path[-1] == "correction_bias" else value.astype(config.dtype) for path, value in host.items()
+    }
     tensors = {}
-    for name, slot in tensor_slots({path: value.shape for path, value in host.items()}).items():
+    shapes = {path: value.shape for path, value in host.items()}
+    for name, slot in tensor_slots(shapes, getattr(model, "TENSOR_NAMES", {})).items():
         value = host[slot.path]
         if slot.expert is not None:
             value = value[slot.expert, slot.start : slot.start + slot.shape[0]]
-        tensors[name] = np.ascontiguousarray(value)
+        # ERNIE's one group of experts is an axis of its bias.
+        tensors[name] = np.ascontiguousarray(value[None] if ".moe_statics." in name else value)
     _write_shards(tensors, folder, max_shard_bytes)
     _write_text(folder / CONFIG_NAME, json.dumps(config.to_hf(), indent=2) + "\n")
 

@@ -19,7 +19,7 @@ from fp4jax.block_graph import BlockGraph, Bucketed, block_graph, compile_all, h
 from fp4jax.bucket_planner import check_buckets
 from fp4jax.bucketed import place_of
 from fp4jax.layers.moe_block import MoEBlock
-from fp4jax.models.qwen3_moe import DecoderLayer, Qwen3Moe
+from fp4jax.models.decoder import Decoder, DecoderLayer
 
 Cache = list[tuple[jax.Array, jax.Array]]  # keys and values of every layer, [B, kv heads, length, head dim]
 
@@ -41,7 +41,7 @@ class BucketedModel:
 
     def __init__(
         self,
-        model: Qwen3Moe,
+        model: Decoder,
         *,
         buckets: Sequence[int],
         batch_buckets: Sequence[int] = (1, 2, 4, 8),

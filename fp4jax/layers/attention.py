@@ -1,0 +1,99 @@
+"""Causal grouped-query attention with RoPE, over a cache of keys and values or without one."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from fp4jax.layers.dense import Linear, RMSNorm, exact_precision
+
+
+def rope(
+    x: Float[Array, "B S heads D"], positions: Int[Array, "..."], theta: float, *, interleaved: bool = False
+) -> Float[Array, "B S heads D"]:
+    """Rotate pairs by position * theta^(-2i/D), positions [S] or [B, S]; float32 inside.
+
+    Pairs are (x[i], x[i + D/2]), or, interleaved, (x[2i], x[2i + 1]).
+    """
+    half = x.shape[-1] // 2
+    frequency = theta ** -(jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions[..., None, None].astype(jnp.float32) * frequency
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    wide = x.astype(jnp.float32)
+    first, second = (wide[..., ::2], wide[..., 1::2]) if interleaved else jnp.split(wide, 2, axis=-1)
+    rotated = first * cos - second * sin, second * cos + first * sin
+    out = jnp.stack(rotated, axis=-1).reshape(x.shape) if interleaved else jnp.concatenate(rotated, axis=-1)
+    return out.astype(x.dtype)
+
+
+def attention(
+    q: Float[Array, "B S heads D"],
+    k: Float[Array, "B kv_heads K D"],
+    v: Float[Array, "B kv_heads K D"],
+    positions: Int[Array, "..."],
+) -> Float[Array, "B S heads D"]:
+    """Causal grouped-query attention: a query at position p ([S] or [B, S]) sees keys 0..p; softmax in float32."""
+    batch, length, heads, dim = q.shape
+    kv_heads = k.shape[1]
+    precision = exact_precision(q.dtype)
+    q = q.reshape(batch, length, kv_heads, heads // kv_heads, dim)
+    scores = jnp.einsum("bsngd,bnkd->bngsk", q, k, precision=precision, preferred_element_type=jnp.float32)
+    visible = jnp.arange(k.shape[2]) <= positions.reshape(-1, 1, 1, length, 1)
+    probabilities = jax.nn.softmax(jnp.where(visible, scores * dim**-0.5, -jnp.inf), axis=-1).astype(q.dtype)
+    out = jnp.einsum("bngsk,bnkd->bsngd", probabilities, v, precision=precision, preferred_element_type=jnp.float32)
+    return out.astype(q.dtype).reshape(batch, length, heads, dim)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with RoPE; `norm_eps`: an RMSNorm on every query and key head before it."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        theta: float,
+        interleaved: bool = False,
+        norm_eps: float | None = None,
+        dtype: Any,
+        param_dtype: Any,
+        stddev: float,
+        rngs: nnx.Rngs,
+    ):
+        self.head_dim, self.theta, self.interleaved = head_dim, theta, interleaved
+        kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
+        linear: dict[str, Any] = dict(stddev=stddev, rngs=rngs, **kinds)
+        self.q_proj = Linear(hidden_size, num_heads * head_dim, **linear)
+        self.k_proj = Linear(hidden_size, num_kv_heads * head_dim, **linear)
+        self.v_proj = Linear(hidden_size, num_kv_heads * head_dim, **linear)
+        self.o_proj = Linear(num_heads * head_dim, hidden_size, **linear)
+        self.q_norm = self.k_norm = nnx.data(None)
+        if norm_eps is not None:
+            self.q_norm = RMSNorm(head_dim, eps=norm_eps, **kinds)
+            self.k_norm = RMSNorm(head_dim, eps=norm_eps, **kinds)
+
+    def __call__(
+        self, x: jax.Array, start: jax.Array, cache: tuple[jax.Array, jax.Array] | None
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        q, k, v = (p(x).reshape(*x.shape[:2], -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
+        positions = start[..., None] + jnp.arange(x.shape[1], dtype=jnp.int32)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = (rope(part, positions, self.theta, interleaved=self.interleaved) for part in (q, k))
+        k, v = (jnp.swapaxes(part, 1, 2) for part in (k, v))  # heads first, as batched products want the long part
+        if cache is not None:
+            k, v = cache = (_write(cache[0], k, start), _write(cache[1], v, start))
+            # Places beyond the newest token may hold anything: their weight is 0, and 0 * NaN must not reach a sum.
+            v = jnp.where((jnp.arange(v.shape[2]) <= positions[..., -1:])[..., None, :, None], v, 0)
+        out = attention(q, k, v, positions)
+        return self.o_proj(out.reshape(*x.shape[:2], -1)), cache
+
+
+def _write(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+    """[B, heads, S, D] into [B, heads, length, D] from position `start` on, [] for all sequences or one each, [B]."""
+    write = lambda old, new, start: jax.lax.dynamic_update_slice(old, new, (0, start, 0))  # noqa: E731
+    return jax.vmap(write, in_axes=(0, 0, 0 if start.ndim else None))(cache, new.astype(cache.dtype), start)

@@ -1,0 +1,86 @@
+"""Reading and writing `config.json`, of either generation: what the configs of all models have in common."""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from typing import Any
+
+DTYPES = ("bfloat16", "float32")
+# Keys that all models know, with what they must say; an absent one says it.
+_SUPPORTED = {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False, "use_bias": False}
+
+
+def read_hf(
+    config_class: Any,
+    config: Mapping[str, Any],
+    *,
+    model_type: str,
+    absent: Mapping[str, Any],
+    renamed: Mapping[str, str] | None = None,
+) -> Any:
+    """A parsed `config.json` as a config; keys that only concern training or serving are ignored.
+
+    absent: what Hugging Face takes for absent keys, where that is not the class's own default. renamed: {field: other
+    name in the file}. RoPE: `rope_theta` at the top level, or inside `rope_parameters` or `rope_scaling`. Type: `dtype`
+    or `torch_dtype`.
+
+    Raises:
+      ValueError: naming a missing key, or a key whose value asks for something this project does not do.
+    """
+    _refuse_unsupported(config, model_type)
+    values: dict[str, Any] = {}
+    for field in fields(config_class):
+        for key in (field.name, (renamed or {}).get(field.name)):
+            if key is not None and field.name not in values and config.get(key) is not None:
+                values[field.name] = config[key]
+    if "head_dim" not in values and {"hidden_size", "num_attention_heads"} <= values.keys():
+        values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
+    for rope in (config.get("rope_scaling") or {}, config.get("rope_parameters") or {}):
+        if "rope_theta" in rope:
+            values["rope_theta"] = rope["rope_theta"]
+    values["dtype"] = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    for key, value in absent.items():
+        values.setdefault(key, value)
+    missing = [f.name for f in fields(config_class) if f.default is MISSING and f.name not in values]
+    if missing:
+        raise ValueError(f"config.json of {model_type} lacks {', '.join(missing)}")
+    return config_class(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+def write_hf(
+    config: Any, *, model_type: str, architecture: str, renamed: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """The `config.json` that `read_hf` reads back to an equal config."""
+    values = {(renamed or {}).get(f.name, f.name): getattr(config, f.name) for f in fields(config)}
+    values = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+    values["torch_dtype"] = values.pop("dtype")
+    head = {"architectures": [architecture], "model_type": model_type, "hidden_act": "silu", "attention_bias": False}
+    return {**head, **values}
+
+
+def check_shapes(config: Any) -> None:
+    """ValueError for numbers that no model can have."""
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "moe_intermediate_size", "num_key_value_heads"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise ValueError(
+            f"num_attention_heads={config.num_attention_heads} must be a multiple of "
+            f"num_key_value_heads={config.num_key_value_heads}"
+        )
+    if config.head_dim < 2 or config.head_dim % 2:
+        raise ValueError(f"head_dim must be even (RoPE rotates pairs), got {config.head_dim}")
+    if config.dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {DTYPES}, got {config.dtype!r}")
+    if config.intermediate_size < 1 and not all(map(config.is_moe_layer, range(config.num_hidden_layers))):
+        raise ValueError(f"dense layers need a positive intermediate_size, got {config.intermediate_size}")
+
+
+def _refuse_unsupported(config: Mapping[str, Any], model_type: str) -> None:
+    if config.get("model_type") != model_type:
+        raise ValueError(f"model_type {config.get('model_type')!r} is not supported, expected {model_type!r}")
+    ropes = [config.get(key) or {} for key in ("rope_parameters", "rope_scaling")]
+    found = [("rope_type", rope.get("rope_type", rope.get("type", "default")), "default") for rope in ropes]
+    found += [(key, config.get(key) or supported, supported) for key, supported in _SUPPORTED.items()]
+    for key, value, supported in found:
+        if value != supported:
+            raise ValueError(f"{key}={value!r} is not supported by {model_type}, only {supported!r}")
