@@ -3,6 +3,8 @@
 Weights come as a mapping from checkpoint names to arrays, so that the names are tested together with the numbers.
 """
 
+from functools import partial
+
 import numpy as np
 
 
@@ -97,14 +99,14 @@ def mlp(w, p, h):
     return swiglu(h, *(w[f"{p}{name}_proj.weight"] for name in ("gate", "up", "down")))
 
 
-def decoder(config, tensors, ids, turn, experts_of):
-    """Logits [S, V] of one sequence; experts_of(w, prefix, h) is what the experts of a layer add."""
+def decoder(config, tensors, ids, attention_of, experts_of):
+    """Logits [S, V] of one sequence; attention_of and experts_of(w, prefix, h) are what a layer adds."""
     w = {name: np.asarray(value, np.float64) for name, value in tensors.items()}
     x = w["model.embed_tokens.weight"][ids]
     for layer in range(config["num_hidden_layers"]):
         p = f"model.layers.{layer}."
         h = rms_norm(x, w[p + "input_layernorm.weight"], config["rms_norm_eps"])
-        x = x + grouped_attention(config, w, p + "self_attn.", h, turn)
+        x = x + attention_of(w, p + "self_attn.", h)
         h = rms_norm(x, w[p + "post_attention_layernorm.weight"], config["rms_norm_eps"])
         routed = p + "mlp.gate.weight" in w
         x = x + (experts_of(w, p + "mlp.", h) if routed else mlp(w, p + "mlp.", h))
@@ -120,7 +122,7 @@ def qwen3_moe(config, tensors, ids):
         topk_ids, weights = topk_softmax(logits, config["num_experts_per_tok"], config["norm_topk_prob"])
         return experts(h, topk_ids, weights, *stacked_experts(w, p, config["num_experts"]))
 
-    return decoder(config, tensors, ids, rotate, experts_of)
+    return decoder(config, tensors, ids, partial(grouped_attention, config, turn=rotate), experts_of)
 
 
 def ernie45_moe(config, tensors, ids):
@@ -135,4 +137,80 @@ def ernie45_moe(config, tensors, ids):
         y = experts(h, topk_ids, weights, *stacked_experts(w, p, config["moe_num_experts"]))
         return y + (mlp(w, p + "shared_experts.", h) if config["moe_num_shared_experts"] else 0)
 
-    return decoder(config, tensors, ids, rotate_neighbours, experts_of)
+    return decoder(config, tensors, ids, partial(grouped_attention, config, turn=rotate_neighbours), experts_of)
+
+
+def yarn_turn(config):
+    """(vector, position) -> it turned, neighbours as pairs; and what scores are multiplied by."""
+    scaling, dim, theta = config.get("rope_scaling"), config["qk_rope_head_dim"], config["rope_theta"]
+    speed = [theta ** (-2 * i / dim) for i in range(dim // 2)]
+    stretch = score = 1.0
+    if scaling:
+        factor, trained = scaling["factor"], scaling["original_max_position_embeddings"]
+        turns = lambda i: trained * speed[i] / (2 * np.pi)  # noqa: E731
+        # The paper's ramp, in the index of the pair: continuous index at which a pair turns `beta` times in training.
+        index = lambda beta: dim * np.log(trained / (beta * 2 * np.pi)) / (2 * np.log(theta))  # noqa: E731
+        low, high = max(np.floor(index(scaling["beta_fast"])), 0), min(np.ceil(index(scaling["beta_slow"])), dim - 1)
+        for i in range(dim // 2):
+            slow = min(max((i - low) / (high - low), 0), 1)
+            if turns(i) > 2 * scaling["beta_fast"]:
+                assert slow == 0  # far above: left alone
+            speed[i] *= (1 - slow) + slow / factor
+        grow = lambda m: 0.1 * m * np.log(factor) + 1  # noqa: E731
+        stretch = grow(scaling["mscale"]) / grow(scaling["mscale_all_dim"])
+        score = grow(scaling["mscale_all_dim"]) ** 2 if scaling["mscale_all_dim"] else 1.0
+
+    def turn(vector, position):
+        pairs = vector[::2] + 1j * vector[1::2] if config["rope_interleave"] else (
+            vector[: dim // 2] + 1j * vector[dim // 2 :]
+        )  # fmt: skip
+        turned = pairs * np.exp(1j * position * np.array(speed)) * stretch
+        return np.concatenate([turned.real, turned.imag])  # the same order for queries and keys: scores do not see it
+
+    return turn, score
+
+
+def latent_attention(config, w, p, h):
+    """What DeepSeek's attention adds: one latent vector per token makes the keys and values of all heads."""
+    heads, nope, rotated = config["num_attention_heads"], config["qk_nope_head_dim"], config["qk_rope_head_dim"]
+    rank, v_dim, length = config["kv_lora_rank"], config["v_head_dim"], len(h)
+    turn, score = yarn_turn(config)
+    if config["q_lora_rank"] is None:
+        q = h @ w[p + "q_proj.weight"].T
+    else:
+        q = rms_norm(h @ w[p + "q_a_proj.weight"].T, w[p + "q_a_layernorm.weight"], 1e-6) @ w[p + "q_b_proj.weight"].T
+    q = q.reshape(length, heads, nope + rotated)
+    both = h @ w[p + "kv_a_proj_with_mqa.weight"].T
+    latent = rms_norm(both[:, :rank], w[p + "kv_a_layernorm.weight"], 1e-6)
+    kv = (latent @ w[p + "kv_b_proj.weight"].T).reshape(length, heads, nope + v_dim)
+    shared = np.stack([turn(both[s, rank:], s) for s in range(length)])
+    out = np.zeros((length, heads, v_dim))
+    for head in range(heads):
+        for t in range(length):
+            scores = kv[: t + 1, head, :nope] @ q[t, head, :nope] + shared[: t + 1] @ turn(q[t, head, nope:], t)
+            out[t, head] = softmax(scores / np.sqrt(nope + rotated) * score) @ kv[: t + 1, head, nope:]
+    return out.reshape(length, -1) @ w[p + "o_proj.weight"].T
+
+
+def deepseek_v3(config, tensors, ids):
+    """Logits [S, V] of one sequence."""
+
+    def experts_of(w, p, h):
+        scores = sigmoid(h @ w[p + "gate.weight"].T)
+        biased = scores + w[p + "gate.e_score_correction_bias"]
+        number, groups = config["n_routed_experts"], config["n_group"]
+        ids = np.zeros((len(h), config["num_experts_per_tok"]), int)
+        for t in range(len(h)):
+            per_group = biased[t].reshape(groups, -1)
+            value = np.sort(per_group, axis=1)[:, -2:].sum(axis=1)
+            kept = np.argsort(-value, kind="stable")[: config["topk_group"]]
+            allowed = [e for e in range(number) if e // (number // groups) in kept]
+            ids[t] = sorted(allowed, key=lambda e: -biased[t, e])[: config["num_experts_per_tok"]]
+        weights = np.take_along_axis(scores, ids, axis=1)
+        if config["norm_topk_prob"]:
+            weights = weights / weights.sum(axis=1, keepdims=True)
+        weights = weights * config["routed_scaling_factor"]
+        y = experts(h, ids, weights, *stacked_experts(w, p, number))
+        return y + mlp(w, p + "shared_experts.", h)
+
+    return decoder(config, tensors, ids, partial(latent_attention, config), experts_of)

@@ -19,7 +19,10 @@ from fp4jax.layers import BlockFP8Linear, Linear, NVFP4Linear
 from fp4jax.models import Qwen3Moe
 from fp4jax.nvfp4 import NVFP4Tensor
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = [
+    pytest.mark.usefixtures("quick_compile"),
+    pytest.mark.filterwarnings("ignore:.*modules are not as the config says"),
+]
 
 EXPERTS = "model.layers.0.mlp.experts."
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
@@ -90,7 +93,6 @@ def everything(name):
 
 @pytest.mark.parametrize("kind", ["modelopt", "compressed"])
 @pytest.mark.parametrize("chosen", [lambda name: ".experts." in name, everything], ids=["experts", "all"])
-@pytest.mark.filterwarnings("ignore:.*modules are not as the config says")
 def test_weights_decode_to_what_the_tensors_say(make_folder, tmp_path_factory, kind, chosen):
     """W4A16 in float32: the logits of a plain folder that holds the decoded weights."""
     folder, decoded = make_folder(kind, chosen, WEIGHT_ONLY[kind])
@@ -148,7 +150,6 @@ def test_gate_and_up_keep_their_own_scales(make_folder):
 
 
 @pytest.mark.parametrize("kind", ["modelopt", "compressed", "fp8"])
-@pytest.mark.filterwarnings("ignore:.*modules are not as the config says")
 def test_devices_get_their_experts(make_folder, make_mesh, kind):
     folder, _ = make_folder(kind)
     alone, spread = load_model(folder)[0], load_model(folder, mesh=make_mesh(2))[0]
@@ -288,7 +289,6 @@ def spoil(name, index, byte):
         ("fp8", put(UP + "weight_scale_inv", np.zeros((1, 1), np.float32)), [UP + "weight_scale_inv", "0.0"]),
     ],
 )  # fmt: skip
-@pytest.mark.filterwarnings("ignore:.*modules are not as the config says")
 def test_broken_tensors_are_named(make_folder, kind, change, messages):
     folder, _ = make_folder(kind)
     edit(folder, change)

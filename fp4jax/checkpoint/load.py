@@ -35,7 +35,17 @@ from fp4jax.checkpoint.names import (
 from fp4jax.checkpoint.reader import Reader, some
 from fp4jax.checkpoint.save import CONFIG_NAME, model_params
 from fp4jax.layers import EP_AXIS, BlockFP8Linear, ExpertSettings, Linear, MoEBlock, NVFP4Linear, expert_mesh
-from fp4jax.models import Ernie45Moe, Ernie45MoeConfig, Qwen3Moe, Qwen3MoeConfig, ernie45_moe, qwen3_moe
+from fp4jax.models import (
+    DeepseekV3,
+    DeepseekV3Config,
+    Ernie45Moe,
+    Ernie45MoeConfig,
+    Qwen3Moe,
+    Qwen3MoeConfig,
+    deepseek_v3,
+    ernie45_moe,
+    qwen3_moe,
+)
 from fp4jax.nvfp4 import BLOCK_SIZE, NVFP4Tensor
 from fp4jax.quant_config import QuantizationPlan, plan_quantization
 from fp4jax.quant_schemas import disagreements
@@ -44,6 +54,7 @@ QUANT_CONFIG_NAME = "hf_quant_config.json"
 _MODELS: dict[str, tuple[Callable[..., Any], Any]] = {
     qwen3_moe.MODEL_TYPE: (Qwen3Moe, Qwen3MoeConfig),
     ernie45_moe.MODEL_TYPE: (Ernie45Moe, Ernie45MoeConfig),
+    deepseek_v3.MODEL_TYPE: (DeepseekV3, DeepseekV3Config),
 }
 _PROGRESS_FROM = 1000  # tensors; smaller checkpoints load faster than a bar is read
 _KV_SCALE = re.compile(r"layers\.(\d+)\.self_attn\.(?:[kv]_proj\.)?([kv]_scale)$")

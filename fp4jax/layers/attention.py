@@ -10,15 +10,23 @@ from jaxtyping import Array, Float, Int
 from fp4jax.layers.dense import Linear, RMSNorm, exact_precision
 
 
+def rope_frequency(theta: float, dim: int) -> Float[Array, "half"]:
+    """theta^(-2i / dim) for every pair i."""
+    half = dim // 2
+    return theta ** -(jnp.arange(half, dtype=jnp.float32) / half)
+
+
 def rope(
-    x: Float[Array, "B S heads D"], positions: Int[Array, "..."], theta: float, *, interleaved: bool = False
+    x: Float[Array, "B S heads D"],
+    positions: Int[Array, "..."],
+    frequency: Float[Array, "half"],
+    *,
+    interleaved: bool = False,
 ) -> Float[Array, "B S heads D"]:
-    """Rotate pairs by position * theta^(-2i/D), positions [S] or [B, S]; float32 inside.
+    """Rotate pairs by position * frequency [D / 2], positions [S] or [B, S]; float32 inside.
 
     Pairs are (x[i], x[i + D/2]), or, interleaved, (x[2i], x[2i + 1]).
     """
-    half = x.shape[-1] // 2
-    frequency = theta ** -(jnp.arange(half, dtype=jnp.float32) / half)
     angle = positions[..., None, None].astype(jnp.float32) * frequency
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     wide = x.astype(jnp.float32)
@@ -31,19 +39,26 @@ def rope(
 def attention(
     q: Float[Array, "B S heads D"],
     k: Float[Array, "B kv_heads K D"],
-    v: Float[Array, "B kv_heads K D"],
+    v: Float[Array, "B kv_heads K V"],
     positions: Int[Array, "..."],
-) -> Float[Array, "B S heads D"]:
-    """Causal grouped-query attention: a query at position p ([S] or [B, S]) sees keys 0..p; softmax in float32."""
+    *,
+    scale: float | None = None,
+) -> Float[Array, "B S heads V"]:
+    """Causal grouped-query attention: a query at position p ([S] or [B, S]) sees keys 0..p; softmax in float32.
+
+    scale: of the scores, None: 1 / sqrt(D).
+    """
     batch, length, heads, dim = q.shape
     kv_heads = k.shape[1]
     precision = exact_precision(q.dtype)
     q = q.reshape(batch, length, kv_heads, heads // kv_heads, dim)
     scores = jnp.einsum("bsngd,bnkd->bngsk", q, k, precision=precision, preferred_element_type=jnp.float32)
     visible = jnp.arange(k.shape[2]) <= positions.reshape(-1, 1, 1, length, 1)
-    probabilities = jax.nn.softmax(jnp.where(visible, scores * dim**-0.5, -jnp.inf), axis=-1).astype(q.dtype)
+    probabilities = jax.nn.softmax(
+        jnp.where(visible, scores * (dim**-0.5 if scale is None else scale), -jnp.inf), axis=-1
+    ).astype(q.dtype)
     out = jnp.einsum("bngsk,bnkd->bsngd", probabilities, v, precision=precision, preferred_element_type=jnp.float32)
-    return out.astype(q.dtype).reshape(batch, length, heads, dim)
+    return out.astype(q.dtype).reshape(batch, length, heads, v.shape[-1])
 
 
 class Attention(nnx.Module):
@@ -83,17 +98,18 @@ class Attention(nnx.Module):
         positions = start[..., None] + jnp.arange(x.shape[1], dtype=jnp.int32)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = (rope(part, positions, self.theta, interleaved=self.interleaved) for part in (q, k))
+        frequency = rope_frequency(self.theta, self.head_dim)
+        q, k = (rope(part, positions, frequency, interleaved=self.interleaved) for part in (q, k))
         k, v = (jnp.swapaxes(part, 1, 2) for part in (k, v))  # heads first, as batched products want the long part
         if cache is not None:
-            k, v = cache = (_write(cache[0], k, start), _write(cache[1], v, start))
+            k, v = cache = (write_cache(cache[0], k, start), write_cache(cache[1], v, start))
             # Places beyond the newest token may hold anything: their weight is 0, and 0 * NaN must not reach a sum.
             v = jnp.where((jnp.arange(v.shape[2]) <= positions[..., -1:])[..., None, :, None], v, 0)
         out = attention(q, k, v, positions)
         return self.o_proj(out.reshape(*x.shape[:2], -1)), cache
 
 
-def _write(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+def write_cache(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
     """[B, heads, S, D] into [B, heads, length, D] from position `start` on, [] for all sequences or one each, [B]."""
     write = lambda old, new, start: jax.lax.dynamic_update_slice(old, new, (0, start, 0))  # noqa: E731
     return jax.vmap(write, in_axes=(0, 0, 0 if start.ndim else None))(cache, new.astype(cache.dtype), start)

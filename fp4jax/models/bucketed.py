@@ -52,6 +52,7 @@ class BucketedModel:
             raise ValueError(f"max_length must be 1..{model.config.max_position_embeddings}, got {max_length}")
         buckets, batch_buckets = check_buckets(buckets), check_buckets(batch_buckets)
         self.config, self.max_length = model.config, max_length
+        self._cache_parts = model.cache_parts(model.config)
         # A bucket's pads are written too, behind the tokens: they must not be pushed back by the end of the cache.
         self._cache_length = max_length + max(buckets)
         options: dict[str, Any] = dict(static_argnames=("structure",), compiler_options=compiler_options)
@@ -177,9 +178,9 @@ class BucketedModel:
         return self._zeros(batch)
 
     def _make_zeros(self, batch):
-        c = self.config
-        shape = (batch, c.num_key_value_heads, self._cache_length, c.head_dim)
-        return [(jnp.zeros(shape, c.dtype), jnp.zeros(shape, c.dtype)) for _ in range(c.num_hidden_layers)]
+        zeros = lambda heads, dim: jnp.zeros((batch, heads, self._cache_length, dim), self.config.dtype)  # noqa: E731
+        keys, values = self._cache_parts
+        return [(zeros(*keys), zeros(*values)) for _ in range(self.config.num_hidden_layers)]
 
 
 # --- the blocks: functions of a list of weights ---

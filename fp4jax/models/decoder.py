@@ -34,10 +34,10 @@ class DecoderConfig(Protocol):
 
 
 class KVCache(NamedTuple):
-    """Keys and values of all layers at a fixed maximum length; the first `length` positions are filled."""
+    """Keys and values of all layers (or what `cache_parts` says); the first `length` positions are filled."""
 
-    keys: Float[Array, "layers B heads S D"]
-    values: Float[Array, "layers B heads S D"]
+    keys: Float[Array, "layers B heads_k S D"]
+    values: Float[Array, "layers B heads_v S V"]
     length: Int[Array, ""]
 
 
@@ -121,6 +121,12 @@ class Decoder(nnx.Module):
             )
 
     @staticmethod
+    def cache_parts(config: Any) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(heads, dim) of the two arrays that a layer's cache holds: keys and values."""
+        part = config.num_key_value_heads, config.head_dim
+        return part, part
+
+    @staticmethod
     def make_attention(config: Any, **parts: Any) -> nnx.Module:
         """The attention of every layer; parts: dtype, param_dtype, stddev and rngs."""
         raise NotImplementedError
@@ -176,9 +182,11 @@ class Decoder(nnx.Module):
 
     def init_cache(self, batch: int, max_length: int) -> KVCache:
         """An empty cache for `max_length` positions."""
-        c = self.config
-        shape = (c.num_hidden_layers, batch, c.num_key_value_heads, max_length, c.head_dim)
-        return KVCache(jnp.zeros(shape, c.dtype), jnp.zeros(shape, c.dtype), jnp.int32(0))
+        layers, dtype = self.config.num_hidden_layers, self.config.dtype
+        keys, values = (
+            jnp.zeros((layers, batch, heads, max_length, dim), dtype) for heads, dim in self.cache_parts(self.config)
+        )
+        return KVCache(keys, values, jnp.int32(0))
 
     def moe_blocks(self) -> list[MoEBlock]:
         """The expert blocks, first layer first."""

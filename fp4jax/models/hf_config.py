@@ -1,6 +1,6 @@
 """Reading and writing `config.json`, of either generation: what the configs of all models have in common."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -16,23 +16,25 @@ def read_hf(
     model_type: str,
     absent: Mapping[str, Any],
     renamed: Mapping[str, str] | None = None,
+    rope_types: Sequence[str] = ("default",),
 ) -> Any:
     """A parsed `config.json` as a config; keys that only concern training or serving are ignored.
 
     absent: what Hugging Face takes for absent keys, where that is not the class's own default. renamed: {field: other
-    name in the file}. RoPE: `rope_theta` at the top level, or inside `rope_parameters` or `rope_scaling`. Type: `dtype`
-    or `torch_dtype`.
+    name in the file}. rope_types: kinds of RoPE that the model has; `rope_theta` stands at the top level, or inside
+    `rope_parameters` or `rope_scaling`. Type: `dtype` or `torch_dtype`.
 
     Raises:
       ValueError: naming a missing key, or a key whose value asks for something this project does not do.
     """
-    _refuse_unsupported(config, model_type)
+    _refuse_unsupported(config, model_type, rope_types)
     values: dict[str, Any] = {}
     for field in fields(config_class):
         for key in (field.name, (renamed or {}).get(field.name)):
             if key is not None and field.name not in values and config.get(key) is not None:
                 values[field.name] = config[key]
-    if "head_dim" not in values and {"hidden_size", "num_attention_heads"} <= values.keys():
+    names = {field.name for field in fields(config_class)}
+    if "head_dim" in names - values.keys() and {"hidden_size", "num_attention_heads"} <= values.keys():
         values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
     for rope in (config.get("rope_scaling") or {}, config.get("rope_parameters") or {}):
         if "rope_theta" in rope:
@@ -43,7 +45,14 @@ def read_hf(
     missing = [f.name for f in fields(config_class) if f.default is MISSING and f.name not in values]
     if missing:
         raise ValueError(f"config.json of {model_type} lacks {', '.join(missing)}")
-    return config_class(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    return config_class(**as_fields(config_class, values))
+
+
+def as_fields(config_class: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What JSON has as types of a dataclass: lists as tuples, whole numbers as floats where it wants them."""
+    floats = {field.name for field in fields(config_class) if field.type in (float, "float")}
+    found = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    return {key: float(v) if key in floats and type(v) is int else v for key, v in found.items()}
 
 
 def write_hf(
@@ -75,11 +84,16 @@ def check_shapes(config: Any) -> None:
         raise ValueError(f"dense layers need a positive intermediate_size, got {config.intermediate_size}")
 
 
-def _refuse_unsupported(config: Mapping[str, Any], model_type: str) -> None:
+def _refuse_unsupported(config: Mapping[str, Any], model_type: str, rope_types: Sequence[str]) -> None:
     if config.get("model_type") != model_type:
         raise ValueError(f"model_type {config.get('model_type')!r} is not supported, expected {model_type!r}")
     ropes = [config.get(key) or {} for key in ("rope_parameters", "rope_scaling")]
-    found = [("rope_type", rope.get("rope_type", rope.get("type", "default")), "default") for rope in ropes]
+    for rope in ropes:
+        if (kind := rope.get("rope_type", rope.get("type", "default"))) not in rope_types:
+            raise ValueError(
+                f"rope_type={kind!r} is not supported by {model_type}, only {', '.join(map(repr, rope_types))}"
+            )
+    found = []
     found += [(key, config.get(key) or supported, supported) for key, supported in _SUPPORTED.items()]
     for key, value, supported in found:
         if value != supported:

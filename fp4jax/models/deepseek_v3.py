@@ -1,0 +1,141 @@
+"""DeepSeek-V3: latent attention, routing by sigmoid within groups of experts, an expert that all tokens share.
+
+Experts are chosen by sigmoid(logits) + bias among those of the groups whose two best sums are largest, and weighted by
+sigmoid(logits), divided by the chosen ones' sum, times `routed_scaling_factor`.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from flax import nnx
+
+from fp4jax.layers.dense import MLP
+from fp4jax.layers.latent_attention import LatentAttention, Yarn
+from fp4jax.layers.moe_block import MoEBlock, RoutingConfig
+from fp4jax.models.decoder import Decoder
+from fp4jax.models.hf_config import as_fields, check_shapes, read_hf, write_hf
+
+MODEL_TYPE = "deepseek_v3"
+_RENAMED = {"num_experts": "n_routed_experts"}
+
+
+@dataclasses.dataclass(frozen=True)
+class DeepseekV3Config:
+    """Shapes and constants under Hugging Face's names, but for `num_experts` (`n_routed_experts`) and `yarn`."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    q_lora_rank: int | None = None
+    intermediate_size: int = 0
+    n_shared_experts: int = 1
+    n_group: int = 1
+    topk_group: int = 1
+    routed_scaling_factor: float = 1.0
+    norm_topk_prob: bool = True
+    first_k_dense_replace: int = 0
+    moe_layer_freq: int = 1
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_interleave: bool = True
+    yarn: Yarn | None = None
+    max_position_embeddings: int = 4096
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    dtype: str = "bfloat16"
+
+    @property
+    def head_dim(self) -> int:
+        """Of queries and keys."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Every head has its own keys and values."""
+        return self.num_attention_heads
+
+    def __post_init__(self) -> None:
+        for name in ("kv_lora_rank", "qk_nope_head_dim", "v_head_dim", "moe_layer_freq"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.qk_rope_head_dim < 2 or self.qk_rope_head_dim % 2:
+            raise ValueError(f"qk_rope_head_dim must be even (RoPE rotates pairs), got {self.qk_rope_head_dim}")
+        check_shapes(self)
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether `layer` has experts: the first `first_k_dense_replace` have none."""
+        return layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> "DeepseekV3Config":
+        """Read a parsed `config.json`, see `hf_config.read_hf`; RoPE may be scaled by YaRN."""
+        for key, supported in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc")):
+            if config.get(key, supported) != supported:
+                raise ValueError(f"{key}={config[key]!r} is not supported by {MODEL_TYPE}, only {supported!r}")
+        scaling = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+        found = read_hf(cls, config, model_type=MODEL_TYPE, absent={}, renamed=_RENAMED, rope_types=("default", "yarn"))
+        if scaling.get("rope_type", scaling.get("type", "default")) != "yarn":
+            return found
+        names = {field.name for field in dataclasses.fields(Yarn)}
+        try:
+            yarn = Yarn(**as_fields(Yarn, {key: value for key, value in scaling.items() if key in names}))
+        except TypeError as error:
+            raise ValueError(f"rope_scaling of type yarn: {error}") from error
+        return dataclasses.replace(found, yarn=yarn)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The `config.json` that `from_hf` reads back to an equal config."""
+        values = write_hf(self, model_type=MODEL_TYPE, architecture="DeepseekV3ForCausalLM", renamed=_RENAMED)
+        yarn = values.pop("yarn")
+        values |= {
+            "num_key_value_heads": self.num_key_value_heads,
+            "scoring_func": "sigmoid",
+            "topk_method": "noaux_tc",
+        }
+        return values if yarn is None else {**values, "rope_scaling": {"type": "yarn", **dataclasses.asdict(yarn)}}
+
+
+class DeepseekV3(Decoder):
+    """See `Decoder`; its cache holds latents and shared keys."""
+
+    TENSOR_NAMES: ClassVar[dict[str, str]] = {"correction_bias": "gate.e_score_correction_bias"}
+
+    @staticmethod
+    def cache_parts(config: DeepseekV3Config) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(heads, dim) of both arrays of a cache."""
+        return (1, config.kv_lora_rank), (1, config.qk_rope_head_dim)
+
+    @staticmethod
+    def make_attention(config: DeepseekV3Config, **parts: Any) -> LatentAttention:
+        """Latent attention."""
+        return LatentAttention(
+            config.hidden_size, config.num_attention_heads, q_lora_rank=config.q_lora_rank,
+            kv_lora_rank=config.kv_lora_rank, qk_nope_head_dim=config.qk_nope_head_dim,
+            qk_rope_head_dim=config.qk_rope_head_dim, v_head_dim=config.v_head_dim, theta=config.rope_theta,
+            interleaved=config.rope_interleave, yarn=config.yarn, **parts,
+        )  # fmt: skip
+
+    @staticmethod
+    def make_mlp(config: DeepseekV3Config, layer: int, **parts: Any) -> nnx.Module:
+        """Experts, and shared ones that are one wide MLP."""
+        if not config.is_moe_layer(layer):
+            return MLP(config.hidden_size, config.intermediate_size, **parts)
+        router = RoutingConfig(
+            config.num_experts, config.num_experts_per_tok, scoring="sigmoid", renormalize=config.norm_topk_prob,
+            correction_bias=True, num_groups=config.n_group, topk_groups=config.topk_group,
+            routed_scaling_factor=config.routed_scaling_factor,
+        )  # fmt: skip
+        shared = config.moe_intermediate_size * config.n_shared_experts
+        return MoEBlock(
+            config.hidden_size, config.moe_intermediate_size, router, shared_intermediate_size=shared or None,
+            path=f"model.layers.{layer}.mlp", **parts,
+        )  # fmt: skip
