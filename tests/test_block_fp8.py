@@ -57,7 +57,7 @@ def test_weights_have_the_bits_of_numpy(rng, n, k, jit):
 
 
 @hypothesis.given(tokens=st.integers(1, 40), n=st.integers(1, 300), k=st.integers(1, 400), seed=st.integers(0, 99))
-@hypothesis.settings(max_examples=5)
+@hypothesis.settings(max_examples=3)
 def test_product(tokens, n, k, seed):
     rng = np.random.default_rng(seed)
     x, w = np.asarray(rng.standard_normal((tokens, k)) * 3, jnp.bfloat16), weights(rng, n, k)

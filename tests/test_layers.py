@@ -10,6 +10,7 @@ from model_oracles import calc_diff, sigmoid, silu, swiglu
 
 from fp4jax import implementations, nvfp4
 from fp4jax.layers import ExpertSettings, Linear, MoEBlock, NVFP4Linear, RMSNorm, RoutingConfig
+from fp4jax.layers.attention import attention
 from fp4jax.packed_weights import PackedWeights
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -48,6 +49,29 @@ def test_linear(rng, kinds, tolerance):
     found = linear(x)
     assert found.dtype == kinds["dtype"]
     np.testing.assert_allclose(f64(found), expected, rtol=tolerance, atol=1e-6 if kinds is F32 else 1e-3)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("batch", "length", "places", "heads", "kv_heads", "dim", "v_dim"),
+    [(2, 12, 12, 4, 2, 16, 16), (2, 5, 12, 4, 4, 24, 12), (1, 7, 7, 3, 1, 16, 16), (8, 1, 12, 6, 2, 16, 16)],
+)
+def test_attention(rng, dtype, batch, length, places, heads, kv_heads, dim, v_dim):
+    """Queries are the last places of their sequence; in bfloat16 too, several sequences at once."""
+    q, k, v = (
+        jnp.asarray(rng.standard_normal(shape), dtype)
+        for shape in ((batch, length, heads, dim), (batch, kv_heads, places, dim), (batch, kv_heads, places, v_dim))
+    )
+    positions = jnp.arange(places - length, places)
+    got = jax.jit(attention)(q, k, v, jnp.broadcast_to(positions, (batch, length)) if length == 1 else positions)
+    wide_q, wide_k, wide_v = (np.asarray(a, np.float64) for a in (q, k, v))
+    expected = np.zeros((batch, length, heads, v_dim))
+    for b, t, h in np.ndindex(batch, length, heads):
+        seen = slice(0, places - length + t + 1)
+        keys, values = (a[b, h // (heads // kv_heads), seen] for a in (wide_k, wide_v))
+        expected[b, t, h] = model_oracles.softmax(keys @ wide_q[b, t, h] / np.sqrt(dim)) @ values
+    assert got.dtype == dtype
+    np.testing.assert_allclose(np.asarray(got, np.float64), expected, atol=2e-6 if dtype == jnp.float32 else 0.02)
 
 
 @pytest.mark.parametrize("rows", [1, 2])

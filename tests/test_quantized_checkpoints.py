@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -66,12 +67,19 @@ def fp8(tensors, module, rng):
     return codes.astype(np.float64) * wide
 
 
+@pytest.fixture(scope="session")
+def plain_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plain")
+    save_model(*make_model(), folder)
+    return folder
+
+
 @pytest.fixture
-def make_folder(tmp_path):
+def make_folder(tmp_path, plain_folder):
     """(kind, which modules) -> a folder, and {module: decoded weight} of what was quantized in it."""
 
     def make(kind, chosen=lambda name: ".experts." in name, config=None):
-        save_model(*make_model(), tmp_path)
+        shutil.copytree(plain_folder, tmp_path, dirs_exist_ok=True)
         rng, decoded = np.random.default_rng(7), {}
 
         def change(tensors):
@@ -91,8 +99,11 @@ def everything(name):
     return name.endswith("_proj.weight")
 
 
-@pytest.mark.parametrize("kind", ["modelopt", "compressed"])
-@pytest.mark.parametrize("chosen", [lambda name: ".experts." in name, everything], ids=["experts", "all"])
+@pytest.mark.parametrize(
+    ("kind", "chosen"),
+    [("modelopt", everything), ("compressed", lambda name: ".experts." in name)],
+    ids=["modelopt, all", "compressed, experts"],
+)
 def test_weights_decode_to_what_the_tensors_say(make_folder, tmp_path_factory, kind, chosen):
     """W4A16 in float32: the logits of a plain folder that holds the decoded weights."""
     folder, decoded = make_folder(kind, chosen, WEIGHT_ONLY[kind])
@@ -307,6 +318,8 @@ def test_promises_that_the_tensors_do_not_keep(tmp_path, make_folder):
     with pytest.raises(ValueError, match="needs a quantization config"):
         edit_config(folder, quantization_config=None)
         load_model(folder, quantization=REFERENCE)
+    with pytest.raises(ValueError, match="input_scales must be 'stored' or 'per_token', got 'none'"):
+        load_model(folder, input_scales="none")
 
 
 def test_a_truncated_shard_loads_nothing(tmp_path):

@@ -1,5 +1,6 @@
 """Causal grouped-query attention with RoPE, over a cache of keys and values or without one."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -50,15 +51,19 @@ def attention(
     """
     batch, length, heads, dim = q.shape
     kv_heads = k.shape[1]
+    # One axis of sequences and key heads, one of query heads and places: the plain batched products of libraries. (With
+    # four axes XLA:CPU of JAX 0.11 and 0.12 refuses bf16 at run time.)
     precision = exact_precision(q.dtype)
-    q = q.reshape(batch, length, kv_heads, heads // kv_heads, dim)
-    scores = jnp.einsum("bsngd,bnkd->bngsk", q, k, precision=precision, preferred_element_type=jnp.float32)
+    grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, dim).transpose(0, 2, 3, 1, 4)
+    product = partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
+    flat = lambda a: a.reshape(batch * kv_heads, -1, a.shape[-1])  # noqa: E731
+    scores = product("xqd,xkd->xqk", flat(grouped), flat(k)).reshape(*grouped.shape[:-1], -1)
     visible = jnp.arange(k.shape[2]) <= positions.reshape(-1, 1, 1, length, 1)
-    probabilities = jax.nn.softmax(
-        jnp.where(visible, scores * (dim**-0.5 if scale is None else scale), -jnp.inf), axis=-1
-    ).astype(q.dtype)
-    out = jnp.einsum("bngsk,bnkd->bsngd", probabilities, v, precision=precision, preferred_element_type=jnp.float32)
-    return out.astype(q.dtype).reshape(batch, length, heads, v.shape[-1])
+    scores = jnp.where(visible, scores * (dim**-0.5 if scale is None else scale), -jnp.inf)
+    probabilities = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    out = product("xqk,xkd->xqd", flat(probabilities), flat(v)).astype(q.dtype)
+    out = out.reshape(batch, kv_heads, heads // kv_heads, length, -1).transpose(0, 3, 1, 2, 4)
+    return out.reshape(batch, length, heads, -1)
 
 
 class Attention(nnx.Module):

@@ -1,0 +1,174 @@
+"""A report on a folder before it is loaded: formats, scales, what runs as what, memory, and whether it loads at all."""
+
+import collections
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from fp4jax.checkpoint.match import Match, activations_of, match_folder
+from fp4jax.checkpoint.names import module_name, stacked_name
+from fp4jax.checkpoint.reader import Reader
+
+# Suffix of the global scale -> of the input scale.
+_SCALES = {"weight_scale_2": "input_scale", "weight_global_scale": "input_global_scale"}
+_FOUR_OVER_SIX_MAX = 256.0  # largest block scale that leaves room for values of 6 where 4 was chosen as the top
+RATIOS = (1.0, 1.001, 1.1, 2.0, 10.0)  # edges of the histogram of gate and up scales; the last bin is open
+_PROGRESS_FROM = 1000
+
+
+def inspect_folder(
+    folder: str | os.PathLike,
+    *,
+    quantization: Mapping[str, Any] | str | None = None,
+    ep: int = 1,
+    input_scales: str = "stored",
+) -> dict[str, Any]:
+    """What `load_model` would make of a folder, as a JSON object; reads headers and scales, no weights.
+
+    Keys: loads, problems (why not), plan (text), formats ({how it is stored: parameters}), runs_as ({method: modules}),
+    disagreements (of the config's exclude list and the tensors), scales (see `_scales`), bytes_per_device with `ep`
+    devices, experts split over them and the rest on each.
+
+    Raises:
+      FileNotFoundError, ValueError: only where there is nothing to report on: no readable folder, or an `ep` below 1.
+    """
+    if ep < 1:
+        raise ValueError(f"ep must be at least 1, got {ep}")
+    folder = Path(folder)
+    report: dict[str, Any] = {"folder": str(folder), "loads": False, "problems": []}
+    scales = _scales(Reader(folder))
+    report["scales"], report["problems"] = scales, list(scales.pop("problems"))
+    try:
+        match = match_folder(folder, quantization, input_scales=input_scales)
+    except (ValueError, FileNotFoundError) as error:
+        report["problems"].insert(0, str(error))
+        return report
+    found = _match_report(match, ep)
+    report["problems"] += found.pop("problems")
+    report |= found
+    report["loads"] = not report["problems"]
+    return report
+
+
+def _match_report(match: Match, ep: int) -> dict[str, Any]:
+    formats, runs = collections.Counter(), collections.Counter()
+    sizes = collections.Counter(dict.fromkeys(("experts", "other"), 0))
+    for path, source in match.sources.items():
+        expert = stacked_name(path) is not None
+        name = module_name(path[:-1], match.prefix) + (".experts" if expert else "")
+        formats[source.stored] += 1
+        method = match.plan.method(name)
+        linear = expert or (path[-1] == "weight" and any(f"{name}.weight" in t.name for t in source.tensors))
+        online = source.stored == "bf16" and method.online and "norm" not in name and "embed" not in name and linear
+        leaves = source.leaves.values()
+        size = sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in leaves)
+        kind = "bf16" if "" in source.leaves else source.stored
+        if online:
+            bits = {"nvfp4": 4.5, "block_wise_fp8": 8}[method.format]
+            size, kind = int(sum(math.prod(leaf.shape) for leaf in leaves) * bits / 8), f"{method.format}, from bf16"
+        if "nvfp4" in kind or kind in ("modelopt", "compressed_tensors"):
+            kind += f", activations {activations_of(match.plan, source, name)}"
+        runs[kind] += 1
+        sizes["experts" if expert else "other"] += size
+    if sizes["experts"] and match.config.num_experts % ep:
+        problems = [f"{match.config.num_experts} experts cannot be split over {ep} devices"]
+    else:
+        problems = []
+    return {
+        "model_type": match.config.to_hf()["model_type"],
+        "plan": str(match.plan),
+        "formats": dict(formats),
+        "runs_as": dict(runs),
+        "disagreements": match.disagreements,
+        "bytes_per_device": {"experts": -(-sizes["experts"] // ep), "other": sizes["other"], "ep": ep},
+        "problems": problems,
+    }
+
+
+def _scales(reader: Reader) -> dict[str, Any]:
+    """Of all NVFP4 layers: how many, block scales of zero (a part of all) and the largest, ratios of gate to up.
+
+    four_over_six: whether no block scale is above the bound of that choice. problems: scales that are NaN, infinite,
+    zero or negative, or that should be there.
+    """
+    modules = sorted(
+        (name.removesuffix(f".{suffix}"), suffix)
+        for name in reader.names()
+        for suffix in _SCALES
+        if name.endswith(f".{suffix}")
+    )
+    problems: list[str] = []
+    zeros = total = 0
+    largest, missing, ratios = 0.0, [], []
+    globals_: dict[str, float] = {}
+    for module, suffix in tqdm(modules, unit="layer", desc="scales", disable=len(modules) < _PROGRESS_FROM):
+        blocks = f"{module}.weight_scale"
+        if blocks not in reader:
+            problems.append(f"{blocks} is missing")
+        elif reader.dtype(blocks) == "F8_E4M3":
+            values = reader.read(blocks)
+            codes = values.view(np.uint8) & 0x7F
+            if (codes == 0x7F).any():
+                problems.append(f"{reader.file_of(blocks)}: tensor {blocks} has nan")
+            zeros, total = zeros + int((codes == 0).sum()), total + codes.size
+            largest = max(largest, float(np.where(codes == 0x7F, 0, values.astype(np.float32)).max(initial=0)))
+        for name in (f"{module}.{suffix}", f"{module}.{_SCALES[suffix]}"):
+            if name not in reader:
+                missing.append(name)
+                continue
+            found = np.ravel(reader.read(name).astype(np.float64))
+            if not (found.size == 1 and np.isfinite(found[0]) and found[0] > 0):
+                problems.append(
+                    f"{reader.file_of(name)}: tensor {name} has {found.tolist()}; it must be one positive number"
+                )
+            elif name.endswith(suffix):
+                globals_[module] = float(found[0])
+    for module, gate in globals_.items():
+        up = globals_.get(module.removesuffix("gate_proj") + "up_proj") if module.endswith(".gate_proj") else None
+        if up is not None:
+            ratios.append(max(gate, up) / min(gate, up))
+    counts = np.histogram(ratios, [*RATIOS, np.inf])[0].tolist() if ratios else []
+    return {
+        "layers": len(modules),
+        "zero_block_scales": zeros / total if total else 0.0,
+        "largest_block_scale": largest,
+        "four_over_six": bool(modules) and 0 < largest <= _FOUR_OVER_SIX_MAX,
+        "gate_up_ratios": {"edges": list(RATIOS), "counts": counts, "largest": max(ratios, default=1.0)},
+        "input_scales_missing": len(missing),
+        "problems": problems,
+    }
+
+
+def as_text(report: Mapping[str, Any]) -> str:
+    """The report for people."""
+    lines = [f"{report['folder']}: {'loads' if report['loads'] else 'DOES NOT LOAD'}"]
+    lines += [f"  problem: {problem}" for problem in report["problems"]]
+    if "plan" in report:
+        lines += [f"model: {report['model_type']}", *report["plan"].splitlines()]
+        for title, key in (("parameters stored as", "formats"), ("parameters that run as", "runs_as")):
+            lines.append(f"{title}: " + ", ".join(f"{kind}: {count}" for kind, count in report[key].items()))
+        size = report["bytes_per_device"]
+        whole = (size["experts"] + size["other"]) / 2**30
+        lines.append(
+            f"memory per device with ep={size['ep']}: {whole:.2f} GiB, of which experts {size['experts'] / 2**30:.2f}"
+        )
+        lines += [f"config and tensors differ: {line}" for line in report["disagreements"][:10]]
+        if len(report["disagreements"]) > 10:
+            lines.append(f"... and {len(report['disagreements']) - 10} more")
+    scales = report["scales"]
+    if scales["layers"]:
+        lines.append(
+            f"NVFP4 layers: {scales['layers']}; block scales: {scales['zero_block_scales']:.2%} zero, largest "
+            f"{scales['largest_block_scale']:g}{' (four-over-six)' if scales['four_over_six'] else ''}; "
+            f"{scales['input_scales_missing']} input scales missing"
+        )
+        ratios = scales["gate_up_ratios"]
+        if ratios["counts"]:
+            bins = [f"{count} from {edge:g}" for edge, count in zip(ratios["edges"], ratios["counts"], strict=True)]
+            lines.append(f"gate and up scales differ by a factor: {', '.join(bins)}; largest {ratios['largest']:.3g}")
+    return "\n".join(lines)

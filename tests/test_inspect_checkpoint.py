@@ -1,0 +1,116 @@
+"""The report on a folder: what it counts, and that it says of every broken folder that it does not load."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_checkpoint import edit, make_model
+from test_quant_config import REFERENCE
+from test_quantized_checkpoints import EXPERTS, UP, WEIGHT_ONLY, make_folder, plain_folder, put, spoil
+
+from fp4jax.checkpoint import load_model, save_model
+from fp4jax.checkpoint.inspect import as_text, inspect_folder
+
+__all__ = ["make_folder", "plain_folder"]  # fixtures
+
+ROOT = Path(__file__).parent.parent
+pytestmark = [
+    pytest.mark.usefixtures("quick_compile"),
+    pytest.mark.filterwarnings("ignore:.*modules are not as the config says"),
+]
+
+
+def loaded_bytes(folder, **options):
+    model, _ = load_model(folder, **options)
+    import jax
+    from flax import nnx
+
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def test_counts(make_folder):
+    folder, _ = make_folder("modelopt")
+    edit(folder, put(EXPERTS + "1.gate_proj.weight_scale_2", np.float32(1)))
+    edit(folder, put(EXPERTS + "1.up_proj.weight_scale_2", np.float32(0.25)))
+    report = inspect_folder(folder)
+    assert report["loads"] and not report["problems"]
+    assert report["formats"]["modelopt"] == 2  # w13 and w2 of the one layer with experts
+    assert report["runs_as"]["modelopt, activations nvfp4"] == 2
+    scales = report["scales"]
+    assert scales["layers"] == 12 and scales["input_scales_missing"] == 0
+    assert sum(scales["gate_up_ratios"]["counts"]) == 4
+    assert scales["gate_up_ratios"]["largest"] == 4 and scales["gate_up_ratios"]["counts"][3] >= 1
+    assert 0 < scales["largest_block_scale"] <= 256 and scales["four_over_six"]
+    edit(folder, spoil(UP + "weight_scale", (0, 0), 0x7E))  # 448
+    edit(folder, spoil(UP + "weight_scale", (0, 1), 0))
+    scales = inspect_folder(folder)["scales"]
+    assert scales["largest_block_scale"] == 448 and not scales["four_over_six"]
+    assert scales["zero_block_scales"] == pytest.approx(1 / (8 * 16 * 2 + 4 * 32))
+    assert "are bf16" in as_text(report) and "factor: " in as_text(report)
+
+
+@pytest.mark.parametrize("kind", ["modelopt", "compressed", "fp8"])
+def test_memory_is_what_loading_takes(make_folder, kind):
+    folder, _ = make_folder(kind, config=WEIGHT_ONLY.get(kind))
+    size = inspect_folder(folder)["bytes_per_device"]
+    assert size["experts"] + size["other"] == loaded_bytes(folder)
+    half = inspect_folder(folder, ep=2)["bytes_per_device"]
+    assert half["experts"] == size["experts"] / 2 and half["other"] == size["other"]
+    assert "3 devices" in inspect_folder(folder, ep=3)["problems"][0]
+
+
+def test_what_is_quantized_while_loading(tmp_path):
+    save_model(*make_model(), tmp_path)
+    mixed = {"quantization": "mix_quant", "dense_quant_type": "block_wise_fp8", "moe_quant_type": "modelopt_fp4"}
+    report = inspect_folder(tmp_path, quantization=mixed)
+    assert report["runs_as"]["nvfp4, from bf16, activations nvfp4"] == 2
+    assert report["runs_as"]["block_wise_fp8, from bf16"] == 11  # 2 x 4 of attention, 3 of the dense MLP
+    assert inspect_folder(tmp_path)["runs_as"] == {"bf16": len(report["formats"]) and report["formats"]["bf16"]}
+    refused = inspect_folder(tmp_path, quantization=REFERENCE)
+    assert not refused["loads"] and "needs a quantization config" in refused["problems"][0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.pop(UP + "weight_scale"),
+        lambda t: t.pop(UP + "weight"),
+        lambda t: t.pop(UP + "input_scale"),
+        lambda t: t.update(extra=np.ones(2, np.float32)),
+        put(UP + "weight_scale_2", np.float32(0)),
+        put(UP + "weight_scale_2", np.float32(np.inf)),
+        put(UP + "input_scale", np.float32(-1)),
+        put(UP + "weight", np.ones((16, 8), np.uint8)),
+        spoil(UP + "weight_scale", (3, 1), 0x7F),
+    ],
+)
+def test_what_does_not_load_is_said_not_to(make_folder, change):
+    folder, _ = make_folder("modelopt")
+    assert inspect_folder(folder)["loads"]
+    edit(folder, change)
+    report = inspect_folder(folder)
+    assert not report["loads"] and any("extra" in p or UP in p for p in report["problems"])
+    assert as_text(report).startswith(f"{folder}: DOES NOT LOAD")
+    with pytest.raises(ValueError, match=r"extra|up_proj"):
+        load_model(folder)
+
+
+def test_the_script(make_folder, tmp_path_factory):
+    folder, _ = make_folder("modelopt")
+    out = tmp_path_factory.mktemp("out") / "report.json"
+
+    def run(*arguments):
+        command = [sys.executable, str(ROOT / "experiments" / "inspect_checkpoint.py"), f"--model={folder}", *arguments]
+        env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+
+    done = run(f"--json={out}", f"--quantization={REFERENCE}", "--ep=2")
+    assert done.returncode == 0 and ": loads" in done.stdout, done.stderr
+    assert json.loads(out.read_text())["bytes_per_device"]["ep"] == 2
+    edit(folder, lambda t: t.pop(UP + "weight"))
+    done = run("--json=-")
+    assert done.returncode == 1 and not json.loads(done.stdout)["loads"]
