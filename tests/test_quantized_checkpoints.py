@@ -243,6 +243,7 @@ def test_other_tensors_of_real_checkpoints(make_folder):
         "model.layers.1.self_attn.k_proj.k_scale": np.array(0.25, np.float32),
         "model.layers.1.self_attn.v_scale": np.array([0.5], np.float32),
         "model.layers.2.enorm.weight": np.ones(3, np.float32),
+        "model.layers.2.self_attn.k_scale": np.array(9, np.float32),
     }))  # fmt: skip
     attention = load_model(folder)[0].layers[1].self_attn
     assert float(attention.k_scale[...]) == 0.25 and float(attention.v_scale[...]) == 0.5

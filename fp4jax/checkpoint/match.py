@@ -81,7 +81,8 @@ def match_folder(
     params = model_params(model)
     sources = {path: _source(reader, model, path, param.get_value(), prefix) for path, param in params.items()}
     scales = _input_scales(reader, model, sources, plan, prefix, input_scales)
-    kv_scales = {name: (int(m[1]), m[2]) for name in reader.names() if (m := _KV_SCALE.search(name))}
+    found = {name: m for name in reader.names() if name.startswith(prefix) and (m := _KV_SCALE.search(name))}
+    kv_scales = {name: (int(m[1]), m[2]) for name, m in found.items() if int(m[1]) < config.num_hidden_layers}
     _check_tensors(reader, config, sources, prefix, kv_scales)
     lines = _check_plan(reader, plan, sources, prefix)
     return Match(config, plan, reader, prefix, model, sources, scales, kv_scales, lines)
