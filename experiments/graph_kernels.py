@@ -2,6 +2,7 @@
 
 import glob
 import tempfile
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -31,6 +32,15 @@ def profile_kernels(run: Callable[[], Any], device: int = 0) -> list[Kernel]:
             jax.block_until_ready(run())
         (path,) = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
         profile = jax.profiler.ProfileData.from_file(path)
+    with warnings.catch_warnings():
+        # jaxlib's types of a profile have no __module__, of which Python warns; raised inside, it ends the process.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        found = _kernels_of(profile, device)
+    found.sort(key=lambda kernel: kernel.begin_us)
+    return [k._replace(begin_us=k.begin_us - found[0].begin_us) for k in found]
+
+
+def _kernels_of(profile: Any, device: int) -> list[Kernel]:
     found = []
     for plane in profile.planes:
         if not plane.name.endswith(f"GPU:{device}"):
@@ -40,8 +50,7 @@ def profile_kernels(run: Callable[[], Any], device: int = 0) -> list[Kernel]:
                 for event in line.events:
                     graph = dict(event.stats).get("cuda_graph_id", 0)
                     found.append(Kernel(event.name, event.start_ns / 1e3, event.duration_ns / 1e3, bool(graph)))
-    found.sort(key=lambda kernel: kernel.begin_us)
-    return [k._replace(begin_us=k.begin_us - found[0].begin_us) for k in found]
+    return found
 
 
 def kernel_columns(kernels: list[Kernel], calls: int) -> dict[str, Any]:

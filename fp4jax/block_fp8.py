@@ -16,9 +16,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from fp4jax.implementations import resolve_implementation
+from fp4jax.implementations import Call, run_implementation
 from fp4jax.rounding import E4M3_MAX, div_rn, round_to_e4m3
 from fp4jax.wire_formats import to_fp8
+from pallas_kernels import fp8_gemm, quantize_fp8
 
 BLOCK = 128
 
@@ -91,12 +92,21 @@ def block_fp8_matmul(
     w.validate()
     if x.ndim != 2 or x.shape[1] != w.shape[1]:
         raise ValueError(f"block_fp8_matmul: x {x.shape} does not fit w {w.shape}; [T, K] and [N, K]")
-    resolve_implementation("block_fp8_matmul", implementation)
-    return _matmul_xla(*to_fp8(x), w, out_dtype)
+    problem = quantize_fp8.check_config(x) or fp8_gemm.shape_problem(x.shape[0], *w.shape, out_dtype)
+    return run_implementation(
+        "block_fp8_matmul", implementation, (x, w), problem=problem,
+        xla=Call.of(_matmul_xla, out_dtype=out_dtype), mosaic_gpu=Call.of(_matmul_kernel, out_dtype=out_dtype),
+    )  # fmt: skip
 
 
-def _matmul_xla(x, x_scale, w, out_dtype):
+def _matmul_kernel(x, w, *, out_dtype):
+    values, scales = quantize_fp8.quantize(x)
+    return fp8_gemm.gemm(values, w.qdata, scales, w.block_scale, out_dtype=out_dtype)
+
+
+def _matmul_xla(x, w, *, out_dtype):
     """One dot per block of K; e4m3 values are exact in bf16."""
+    x, x_scale = to_fp8(x)
     tokens, n = x.shape[0], w.shape[0]
     groups = x_scale.shape[1]
 

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import lanes
+from pallas_kernels.schedule import H100_SMS
 from pallas_kernels.swiglu_quantize import OUTPUTS
 from pallas_kernels.weight_layout import TILE, WORDS
 
 # (K, N) -> rows per expert -> configuration, written by experiments/bench_gemm.py --sweep.
 TABLE = Path(__file__).with_name("tuned_gemm.json")
-_SMEM_BYTES = 232448  # of a block
 _SMEM_ALIGNMENT = 1024  # of every buffer
 _MAX_BARRIERS = 32  # of a group; one more than there are stages is needed
 _REGISTERS = 65536  # of an SM
@@ -140,22 +140,34 @@ def _check_tuning(config, experts, fused):
             f"tile_m {sizes} with row_tiles={config.row_tiles} does not fit {config.registers_at_launch} registers a "
             f"thread, what {config.all_warpgroups} warpgroups have at launch"
         )
-    if (needed := config.smem_bytes(experts)) > _SMEM_BYTES:
-        return f"{config} needs {needed} bytes of shared memory, there are {_SMEM_BYTES}"
+    if (needed := config.smem_bytes(experts)) > lanes.SMEM_BYTES:
+        return f"{config} needs {needed} bytes of shared memory, there are {lanes.SMEM_BYTES}"
     return None
 
 
 def choose(k: int, n: int, experts: int, expected_m: float | int, *, fused: bool = False) -> TuningConfig:
     """The configuration for `expected_m` rows per expert: of the nearest tuned entry, else of a rule of thumb."""
+    if experts == 1 and not fused:
+        return dense(k, n, expected_m)
     tuned = _table().get(shape_key(k, n, fused), {})
     if tuned:
         distance = lambda m: abs(math.log2(float(m) / max(expected_m, 0.5)))  # noqa: E731
         config = from_fields(tuned[min(tuned, key=distance)])
     else:
         config = rule_of_thumb(k, expected_m)
-    while config.num_stages > 2 and config.smem_bytes(experts) > _SMEM_BYTES:  # the plan grows with the experts
+    while config.num_stages > 2 and config.smem_bytes(experts) > lanes.SMEM_BYTES:  # the plan grows with the experts
         config = dataclasses.replace(config, num_stages=config.num_stages - 1)
     return config
+
+
+def dense(k: int, n: int, rows: float | int) -> TuningConfig:
+    """For a single matrix: small tasks until every SM has one, then the least time by `_DENSE_STEP_US`."""
+
+    def us(config: TuningConfig) -> float:
+        tasks = math.ceil(rows / max(config.tile_m)) * -(-n // (TILE * config.tiles))
+        return -(-tasks // H100_SMS) * -(-k // TILE) * _DENSE_STEP_US[config]
+
+    return min(_DENSE_STEP_US, key=us)
 
 
 def rule_of_thumb(k: int, expected_m: float | int) -> TuningConfig:
@@ -176,6 +188,16 @@ def rule_of_thumb(k: int, expected_m: float | int) -> TuningConfig:
     if k >= 4096:
         return TuningConfig((64, 256), num_stages=4, unroll=2, own_store=False)
     return TuningConfig((64, 128, 192), k_tiles=2, num_stages=3)
+
+
+# Microseconds per task and tile of K, on an H100 where every SM has a task (experiments/results/dense_log.md).
+_DENSE_STEP_US = {
+    TuningConfig((8, 16, 24, 32), warpgroups=1, k_tiles=8, num_stages=4): 0.165,
+    TuningConfig((64,), warpgroups=1, k_tiles=4, num_stages=4): 0.195,
+    TuningConfig((128,), warpgroups=1, k_tiles=2): 0.245,
+    TuningConfig((128,), k_tiles=2, num_stages=3): 0.379,
+    TuningConfig((64, 256), num_stages=4, unroll=2, own_store=False): 0.652,
+}
 
 
 def shape_key(k: int, n: int, fused: bool) -> str:

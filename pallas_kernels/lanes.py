@@ -25,6 +25,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 LANES = 128  # threads of a warpgroup
+SMEM_BYTES = 232448  # shared memory of a block
 # What the float instructions take: a lane array, or a number that is the same for all lanes.
 Value = jax.Array | np.floating | float
 _LAYOUT = plgpu.Layout.WG_STRIDED((LANES,), vec_size=1)
@@ -40,11 +41,13 @@ def kernel(
     grid: int,
     scratch_types: Any = (),
     warpgroups: int = 1,
+    cluster: int = 1,
     interpret: Any = None,
 ) -> Callable[..., Any]:
     """`body(*inputs, *outputs, *scratch)` on `grid` blocks of 128 threads; `block_index()` tells them apart.
 
     warpgroups: threads of a block / 128; `warpgroup_index()` tells them apart, and each has its own lanes and `sync`.
+    cluster: if above 1, `grid` counts clusters of as many blocks, which axis "cluster" tells apart.
     interpret: `plgpu.InterpretGPUParams()` runs it on the CPU.
     """
 
@@ -53,6 +56,8 @@ def kernel(
             body(*refs)
 
     threads: dict[str, Any] = {} if warpgroups == 1 else dict(num_threads=warpgroups, thread_name="warpgroup")
+    if cluster > 1:
+        threads |= dict(cluster=(cluster,), cluster_names=("cluster",))
     call = plgpu.kernel(
         traced,
         out_type=out_type,
@@ -106,6 +111,11 @@ def interpreting(on: bool = True) -> Iterator[None]:
         yield
     finally:
         _interpreting = before
+
+
+def is_interpreting() -> bool:
+    """Whether the kernel runs in interpret mode, where inline_mgpu does not exist."""
+    return _interpreting
 
 
 def block_index() -> jax.Array:

@@ -1,18 +1,15 @@
 """Rows as they are sent: loaded by the lanes of a warpgroup, quantized if asked for, put together in shared memory."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from pallas_kernels import lane_math, lanes
+from pallas_kernels import lanes
 from pallas_kernels.nvfp4_codec import (
     BLOCK_SIZE,
-    E4M3_MAX,
     block_amax,
     computed_scale,
     encode_block,
@@ -20,9 +17,8 @@ from pallas_kernels.nvfp4_codec import (
     unpack_bf16,
 )
 from pallas_kernels.quantize import AMAX_DIVISOR, as_u32, finite_amax
+from pallas_kernels.quantize_fp8 import FP8_GROUP, LANES_OF_GROUP, encode as encode_fp8
 
-FP8_GROUP = 128  # values that share a scale
-_F32_TINY = np.float32(np.finfo(np.float32).tiny)
 # Two rows per warpgroup are in registers: one that is made, one on its way.
 _MAX_ROW_BYTES = 2**15
 PIECE = 16  # bytes the copy engine moves at least, and a lane at most
@@ -181,16 +177,10 @@ class FP8Rows(_EncodedRows):
         """Puts values and scales into the buffers; -> the scale, if it is the only one."""
         del sources, scratch
         values_ref, *scales_ref = buffers
-        lanes_of_group = FP8_GROUP // BLOCK_SIZE if self.groups > 1 else 32  # the lanes that store single values
+        lanes_of_group = LANES_OF_GROUP if self.groups > 1 else 32  # the lanes that store single values
         singles = []
         for i, column in enumerate(self._columns()):
-            values = self._values(loaded, i)
-            bits = [lax.bitcast_convert_type(jnp.abs(v), jnp.int32) for v in values]  # ordered alike, NaN on top
-            amax = lanes.largest_of_neighbours(functools.reduce(jnp.maximum, bits), lanes_of_group)
-            amax = lax.bitcast_convert_type(amax, jnp.float32)
-            scale = jnp.where(amax < E4M3_MAX * _F32_TINY, np.float32(1), lane_math.div_rn(amax, E4M3_MAX))
-            quotients = [lane_math.div_rn(v, scale) for v in values]
-            words = [lane_math.pack_e4m3(quotients[j : j + 4]) for j in range(0, BLOCK_SIZE, 4)]
+            words, scale = encode_fp8(self._values(loaded, i), lanes_of_group)
             lanes.scatter(values_ref, stage * self.blocks + column, words, where=column < self.blocks)
             if not scales_ref:
                 singles = [as_u32(scale)]

@@ -1,5 +1,7 @@
 """Block-wise FP8 against numpy in float64: bits of the format, error of the product."""
 
+import functools
+
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -8,11 +10,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from model_oracles import calc_diff
 
+from cuda_lowering import kernels_in, struct
 from fp4jax.block_fp8 import BLOCK, BlockFP8Weights, block_fp8_matmul, dequantize_blocks, quantize_blocks
 from fp4jax.layers import BlockFP8Linear, Linear
 from fp4jax.quant_schemas import FP8_BLOCK
+from fp4jax.wire_formats import to_fp8
+from pallas_kernels import fp8_gemm, lanes, quantize_fp8
+from pallas_kernels.fp8_gemm import TuningConfig
 
 
 def quantized(values, block):
@@ -122,3 +129,155 @@ def test_a_named_implementation_never_falls_back():
     w = quantize_blocks(jnp.ones((8, 64)))
     with pytest.raises(NotImplementedError, match="mosaic_gpu"):
         block_fp8_matmul(jnp.ones((2, 64)), w, implementation="mosaic_gpu")
+
+
+# --- the kernels ---
+
+
+def operands(rng, m, n, k):
+    """Codes and scales as the kernel takes them, scales beyond the rows NaN; and the exact product in float64."""
+    x, w = (np.asarray(rng.standard_normal(shape) * 20, ml_dtypes.float8_e4m3fn) for shape in ((m, k), (n, k)))
+    groups = -(-k // BLOCK)
+    x_scale = np.full((groups, fp8_gemm.scale_columns(m)), np.nan, np.float32)
+    x_scale[:, :m] = np.exp2(rng.uniform(-9, 3, (groups, m)))
+    w_scale = np.exp2(rng.uniform(-9, 3, (-(-n // BLOCK), groups))).astype(np.float32)
+    x_exact = decoded(x, x_scale[:, :m].T, (1, BLOCK))
+    w_exact = decoded(w, w_scale, FP8_BLOCK)
+    arrays = [jax.device_put(a) for a in (x, w, x_scale, w_scale)]
+    return arrays, x_exact @ w_exact.T, np.abs(x_exact) @ np.abs(w_exact).T
+
+
+def check_codes(got, expected):
+    """The same bytes, but for the sign of NaN."""
+    got, expected = (np.asarray(a).view(np.uint8) for a in (got, expected))
+    np.testing.assert_array_equal(*(np.where(a & 0x7F == 0x7F, 0x7F, a) for a in (got, expected)))
+
+
+SMALL = {  # two stages of every kind of configuration: shapes that end within a tile, a block, a cluster
+    (5, 40, 144): TuningConfig(1, 32, 2, k_blocks=2),
+    (133, 136, 400): TuningConfig(1, 64, 2, k_blocks=3),
+    (200, 264, 272): TuningConfig(2, 128, 2),
+    (64, 200, 128): TuningConfig(3, 128, 2, cluster=2),
+}
+
+
+@pytest.mark.parametrize(("shape", "config"), SMALL.items(), ids=str)
+def test_gemm_in_interpret_mode(rng, shape, config):
+    arrays, exact, magnitude = operands(rng, *shape)
+    run = functools.partial(fp8_gemm.gemm, config=config, interpret=plgpu.InterpretGPUParams())
+    got = np.asarray(run(*arrays, out_dtype=jnp.float32))
+    assert (np.abs(got - exact) <= 1e-5 * magnitude).all()
+
+
+@pytest.mark.parametrize("shape", [(5, 48), (3, 400), (9, 128)])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_quantize_in_interpret_mode(rng, shape, dtype):
+    x = rng.standard_normal(shape) * np.exp2(rng.integers(-60, 60, (shape[0], 1)))
+    x[0, :16], x[-1, 16:32], x[1, 0] = 0, np.inf, np.nan
+    x = jnp.asarray(x, dtype)
+    values, scales = quantize_fp8.quantize(x, interpret=plgpu.InterpretGPUParams())
+    expected_values, expected_scales = to_fp8(x)
+    check_codes(values, expected_values)
+    np.testing.assert_array_equal(np.asarray(scales)[:, : shape[0]].T, np.asarray(expected_scales))
+
+
+@pytest.mark.parametrize("config", fp8_gemm.CONFIGS, ids=str)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_every_configuration_lowers_for_a_gpu(config, dtype):
+    m, n, k = 136, 264, 400
+    fits = fp8_gemm.fitted(config, dtype)
+    structs = (
+        struct((m, k), jnp.float8_e4m3fn), struct((n, k), jnp.float8_e4m3fn), struct((4, m), jnp.float32),
+        struct((3, 4), jnp.float32),
+    )  # fmt: skip
+    assert kernels_in(functools.partial(fp8_gemm.gemm, out_dtype=dtype, config=fits), *structs) == 1
+
+
+def test_the_product_runs_on_two_kernels_for_a_gpu():
+    w = BlockFP8Weights(struct((264, 400), jnp.float8_e4m3fn), struct((3, 4), jnp.float32))
+    product = lambda x, w: block_fp8_matmul(x, w, implementation=None)  # noqa: E731
+    assert kernels_in(product, struct((100, 400), jnp.bfloat16), w) == 2
+    odd = BlockFP8Weights(struct((260, 400), jnp.float8_e4m3fn), struct((3, 4), jnp.float32))  # N no multiple of 8
+    assert kernels_in(product, struct((100, 400), jnp.bfloat16), odd) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(x=((64, 256), jnp.bfloat16)), "x must be float8_e4m3fn"),
+        (dict(w=((64, 0), jnp.float8_e4m3fn)), "not empty"),
+        (dict(x=((64, 264), jnp.float8_e4m3fn)), "K must be a multiple of 16"),
+        (dict(w=((68, 256), jnp.float8_e4m3fn)), "N of 8"),
+        (dict(x_scale=((2, 63), jnp.float32)), r"x_scale \(2, 63\)"),
+        (dict(w_scale=((1, 1), jnp.float32)), r"w_scale \(1, 1\)"),
+        (dict(w_scale=((1, 2), jnp.bfloat16)), "must be float32"),
+    ],
+)
+def test_what_the_kernel_does_not_take(change, message):
+    e4m3 = jnp.float8_e4m3fn
+    shapes = dict(
+        x=((64, 256), e4m3), w=((64, 256), e4m3), x_scale=((2, 64), jnp.float32), w_scale=((1, 2), jnp.float32)
+    )
+    arrays = [jnp.zeros(shape, dtype) for shape, dtype in (shapes | change).values()]
+    with pytest.raises(NotImplementedError, match=message):
+        fp8_gemm.gemm(*arrays)
+
+
+def test_configurations_follow_the_shape():
+    assert fp8_gemm.choose(4096, 4096, 7168).tile_m == 192
+    assert fp8_gemm.choose(1, 4096, 7168).tile_n == 32
+    for m, n, k in [(1, 8, 16), (100, 576, 7168), (100000, 24576, 1536)]:
+        for dtype in (jnp.bfloat16, jnp.float32):
+            config = fp8_gemm.choose(m, n, k, dtype)
+            assert config.smem_bytes(np.dtype(dtype).itemsize) <= lanes.SMEM_BYTES and config.num_stages >= 2
+
+
+# --- on a GPU ---
+
+SHAPES = [(1, 576, 7168), (7, 8, 16), (101, 520, 400), (300, 4096, 2048), (513, 136, 1040), (2000, 1536, 1536)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("config", fp8_gemm.CONFIGS, ids=str)
+def test_gemm_on_a_gpu(rng, shape, config):
+    """Against float64. Inside a block of K the tensor cores keep about 14 bits: bounds are relative to magnitudes."""
+    m, n, k = shape
+    arrays, exact, magnitude = operands(rng, m, n, k)
+    for dtype, rounding in ((jnp.float32, 0.0), (jnp.bfloat16, 2.0**-8)):
+        run = jax.jit(functools.partial(fp8_gemm.gemm, out_dtype=dtype, config=fp8_gemm.fitted(config, dtype)))
+        got = np.asarray(run(*arrays))
+        wrong = np.abs(got.astype(np.float64) - exact) - rounding * np.abs(exact)
+        assert (wrong <= 2.0**-12 * magnitude).all()
+        assert calc_diff(got, exact) < 1e-5
+        for _ in range(5):
+            assert (np.asarray(run(*arrays)).view(np.uint8) == got.view(np.uint8)).all()
+
+
+@pytest.mark.gpu
+def test_bits_do_not_depend_on_the_configuration_or_on_other_rows(rng):
+    arrays, *_ = operands(rng, 200, 520, 1040)
+    every = [np.asarray(fp8_gemm.gemm(*arrays, config=config)) for config in fp8_gemm.CONFIGS]
+    for other in every[1:]:
+        np.testing.assert_array_equal(other.view(np.uint16), every[0].view(np.uint16))
+    x, *rest = arrays
+    poisoned = jax.device_put(np.where(np.arange(200)[:, None] == 77, np.float32(np.nan), np.asarray(x, np.float32)))
+    for config in fp8_gemm.CONFIGS:
+        got = np.asarray(fp8_gemm.gemm(poisoned.astype(jnp.float8_e4m3fn), *rest, config=config))
+        assert np.isnan(got[77].astype(np.float32)).all()
+        np.testing.assert_array_equal(np.delete(got, 77, 0).view(np.uint16), np.delete(every[0], 77, 0).view(np.uint16))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("tokens", "n", "k"), [(1, 576, 7168), (100, 520, 400), (4096, 4096, 7168)])
+def test_product_on_a_gpu(rng, tokens, n, k):
+    """The whole op on the kernels against XLA's path, whose products and sums are those of float32."""
+    x = jnp.asarray(rng.standard_normal((tokens, k)), jnp.bfloat16)
+    w = jax.jit(quantize_blocks)(jnp.asarray(weights(rng, n, k)))
+    on_kernel = jax.jit(functools.partial(block_fp8_matmul, implementation="mosaic_gpu"))(x, w)
+    xla = jax.jit(functools.partial(block_fp8_matmul, implementation="xla", out_dtype=jnp.float32))(x, w)
+    assert on_kernel.shape == (tokens, n)
+    assert calc_diff(on_kernel, xla) < 1e-5
+    values, scales = quantize_fp8.quantize(x)
+    check_codes(values, to_fp8(x)[0])
+    np.testing.assert_array_equal(np.asarray(scales)[:, :tokens].T, np.asarray(to_fp8(x)[1]))

@@ -14,7 +14,10 @@ from jaxtyping import Array, Float
 
 from fp4jax import nvfp4
 from fp4jax.block_fp8 import BlockFP8Weights, block_fp8_matmul, quantize_blocks
+from fp4jax.grouped_gemm import contiguous_grouped_gemm
+from fp4jax.implementations import has_hopper_gpu
 from fp4jax.nvfp4 import NVFP4Tensor
+from fp4jax.packed_weights import PackedWeights, packed_if
 
 
 def exact_precision(dtype: Any) -> jax.lax.Precision | None:
@@ -61,7 +64,8 @@ class NVFP4Linear(nnx.Module):
     """y = (x W^T) with W an NVFP4Tensor [N, K]; `activation_format` "bf16" is W4A16, "nvfp4" is W4A4.
 
     Codes times block scales are exact in bf16; the global scales are applied to the float32 sums. W4A4 quantizes x with
-    `input_scale` where given, else with one scale per token.
+    `input_scale` where given, else with one scale per token. Where JAX sees a Hopper GPU, weights of a bf16 layer are
+    packed for the kernel of the grouped GEMM, as those of one expert, if N and K are multiples of 64.
     """
 
     def __init__(
@@ -78,7 +82,11 @@ class NVFP4Linear(nnx.Module):
             raise ValueError(f"NVFP4Linear takes one weight [N, K], got shape {weight.shape}")
         self.dtype = jnp.dtype(dtype)
         self.activation_format = activation_format
-        self.weight = nnx.Param(weight)
+        one_expert = NVFP4Tensor(
+            weight.qdata[None], weight.block_scale[None], weight.global_scale.reshape(1, -1, 1)
+        )  # fmt: skip
+        packed = packed_if(one_expert, has_hopper_gpu() and self.dtype == jnp.bfloat16)
+        self.weight = nnx.Param(packed if isinstance(packed, PackedWeights) else weight)
         self.input_scale = nnx.data(None if input_scale is None else nnx.Param(input_scale))
 
     @classmethod
@@ -88,16 +96,30 @@ class NVFP4Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "... K"]) -> Float[Array, "... N"]:
         weight = self.weight.get_value()
+        if isinstance(weight, PackedWeights):
+            return self._on_kernel(x, weight)
         scale = weight.global_scale if weight.global_scale.ndim == 0 else weight.global_scale[:, 0]
-        rows = x.reshape(-1, x.shape[-1])
-        if self.activation_format == "nvfp4":
-            given = "per_token" if self.input_scale is None else self.input_scale[...]
-            quantized = nvfp4.quantize(rows, global_scale=given)
+        rows = self._rows(x)
+        if isinstance(rows, NVFP4Tensor):
+            quantized = rows
             rows = nvfp4.decode_blocks(quantized.qdata, quantized.block_scale, self.dtype)
             scale = quantized.global_scale * scale
         decoded = nvfp4.decode_blocks(weight.qdata, weight.block_scale, self.dtype)
         out = dot(rows, decoded, dtype=self.dtype, out_dtype=jnp.float32)
         return (out * scale).astype(self.dtype).reshape(*x.shape[:-1], -1)
+
+    def _rows(self, x):
+        """[T, K], quantized for W4A4."""
+        rows = x.reshape(-1, x.shape[-1])
+        if self.activation_format == "bf16":
+            return rows
+        return nvfp4.quantize(rows, global_scale="per_token" if self.input_scale is None else self.input_scale[...])
+
+    def _on_kernel(self, x, weight):
+        rows = self._rows(x)
+        rows = rows if isinstance(rows, NVFP4Tensor) else rows.astype(self.dtype)
+        out = contiguous_grouped_gemm(rows, weight, jnp.full(1, rows.shape[0], jnp.int32), out_dtype=self.dtype)
+        return out.reshape(*x.shape[:-1], -1)
 
 
 class BlockFP8Linear(nnx.Module):
