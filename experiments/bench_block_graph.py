@@ -44,7 +44,7 @@ from fp4jax.models.bucketed import BucketedModel
 _TOKENS = flags.DEFINE_list("tokens", None, "Tokens of the timed calls; default: 1,100,300,700,1500 (CPU: 3,12).")
 _BATCH = flags.DEFINE_list("batch", None, "Requests decoded together; default: 1,8 (CPU: 2).")
 _LAYERS = flags.DEFINE_integer("layers", 2, "Decoder layers of the model.", lower_bound=1)
-_REPEATS = flags.DEFINE_integer("repeats", 9, "Timed rounds, of which the median counts.", lower_bound=1)
+_REPEATS = flags.DEFINE_integer("repeats", 25, "Timed rounds, of which the median counts.", lower_bound=1)
 _TRACE = flags.DEFINE_string("trace", None, "File with one token count per line, to plan buckets for.")
 _MAX_BUCKETS = flags.DEFINE_integer("max_buckets", 5, "Of a plan.", lower_bound=1)
 _GRANULARITY = flags.DEFINE_integer("granularity", 8, "Buckets of a plan are multiples of it.", lower_bound=1)
@@ -55,7 +55,7 @@ _CALLS = 20  # one after the other, between two looks at the clock
 _NO_COMMAND_BUFFERS = {"xla_gpu_enable_command_buffer": ""}
 _INPUTS = (
     "Qwen3-30B layers with random weights, experts in NVFP4 with activation scales per token (CPU: a tiny model in "
-    "float32); random token ids; wall time per call of 20 calls that follow each other, median of the rounds"
+    "float32); random token ids; wall time per call of 20 calls that follow each other, median of rounds in turns"
 )
 
 
@@ -147,22 +147,25 @@ def block_rows(
     rows = []
     counts = [(n, False) for n in tokens] + [(n, True) for n in batches]
     for number, decode in tqdm(counts, unit="count"):
+        calls: dict[tuple[str, str], tuple[int, Callable[[], Any]]] = {}
         for name, served in variants.items():
             if decode and name in ("padded to the largest", "exact"):
                 continue
-            calls = decode_calls(served, number) if decode else prefill_calls(served, number)
-            for block, (bucket, call) in calls.items():
-                row: dict[str, Any] = {
-                    "part": "blocks", "block": block, "variant": name, "tokens": number, "bucket": bucket,
-                    **wall_us(call),
-                }  # fmt: skip
-                if benchmarking.on_gpu():
-                    kernels = profile_kernels(lambda call=call: [call() for _ in range(_CALLS)][-1])
-                    row |= kernel_columns(kernels, _CALLS)
-                    row["over_kernels"] = round(row["us"] / row["kernel_us"], 3)
-                    if decode:
-                        timelines[f"{name}, {number} requests"] = kernels[-2 * len(kernels) // _CALLS :]
-                rows.append(row)
+            found = decode_calls(served, number) if decode else prefill_calls(served, number)
+            calls |= {(name, block): call for block, call in found.items()}
+        times = wall_us({key: call for key, (_, call) in calls.items()})
+        for (name, block), (bucket, call) in calls.items():
+            row: dict[str, Any] = {
+                "part": "blocks", "block": block, "variant": name, "tokens": number, "bucket": bucket,
+                **times[name, block],
+            }  # fmt: skip
+            if benchmarking.on_gpu():
+                kernels = profile_kernels(lambda call=call: [call() for _ in range(_CALLS)][-1])
+                row |= kernel_columns(kernels, _CALLS)
+                row["over_kernels"] = round(row["us"] / row["kernel_us"], 3)
+                if decode:
+                    timelines[f"{name}, {number} requests"] = kernels[-2 * len(kernels) // _CALLS :]
+            rows.append(row)
     return rows
 
 
@@ -197,20 +200,24 @@ def decode_calls(served: BucketedModel, number: int) -> dict[str, tuple[int, Cal
     return {"decode step": (size, run)}
 
 
-def wall_us(call: Callable[[], Any]) -> dict[str, float]:
-    """Of a run of calls, median over --repeats runs after one that is not timed: us per call, and us until it returns.
+def wall_us(calls: dict[Any, Callable[[], Any]]) -> dict[Any, dict[str, float]]:
+    """Per name: us per call, and us until it returns, of runs of calls that follow each other.
 
-    Where both are the same, the device waited for the host.
+    Medians over --repeats rounds, in which all take turns, after one that is not timed: a host that is busy for a
+    while slows all of them. Where both numbers are the same, the device waited for the host.
     """
-    wall, host, result = [], [], None
+    wall: dict[Any, list[float]] = {name: [] for name in calls}
+    host: dict[Any, list[float]] = {name: [] for name in calls}
     for _ in range(_REPEATS.value + 1):
-        start = time.perf_counter()
-        for _ in range(_CALLS):
-            result = call()
-        host.append(1e6 * (time.perf_counter() - start) / _CALLS)
-        jax.block_until_ready(result)
-        wall.append(1e6 * (time.perf_counter() - start) / _CALLS)
-    return {"us": round(float(np.median(wall[1:])), 1), "host_us": round(float(np.median(host[1:])), 1)}
+        for name, call in calls.items():
+            start, result = time.perf_counter(), None
+            for _ in range(_CALLS):
+                result = call()
+            host[name].append(1e6 * (time.perf_counter() - start) / _CALLS)
+            jax.block_until_ready(result)
+            wall[name].append(1e6 * (time.perf_counter() - start) / _CALLS)
+    median = lambda times: round(float(np.median(times[1:])), 1)  # noqa: E731
+    return {name: {"us": median(wall[name]), "host_us": median(host[name])} for name in calls}
 
 
 def block_table(rows: Sequence[dict[str, Any]]) -> str:

@@ -92,7 +92,7 @@ def block_fp8_matmul(
     w.validate()
     if x.ndim != 2 or x.shape[1] != w.shape[1]:
         raise ValueError(f"block_fp8_matmul: x {x.shape} does not fit w {w.shape}; [T, K] and [N, K]")
-    problem = quantize_fp8.check_config(x) or fp8_gemm.shape_problem(x.shape[0], *w.shape, out_dtype)
+    problem = quantize_fp8.check_config(x) or fp8_gemm.shape_problem(x.shape[0], w.shape[0], w.shape[1], out_dtype)
     return run_implementation(
         "block_fp8_matmul", implementation, (x, w), problem=problem,
         xla=Call.of(_matmul_xla, out_dtype=out_dtype), mosaic_gpu=Call.of(_matmul_kernel, out_dtype=out_dtype),

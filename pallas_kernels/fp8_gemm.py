@@ -4,10 +4,9 @@
 
 A task is 64 rows per consumer and `tile_n` columns. One warpgroup fills a ring of stages (128 of K: x, w, the rows'
 scales) through the copy engine, across task boundaries; the consumers multiply a stage with four wgmmas into registers
-of its own, then add them, scaled, to the f32 sums: one FMA per value, while another consumer's wgmmas run. That is also
-what keeps the sums exact to f32: inside a block the tensor cores keep fewer bits (about 14, measured by others and in
-tests/test_block_fp8.py), which no longer matters over 128 products. Blocks of K are added in order, so a row's bits
-depend on the row and the weights only, whatever the configuration.
+of its own and add them, scaled, to the f32 sums: one FMA per value, while another consumer's wgmmas run. It also makes
+up for the tensor cores' sums, which keep fewer bits than f32: they end after 128 products. Blocks of K are added in
+order, so a row's bits depend on the row and the weights only, whatever the configuration.
 
 Two blocks of threads in a cluster take neighbouring columns and send the rows of x that both need to each other's
 shared memory, which saves half of that traffic from L2. Rows and columns beyond the end are read as zeros and not
@@ -273,7 +272,7 @@ def _two_views(shape, dtype, interpret):
 def _load(plan, r):
     """Role of one warpgroup: the tasks' operands into the stages, in order."""
     c = plan.config
-    shared = {} if c.cluster == 1 else {"collective_axes": "cluster"}
+    shared_by = None if c.cluster == 1 else "cluster"
     (x_smem, _), (w_smem, _) = r.x_smem, r.w_smem
 
     def task(number, _):
@@ -292,7 +291,7 @@ def _load(plan, r):
             for j in range(c.k_blocks):
                 number_of_block = i * c.k_blocks + j
                 block = pl.ds(number_of_block * BLOCK, BLOCK)
-                plgpu.copy_gmem_to_smem(r.x_gmem.at[rows, block], x_smem.at[slot, j], full, **shared)
+                plgpu.copy_gmem_to_smem(r.x_gmem.at[rows, block], x_smem.at[slot, j], full, collective_axes=shared_by)
                 plgpu.copy_gmem_to_smem(r.w_gmem.at[pl.ds(column, c.tile_n), block], w_smem.at[slot, j], full)
                 # A scale beyond the last block is any other: it multiplies zeros.
                 at = jnp.minimum(number_of_block, plan.groups - 1)

@@ -241,14 +241,14 @@ SHAPES = [(1, 576, 7168), (7, 8, 16), (101, 520, 400), (300, 4096, 2048), (513, 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("config", fp8_gemm.CONFIGS, ids=str)
 def test_gemm_on_a_gpu(rng, shape, config):
-    """Against float64. Inside a block of K the tensor cores keep about 14 bits: bounds are relative to magnitudes."""
+    """Against float64. Of 32 products the tensor cores keep what is above 2^-13 or so of the largest."""
     m, n, k = shape
     arrays, exact, magnitude = operands(rng, m, n, k)
     for dtype, rounding in ((jnp.float32, 0.0), (jnp.bfloat16, 2.0**-8)):
         run = jax.jit(functools.partial(fp8_gemm.gemm, out_dtype=dtype, config=fp8_gemm.fitted(config, dtype)))
         got = np.asarray(run(*arrays))
         wrong = np.abs(got.astype(np.float64) - exact) - rounding * np.abs(exact)
-        assert (wrong <= 2.0**-12 * magnitude).all()
+        assert (wrong <= 2.0**-10 * magnitude).all()
         assert calc_diff(got, exact) < 1e-5
         for _ in range(5):
             assert (np.asarray(run(*arrays)).view(np.uint8) == got.view(np.uint8)).all()
