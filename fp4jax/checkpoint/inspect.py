@@ -3,6 +3,7 @@
 import collections
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from fp4jax.checkpoint.match import Match, activations_of, match_folder
 from fp4jax.checkpoint.names import module_name, stacked_name
 from fp4jax.checkpoint.reader import Reader
 
-# Suffix of the global scale -> of the input scale.
+# Suffix of the global scale -> of the input scale; behind a dot, or "_" where experts are stacked in one parameter.
 _SCALES = {"weight_scale_2": "input_scale", "weight_global_scale": "input_global_scale"}
+_GLOBAL_SCALE = re.compile(rf"(.+[._])({'|'.join(_SCALES)})$")
 _FOUR_OVER_SIX_MAX = 256.0  # largest block scale that leaves room for values of 6 where 4 was chosen as the top
 RATIOS = (1.0, 1.001, 1.1, 2.0, 10.0)  # edges of the histogram of gate and up scales; the last bin is open
 _PROGRESS_FROM = 1000
@@ -96,18 +98,13 @@ def _scales(reader: Reader) -> dict[str, Any]:
     four_over_six: whether no block scale is above the bound of that choice. problems: scales that are NaN, infinite,
     zero or negative, or that should be there.
     """
-    modules = sorted(
-        (name.removesuffix(f".{suffix}"), suffix)
-        for name in reader.names()
-        for suffix in _SCALES
-        if name.endswith(f".{suffix}")
-    )
+    modules = sorted(m.groups() for name in reader.names() if (m := _GLOBAL_SCALE.match(name)))
     problems: list[str] = []
     zeros = total = 0
     largest, missing, ratios = 0.0, [], []
-    globals_: dict[str, float] = {}
+    globals_: dict[str, np.ndarray] = {}
     for module, suffix in tqdm(modules, unit="layer", desc="scales", disable=len(modules) < _PROGRESS_FROM):
-        blocks = f"{module}.weight_scale"
+        blocks = f"{module}weight_scale"
         if blocks not in reader:
             problems.append(f"{blocks} is missing")
         elif reader.dtype(blocks) == "F8_E4M3":
@@ -117,21 +114,21 @@ def _scales(reader: Reader) -> dict[str, Any]:
                 problems.append(f"{reader.file_of(blocks)}: tensor {blocks} has nan")
             zeros, total = zeros + int((codes == 0).sum()), total + codes.size
             largest = max(largest, float(np.where(codes == 0x7F, 0, values.astype(np.float32)).max(initial=0)))
-        for name in (f"{module}.{suffix}", f"{module}.{_SCALES[suffix]}"):
+        for name in (module + suffix, module + _SCALES[suffix]):
             if name not in reader:
                 missing.append(name)
                 continue
-            found = np.ravel(reader.read(name).astype(np.float64))
-            if not (found.size == 1 and np.isfinite(found[0]) and found[0] > 0):
-                problems.append(
-                    f"{reader.file_of(name)}: tensor {name} has {found.tolist()}; it must be one positive number"
-                )
+            found = reader.read(name).astype(np.float64)
+            if bad := [value for value in found.ravel().tolist() if not (np.isfinite(value) and value > 0)]:
+                problems.append(f"{reader.file_of(name)}: tensor {name} has {bad[0]}; scales must be positive")
             elif name.endswith(suffix):
-                globals_[module] = float(found[0])
-    for module, gate in globals_.items():
-        up = globals_.get(module.removesuffix("gate_proj") + "up_proj") if module.endswith(".gate_proj") else None
-        if up is not None:
-            ratios.append(max(gate, up) / min(gate, up))
+                globals_[module] = found
+    for module, scale in globals_.items():
+        up = globals_.get(module.replace(".gate_proj.", ".up_proj.")) if ".gate_proj." in module else None
+        if up is not None and scale.size == up.size == 1:
+            ratios.append(_ratio(scale.item(), up.item()))
+        elif scale.shape[1:2] == (2,):  # stacked, gate beside up
+            ratios += [_ratio(gate, up) for gate, up in scale.reshape(-1, 2).tolist()]
     counts = np.histogram(ratios, [*RATIOS, np.inf])[0].tolist() if ratios else []
     return {
         "layers": len(modules),
@@ -142,6 +139,10 @@ def _scales(reader: Reader) -> dict[str, Any]:
         "input_scales_missing": len(missing),
         "problems": problems,
     }
+
+
+def _ratio(gate: float, up: float) -> float:
+    return max(gate, up) / min(gate, up)
 
 
 def as_text(report: Mapping[str, Any]) -> str:

@@ -123,12 +123,14 @@ def weight_source(
             Part(load(m), m.expert, m.start if rows is None else 0, m.rows if rows is None else rows) for m in modules
         ]
 
-    convert = _scalar if stored == "modelopt" else _reciprocal
+    def scalar(reader, name):
+        return decode_scales(reader, stored, name).reshape(1, 1)
+
     leaves = {
         "qdata": Leaf((*lead, n, k // 2), np.uint8, parts(codes, Reader.read)),
         "block_scale": Leaf((*lead, n, k // BLOCK_SIZE), ml_dtypes.float8_e4m3fn, parts(block_scale, _block_scale)),
         "global_scale": Leaf((*lead, scale_rows, 1) if lead else (), np.float32,
-                             parts(global_scale, convert, None if per_row else 1)),
+                             parts(global_scale, scalar, None if per_row else 1)),
     }  # fmt: skip
     return Source(stored, tensors, leaves)
 
@@ -199,17 +201,29 @@ def _scales(reader, name):
     return values
 
 
-def _scalar(reader, name):
-    return _scales(reader, name).reshape(1, 1)
+def decode_scales(reader: Reader, stored: str, name: str) -> np.ndarray:
+    """The global scales of a tensor, f32, decode direction.
 
-
-def _reciprocal(reader, name):
-    decoded = np.float32(1) / _scalar(reader, name)
-    return decoded if np.isfinite(decoded).all() and (decoded > 0).all() else _refuse(reader, name, 1 / decoded)
+    Raises:
+      ValueError: naming file and tensor, for what is not positive and finite, in either direction.
+    """
+    values = _scales(reader, name)
+    if stored == "modelopt":
+        return values
+    with np.errstate(over="ignore"):
+        decoded = np.float32(1) / values
+    if not np.isfinite(decoded).all():
+        _refuse(reader, name, values[~np.isfinite(decoded)].flat[0])
+    return decoded
 
 
 def _block_scale(reader, name):
     values = reader.read(name)
+    check_block_scales(reader, name, values)
+    return values
+
+
+def check_block_scales(reader: Reader, name: str, values: np.ndarray) -> None:
+    """ValueError where values that were read from a tensor have a NaN."""
     if ((values.view(np.uint8) & 0x7F) == 0x7F).any():
         _refuse(reader, name, "nan")
-    return values
