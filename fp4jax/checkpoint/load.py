@@ -81,7 +81,7 @@ def load_model(
     for block, path in _blocks(model):
         name, source = f"{module_name(path, prefix)}.experts", sources[(*path, "w13")]
         activations = activations_of(plan, source, name)
-        if mesh is not None or activations != "bf16":
+        if mesh is not None or "" not in source.leaves or activations != "bf16":  # packs what is NVFP4
             block.configure(ExpertSettings(mesh=mesh, activation_format=activations))
         if (largest := scales.get((*path, "w13"))) is not None:
             block.set_input_scales(jnp.float32(largest), jnp.asarray(scales[(*path, "w2")], jnp.float32))

@@ -41,6 +41,7 @@ from fp4jax.quant_schemas import disagreements
 QUANT_CONFIG_NAME = "hf_quant_config.json"
 _MODELS: dict[str, tuple[Callable[..., Any], Any]] = {
     qwen3_moe.MODEL_TYPE: (Qwen3Moe, Qwen3MoeConfig),
+    qwen3_moe.VL_MODEL_TYPE: (Qwen3Moe, Qwen3MoeConfig),
     ernie45_moe.MODEL_TYPE: (Ernie45Moe, Ernie45MoeConfig),
     deepseek_v3.MODEL_TYPE: (DeepseekV3, DeepseekV3Config),
 }
