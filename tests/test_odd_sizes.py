@@ -23,7 +23,7 @@ from fp4jax.checkpoint.inspect import inspect_folder
 from fp4jax.gemm_swiglu import grouped_gemm_swiglu
 from fp4jax.grouped_gemm import masked_grouped_gemm, pack_weights
 from fp4jax.layers import ExpertSettings, MoEBlock, RoutingConfig
-from fp4jax.models import Qwen3Moe
+from fp4jax.models import Qwen3Moe, configure_experts
 from fp4jax.packed_weights import PackedWeights, arrange_experts, pad_experts, trim_experts
 
 pytestmark = [
@@ -156,3 +156,19 @@ def test_the_kernels_take_the_padded_shape(rng):
     assert kernels_in(experts, x, counts, w13, w2) == 1
     with pytest.raises(ValueError, match=r"multiples of 64, got \(3, 96, 64\)"):
         pack_weights(w13)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("intermediate", [48, 80, 720])
+def test_the_kernels_on_a_gpu(tmp_path, intermediate):
+    """A loaded model is packed, and its logits are as close to float64 as those of XLA."""
+    config, decoded = write_folder(tmp_path, intermediate, WEIGHT_ONLY["modelopt"])
+    ids = np.arange(20) % config["vocab_size"]
+    expected = model_oracles.qwen3_moe(config, decoded, ids)
+    model, _ = load_model(tmp_path)
+    assert isinstance(model.layers[0].mlp.w13.get_value(), PackedWeights)
+    found = np.asarray(model(jnp.asarray(ids, jnp.int32)[None]), np.float64)[0]
+    configure_experts(model, implementation="xla")
+    assert isinstance(model.layers[0].mlp.w13.get_value(), nvfp4.NVFP4Tensor)
+    reference = np.asarray(model(jnp.asarray(ids, jnp.int32)[None]), np.float64)[0]
+    assert model_oracles.calc_diff(found, expected) < 2 * model_oracles.calc_diff(reference, expected) + 1e-6

@@ -17,9 +17,9 @@ from fp4jax.block_fp8 import quantize_blocks
 from fp4jax.checkpoint.match import Match, activations_of, match_folder
 from fp4jax.checkpoint.names import Path, module_name, stacked_name
 from fp4jax.checkpoint.reader import Reader
-from fp4jax.checkpoint.stored import Source
+from fp4jax.checkpoint.stored import Source, positive_scales
 from fp4jax.layers.moe_block import runs_on_kernel
-from fp4jax.nvfp4 import NVFP4Tensor
+from fp4jax.nvfp4 import GLOBAL_SCALE_RANGE, NVFP4Tensor
 from fp4jax.packed_weights import arrange_experts
 
 # Suffix of the global scale -> of the input scale; behind a dot, or "_" where experts are stacked in one parameter.
@@ -150,10 +150,19 @@ def _scales(reader: Reader) -> dict[str, Any]:
                 missing.append(name)
                 continue
             found = reader.read(name).astype(np.float64)
-            if bad := [value for value in found.ravel().tolist() if not (np.isfinite(value) and value > 0)]:
-                problems.append(f"{reader.file_of(name)}: tensor {name} has {bad[0]}; scales must be positive")
+            low, high = GLOBAL_SCALE_RANGE
+            if bad := [value for value in found.ravel().tolist() if not low <= value <= high]:
+                problems.append(
+                    f"{reader.file_of(name)}: tensor {name} has {bad[0]}; scales must be positive and finite, within "
+                    "[2^-100, 2^100]"
+                )
             elif name.endswith(suffix):
                 globals_[module] = found
+    for name in sorted(name for name in reader.names() if name.endswith(".weight_scale_inv")):  # block-wise FP8
+        try:
+            positive_scales(reader, name)
+        except ValueError as error:
+            problems.append(str(error))
     for module, scale in globals_.items():
         up = globals_.get(module.replace(".gate_proj.", ".up_proj.")) if ".gate_proj." in module else None
         if up is not None and scale.size == up.size == 1:

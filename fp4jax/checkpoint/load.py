@@ -88,11 +88,8 @@ def load_model(
         if plan.method(name).online and source.stored == "bf16":
             block.quantize_experts()
     for name, (layer, attribute) in kv_scales.items():
-        setattr(
-            model.layers[layer].self_attn,
-            attribute,
-            nnx.Variable(jnp.float32(reader.read(name).astype(np.float32).reshape(()))),
-        )
+        scale = jnp.float32(stored.positive_scales(reader, name).reshape(()))
+        setattr(model.layers[layer].self_attn, attribute, nnx.Variable(scale))
     return model, config
 
 

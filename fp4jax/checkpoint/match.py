@@ -35,6 +35,7 @@ from fp4jax.models import (
     ernie45_moe,
     qwen3_moe,
 )
+from fp4jax.nvfp4 import GLOBAL_SCALE_RANGE
 from fp4jax.quant_config import QuantizationPlan, plan_quantization
 from fp4jax.quant_schemas import disagreements
 
@@ -82,10 +83,13 @@ def match_folder(
     model = nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(0)))
     params = model_params(model)
     sources = {path: _source(reader, model, path, param.get_value(), prefix) for path, param in params.items()}
-    scales = _input_scales(reader, model, sources, plan, prefix, input_scales)
     found = {name: m for name in reader.names() if name.startswith(prefix) and (m := _KV_SCALE.search(name))}
     kv_scales = {name: (int(m[1]), m[2]) for name, m in found.items() if int(m[1]) < config.num_hidden_layers}
     _check_tensors(reader, config, sources, prefix, kv_scales)
+    _check_head(reader, config, prefix)
+    for name in kv_scales:
+        stored.positive_scales(reader, name)
+    scales = _input_scales(reader, model, sources, plan, prefix, input_scales)
     lines = _check_plan(reader, plan, sources, prefix)
     return Match(config, plan, reader, prefix, model, sources, scales, kv_scales, lines)
 
@@ -124,8 +128,11 @@ def _model_and_config(folder: Path, values: dict[str, Any], dtype: str | None) -
 
 def _quantization_of(folder: Path, values: dict[str, Any]) -> dict[str, Any] | None:
     """The section of config.json, else ModelOpt's file."""
-    if values.get("quantization_config"):
-        return values["quantization_config"]
+    if (section := values.get("quantization_config")) is not None:
+        if not isinstance(section, dict):
+            raise ValueError(f"{folder / CONFIG_NAME}: quantization_config must be an object, got {section!r}")
+        if section:
+            return section
     path = folder / QUANT_CONFIG_NAME
     return _read_json(path) if path.is_file() else None
 
@@ -208,8 +215,10 @@ def _usable(reader: Reader, tensor: str, scale: float | None) -> float:
             f"{reader.folder}: {tensor} is missing; layers with NVFP4 activations need it "
             "(input_scales='per_token': not)"
         )
-    if not (np.isfinite(scale) and scale > 0):
-        raise ValueError(f"{reader.file_of(tensor)}: tensor {tensor} = {scale} must be positive and finite")
+    if not GLOBAL_SCALE_RANGE[0] <= scale <= GLOBAL_SCALE_RANGE[1]:
+        raise ValueError(
+            f"{reader.file_of(tensor)}: tensor {tensor} = {scale} must be positive and finite, within [2^-100, 2^100]"
+        )
     return float(scale)
 
 
@@ -230,11 +239,25 @@ def _check_tensors(reader, config, sources, prefix, kv_scales):
     if missing or unexpected:
         raise ValueError(f"{reader.folder}: {len(missing)} tensors missing: {some(missing)}; "
                          f"{len(unexpected)} unexpected: {some(unexpected)}")  # fmt: skip
+    expected |= {name: stored.Tensor(name, None, stored.FLOATS) for name in kv_scales}
     for tensor in expected.values():
         shape = tensor.shape
         if shape is None:
             shape = (1,) if reader.shape(tensor.name) == (1,) else ()
         reader.check(tensor.name, shape, tensor.dtypes)
+
+
+def _check_head(reader, config, prefix):
+    """Raises for a head of its own in a folder whose config says that it has none."""
+    head, embedding = tensor_name(("lm_head", "weight"), {}, prefix), f"{prefix}embed_tokens.weight"
+    if not config.tie_word_embeddings or head not in reader:
+        return
+    reader.check(head, reader.shape(embedding), (reader.dtype(embedding),))
+    if not np.array_equal(*(reader.read(name).view(np.uint8) for name in (head, embedding))):
+        raise ValueError(
+            f"{reader.file_of(head)}: tensor {head} differs from {embedding}, although {CONFIG_NAME} says that they "
+            "are the same (tie_word_embeddings)"
+        )
 
 
 def _is_redundant(name: str, config: Any, prefix: str) -> bool:

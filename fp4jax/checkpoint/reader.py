@@ -43,14 +43,19 @@ class Reader:
         files = [WEIGHTS_NAME] if weight_map is None else sorted(set(weight_map.values()))
         headers = {file: _read_header(folder / file, weight_map is not None) for file in files}
         self._entries: dict[str, _Entry] = {}
-        for header in headers.values():
-            self._entries.update(header)
-        for name, file in (weight_map or {}).items():  # a tensor in several files is read where the index says
-            if name in headers[file]:
-                self._entries[name] = headers[file][name]
+        for file, header in headers.items():
+            for name, entry in header.items():
+                if name in self._entries and name not in (weight_map or ()):
+                    raise ValueError(f"{folder / file}: tensor {name} is in {self._entries[name].file.name} too")
+                self._entries[name] = entry
         absent = sorted(set(weight_map or ()) - self._entries.keys())
         if absent:
             raise ValueError(f"{index} lists tensors that are in no file: {some(absent)}")
+        for name, file in (weight_map or {}).items():  # a tensor in several files is read where the index says
+            if name not in headers[file]:
+                found = self._entries[name].file.name
+                raise ValueError(f"{index}: tensor {name} should be in {file}, but it is in {found}")
+            self._entries[name] = headers[file][name]
         self._maps: dict[Path, np.memmap] = {}
 
     def __contains__(self, name: str) -> bool:
@@ -102,9 +107,13 @@ def some(names: list[str]) -> str:
 
 def _read_weight_map(index: Path) -> dict[str, str]:
     try:
-        return dict(json.loads(index.read_text())["weight_map"])
+        weight_map = dict(json.loads(index.read_text())["weight_map"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{index} is not an index of safetensors files: {error!r}") from error
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ValueError(f"{index}: tensor {name} is in {file!r}, expected the name of a file in the same folder")
+    return weight_map
 
 
 def _read_header(file: Path, listed: bool) -> dict[str, _Entry]:
