@@ -1,10 +1,12 @@
 """All tensors of a folder of safetensors files by name: headers are read at once, data when it is asked for.
 
-The safetensors library checks each file's header against its size; the data is mapped into memory by numpy, since the
+The safetensors library checks each file's header against its size; the data is mapped into memory here, since the
 library's numpy side does not know FP8.
 """
 
 import json
+import math
+import mmap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,7 +58,7 @@ class Reader:
                 found = self._entries[name].file.name
                 raise ValueError(f"{index}: tensor {name} should be in {file}, but it is in {found}")
             self._entries[name] = headers[file][name]
-        self._maps: dict[Path, np.memmap] = {}
+        self._maps: dict[Path, mmap.mmap] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
@@ -82,12 +84,22 @@ class Reader:
         entry = self._entries[name]
         if entry.dtype not in DTYPES:
             raise ValueError(f"{entry.file}: tensor {name} has type {entry.dtype}, which is not supported")
-        if entry.file not in self._maps:
-            self._maps[entry.file] = np.memmap(entry.file, np.uint8, mode="r")
-        dtype = np.dtype(DTYPES[entry.dtype])
-        size = int(np.prod(entry.shape, dtype=np.int64)) * dtype.itemsize
-        whole = self._maps[entry.file][entry.start : entry.start + size].view(dtype).reshape(entry.shape)
+        count = math.prod(entry.shape)
+        if count == 0:  # nothing to map
+            return np.zeros(entry.shape, DTYPES[entry.dtype])[rows]
+        whole = np.frombuffer(self._map(entry.file), DTYPES[entry.dtype], count, entry.start).reshape(entry.shape)
         return whole[rows] if entry.shape else whole
+
+    def _map(self, file: Path) -> mmap.mmap:
+        if file not in self._maps:
+            with file.open("rb") as content:
+                self._maps[file] = mmap.mmap(content.fileno(), 0, access=mmap.ACCESS_READ)
+        return self._maps[file]
+
+    def forget_pages(self) -> None:
+        """Pages of the files that were read no longer count as memory of this process; they can be read again."""
+        for mapped in self._maps.values():
+            mapped.madvise(mmap.MADV_DONTNEED)
 
     def check(self, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
         """ValueError with file, tensor, found and expected, unless the tensor is like that."""
@@ -110,8 +122,11 @@ def _read_weight_map(index: Path) -> dict[str, str]:
         weight_map = dict(json.loads(index.read_text())["weight_map"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{index} is not an index of safetensors files: {error!r}") from error
+    here = set()
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file:
+        if isinstance(file, str) and (file in here or Path(file).name == file):
+            here.add(file)
+        else:
             raise ValueError(f"{index}: tensor {name} is in {file!r}, expected the name of a file in the same folder")
     return weight_map
 

@@ -72,7 +72,7 @@ def source(
         return values.swapaxes(1, 2) if transposed else values
 
     if names.stored == "bf16":
-        load = lambda rows=slice(None): read(names.weight, rows).astype(dtype)  # noqa: E731
+        load = lambda rows=slice(None): read(names.weight, rows).astype(dtype, copy=False)  # noqa: E731
         return stored.Source("bf16", [tensor(names.weight, k, stored.FLOATS)], {"": leaf(k, dtype, load)})
 
     def block_scale(rows=slice(None)):

@@ -83,7 +83,7 @@ def plain_source(reader: Reader, tensors: list[tuple[Module, Tensor]], shape: tu
     """An array that plain tensors fill, each some rows of it."""
 
     def load(tensor):
-        return lambda rows=slice(None): reader.read(tensor.name, rows).astype(dtype)
+        return lambda rows=slice(None): reader.read(tensor.name, rows).astype(dtype, copy=False)
 
     parts = [Part(load(tensor), module.expert, module.start, module.rows) for module, tensor in tensors]
     return Source("bf16", [tensor for _, tensor in tensors], {"": Leaf(shape, dtype, parts)})
