@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fp4jax.nvfp4 import NVFP4Tensor, pack_codes, unpack
+from fp4jax.nvfp4 import BLOCK_SIZE, NVFP4Tensor, pack_codes, unpack
 from pallas_kernels import weight_layout
 
 
@@ -81,10 +81,75 @@ _pack = jax.jit(lambda qdata, scale_bytes: weight_layout.pack(unpack(qdata), sca
 _unpack = jax.jit(weight_layout.unpack)
 
 
-def packed_if(w: Any, wanted: bool) -> Any:
-    """w packed if `wanted` and its shape has the layout, unpacked if not wanted; what is not NVFP4 stays as it is."""
+def arrange_experts(w13: Any, w2: Any, size: int, *, packed: bool) -> tuple[Any, Any]:
+    """The weights of both GEMMs, I = size, as the kernel reads them, or as they were; what is not NVFP4 stays as it is.
+
+    An I that the layout does not have is padded: see `pad_experts`. Other shapes that it does not have are not packed.
+    """
+    if packed and isinstance(w13, NVFP4Tensor) and isinstance(w2, NVFP4Tensor):
+        w13, w2 = pad_experts(w13, w2)
+    w13, w2 = _packed_if(w13, packed), _packed_if(w2, packed)
+    if not packed and isinstance(w13, NVFP4Tensor) and isinstance(w2, NVFP4Tensor):
+        w13, w2 = trim_experts(w13, w2, size)
+    return w13, w2
+
+
+def _packed_if(w, wanted):
     if wanted and isinstance(w, NVFP4Tensor) and weight_layout.check_shape(w.shape) is None:
         return pack_weights(w)
     if not wanted and isinstance(w, PackedWeights):
         return unpack_weights(w)
     return w
+
+
+def packed_size(intermediate_size: int) -> int:
+    """The rows of gate, and of up, that `pad_experts` leaves."""
+    return -(-intermediate_size // weight_layout.TILE) * weight_layout.TILE
+
+
+def pad_experts(w13: NVFP4Tensor, w2: NVFP4Tensor) -> tuple[NVFP4Tensor, NVFP4Tensor]:
+    """w13 [E, 2I, H] and w2 [E, H, I] with I raised to a multiple of 64, gate and up rows each on their own.
+
+    Codes and block scales of the pads are 0, their global scales 1: gate and up are 0 there, so that silu(gate) * up
+    is, and adds nothing in the second GEMM.
+    """
+    size = w2.shape[-1]
+    more = packed_size(size) - size
+    return _pad(w13, w2, more) if more else (w13, w2)
+
+
+def trim_experts(w13: NVFP4Tensor, w2: NVFP4Tensor, size: int) -> tuple[NVFP4Tensor, NVFP4Tensor]:
+    """The inverse of `pad_experts` for I = size."""
+    return (w13, w2) if w2.shape[-1] == size else _trim(w13, w2, size)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _pad(w13, w2, more):
+    def rows(leaf, value=0):
+        if leaf.shape[1] == 1:  # one global scale per expert
+            return leaf
+        halves = leaf.reshape(leaf.shape[0], 2, -1, leaf.shape[-1])
+        padded = jnp.pad(halves, ((0, 0), (0, 0), (0, more), (0, 0)), constant_values=value)
+        return padded.reshape(leaf.shape[0], -1, leaf.shape[-1])
+
+    def columns(leaf, per_value):
+        return jnp.pad(leaf, ((0, 0), (0, 0), (0, more // per_value)))
+
+    return (
+        NVFP4Tensor(rows(w13.qdata), rows(w13.block_scale), rows(w13.global_scale, 1)),
+        NVFP4Tensor(columns(w2.qdata, 2), columns(w2.block_scale, BLOCK_SIZE), w2.global_scale),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _trim(w13, w2, size):
+    def rows(leaf):
+        if leaf.shape[1] == 1:
+            return leaf
+        halves = leaf.reshape(leaf.shape[0], 2, -1, leaf.shape[-1])
+        return halves[:, :, :size].reshape(leaf.shape[0], 2 * size, -1)
+
+    return (
+        jax.tree.map(rows, w13),
+        NVFP4Tensor(w2.qdata[..., : size // 2], w2.block_scale[..., : size // BLOCK_SIZE], w2.global_scale),
+    )

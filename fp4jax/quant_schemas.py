@@ -127,18 +127,18 @@ def read_checkpoint_config(config: Mapping[str, Any]) -> tuple[str, Quantization
 
 
 def _read_modelopt(config: Mapping[str, Any]) -> QuantizationPlan:
-    ignore = tuple(config.get("ignore") or config.get("exclude_modules") or ())
+    ignore = _patterns(config, "ignore", "exclude_modules")
     _check_group_size(config.get("group_size"))
     notes = _kv_note(config.get("kv_cache_quant_algo") or config.get("kv_cache_scheme"))
     algo = config.get("quant_algo")
     if algo == "MIXED_PRECISION":
         layers = tuple(
-            (name, _modelopt_layer(name, entry)) for name, entry in (config.get("quantized_layers") or {}).items()
+            (name, _modelopt_layer(name, entry)) for name, entry in _object(config, "quantized_layers").items()
         )
         experts = next((method for name, method in layers if ".experts" in name), BF16)
         return QuantizationPlan(BF16, experts, ignore=ignore, layers=layers, notes=notes)
     if algo is None and config.get("config_groups"):
-        activations = _activations_of_groups(config["config_groups"])
+        activations = _activations_of_groups(_object(config, "config_groups"))
     elif algo in _QUANT_ALGOS:
         activations = _QUANT_ALGOS[algo]
     else:
@@ -165,19 +165,19 @@ def _read_compressed_tensors(config: Mapping[str, Any]) -> QuantizationPlan:
     for key in ("sparsity_config", "transform_config"):
         if config.get(key):
             raise ValueError(f"compressed-tensors: {key}={config[key]!r} is not supported")
-    method = Method("nvfp4", "compressed_tensors", _activations_of_groups(config.get("config_groups") or {}))
+    method = Method("nvfp4", "compressed_tensors", _activations_of_groups(_object(config, "config_groups")))
     notes = _kv_note(config.get("kv_cache_scheme"))
-    return QuantizationPlan(method, method, ignore=tuple(config.get("ignore") or ()), notes=notes)
+    return QuantizationPlan(method, method, ignore=_patterns(config, "ignore"), notes=notes)
 
 
 def _read_fp8(config: Mapping[str, Any]) -> QuantizationPlan:
     block = config.get("weight_block_size")
-    if block is None or tuple(block) != FP8_BLOCK:
+    if not isinstance(block, list | tuple) or tuple(block) != FP8_BLOCK:
         raise ValueError(f"fp8: weight_block_size={block!r} is not supported, only {list(FP8_BLOCK)}")
     for key, supported in (("activation_scheme", "dynamic"), ("fmt", "e4m3")):
         if config.get(key, supported) != supported:
             raise ValueError(f"fp8: {key}={config[key]!r} is not supported, only {supported!r}")
-    ignore = tuple(config.get("modules_to_not_convert") or config.get("ignored_layers") or ())
+    ignore = _patterns(config, "modules_to_not_convert", "ignored_layers")
     note = "experts stored in block-wise FP8 are decoded to bf16 while loading"
     return QuantizationPlan(FP8_STORED, Method("bf16", "block_wise_fp8", "bf16"), ignore=ignore, notes=(note,))
 
@@ -185,7 +185,8 @@ def _read_fp8(config: Mapping[str, Any]) -> QuantizationPlan:
 def _activations_of_groups(groups: Mapping[str, Any]) -> str:
     """What the activations of all `config_groups` are, nvfp4 or bf16; the groups must agree."""
     found = set()
-    for name, group in groups.items():
+    for name in groups:
+        group = _object(groups, name)
         for part in ("weights", "input_activations"):
             scheme = group.get(part)
             if scheme is None and part == "input_activations":
@@ -197,6 +198,27 @@ def _activations_of_groups(groups: Mapping[str, Any]) -> str:
     if len(found) != 1:
         raise ValueError(f"config_groups must have groups that agree on their activations, got {sorted(groups)}")
     return found.pop()
+
+
+def _object(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = config.get(key) or {}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{key}={value!r} of the checkpoint must be an object")
+    return value
+
+
+def _patterns(config: Mapping[str, Any], *keys: str) -> tuple[str, ...]:
+    """The list of module names and patterns under the first of the keys that has one."""
+    key = next((key for key in keys if config.get(key)), keys[0])
+    names = config.get(key) or []
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{key}={names!r} of the checkpoint must be a list of names")
+    for name in names:
+        try:
+            re.compile(name[3:] if name.startswith("re:") else "")
+        except re.error as error:
+            raise ValueError(f"{key} of the checkpoint: {name!r} is not a regular expression: {error}") from error
+    return tuple(names)
 
 
 def _check_group_size(size: Any) -> None:

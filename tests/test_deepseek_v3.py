@@ -8,6 +8,7 @@ import model_oracles
 import numpy as np
 import pytest
 from flax import nnx
+from stirred_models import stirred
 from tensor_files import read_tensors
 
 from fp4jax.checkpoint import load_model, save_model
@@ -29,16 +30,7 @@ YARN = Yarn(
 
 
 def make_model(**changes):
-    """Norms that are not ones, and a bias large enough to change who is chosen."""
-    model = DeepseekV3(dataclasses.replace(CONFIG, **changes), rngs=nnx.Rngs(0))
-    rng = np.random.default_rng(1)
-    for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        value = param.get_value()
-        if "norm" in str(path[-2]):
-            param.set_value(jnp.asarray(rng.uniform(0.5, 1.5, value.shape), value.dtype))
-        if path[-1] == "correction_bias":
-            param.set_value(jnp.asarray(rng.uniform(-0.3, 0.3, value.shape), value.dtype))
-    return model
+    return stirred(DeepseekV3(dataclasses.replace(CONFIG, **changes), rngs=nnx.Rngs(0)), bias=0.3)
 
 
 forward = nnx.jit(lambda model, ids: model(ids))

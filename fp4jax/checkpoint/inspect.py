@@ -1,21 +1,30 @@
 """A report on a folder before it is loaded: formats, scales, what runs as what, memory, and whether it loads at all."""
 
 import collections
-import math
 import os
+import pathlib
+import re
 from collections.abc import Mapping
-from pathlib import Path
+from functools import partial
 from typing import Any
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
+from fp4jax import nvfp4
+from fp4jax.block_fp8 import quantize_blocks
 from fp4jax.checkpoint.match import Match, activations_of, match_folder
-from fp4jax.checkpoint.names import module_name, stacked_name
+from fp4jax.checkpoint.names import Path, module_name, stacked_name
 from fp4jax.checkpoint.reader import Reader
+from fp4jax.checkpoint.stored import Source, positive_scales
+from fp4jax.layers.moe_block import runs_on_kernel
+from fp4jax.nvfp4 import GLOBAL_SCALE_RANGE, NVFP4Tensor
+from fp4jax.packed_weights import arrange_experts
 
-# Suffix of the global scale -> of the input scale.
+# Suffix of the global scale -> of the input scale; behind a dot, or "_" where experts are stacked in one parameter.
 _SCALES = {"weight_scale_2": "input_scale", "weight_global_scale": "input_global_scale"}
+_GLOBAL_SCALE = re.compile(rf"(.+[._])({'|'.join(_SCALES)})$")
 _FOUR_OVER_SIX_MAX = 256.0  # largest block scale that leaves room for values of 6 where 4 was chosen as the top
 RATIOS = (1.0, 1.001, 1.1, 2.0, 10.0)  # edges of the histogram of gate and up scales; the last bin is open
 _PROGRESS_FROM = 1000
@@ -39,7 +48,7 @@ def inspect_folder(
     """
     if ep < 1:
         raise ValueError(f"ep must be at least 1, got {ep}")
-    folder = Path(folder)
+    folder = pathlib.Path(folder)
     report: dict[str, Any] = {"folder": str(folder), "loads": False, "problems": []}
     scales = _scales(Reader(folder))
     report["scales"], report["problems"] = scales, list(scales.pop("problems"))
@@ -58,6 +67,7 @@ def inspect_folder(
 def _match_report(match: Match, ep: int) -> dict[str, Any]:
     formats, runs = collections.Counter(), collections.Counter()
     sizes = collections.Counter(dict.fromkeys(("experts", "other"), 0))
+    experts: dict[Path, list[Any]] = {}  # w13 and w2 of every block
     for path, source in match.sources.items():
         expert = stacked_name(path) is not None
         name = module_name(path[:-1], match.prefix) + (".experts" if expert else "")
@@ -65,17 +75,22 @@ def _match_report(match: Match, ep: int) -> dict[str, Any]:
         method = match.plan.method(name)
         linear = expert or (path[-1] == "weight" and any(f"{name}.weight" in t.name for t in source.tensors))
         online = source.stored == "bf16" and method.online and "norm" not in name and "embed" not in name and linear
-        leaves = source.leaves.values()
-        size = sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in leaves)
-        kind = "bf16" if "" in source.leaves else source.stored
-        if online:
-            bits = {"nvfp4": 4.5, "block_wise_fp8": 8}[method.format]
-            size, kind = int(sum(math.prod(leaf.shape) for leaf in leaves) * bits / 8), f"{method.format}, from bf16"
+        kind = f"{method.format}, from bf16" if online else "bf16" if "" in source.leaves else source.stored
+        arrays = _arrays(source, method.format if online else None, path)
+        if expert:
+            experts.setdefault(path[:-1], []).append(arrays)
+        else:
+            sizes["other"] += _size(arrays)
         if "nvfp4" in kind or kind in ("modelopt", "compressed_tensors"):
             kind += f", activations {activations_of(match.plan, source, name)}"
         runs[kind] += 1
-        sizes["experts" if expert else "other"] += size
-    if sizes["experts"] and match.config.num_experts % ep:
+        if (scale := match.scales.get(path)) is not None:
+            sizes["experts" if path[-1] == "w2" else "other"] += 4 * np.size(scale)
+    packed = runs_on_kernel(np.dtype(match.config.dtype))
+    for w13, w2 in experts.values():
+        arrange = partial(arrange_experts, size=match.config.moe_intermediate_size, packed=packed)
+        sizes["experts"] += _size(jax.eval_shape(arrange, w13, w2))
+    if experts and match.config.num_experts % ep:
         problems = [f"{match.config.num_experts} experts cannot be split over {ep} devices"]
     else:
         problems = []
@@ -90,24 +105,37 @@ def _match_report(match: Match, ep: int) -> dict[str, Any]:
     }
 
 
+def _arrays(source: Source, online: str | None, path: Path) -> Any:
+    """What a parameter will be, as structs; online: the format that a plain weight is quantized to."""
+    structs = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in source.leaves.items()}
+    if "global_scale" in structs:
+        return NVFP4Tensor(**structs)
+    if online == "block_wise_fp8":
+        return jax.eval_shape(quantize_blocks, structs[""])
+    if online == "nvfp4":
+        *lead, n, _ = structs[""].shape
+        scale = jax.ShapeDtypeStruct((*lead, n if path[-1] == "w13" else 1, 1) if lead else (), np.float32)
+        return jax.eval_shape(lambda w, g: nvfp4.quantize(w, global_scale=g), structs[""], scale)
+    return structs.get("", structs)
+
+
+def _size(arrays: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays))
+
+
 def _scales(reader: Reader) -> dict[str, Any]:
     """Of all NVFP4 layers: how many, block scales of zero (a part of all) and the largest, ratios of gate to up.
 
     four_over_six: whether no block scale is above the bound of that choice. problems: scales that are NaN, infinite,
     zero or negative, or that should be there.
     """
-    modules = sorted(
-        (name.removesuffix(f".{suffix}"), suffix)
-        for name in reader.names()
-        for suffix in _SCALES
-        if name.endswith(f".{suffix}")
-    )
+    modules = sorted(m.groups() for name in reader.names() if (m := _GLOBAL_SCALE.match(name)))
     problems: list[str] = []
     zeros = total = 0
     largest, missing, ratios = 0.0, [], []
-    globals_: dict[str, float] = {}
+    globals_: dict[str, np.ndarray] = {}
     for module, suffix in tqdm(modules, unit="layer", desc="scales", disable=len(modules) < _PROGRESS_FROM):
-        blocks = f"{module}.weight_scale"
+        blocks = f"{module}weight_scale"
         if blocks not in reader:
             problems.append(f"{blocks} is missing")
         elif reader.dtype(blocks) == "F8_E4M3":
@@ -117,21 +145,30 @@ def _scales(reader: Reader) -> dict[str, Any]:
                 problems.append(f"{reader.file_of(blocks)}: tensor {blocks} has nan")
             zeros, total = zeros + int((codes == 0).sum()), total + codes.size
             largest = max(largest, float(np.where(codes == 0x7F, 0, values.astype(np.float32)).max(initial=0)))
-        for name in (f"{module}.{suffix}", f"{module}.{_SCALES[suffix]}"):
+        for name in (module + suffix, module + _SCALES[suffix]):
             if name not in reader:
                 missing.append(name)
                 continue
-            found = np.ravel(reader.read(name).astype(np.float64))
-            if not (found.size == 1 and np.isfinite(found[0]) and found[0] > 0):
+            found = reader.read(name).astype(np.float64)
+            low, high = GLOBAL_SCALE_RANGE
+            if bad := [value for value in found.ravel().tolist() if not low <= value <= high]:
                 problems.append(
-                    f"{reader.file_of(name)}: tensor {name} has {found.tolist()}; it must be one positive number"
+                    f"{reader.file_of(name)}: tensor {name} has {bad[0]}; scales must be positive and finite, within "
+                    "[2^-100, 2^100]"
                 )
             elif name.endswith(suffix):
-                globals_[module] = float(found[0])
-    for module, gate in globals_.items():
-        up = globals_.get(module.removesuffix("gate_proj") + "up_proj") if module.endswith(".gate_proj") else None
-        if up is not None:
-            ratios.append(max(gate, up) / min(gate, up))
+                globals_[module] = found
+    for name in sorted(name for name in reader.names() if name.endswith(".weight_scale_inv")):  # block-wise FP8
+        try:
+            positive_scales(reader, name)
+        except ValueError as error:
+            problems.append(str(error))
+    for module, scale in globals_.items():
+        up = globals_.get(module.replace(".gate_proj.", ".up_proj.")) if ".gate_proj." in module else None
+        if up is not None and scale.size == up.size == 1:
+            ratios.append(_ratio(scale.item(), up.item()))
+        elif scale.shape[1:2] == (2,):  # stacked, gate beside up
+            ratios += [_ratio(gate, up) for gate, up in scale.reshape(-1, 2).tolist()]
     counts = np.histogram(ratios, [*RATIOS, np.inf])[0].tolist() if ratios else []
     return {
         "layers": len(modules),
@@ -142,6 +179,10 @@ def _scales(reader: Reader) -> dict[str, Any]:
         "input_scales_missing": len(missing),
         "problems": problems,
     }
+
+
+def _ratio(gate: float, up: float) -> float:
+    return max(gate, up) / min(gate, up)
 
 
 def as_text(report: Mapping[str, Any]) -> str:

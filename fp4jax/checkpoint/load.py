@@ -6,9 +6,11 @@ from memory-mapped files, and with a mesh the experts go straight to the device 
 holds more than one parameter.
 """
 
+import math
 import os
 import warnings
 from collections.abc import Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,9 @@ from fp4jax.nvfp4 import BLOCK_SIZE, NVFP4Tensor
 from fp4jax.quant_config import QuantizationPlan
 
 _PROGRESS_FROM = 1000  # tensors; smaller checkpoints load faster than a bar is read
+_THREADS = min(8, os.cpu_count() or 1)  # that copy tensors of a parameter from the files
+_PARALLEL_FROM = 1 << 20  # bytes
+_ALIGNMENT = 64
 
 
 def load_model(
@@ -69,56 +74,69 @@ def load_model(
         warnings.warn(f"{folder}: {len(lines)} modules are not as the config says: {some(lines)}", stacklevel=2)
 
     count = sum(len(source.tensors) for source in sources.values())
-    with tqdm(total=count, unit="tensor", desc="loading", disable=count < _PROGRESS_FROM) as progress:
+    with (
+        tqdm(total=count, unit="tensor", desc="loading", disable=count < _PROGRESS_FROM) as progress,
+        ThreadPoolExecutor(_THREADS) as pool,
+    ):
         for path, source in sources.items():
             owner = at(model, path[:-1])
             split = P(EP_AXIS) if isinstance(owner, MoEBlock) and path[-1] in ("w13", "w2") else P()
             sharding = None if mesh is None else NamedSharding(mesh, split)
-            arrays = {field: _fill(leaf, sharding) for field, leaf in source.leaves.items()}
+            arrays = {field: _fill(leaf, sharding, pool) for field, leaf in source.leaves.items()}
             _set(model, path, arrays, scales.get(path))
             _quantize_now(model, path, plan, source, prefix)
+            reader.forget_pages()
             progress.update(len(source.tensors))
     for block, path in _blocks(model):
         name, source = f"{module_name(path, prefix)}.experts", sources[(*path, "w13")]
         activations = activations_of(plan, source, name)
-        if mesh is not None or activations != "bf16":
+        if mesh is not None or "" not in source.leaves or activations != "bf16":  # packs what is NVFP4
             block.configure(ExpertSettings(mesh=mesh, activation_format=activations))
         if (largest := scales.get((*path, "w13"))) is not None:
             block.set_input_scales(jnp.float32(largest), jnp.asarray(scales[(*path, "w2")], jnp.float32))
         if plan.method(name).online and source.stored == "bf16":
             block.quantize_experts()
     for name, (layer, attribute) in kv_scales.items():
-        setattr(
-            model.layers[layer].self_attn,
-            attribute,
-            nnx.Variable(jnp.float32(reader.read(name).astype(np.float32).reshape(()))),
-        )
+        scale = jnp.float32(stored.positive_scales(reader, name).reshape(()))
+        setattr(model.layers[layer].self_attn, attribute, nnx.Variable(scale))
     return model, config
 
 
 # --- arrays ---
 
 
-def _fill(leaf: stored.Leaf, sharding: NamedSharding | None) -> jax.Array:
+def _fill(leaf: stored.Leaf, sharding: NamedSharding | None, pool: Executor) -> jax.Array:
+    """An array from its parts, which the threads of a pool copy where that is worth it."""
+
     def piece(index: tuple[slice, ...] | None) -> np.ndarray:
         """What one device owns: a range of leading rows (experts)."""
-        first = leaf.parts[0]
-        if first.expert is None:
-            rows = index[0] if index else slice(None)
-            whole = rows.indices(leaf.shape[0])[:2] == (0, leaf.shape[0]) if leaf.shape else True
-            return np.asarray(first.load() if whole else first.load(rows)).reshape(
-                leaf.shape if whole else (-1, *leaf.shape[1:])
-            )
-        start, stop, _ = (index[0] if index else slice(None)).indices(leaf.shape[0])
-        out = np.empty((stop - start, *leaf.shape[1:]), leaf.dtype)
-        for part in leaf.parts:
-            if part.expert is not None and start <= part.expert < stop:
+        rows = index[0] if index else slice(None)
+        start, stop, _ = rows.indices(leaf.shape[0]) if leaf.shape else (0, 1, 1)
+        out = _aligned((stop - start, *leaf.shape[1:]) if leaf.shape else (), leaf.dtype)
+
+        def place(part: stored.Part) -> None:
+            if part.expert is not None:
                 out[part.expert - start, part.start : part.start + part.rows] = part.load()
+            elif (start, stop) == (0, leaf.shape[0] if leaf.shape else 1):
+                out[...] = part.load().reshape(out.shape)
+            else:
+                out[...] = part.load(rows).reshape(out.shape)
+
+        parts = [part for part in leaf.parts if part.expert is None or start <= part.expert < stop]
+        list((pool.map if out.nbytes > _PARALLEL_FROM else map)(place, parts))
         return out
 
     if sharding is None:
-        return jnp.asarray(piece(None))
+        return jax.device_put(piece(None))
     return jax.make_array_from_callback(leaf.shape, sharding, piece)
+
+
+def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Uninitialized memory that a CPU device takes as it is, without a copy."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def _set(model: Any, path: ParamPath, arrays: dict[str, jax.Array], input_scale: Any) -> None:

@@ -3,7 +3,7 @@
 import collections
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fp4jax.checkpoint import stored
+from fp4jax.checkpoint import stacked, stored
 from fp4jax.checkpoint.names import (
     Path as ParamPath,
     expert_modules,
     find_prefix,
     module_name,
+    projections_of,
     stacked_name,
     tensor_name,
 )
@@ -34,12 +35,14 @@ from fp4jax.models import (
     ernie45_moe,
     qwen3_moe,
 )
+from fp4jax.nvfp4 import GLOBAL_SCALE_RANGE
 from fp4jax.quant_config import QuantizationPlan, plan_quantization
 from fp4jax.quant_schemas import disagreements
 
 QUANT_CONFIG_NAME = "hf_quant_config.json"
 _MODELS: dict[str, tuple[Callable[..., Any], Any]] = {
     qwen3_moe.MODEL_TYPE: (Qwen3Moe, Qwen3MoeConfig),
+    qwen3_moe.VL_MODEL_TYPE: (Qwen3Moe, Qwen3MoeConfig),
     ernie45_moe.MODEL_TYPE: (Ernie45Moe, Ernie45MoeConfig),
     deepseek_v3.MODEL_TYPE: (DeepseekV3, DeepseekV3Config),
 }
@@ -80,10 +83,13 @@ def match_folder(
     model = nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(0)))
     params = model_params(model)
     sources = {path: _source(reader, model, path, param.get_value(), prefix) for path, param in params.items()}
-    scales = _input_scales(reader, model, sources, plan, prefix, input_scales)
     found = {name: m for name in reader.names() if name.startswith(prefix) and (m := _KV_SCALE.search(name))}
     kv_scales = {name: (int(m[1]), m[2]) for name, m in found.items() if int(m[1]) < config.num_hidden_layers}
     _check_tensors(reader, config, sources, prefix, kv_scales)
+    _check_head(reader, config, prefix)
+    for name in kv_scales:
+        stored.positive_scales(reader, name)
+    scales = _input_scales(reader, model, sources, plan, prefix, input_scales)
     lines = _check_plan(reader, plan, sources, prefix)
     return Match(config, plan, reader, prefix, model, sources, scales, kv_scales, lines)
 
@@ -122,8 +128,11 @@ def _model_and_config(folder: Path, values: dict[str, Any], dtype: str | None) -
 
 def _quantization_of(folder: Path, values: dict[str, Any]) -> dict[str, Any] | None:
     """The section of config.json, else ModelOpt's file."""
-    if values.get("quantization_config"):
-        return values["quantization_config"]
+    if (section := values.get("quantization_config")) is not None:
+        if not isinstance(section, dict):
+            raise ValueError(f"{folder / CONFIG_NAME}: quantization_config must be an object, got {section!r}")
+        if section:
+            return section
     path = folder / QUANT_CONFIG_NAME
     return _read_json(path) if path.is_file() else None
 
@@ -134,12 +143,15 @@ def _quantization_of(folder: Path, values: dict[str, Any]) -> dict[str, Any] | N
 def _source(reader: Reader, model: Any, path: ParamPath, struct: Any, prefix: str) -> stored.Source:
     """Where a parameter comes from, by what the folder has."""
     owner, shape = at(model, path[:-1]), struct.shape
-    stacked = stacked_name(path, prefix)
-    if stacked is not None and stacked in reader:
-        whole = stored.Module(stacked, None, 0, shape[0]), stored.Tensor(stacked, shape, stored.FLOATS)
-        return stored.plain_source(reader, [whole], shape, struct.dtype)
-    if stacked is not None:
-        modules = [stored.Module(*place) for place in expert_modules(path, shape, prefix)]
+    base = stacked_name(path, prefix)
+    if base is not None and (names := stacked.names_of(reader, base)) is not None:
+        both = [(*path[:-1], name) for name in ("w13", "w2")]
+        shapes = {str(stacked_name(one, prefix)): at(model, one).get_value().shape for one in both}
+        transposed = stacked.is_transposed(reader, shapes)
+        halves = len(projections_of(path))
+        return stacked.source(reader, names, shape, struct.dtype, halves=halves, transposed=transposed)
+    if base is not None:
+        modules = [stored.Module(*place) for place in expert_places(reader, path, shape, prefix)]
         kinds = collections.Counter(stored.stored_as(reader, module.name) for module in modules)
         usual = kinds.most_common(1)[0][0]  # an expert that is stored otherwise is refused by the names of its tensors
         return stored.weight_source(reader, usual, modules, shape, struct.dtype, decode=True)
@@ -151,6 +163,16 @@ def _source(reader: Reader, model: Any, path: ParamPath, struct: Any, prefix: st
     row = (1, *shape)  # some models keep their correction bias as one row
     tensor = stored.Tensor(full, row if full in reader and reader.shape(full) == row else shape, stored.FLOATS)
     return stored.plain_source(reader, [(stored.Module(name, None, 0, shape[0]), tensor)], shape, struct.dtype)
+
+
+def expert_places(
+    reader: Reader, path: ParamPath, shape: tuple[int, ...], prefix: str
+) -> Iterator[tuple[str, int, int, int]]:
+    """`expert_modules` under the names that the folder has: some of ModelOpt's put the expert behind the projection."""
+    for module, expert, start, rows in expert_modules(path, shape, prefix):
+        experts, _, projection = module.rsplit(".", 2)
+        behind = any(f"{experts}.{projection}.0.{end}" in reader for end in ("weight", "weight_packed"))
+        yield f"{experts}.{projection}.{expert}" if behind else module, expert, start, rows
 
 
 def _input_scales(reader, model, sources, plan, prefix, choice) -> dict[ParamPath, Any]:
@@ -171,21 +193,33 @@ def _input_scales(reader, model, sources, plan, prefix, choice) -> dict[ParamPat
             found[path] = None
             continue
         shape = at(model, path).get_value().shape
-        modules = [place[0] for place in expert_modules(path, shape, prefix)] if expert else [name]
-        scales = stored.input_scales(reader, source.stored, modules)
-        values = []
-        for module in modules:
-            tensor, value = stored.input_scale_name(source.stored, module), scales.get(f"{module}.input_scale")
-            if value is None:
-                raise ValueError(
-                    f"{reader.folder}: {tensor} is missing; layers with NVFP4 activations need it "
-                    "(input_scales='per_token': not)"
-                )
-            if not (np.isfinite(value) and value > 0):
-                raise ValueError(f"{reader.file_of(tensor)}: tensor {tensor} = {value} must be positive and finite")
-            values.append(value)
+        names = stacked.names_of(reader, str(stacked_name(path, prefix))) if expert else None
+        if names is not None:
+            of_experts = stacked.input_scales(reader, names, shape[0], len(projections_of(path)))
+            values = [_usable(reader, names.input_scale, value) for value in of_experts]
+        else:
+            modules = [place[0] for place in expert_places(reader, path, shape, prefix)] if expert else [name]
+            scales = stored.input_scales(reader, source.stored, modules)
+            values = [
+                _usable(reader, stored.input_scale_name(source.stored, m), scales.get(f"{m}.input_scale"))
+                for m in modules
+            ]
         found[path] = values if path[-1] == "w2" and expert else max(values)
     return found
+
+
+def _usable(reader: Reader, tensor: str, scale: float | None) -> float:
+    """A scale of activations that is there, positive and finite."""
+    if scale is None:
+        raise ValueError(
+            f"{reader.folder}: {tensor} is missing; layers with NVFP4 activations need it "
+            "(input_scales='per_token': not)"
+        )
+    if not GLOBAL_SCALE_RANGE[0] <= scale <= GLOBAL_SCALE_RANGE[1]:
+        raise ValueError(
+            f"{reader.file_of(tensor)}: tensor {tensor} = {scale} must be positive and finite, within [2^-100, 2^100]"
+        )
+    return float(scale)
 
 
 def activations_of(plan: QuantizationPlan, source: stored.Source, module: str) -> Literal["nvfp4", "bf16"]:
@@ -205,6 +239,7 @@ def _check_tensors(reader, config, sources, prefix, kv_scales):
     if missing or unexpected:
         raise ValueError(f"{reader.folder}: {len(missing)} tensors missing: {some(missing)}; "
                          f"{len(unexpected)} unexpected: {some(unexpected)}")  # fmt: skip
+    expected |= {name: stored.Tensor(name, None, stored.FLOATS) for name in kv_scales}
     for tensor in expected.values():
         shape = tensor.shape
         if shape is None:
@@ -212,12 +247,25 @@ def _check_tensors(reader, config, sources, prefix, kv_scales):
         reader.check(tensor.name, shape, tensor.dtypes)
 
 
+def _check_head(reader, config, prefix):
+    """Raises for a head of its own in a folder whose config says that it has none."""
+    head, embedding = tensor_name(("lm_head", "weight"), {}, prefix), f"{prefix}embed_tokens.weight"
+    if not config.tie_word_embeddings or head not in reader:
+        return
+    reader.check(head, reader.shape(embedding), (reader.dtype(embedding),))
+    if not np.array_equal(*(reader.read(name).view(np.uint8) for name in (head, embedding))):
+        raise ValueError(
+            f"{reader.file_of(head)}: tensor {head} differs from {embedding}, although {CONFIG_NAME} says that they "
+            "are the same (tie_word_embeddings)"
+        )
+
+
 def _is_redundant(name: str, config: Any, prefix: str) -> bool:
     """What is not a weight of the text model, or follows from others.
 
     A tied head, RoPE frequencies, activation scales (read apart), layers that predict further tokens, other models.
     """
-    if name.endswith(("rotary_emb.inv_freq", ".input_scale", ".input_global_scale")):
+    if name.endswith(("rotary_emb.inv_freq", ".input_scale", "_proj_input_scale", ".input_global_scale")):
         return True
     if name.endswith("lm_head.weight"):
         return config.tie_word_embeddings

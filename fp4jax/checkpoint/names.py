@@ -36,9 +36,14 @@ def stacked_name(path: Path, prefix: str = PREFIX) -> str | None:
     return f"{module_name(path[:-1], prefix)}.experts.{_STACKED[str(path[-1])]}"
 
 
+def projections_of(path: Path) -> tuple[str, ...]:
+    """The projections that a w13 or w2 parameter stacks."""
+    return _EXPERTS[str(path[-1])]
+
+
 def expert_modules(path: Path, shape: tuple[int, ...], prefix: str = PREFIX) -> Iterable[tuple[str, int, int, int]]:
     """(module, expert, first row, rows) of every expert's projections in a w13 or w2 parameter of that shape."""
-    projections = _EXPERTS[str(path[-1])]
+    projections = projections_of(path)
     experts, rows, _ = shape
     rows //= len(projections)
     for expert in range(experts):

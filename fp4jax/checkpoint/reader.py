@@ -1,10 +1,12 @@
 """All tensors of a folder of safetensors files by name: headers are read at once, data when it is asked for.
 
-The safetensors library checks each file's header against its size; the data is mapped into memory by numpy, since the
+The safetensors library checks each file's header against its size; the data is mapped into memory here, since the
 library's numpy side does not know FP8.
 """
 
 import json
+import math
+import mmap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,15 +45,20 @@ class Reader:
         files = [WEIGHTS_NAME] if weight_map is None else sorted(set(weight_map.values()))
         headers = {file: _read_header(folder / file, weight_map is not None) for file in files}
         self._entries: dict[str, _Entry] = {}
-        for header in headers.values():
-            self._entries.update(header)
-        for name, file in (weight_map or {}).items():  # a tensor in several files is read where the index says
-            if name in headers[file]:
-                self._entries[name] = headers[file][name]
+        for file, header in headers.items():
+            for name, entry in header.items():
+                if name in self._entries and name not in (weight_map or ()):
+                    raise ValueError(f"{folder / file}: tensor {name} is in {self._entries[name].file.name} too")
+                self._entries[name] = entry
         absent = sorted(set(weight_map or ()) - self._entries.keys())
         if absent:
             raise ValueError(f"{index} lists tensors that are in no file: {some(absent)}")
-        self._maps: dict[Path, np.memmap] = {}
+        for name, file in (weight_map or {}).items():  # a tensor in several files is read where the index says
+            if name not in headers[file]:
+                found = self._entries[name].file.name
+                raise ValueError(f"{index}: tensor {name} should be in {file}, but it is in {found}")
+            self._entries[name] = headers[file][name]
+        self._maps: dict[Path, mmap.mmap] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
@@ -77,12 +84,22 @@ class Reader:
         entry = self._entries[name]
         if entry.dtype not in DTYPES:
             raise ValueError(f"{entry.file}: tensor {name} has type {entry.dtype}, which is not supported")
-        if entry.file not in self._maps:
-            self._maps[entry.file] = np.memmap(entry.file, np.uint8, mode="r")
-        dtype = np.dtype(DTYPES[entry.dtype])
-        size = int(np.prod(entry.shape, dtype=np.int64)) * dtype.itemsize
-        whole = self._maps[entry.file][entry.start : entry.start + size].view(dtype).reshape(entry.shape)
+        count = math.prod(entry.shape)
+        if count == 0:  # nothing to map
+            return np.zeros(entry.shape, DTYPES[entry.dtype])[rows]
+        whole = np.frombuffer(self._map(entry.file), DTYPES[entry.dtype], count, entry.start).reshape(entry.shape)
         return whole[rows] if entry.shape else whole
+
+    def _map(self, file: Path) -> mmap.mmap:
+        if file not in self._maps:
+            with file.open("rb") as content:
+                self._maps[file] = mmap.mmap(content.fileno(), 0, access=mmap.ACCESS_READ)
+        return self._maps[file]
+
+    def forget_pages(self) -> None:
+        """Pages of the files that were read no longer count as memory of this process; they can be read again."""
+        for mapped in self._maps.values():
+            mapped.madvise(mmap.MADV_DONTNEED)
 
     def check(self, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
         """ValueError with file, tensor, found and expected, unless the tensor is like that."""
@@ -102,9 +119,16 @@ def some(names: list[str]) -> str:
 
 def _read_weight_map(index: Path) -> dict[str, str]:
     try:
-        return dict(json.loads(index.read_text())["weight_map"])
+        weight_map = dict(json.loads(index.read_text())["weight_map"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{index} is not an index of safetensors files: {error!r}") from error
+    here = set()
+    for name, file in weight_map.items():
+        if isinstance(file, str) and (file in here or Path(file).name == file):
+            here.add(file)
+        else:
+            raise ValueError(f"{index}: tensor {name} is in {file!r}, expected the name of a file in the same folder")
+    return weight_map
 
 
 def _read_header(file: Path, listed: bool) -> dict[str, _Entry]:

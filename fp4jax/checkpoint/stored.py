@@ -13,7 +13,7 @@ import numpy as np
 
 from fp4jax.block_fp8 import BLOCK, scale_shape
 from fp4jax.checkpoint.reader import Reader
-from fp4jax.nvfp4 import BLOCK_SIZE
+from fp4jax.nvfp4 import BLOCK_SIZE, GLOBAL_SCALE_RANGE
 
 FLOATS = ("BF16", "F16", "F32")
 # Suffixes of codes, block scales, global scale, input scale.
@@ -83,7 +83,7 @@ def plain_source(reader: Reader, tensors: list[tuple[Module, Tensor]], shape: tu
     """An array that plain tensors fill, each some rows of it."""
 
     def load(tensor):
-        return lambda rows=slice(None): reader.read(tensor.name, rows).astype(dtype)
+        return lambda rows=slice(None): reader.read(tensor.name, rows).astype(dtype, copy=False)
 
     parts = [Part(load(tensor), module.expert, module.start, module.rows) for module, tensor in tensors]
     return Source("bf16", [tensor for _, tensor in tensors], {"": Leaf(shape, dtype, parts)})
@@ -123,12 +123,14 @@ def weight_source(
             Part(load(m), m.expert, m.start if rows is None else 0, m.rows if rows is None else rows) for m in modules
         ]
 
-    convert = _scalar if stored == "modelopt" else _reciprocal
+    def scalar(reader, name):
+        return decode_scales(reader, stored, name).reshape(1, 1)
+
     leaves = {
         "qdata": Leaf((*lead, n, k // 2), np.uint8, parts(codes, Reader.read)),
         "block_scale": Leaf((*lead, n, k // BLOCK_SIZE), ml_dtypes.float8_e4m3fn, parts(block_scale, _block_scale)),
         "global_scale": Leaf((*lead, scale_rows, 1) if lead else (), np.float32,
-                             parts(global_scale, convert, None if per_row else 1)),
+                             parts(global_scale, scalar, None if per_row else 1)),
     }  # fmt: skip
     return Source(stored, tensors, leaves)
 
@@ -165,7 +167,7 @@ def _fp8_source(reader, modules, shape, dtype, decode):
     if not decode:
         (m,) = modules
         codes = Part(lambda: reader.read(f"{m.name}.weight"), None, 0, m.rows)
-        scales = Part(lambda: _scales(reader, f"{m.name}.weight_scale_inv"), None, 0, scale_shape(shape)[0])
+        scales = Part(lambda: positive_scales(reader, f"{m.name}.weight_scale_inv"), None, 0, scale_shape(shape)[0])
         leaves = {
             "qdata": Leaf(shape, ml_dtypes.float8_e4m3fn, [codes]),
             "block_scale": Leaf(scale_shape(shape), np.float32, [scales]),
@@ -174,7 +176,7 @@ def _fp8_source(reader, modules, shape, dtype, decode):
 
     def load(m):
         def decoded():
-            scale = _scales(reader, f"{m.name}.weight_scale_inv")
+            scale = positive_scales(reader, f"{m.name}.weight_scale_inv")
             wide = np.repeat(np.repeat(scale, BLOCK, 0)[: m.rows], BLOCK, 1)[:, :k]
             return (reader.read(f"{m.name}.weight").astype(np.float32) * wide).astype(dtype)
 
@@ -187,29 +189,44 @@ def _fp8_source(reader, modules, shape, dtype, decode):
 # --- numbers that must be usable ---
 
 
-def _refuse(reader, name, value):
-    raise ValueError(f"{reader.file_of(name)}: tensor {name} has {value}; scales must be positive and finite")
+def positive_scales(reader: Reader, name: str) -> np.ndarray:
+    """A tensor of scales in f32.
 
-
-def _scales(reader, name):
+    Raises:
+      ValueError: naming file and tensor, for one that is NaN, infinite, zero or negative.
+    """
     values = reader.read(name).astype(np.float32)
     bad = ~(np.isfinite(values) & (values > 0))
     if bad.any():
-        _refuse(reader, name, values[bad].flat[0])
+        _refuse(reader, name, values[bad].flat[0], "scales must be positive and finite")
     return values
 
 
-def _scalar(reader, name):
-    return _scales(reader, name).reshape(1, 1)
+def _refuse(reader, name, value, rule):
+    raise ValueError(f"{reader.file_of(name)}: tensor {name} has {value}; {rule}")
 
 
-def _reciprocal(reader, name):
-    decoded = np.float32(1) / _scalar(reader, name)
-    return decoded if np.isfinite(decoded).all() and (decoded > 0).all() else _refuse(reader, name, 1 / decoded)
+def decode_scales(reader: Reader, stored: str, name: str) -> np.ndarray:
+    """The global scales of a tensor, f32, decode direction.
+
+    Raises:
+      ValueError: naming file and tensor, for one that is not positive or beyond what NVFP4 can be computed with.
+    """
+    values = positive_scales(reader, name)
+    low, high = GLOBAL_SCALE_RANGE  # the same for reciprocals
+    bad = (values < low) | (values > high)
+    if bad.any():
+        _refuse(reader, name, values[bad].flat[0], "a global scale must lie in [2^-100, 2^100]")
+    return values if stored == "modelopt" else np.float32(1) / values
 
 
 def _block_scale(reader, name):
     values = reader.read(name)
-    if ((values.view(np.uint8) & 0x7F) == 0x7F).any():
-        _refuse(reader, name, "nan")
+    check_block_scales(reader, name, values)
     return values
+
+
+def check_block_scales(reader: Reader, name: str, values: np.ndarray) -> None:
+    """ValueError where values that were read from a tensor have a NaN."""
+    if ((values.view(np.uint8) & 0x7F) == 0x7F).any():
+        _refuse(reader, name, "nan", "block scales must be finite")

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from fp4jax import implementations, moe, nvfp4, routing
 from fp4jax.layers.dense import MLP, Linear, exact_precision, normal_param
 from fp4jax.nvfp4 import NVFP4Tensor
-from fp4jax.packed_weights import PackedWeights, packed_if
+from fp4jax.packed_weights import PackedWeights, arrange_experts
 
 EP_AXIS = "ep"
 
@@ -135,6 +135,7 @@ class MoEBlock(nnx.Module):
         if latent_size is not None:
             self.fc1_latent_proj = Linear(hidden_size, latent_size, **linear)
             self.fc2_latent_proj = Linear(latent_size, hidden_size, **linear)
+        self.intermediate_size = moe_intermediate_size
         width, experts = latent_size or hidden_size, router.num_experts
         self.w13 = normal_param(rngs, (experts, 2 * moe_intermediate_size, width), stddev, param_dtype)
         self.w2 = normal_param(rngs, (experts, width, moe_intermediate_size), stddev, param_dtype)
@@ -243,13 +244,10 @@ class MoEBlock(nnx.Module):
 
     def _pack_or_unpack(self) -> None:
         """Kernel layout for NVFP4 weights if and only if the settings lead to the kernel."""
-        on_kernel = (
-            implementations.has_hopper_gpu()
-            and self.settings.implementation in (None, "mosaic_gpu")
-            and self.dtype == jnp.bfloat16
-        )
-        for param in (self.w13, self.w2):
-            param.set_value(packed_if(param.get_value(), on_kernel))
+        on_kernel = runs_on_kernel(self.dtype, self.settings.implementation)
+        pair = arrange_experts(self.w13.get_value(), self.w2.get_value(), self.intermediate_size, packed=on_kernel)
+        for param, value in zip((self.w13, self.w2), pair, strict=True):
+            param.set_value(value)
 
     def sharded_params(self) -> list[nnx.Param]:
         """Parameters with a leading expert axis; all others are the same on every device."""
@@ -323,6 +321,11 @@ class MoEBlock(nnx.Module):
         self.input_scale_1 = nnx.Param(jnp.asarray(input_scale_1, jnp.float32))
         self.input_scale_2 = nnx.Param(jnp.asarray(input_scale_2, jnp.float32).reshape(-1, 1, 1))
         self.configure(self.settings)
+
+
+def runs_on_kernel(dtype: Any, implementation: str | None = None) -> bool:
+    """Whether NVFP4 experts of a block that computes in `dtype` go to the grouped GEMM's kernel, and are packed."""
+    return implementations.has_hopper_gpu() and implementation in (None, "mosaic_gpu") and dtype == jnp.bfloat16
 
 
 def _is_quantized(w: Any) -> bool:

@@ -45,7 +45,18 @@ def read_hf(
     missing = [f.name for f in fields(config_class) if f.default is MISSING and f.name not in values]
     if missing:
         raise ValueError(f"config.json of {model_type} lacks {', '.join(missing)}")
+    _check_types(config_class, values, model_type)
     return config_class(**as_fields(config_class, values))
+
+
+def _check_types(config_class: Any, values: Mapping[str, Any], model_type: str) -> None:
+    """ValueError for text, fractions or lists where a field is a number or a switch."""
+    accepted = {"int": (int,), "float": (int, float), "bool": (bool,)}
+    for field in fields(config_class):
+        kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", "")
+        value = values.get(field.name)
+        if value is not None and kind in accepted and type(value) not in accepted[kind]:
+            raise ValueError(f"config.json of {model_type}: {field.name}={value!r} must be of type {kind}")
 
 
 def as_fields(config_class: Any, values: Mapping[str, Any]) -> dict[str, Any]:

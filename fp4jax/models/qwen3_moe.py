@@ -13,6 +13,7 @@ from fp4jax.models.decoder import Decoder
 from fp4jax.models.hf_config import check_shapes, read_hf, write_hf
 
 MODEL_TYPE = "qwen3_moe"
+VL_MODEL_TYPE = "qwen3_vl_moe"  # sees images too; for text it is the same model
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,9 @@ class Qwen3MoeConfig:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "Qwen3MoeConfig":
-        """Read a parsed `config.json`, see `hf_config.read_hf`."""
+        """Read a parsed `config.json`, see `hf_config.read_hf`; of Qwen3-VL-MoE the part of the text model."""
+        if config.get("model_type") == VL_MODEL_TYPE:
+            config = _text_config(config)
         absent = {"rope_theta": 1e4, "norm_topk_prob": False}
         return read_hf(cls, config, model_type=MODEL_TYPE, absent=absent, renamed={"num_experts": "num_local_experts"})
 
@@ -76,3 +79,18 @@ class Qwen3Moe(Decoder):
         router = RoutingConfig(config.num_experts, config.num_experts_per_tok, renormalize=config.norm_topk_prob)
         path = f"model.layers.{layer}.mlp"
         return MoEBlock(config.hidden_size, config.moe_intermediate_size, router, path=path, **parts)
+
+
+def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Qwen3-VL-MoE's `text_config` as the config of a Qwen3-MoE.
+
+    Its router always divides by the sum of the chosen. Text has the same position along all three axes of its RoPE
+    (`mrope_section`), which then turns like the usual one.
+    """
+    text = config.get("text_config")
+    expected = f"{VL_MODEL_TYPE}_text"
+    if not isinstance(text, Mapping) or text.get("model_type") != expected:
+        found = text.get("model_type") if isinstance(text, Mapping) else text
+        raise ValueError(f"text_config of {VL_MODEL_TYPE} must have model_type {expected!r}, got {found!r}")
+    outer = {key: config[key] for key in ("tie_word_embeddings", "dtype", "torch_dtype") if config.get(key) is not None}
+    return {"rope_theta": 5e5, **text, **outer, "model_type": MODEL_TYPE, "norm_topk_prob": True}

@@ -1,0 +1,158 @@
+"""How fast a checkpoint loads, and how much host memory that takes beside the model itself.
+
+    python experiments/bench_loading.py                       # writes 2 GB in NVFP4, loads it; about a minute
+    python experiments/bench_loading.py --gigabytes=4         # or more; the folder is removed at the end
+    python experiments/bench_loading.py --model=DIR           # a folder that is there already
+
+Every load runs in a process of its own, once with the files in the page cache (warm) and once without (cold). Peaks are
+above what the process held before (imports, JAX), sampled every few milliseconds; on CPU devices the arrays of the
+model are subtracted too. Anonymous memory is what loading itself allocates; file pages are the mapped checkpoint, which
+the kernel drops when it needs them. Writes bench_loading.json.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags
+from flax import nnx
+from tqdm import tqdm
+
+from experiments.synthetic_checkpoint import layers_for, write_checkpoint
+from fp4jax import benchmarking
+from fp4jax.checkpoint import load_model
+
+_MODEL = flags.DEFINE_string("model", None, "Folder to load; default: a synthetic one is written and removed.")
+_GIGABYTES = flags.DEFINE_float(
+    "gigabytes", 2.0, "Size of the synthetic folder, in layers of Qwen3-30B.", lower_bound=0.1
+)
+_ROUNDS = flags.DEFINE_integer("rounds", 2, "Loads per state of the page cache; the fastest counts.", lower_bound=1)
+_OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Folder for the JSON; default: output/bench_loading.")
+
+_SAMPLE_SECONDS = 0.002
+_ROOT = Path(__file__).parents[1]
+_CHILD = "import json, sys; from experiments.bench_loading import measure; print(json.dumps(measure(sys.argv[1])))"
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    if _MODEL.value is not None and not Path(_MODEL.value).is_dir():
+        raise app.UsageError(f"--model: {_MODEL.value} is not a folder")
+    with tempfile.TemporaryDirectory(prefix="bench_loading_") as temporary:
+        folder, name = Path(_MODEL.value or temporary), _MODEL.value
+        if name is None:
+            layers = layers_for(int(_GIGABYTES.value * 1e9))
+            write_checkpoint(folder, layers)
+            name = f"{layers} layers of Qwen3-30B, NVFP4"
+        rows = measure_all(folder, name)
+    path = Path(_OUTPUT_DIR.value or "output/bench_loading") / "bench_loading.json"
+    inputs = "random codes and scales in ModelOpt's layout, sharded" if _MODEL.value is None else "a folder as it is"
+    benchmarking.save_results(path, "bench_loading", rows, inputs=inputs)
+    print("cache   seconds    GB/s   host memory, peak in MB: anonymous    files   (largest parameter: MB)")
+    for row in rows:
+        peaks = (row[f"{name}_bytes"] / 1e6 for name in ("peak_anonymous", "peak_file", "largest_parameter"))
+        numbers = "{:36.0f} {:8.0f} {:25.0f}".format(*peaks)
+        print(f"{row['cache']:5} {row['seconds']:9.2f} {row['gigabytes_per_second']:7.2f} {numbers}")
+    print(f"wrote {path}")
+
+
+def measure_all(folder: Path, name: str) -> list[dict[str, Any]]:
+    """A row per state of the page cache."""
+    files = sorted(folder.glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in files)
+    rows = []
+    with tqdm(total=2 * _ROUNDS.value, unit="load", desc=name) as progress:
+        for cache in ("cold", "warm"):
+            found = []
+            for _ in range(_ROUNDS.value):
+                if cache == "cold":
+                    drop_from_cache(files)
+                found.append(load_in_a_process(folder))
+                progress.update()
+            best = min(found, key=lambda one: one["seconds"])
+            speed = size / 1e9 / best["seconds"]
+            rows.append({"model": name, "cache": cache, "bytes": size, "gigabytes_per_second": speed, **best})
+    return rows
+
+
+def load_in_a_process(folder: Path) -> dict[str, Any]:
+    """What `measure` says in a fresh process.
+
+    Raises:
+      RuntimeError: it failed, with what it wrote.
+    """
+    env = {**os.environ, "PYTHONPATH": str(_ROOT)}
+    command = [sys.executable, "-c", _CHILD, str(folder)]
+    done = subprocess.run(command, env=env, cwd=_ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"loading {folder} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(folder: str) -> dict[str, Any]:
+    """Load once; seconds and bytes, see the top of this file."""
+    jax.block_until_ready(jax.device_put(np.zeros(1)))
+    before = _memory()
+    with _Sampler() as peak:
+        start = time.perf_counter()
+        model, _ = load_model(folder)
+        leaves = jax.block_until_ready(jax.tree.leaves(nnx.state(model)))
+        seconds = time.perf_counter() - start
+    held = sum(leaf.nbytes for leaf in leaves if next(iter(leaf.devices())).platform == "cpu")
+    return {
+        "seconds": seconds,
+        "peak_anonymous_bytes": max(0, peak.anonymous - before["RssAnon"] - held),
+        "peak_file_bytes": max(0, peak.file - before["RssFile"]),
+        "model_bytes": sum(leaf.nbytes for leaf in leaves),
+        "largest_parameter_bytes": max(leaf.nbytes for leaf in leaves),
+        "arrays": len(leaves),
+    }
+
+
+class _Sampler:
+    """Largest anonymous and file-backed resident memory while it is entered."""
+
+    def __init__(self) -> None:
+        self.anonymous = self.file = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        while not self._stop.wait(_SAMPLE_SECONDS):
+            now = _memory()
+            self.anonymous, self.file = max(self.anonymous, now["RssAnon"]), max(self.file, now["RssFile"])
+
+    def __enter__(self) -> "_Sampler":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def _memory() -> dict[str, int]:
+    """Bytes by the names of /proc/self/status."""
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("Rss"))
+    return {name.rstrip(":"): int(number) * 1024 for name, number, _ in lines}
+
+
+def drop_from_cache(files: list[Path]) -> None:
+    """Asks the kernel to forget the pages of these files."""
+    for file in files:
+        with file.open("rb") as content:
+            os.fsync(content.fileno())
+            os.posix_fadvise(content.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+if __name__ == "__main__":
+    app.run(main)
