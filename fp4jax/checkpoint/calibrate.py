@@ -116,7 +116,8 @@ class _Watched:
         return self.linear(x)
 
 
-@partial(jax.jit, static_argnums=0)
+# A choice of algorithms by timing them would differ from process to process, and a run that goes on from another one.
+@partial(jax.jit, static_argnums=0, compiler_options={"xla_gpu_deterministic_ops": True})
 def _run_layer(graphdef: Any, state: Any, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
     """x [length, H]."""
     layer = nnx.merge(graphdef, state)
