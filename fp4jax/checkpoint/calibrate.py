@@ -18,31 +18,32 @@ from fp4jax.checkpoint.names import Path as ParamPath, module_name
 from fp4jax.checkpoint.stored import Leaf
 from fp4jax.checkpoint.tensor_file import part_of
 from fp4jax.layers import Linear, MoEBlock
+from fp4jax.layers.dense import largest
 
 _ROUTERS = ("gate", "shared_expert_gate")
 
 Amax = dict[str, np.ndarray]
 
 
+def check_ids(config: Any, ids: np.ndarray) -> None:
+    """ValueError unless they are sequences [sequences, length] that the model knows."""
+    if ids.ndim != 2 or ids.size == 0 or ids.min() < 0 or ids.max() >= config.vocab_size:
+        raise ValueError(f"calibration needs ids [sequences, length] below {config.vocab_size}, got {ids}")
+    if ids.shape[1] > config.max_position_embeddings:
+        raise ValueError(f"sequences of {ids.shape[1]} tokens exceed {config.max_position_embeddings}")
+
+
 class HiddenStates:
     """What goes into the decoder layers, [sequences, length, H] in the model's dtype, in files of a folder.
 
     ids: i32 [sequences, length].
-
-    Raises:
-      ValueError: ids that the model does not know, or more positions.
     """
 
     def __init__(self, match: Match, ids: np.ndarray, folder: Path):
-        config = match.config
-        if ids.ndim != 2 or ids.size == 0 or ids.min() < 0 or ids.max() >= config.vocab_size:
-            raise ValueError(f"calibration needs ids [sequences, length] below {config.vocab_size}, got {ids}")
-        if ids.shape[1] > config.max_position_embeddings:
-            raise ValueError(f"sequences of {ids.shape[1]} tokens exceed {config.max_position_embeddings}")
         self._match, self._ids, self._folder = match, ids, folder
-        self._dtype = np.dtype(jnp.dtype(config.dtype))
+        self._dtype = np.dtype(jnp.dtype(match.config.dtype))
         self._raw = np.dtype(f"u{self._dtype.itemsize}")  # numpy's files do not know bf16
-        self._shape = (*ids.shape, config.hidden_size)
+        self._shape = (*ids.shape, match.config.hidden_size)
 
     def embed(self) -> None:
         """Make those of the first layer."""
@@ -55,16 +56,16 @@ class HiddenStates:
 
         A block of experts is [E + 1] under its own name: the input of GEMM 1, and those of GEMM 2.
         """
-        before, largest = self._open(index), {}
+        before, amax = self._open(index), {}
 
         def through_layer(sequence: int) -> np.ndarray:
             after, found = _run_layer(graphdef, state, jax.device_put(before[sequence].view(self._dtype)))
-            for name, amax in jax.device_get(found).items():
-                largest[name] = np.maximum(largest.get(name, np.float32(0)), amax)  # keeps NaN
+            for name, value in jax.device_get(found).items():
+                amax[name] = np.asarray(np.maximum(amax.get(name, np.float32(0)), value))  # keeps NaN
             return np.asarray(after)
 
         self._write(index + 1, through_layer)
-        return largest
+        return amax
 
     def forget(self, index: int) -> None:
         """Those before a layer that is written."""
@@ -106,13 +107,14 @@ def linear_modules(module: nnx.Module) -> dict[ParamPath, Linear]:
 
 
 class _Watched:
-    """A linear layer that remembers its largest input."""
+    """A linear layer that remembers the largest input of its one call."""
 
     def __init__(self, linear: Linear):
-        self.linear, self.amax = linear, jnp.float32(0)
+        self.linear = linear
+        self.amax: Any = None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        self.amax = jnp.maximum(self.amax, jnp.max(jnp.abs(x.astype(jnp.float32))))
+        self.amax = largest(x)
         return self.linear(x)
 
 
@@ -125,7 +127,7 @@ def _run_layer(graphdef: Any, state: Any, x: jax.Array) -> tuple[jax.Array, dict
     for path, one in watched.items():
         setattr(at(layer, path[:-1]), str(path[-1]), one)
     y, _, experts = layer(x[None], jnp.int32(0), None, partial(MoEBlock.calibrate, all_tokens=True))
-    amax = {module_name(path, ""): one.amax for path, one in watched.items()}
+    amax: Any = {module_name(path, ""): one.amax for path, one in watched.items()}
     if experts is not None:
         amax["mlp.experts"] = jnp.append(experts.input_1, experts.input_2)
     return y[0], amax

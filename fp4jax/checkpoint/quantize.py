@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +18,14 @@ import numpy as np
 from tqdm import tqdm
 
 from fp4jax import nvfp4
-from fp4jax.checkpoint.calibrate import Amax, HiddenStates, layer_state, linear_modules
+from fp4jax.checkpoint.calibrate import Amax, HiddenStates, check_ids, layer_state, linear_modules
 from fp4jax.checkpoint.layouts import NAMES, SCALE_SHAPES, Layout, Traits, describe, plain_modules
 from fp4jax.checkpoint.match import Match, at, match_folder
 from fp4jax.checkpoint.names import Path as ParamPath, expert_modules, module_name, stacked_name
 from fp4jax.checkpoint.stored import FLOATS
 from fp4jax.checkpoint.tensor_file import Spec, TensorFile, read_header
 from fp4jax.checkpoint.unfinished import begin, finish
+from fp4jax.layers.dense import largest
 
 _FOUR_OVER_SIX = 1536.0  # amax / global scale of weights; inputs always have 2688
 _PLAIN = 2688.0
@@ -43,10 +44,6 @@ class Recipe:
     shared_gate_up_scale: bool = True
     four_over_six: bool = False
     quantize_dense: bool = False
-
-    def __post_init__(self) -> None:
-        if self.layout not in NAMES:
-            raise ValueError(f"layout must be one of {', '.join(NAMES)}, got {self.layout!r}")
 
 
 class _Module(NamedTuple):
@@ -91,8 +88,11 @@ def quantize_folder(
     targets = {path: _targets(match, path, recipe) for path in match.sources}
     layers = match.config.num_hidden_layers
     ids = np.asarray(ids, np.int32)
+    check_ids(match.config, ids)
     digest = f"{ids.shape} ids, sha256 {hashlib.sha256(ids.tobytes()).hexdigest()}"
-    work = begin(source, output, {**dataclasses.asdict(recipe), "calibration": digest})
+    # Other machines and versions round activations otherwise: the bytes would be those of neither.
+    place = f"jax {jax.__version__} on {jax.devices()[0].device_kind}"
+    work = begin(source, output, {**dataclasses.asdict(recipe), "calibration": digest, "computed by": place})
 
     files = [output / f"model-{i + 1:05d}-of-{layers + 1:05d}.safetensors" for i in range(layers + 1)]
     hidden = HiddenStates(match, ids, work)
@@ -227,20 +227,20 @@ def _quantize(weights, experts, *, places, dialect, four_over_six) -> tuple[jax.
         parts.append(whole[start : start + rows])
     w = jnp.concatenate(parts)
     quantized = nvfp4.quantize(w, dialect=dialect, four_over_six=four_over_six)
-    return quantized.qdata, quantized.block_scale, jnp.max(jnp.abs(w.astype(jnp.float32)))
+    return quantized.qdata, quantized.block_scale, largest(w)
 
 
 # --- numbers ---
 
 
-def _input_amax(module: _Module, amax: Amax) -> np.ndarray:
+def _input_amax(module: _Module, amax: Amax) -> Any:
     if module.expert is None:
         return amax[module_name(module.path[2:-1], "")]
     of_experts = amax["mlp.experts"]
     return of_experts[0] if module.path[-1] == "w13" else of_experts[1 + module.expert]
 
 
-def _scale(what: str, amax: np.ndarray, divisor: float, layout: Layout) -> np.ndarray:
+def _scale(what: str, amax: Any, divisor: float, layout: Layout) -> np.ndarray:
     """amax (f32) / divisor or its reciprocal, as `nvfp4.quantize` computes them: 1 for zeros, within its range."""
     if not np.isfinite(amax):
         raise ValueError(f"{what} has {amax}: only finite numbers can be quantized")

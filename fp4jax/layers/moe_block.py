@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from fp4jax import implementations, moe, nvfp4, routing
-from fp4jax.layers.dense import MLP, Linear, exact_precision, normal_param
+from fp4jax.layers.dense import MLP, Linear, exact_precision, largest, normal_param
 from fp4jax.nvfp4 import NVFP4Tensor
 from fp4jax.packed_weights import PackedWeights, packed_if
 
@@ -298,15 +298,14 @@ class MoEBlock(nnx.Module):
             act = jax.nn.silu(gate) * up
             chosen = route.topk_ids == expert
             hit = jnp.any(chosen, axis=1, keepdims=True)
-            amax = jnp.max(jnp.where(hit | all_tokens, jnp.abs(act), 0.0))
+            amax = largest(act, where=hit | all_tokens)
             out = product(act.astype(self.dtype), weights[1].astype(self.dtype)).astype(jnp.float32)
             weight = jnp.sum(jnp.where(chosen, route.topk_weights, 0), axis=1, keepdims=True)
             return y + jnp.where(hit, weight * out, 0), amax
 
         zeros = jnp.zeros((rows.shape[0], w2.shape[1]), jnp.float32)
         y, amax_2 = jax.lax.scan(add_expert, zeros, (jnp.arange(w13.shape[0]), w13, w2))
-        amax_1 = jnp.max(jnp.abs(hidden.astype(jnp.float32)))
-        return self._finish(y.astype(self.dtype), rows).reshape(x.shape), ExpertAmax(amax_1, amax_2)
+        return self._finish(y.astype(self.dtype), rows).reshape(x.shape), ExpertAmax(largest(hidden), amax_2)
 
     def set_input_scales(self, input_scale_1: Float[Array, ""] | None, input_scale_2: Float[Array, "E"] | None) -> None:
         """Static activation scales (decode direction): one for GEMM 1, one per expert for GEMM 2; None: per token.
