@@ -67,7 +67,9 @@ def run(model: Path, output: Path) -> None:
         four_over_six=_FOUR_OVER_SIX.value,
         quantize_dense=_DENSE.value,
     )
-    quantize_folder(model, output, sample_ids(model, Path(_CALIBRATION.value)), recipe)
+    ids = sample_ids(model, Path(_CALIBRATION.value))
+    print(f"calibrating on {ids.shape[0]} sequences of {ids.shape[1]} tokens")
+    quantize_folder(model, output, ids, recipe)
 
 
 def sample_ids(model: Path, file: Path) -> np.ndarray:

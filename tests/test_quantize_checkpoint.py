@@ -1,5 +1,6 @@
 """Folders that this project quantizes: every byte against the formulas, activation scales against float64, resuming."""
 
+import functools
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from refusals import check_refusals
 from safetensors import safe_open
 from tensor_files import read_tensors
 from test_checkpoint import edit, edit_config
+from test_generate_script import add_tokenizer
 
 import oracles
 from fp4jax.checkpoint import load_model, quantize, save_model, tensor_file
@@ -244,37 +246,38 @@ MODELS = {
 }  # fmt: skip
 
 
-def quantized_model(folder, name):
-    """All linear layers in NVFP4 -> the folder, ids, and logits of a float64 forward of the dequantized weights."""
-    make, oracle, changes = MODELS[name]
-    make_source(folder / "in", make, **changes)
-    quantize_folder(folder / "in", folder / "out", np.repeat(IDS, 4, axis=1), Recipe(quantize_dense=True))
-    config = json.loads((folder / "out" / "config.json").read_text())
-    ids = np.arange(12) * 7 % 96
-    return (
-        folder / "out",
-        jnp.asarray(ids, jnp.int32)[None],
-        oracle(config, plain_weights(tensors_of(folder / "out")), ids),
-    )
+@pytest.fixture(scope="module")
+def quantized_model(tmp_path_factory):
+    """name -> a folder with all linear layers in NVFP4, ids, and the float64 logits of the dequantized weights."""
+
+    @functools.cache
+    def make(name):
+        make_model, oracle, changes = MODELS[name]
+        source = make_source(tmp_path_factory.mktemp("in"), make_model, **changes)
+        out, ids = tmp_path_factory.mktemp("out"), np.arange(12) * 7 % 96
+        quantize_folder(source, out, np.repeat(IDS, 4, axis=1), Recipe(quantize_dense=True))
+        config = json.loads((out / "config.json").read_text())
+        return out, jnp.asarray(ids, jnp.int32)[None], oracle(config, plain_weights(tensors_of(out)), ids)
+
+    return make
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_model_computes_with_the_weights_in_its_folder(tmp_path, name):
+def test_every_model_computes_with_the_weights_in_its_folder(quantized_model, tmp_path, name):
     """Without quantized activations the logits are those of the float64 forward."""
-    out, ids, expected = quantized_model(tmp_path, name)
-    edit_config(
-        out,
-        quantization_config={"quant_method": "modelopt", "quant_algo": "W4A16_NVFP4", "ignore": ["lm_head", "*.gate"]},
-    )
-    model, _ = load_model(out)
+    out, ids, expected = quantized_model(name)
+    shutil.copytree(out, tmp_path, dirs_exist_ok=True)
+    weight_only = {"quant_method": "modelopt", "quant_algo": "W4A16_NVFP4", "ignore": ["lm_head", "*.gate"]}
+    edit_config(tmp_path, quantization_config=weight_only)
+    model, _ = load_model(tmp_path)
     assert isinstance(model.layers[-1].self_attn.o_proj, NVFP4Linear)
     found = np.asarray(forward(model, ids)[0])
     np.testing.assert_allclose(found, expected, rtol=0, atol=3e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("name", ["qwen3", *(pytest.param(n, marks=pytest.mark.slow) for n in ("ernie", "deepseek"))])
-def test_calibrated_scales_serve_as_well_as_scales_per_token(tmp_path, name):
-    out, ids, expected = quantized_model(tmp_path, name)
+def test_calibrated_scales_serve_as_well_as_scales_per_token(quantized_model, name):
+    out, ids, expected = quantized_model(name)
     error = {
         kind: model_oracles.calc_diff(forward(load_model(out, input_scales=kind)[0], ids)[0], expected)
         for kind in ("stored", "per_token")
@@ -462,24 +465,25 @@ def run_script(name, *arguments):
 
 @pytest.fixture(scope="module")
 def by_script(tmp_path_factory):
-    """A folder of bytes, the text, and what the script made of both."""
+    """A folder with a tokenizer of 32 words, and what the script made of it and a text of them."""
     folder = tmp_path_factory.mktemp("script")
-    source = make_source(folder / "in", mlp_only_layers=(1,), vocab_size=128)
-    text = folder / "text.txt"
-    text.write_text("The quick brown fox jumps over the lazy dog.\n" * 3)
+    source, text = make_source(folder / "in", mlp_only_layers=(1,)), folder / "text.txt"
+    add_tokenizer(source)
+    text.write_text("".join(f"w{i * i % 31}\n" for i in range(80)))
     said = run_script(
         "quantize_checkpoint", f"--model={source}", f"--output={folder}/out", f"--calibration={text}",
-        "--sequence_length=32", "--calibration_tokens=100",
+        "--sequence_length=16", "--calibration_tokens=70",
     )  # fmt: skip
-    assert f"{folder}/out is complete" in said
-    return source, text, folder / "out"
+    assert "4 sequences of 16 tokens" in said and f"{folder}/out is complete" in said
+    return source, folder / "out"
 
 
 def test_the_script_cuts_the_text_into_sequences(by_script, tmp_path):
-    source, text, out = by_script
-    ids = np.frombuffer(text.read_bytes()[:96], np.uint8).astype(np.int32).reshape(3, 32)
+    source, out = by_script
+    ids = np.array([i * i % 31 for i in range(64)]).reshape(4, 16)
     quantize_folder(source, tmp_path / "expected", ids)
     assert contents(out).keys() == contents(tmp_path / "expected").keys()
+    assert "tokenizer.json" in contents(out)
     found, expected = tensors_of(out), tensors_of(tmp_path / "expected")
     for name, value in expected.items():
         if name.endswith("input_scale"):  # computed by another process, under other settings of the compiler
@@ -491,13 +495,26 @@ def test_the_script_cuts_the_text_into_sequences(by_script, tmp_path):
 @pytest.mark.slow
 def test_the_other_scripts_take_the_folder(by_script, tmp_path):
     """Convert, inspect, generate."""
-    made = by_script[2]
+    made = by_script[1]
     run_script("quantize_checkpoint", f"--model={made}", f"--output={tmp_path}/out", "--layout=compressed_tensors")
     for folder in (made, tmp_path / "out"):
         said = run_script("inspect_checkpoint", f"--model={folder}")
         assert ": loads" in said and "differ:" not in said
-        said = run_script("generate", f"--model={folder}", "--prompt=The", "--max_new_tokens=2", "--noblock_graph")
+        said = run_script("generate", f"--model={folder}", "--prompt=w3 w1", "--max_new_tokens=2", "--noblock_graph")
         assert "experts NVFP4Tensor" in said
+
+
+@pytest.mark.slow
+def test_the_committed_model_still_writes_code(tmp_path):
+    """Bytes as tokens; everything but the head in NVFP4."""
+    source, out = ROOT / "experiments" / "checkpoints" / "tiny_lm", tmp_path / "out"
+    run_script(
+        "quantize_checkpoint", f"--model={source}", f"--output={out}", f"--calibration={ROOT}/experiments/corpus.py",
+        "--sequence_length=256", "--calibration_tokens=2048", "--quantize_dense", "--four_over_six",
+    )  # fmt: skip
+    prompt = "--prompt=def read_lines(path):\n"
+    run_script("generate", f"--model={out}", prompt, "--max_new_tokens=12", f"--json={tmp_path}/a.json")
+    assert json.loads((tmp_path / "a.json").read_text())["text"].startswith("    ")
 
 
 def test_bad_flags_are_refused(tmp_path, source):

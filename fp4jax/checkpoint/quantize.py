@@ -22,13 +22,16 @@ from fp4jax.checkpoint.calibrate import Amax, HiddenStates, check_ids, layer_sta
 from fp4jax.checkpoint.layouts import NAMES, SCALE_SHAPES, Layout, Traits, describe, plain_modules
 from fp4jax.checkpoint.match import Match, at, match_folder
 from fp4jax.checkpoint.names import Path as ParamPath, expert_modules, module_name, stacked_name
+from fp4jax.checkpoint.reader import DTYPES
 from fp4jax.checkpoint.stored import FLOATS
 from fp4jax.checkpoint.tensor_file import Spec, TensorFile, read_header
 from fp4jax.checkpoint.unfinished import begin, finish
 from fp4jax.layers.dense import largest
+from fp4jax.rounding import E4M3_MAX
 
-_FOUR_OVER_SIX = 1536.0  # amax / global scale of weights; inputs always have 2688
-_PLAIN = 2688.0
+# amax / global scale, see `nvfp4.quantize`; inputs always have the first.
+_PLAIN = nvfp4.E2M1_MAX * E4M3_MAX
+_FOUR_OVER_SIX = nvfp4.E2M1_MAX * 256.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +124,9 @@ def _check_plain(match: Match) -> None:
         if source.stored != "bf16":
             name = source.tensors[0].name
             raise ValueError(f"{match.reader.file_of(name)}: {name} is quantized already ({source.stored})")
+    for name in sorted(match.reader.names()):  # tensors that the model does not know are copied too
+        if (dtype := match.reader.dtype(name)) not in DTYPES:
+            raise ValueError(f"{match.reader.file_of(name)}: tensor {name} has type {dtype}, which is not supported")
 
 
 def _targets(match: Match, path: ParamPath, recipe: Recipe) -> list[_Module]:
