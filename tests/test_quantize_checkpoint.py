@@ -442,6 +442,19 @@ def test_what_is_refused_before_anything_is_written(source, tmp_path):
         quantize_folder(out, tmp_path / "again", IDS)
 
 
+def test_what_the_model_does_not_know_is_copied(source, tmp_path):
+    """But not scales that an earlier quantization left behind, under the name of one that is made."""
+    shutil.copytree(source, tmp_path / "in")
+    scale, other = EXPERTS + "1.up_proj.input_scale", "model.layers.2.enorm.weight"
+    edit(tmp_path / "in", lambda t: t.update({scale: np.array(7, F32), other: np.ones(3, F32)}))
+    for folder in (source, tmp_path / "in"):
+        quantize_folder(folder, tmp_path / f"out_{folder.name}", IDS)
+    plain, found = tensors_of(tmp_path / f"out_{source.name}"), tensors_of(tmp_path / "out_in")
+    np.testing.assert_array_equal(found.pop(other), np.ones(3))
+    assert found.keys() == plain.keys() and found[scale] == plain[scale]
+    assert inspect_folder(tmp_path / "out_in")["loads"]
+
+
 def test_dead_experts_get_usable_scales(source, tmp_path):
     """Weights of zeros: scales of 1 for weights and inputs."""
     shutil.copytree(source, tmp_path / "in")

@@ -22,7 +22,7 @@ class Names(NamedTuple):
     input_scale: str
 
 
-NAMES: dict[Layout, Names] = {
+NAMES: dict[str, Names] = {
     "modelopt": Names("weight", "weight_scale", "weight_scale_2", "input_scale"),
     "compressed_tensors": Names("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale"),
 }

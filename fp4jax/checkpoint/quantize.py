@@ -101,7 +101,7 @@ def quantize_folder(
     hidden = HiddenStates(match, ids, work)
     if not files[0].exists():
         hidden.embed()
-        _copy(match, _rest(match), files[0])
+        _copy(match, _rest(match, {n for ms in targets.values() for m in ms for n in m.specs(recipe.layout)}), files[0])
     for layer in tqdm(range(layers), unit="layer", desc="quantizing", disable=None):
         if not files[layer + 1].exists():
             _quantize_layer(match, layer, targets, hidden, recipe, files[layer + 1])
@@ -164,10 +164,10 @@ def _of_layer(match: Match, layer: int) -> list[ParamPath]:
     return [path for path in match.sources if path[:2] == ("layers", layer)]
 
 
-def _rest(match: Match) -> list[str]:
-    """Tensors of no decoder layer: embeddings, norm, head, and what the model does not know."""
+def _rest(match: Match, made: set[str]) -> list[str]:
+    """Tensors of no decoder layer: embeddings, norm, head, and what the model does not know, unless it is made anew."""
     in_layers = {t.name for path, source in match.sources.items() if path[0] == "layers" for t in source.tensors}
-    return sorted(match.reader.names() - in_layers)
+    return sorted(match.reader.names() - in_layers - made)
 
 
 def _spec(match: Match, name: str) -> Spec:
