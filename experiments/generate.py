@@ -22,6 +22,7 @@ import numpy as np
 from absl import app, flags
 
 from experiments import block_report, flags as shared_flags
+from experiments.folder_tokenizer import tokenizer_of
 from fp4jax.checkpoint import load_model
 from fp4jax.models import BucketedModel, configure_experts, generate
 
@@ -37,33 +38,6 @@ _INPUT_SCALES = flags.DEFINE_enum(
     "input_scales", "stored", ["stored", "per_token"], "Of layers with NVFP4 activations."
 )
 _JSON = flags.DEFINE_string("json", None, "File for the text and the numbers.")
-
-
-class ByteTokenizer:
-    """Text as its UTF-8 bytes."""
-
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode())
-
-    def decode(self, ids: list[int]) -> str:
-        return bytes(ids).decode(errors="replace")
-
-
-class FileTokenizer:
-    """A tokenizer.json."""
-
-    def __init__(self, path: Path):
-        try:
-            import tokenizers
-        except ImportError as error:
-            raise app.UsageError(f"{path} needs the tokenizers package: pip install tokenizers") from error
-        self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-
-    def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text).ids
-
-    def decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids)
 
 
 def main(argv):
@@ -101,16 +75,6 @@ def main(argv):
     if _JSON.value:
         report = {"prompt": _PROMPT.value, "prompt_ids": ids, "text": text, "ids": answer, **numbers}
         Path(_JSON.value).write_text(json.dumps(report, indent=1) + "\n")
-
-
-def tokenizer_of(folder: Path, config: Any) -> Any:
-    """Of the folder, else bytes."""
-    path = folder / "tokenizer.json"
-    if path.is_file():
-        return FileTokenizer(path)
-    if config.vocab_size > 256:
-        raise app.UsageError(f"{path} does not exist, and {config.vocab_size} tokens are no bytes")
-    return ByteTokenizer()
 
 
 def layer_kinds(model: Any) -> str:

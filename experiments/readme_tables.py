@@ -185,6 +185,23 @@ def block_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def dense_table(report: dict[str, Any]) -> str:
+    """Times of linear layers and ratios to the library's bf16."""
+    rows = {(r["shape"]["K"], r["shape"]["N"], r["shape"]["T"], r["op"]): r for r in report["rows"]}
+    forms = ("block_fp8 gemm", "block_fp8", "nvfp4 w4a16", "nvfp4 w4a4")
+    lines = [
+        "| K | N | tokens | bf16, us | FP8 GEMM, us | block_fp8, us | NVFP4 W4A16, us | NVFP4 W4A4, us |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for k, n, tokens in dict.fromkeys(key[:3] for key in rows):
+        if (k, n) not in ((7168, 4096), (16384, 7168), (2048, 5120)) or tokens not in (1, 128, 1024, 4096):
+            continue
+        cells = [k, n, tokens, f"{rows[k, n, tokens, 'bf16']['us']:.0f}"]
+        cells += [f"{rows[k, n, tokens, f]['us']:.0f} ({rows[k, n, tokens, f]['speedup']:.2f}x)" for f in forms]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
 def tables() -> dict[str, str]:
     """Every table of the README under its name."""
     return {
@@ -194,6 +211,7 @@ def tables() -> dict[str, str]:
         "moe": moe_table(json.loads((RESULTS / "h200" / "bench_moe.json").read_text())),
         "stages": stage_table(json.loads((RESULTS / "h100" / "bench_moe.json").read_text())),
         "blocks": block_table(json.loads((RESULTS / "h100" / "bench_block_graph.json").read_text())),
+        "dense": dense_table(json.loads((RESULTS / "h100" / "bench_dense.json").read_text())),
         "dispatch": dispatch_table(json.loads((RESULTS / "h200" / "bench_dispatch.json").read_text())),
         "swiglu": swiglu_table(json.loads((RESULTS / "h100" / "bench_gemm.json").read_text())),
     }

@@ -88,13 +88,14 @@ def arrange_experts(w13: Any, w2: Any, size: int, *, packed: bool) -> tuple[Any,
     """
     if packed and isinstance(w13, NVFP4Tensor) and isinstance(w2, NVFP4Tensor):
         w13, w2 = pad_experts(w13, w2)
-    w13, w2 = _packed_if(w13, packed), _packed_if(w2, packed)
+    w13, w2 = packed_if(w13, packed), packed_if(w2, packed)
     if not packed and isinstance(w13, NVFP4Tensor) and isinstance(w2, NVFP4Tensor):
         w13, w2 = trim_experts(w13, w2, size)
     return w13, w2
 
 
-def _packed_if(w, wanted):
+def packed_if(w: Any, wanted: bool) -> Any:
+    """w packed if `wanted` and its shape has the layout, unpacked if not wanted; what is not NVFP4 stays as it is."""
     if wanted and isinstance(w, NVFP4Tensor) and weight_layout.check_shape(w.shape) is None:
         return pack_weights(w)
     if not wanted and isinstance(w, PackedWeights):

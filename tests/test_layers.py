@@ -238,6 +238,7 @@ def test_experts_are_packed_where_the_kernel_will_run(rng, make_mesh, monkeypatc
 def test_calibration_reports_the_inputs_of_both_gemms(rng):
     block, x = make_block(latent_size=32), tokens(rng, count=5)
     y, amax = block.calibrate(x)
+    y_all, amax_all = block.calibrate(x, all_tokens=True)
     hidden = f64(x) @ f64(block.fc1_latent_proj.weight[...]).T
     np.testing.assert_allclose(amax.input_1, np.abs(hidden).max(), rtol=1e-5)
     ids, _ = model_oracles.topk_softmax(f64(x) @ f64(block.gate.weight[...]).T, 2, True)
@@ -245,6 +246,9 @@ def test_calibration_reports_the_inputs_of_both_gemms(rng):
         act = silu(hidden @ weight[:INTER].T) * (hidden @ weight[INTER:].T)
         expected = np.abs(act[(ids == expert).any(axis=1)]).max(initial=0)
         np.testing.assert_allclose(amax.input_2[expert], expected, rtol=1e-4, atol=1e-7)
+        np.testing.assert_allclose(amax_all.input_2[expert], np.abs(act).max(), rtol=1e-4)
+    assert (np.asarray(amax.input_2) < np.asarray(amax_all.input_2)).any()
+    np.testing.assert_array_equal(y, y_all)
     np.testing.assert_allclose(y, run(block, x)[0], rtol=0, atol=ATOL * float(jnp.abs(y).max()))
     block.quantize_experts()
     with pytest.raises(ValueError, match="calibrate before quantize_experts"):

@@ -12,15 +12,11 @@ import ml_dtypes
 import numpy as np
 
 from fp4jax.block_fp8 import BLOCK, scale_shape
+from fp4jax.checkpoint.layouts import NAMES
 from fp4jax.checkpoint.reader import Reader
 from fp4jax.nvfp4 import BLOCK_SIZE, GLOBAL_SCALE_RANGE
 
 FLOATS = ("BF16", "F16", "F32")
-# Suffixes of codes, block scales, global scale, input scale.
-_NVFP4 = {
-    "modelopt": ("weight", "weight_scale", "weight_scale_2", "input_scale"),
-    "compressed_tensors": ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale"),
-}
 
 
 class Tensor(NamedTuple):
@@ -102,7 +98,7 @@ def weight_source(
         return plain_source(reader, plain, shape, dtype)
     if stored == "block_wise_fp8":
         return _fp8_source(reader, modules, shape, dtype, decode)
-    codes, block_scale, global_scale, _ = _NVFP4[stored]
+    codes, block_scale, global_scale, _ = NAMES[stored]
     tensors: list[Tensor] = []
     for m in modules:
         tensors += [
@@ -137,9 +133,9 @@ def weight_source(
 
 def input_scales(reader: Reader, stored: str, modules: Iterable[str]) -> dict[str, float]:
     """{"<module>.input_scale": decode scale} of those modules that have one; not checked."""
-    if stored not in _NVFP4:
+    if stored not in NAMES:
         return {}
-    suffix = _NVFP4[stored][3]
+    suffix = NAMES[stored][3]
     found = {}
     for module in modules:
         name = f"{module}.{suffix}"
@@ -153,7 +149,7 @@ def input_scales(reader: Reader, stored: str, modules: Iterable[str]) -> dict[st
 
 def input_scale_name(stored: str, module: str) -> str:
     """What the folder calls it."""
-    return f"{module}.{_NVFP4[stored][3]}"
+    return f"{module}.{NAMES[stored][3]}"
 
 
 def _fp8_source(reader, modules, shape, dtype, decode):

@@ -42,6 +42,12 @@ def dot(
     return y.astype(out_dtype)
 
 
+def largest(x: Float[Array, "..."], where: Any = True) -> Float[Array, ""]:
+    """Largest magnitude in float32, at least 0; NaN where there is one, which a maximum alone may drop on CPUs."""
+    magnitude = jnp.where(where, jnp.abs(x.astype(jnp.float32)), 0.0)
+    return jnp.where(jnp.any(jnp.isnan(magnitude)), jnp.nan, jnp.max(magnitude, initial=0.0))
+
+
 def normal_param(rngs: nnx.Rngs, shape: tuple[int, ...], stddev: float, dtype: Any) -> nnx.Param:
     """A parameter with normal initial values, drawn in float32."""
     return nnx.Param((jax.random.normal(rngs.params(), shape, jnp.float32) * stddev).astype(dtype))

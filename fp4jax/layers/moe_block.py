@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from fp4jax import implementations, moe, nvfp4, routing
-from fp4jax.layers.dense import MLP, Linear, exact_precision, normal_param
+from fp4jax.layers.dense import MLP, Linear, exact_precision, largest, normal_param
 from fp4jax.nvfp4 import NVFP4Tensor
 from fp4jax.packed_weights import PackedWeights, arrange_experts
 
@@ -274,8 +274,13 @@ class MoEBlock(nnx.Module):
         self.w2.set_value(down)
         self._pack_or_unpack()
 
-    def calibrate(self, x: Float[Array, "... H"]) -> tuple[Float[Array, "... H"], ExpertAmax]:
-        """Forward pass with plain weights that also reports the amax of both GEMMs' inputs (one expert at a time)."""
+    def calibrate(
+        self, x: Float[Array, "... H"], *, all_tokens: bool = False
+    ) -> tuple[Float[Array, "... H"], ExpertAmax]:
+        """Forward pass with plain weights that also reports the amax of both GEMMs' inputs (one expert at a time).
+
+        all_tokens: an expert's amax is over every token, routed to it or not; a NaN is reported as such.
+        """
         w13, w2 = self.w13.get_value(), self.w2.get_value()
         if _is_quantized(w13):
             raise ValueError(f"{self.path}: calibrate before quantize_experts, with plain expert weights")
@@ -283,17 +288,22 @@ class MoEBlock(nnx.Module):
         route, _ = self._route(rows)
         hidden = (rows if self.fc1_latent_proj is None else self.fc1_latent_proj(rows)).astype(self.dtype)
 
-        def amax_of_expert(expert_and_weight: tuple[jax.Array, jax.Array]) -> jax.Array:
-            expert, weight = expert_and_weight
-            gate_up = jnp.einsum("th,nh->tn", hidden, weight.astype(self.dtype), precision=exact_precision(self.dtype))
+        def add_expert(y: jax.Array, expert_and_weights: Any) -> tuple[jax.Array, jax.Array]:
+            expert, *weights = expert_and_weights
+            product = partial(jnp.einsum, "tk,nk->tn", precision=exact_precision(self.dtype))
+            gate_up = product(hidden, weights[0].astype(self.dtype))
             gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=1)
-            hit = jnp.any(route.topk_ids == expert, axis=1, keepdims=True)
-            return jnp.max(jnp.where(hit, jnp.abs(jax.nn.silu(gate) * up), 0.0))
+            act = jax.nn.silu(gate) * up
+            chosen = route.topk_ids == expert
+            hit = jnp.any(chosen, axis=1, keepdims=True)
+            amax = largest(act, where=hit | all_tokens)
+            out = product(act.astype(self.dtype), weights[1].astype(self.dtype)).astype(jnp.float32)
+            weight = jnp.sum(jnp.where(chosen, route.topk_weights, 0), axis=1, keepdims=True)
+            return y + jnp.where(hit, weight * out, 0), amax
 
-        amax_2 = jax.lax.map(amax_of_expert, (jnp.arange(w13.shape[0]), w13))
-        y = moe.dense_moe(hidden, *route, w13.astype(self.dtype), w2.astype(self.dtype)).astype(self.dtype)
-        amax_1 = jnp.max(jnp.abs(hidden.astype(jnp.float32)))
-        return self._finish(y, rows).reshape(x.shape), ExpertAmax(amax_1, amax_2)
+        zeros = jnp.zeros((rows.shape[0], w2.shape[1]), jnp.float32)
+        y, amax_2 = jax.lax.scan(add_expert, zeros, (jnp.arange(w13.shape[0]), w13, w2))
+        return self._finish(y.astype(self.dtype), rows).reshape(x.shape), ExpertAmax(largest(hidden), amax_2)
 
     def set_input_scales(self, input_scale_1: Float[Array, ""] | None, input_scale_2: Float[Array, "E"] | None) -> None:
         """Static activation scales (decode direction): one for GEMM 1, one per expert for GEMM 2; None: per token.

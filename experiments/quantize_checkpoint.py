@@ -1,0 +1,87 @@
+"""A checkpoint in NVFP4: python experiments/quantize_checkpoint.py --model=DIR --output=OUT --calibration=TEXT
+
+    python experiments/quantize_checkpoint.py --model=experiments/checkpoints/tiny_lm --output=/tmp/tiny_fp4 \
+        --calibration=experiments/corpus.py --sequence_length=256
+    python experiments/quantize_checkpoint.py --model=/tmp/tiny_fp4 --output=/tmp/tiny_ct --layout=compressed_tensors
+
+A plain folder (bf16 or float32) is quantized in the layout of ModelOpt or of compressed-tensors: the experts, with
+--quantize_dense also linear layers. Activation scales come from the text of --calibration, cut into sequences; every
+expert is calibrated on every token of it. One decoder layer is in memory at a time, and becomes one file: the same
+command again goes on where a run was stopped, to the same bytes. A folder that is NVFP4 already is converted to the
+other layout without loss, and back to the same bytes. The text is read with the folder's tokenizer.json, or as bytes.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import app, flags
+
+from experiments.folder_tokenizer import tokenizer_of
+from fp4jax.checkpoint.convert import convert_folder
+from fp4jax.checkpoint.layouts import NAMES, layout_of
+from fp4jax.checkpoint.match import match_folder
+from fp4jax.checkpoint.quantize import Recipe, quantize_folder
+from fp4jax.checkpoint.reader import Reader
+
+_MODEL = flags.DEFINE_string("model", None, "Folder in Hugging Face layout.", required=True)
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "Folder to write: new, empty, or of a run that was stopped.", required=True
+)
+_LAYOUT = flags.DEFINE_enum("layout", "modelopt", list(NAMES), "Of the output.")
+_CALIBRATION = flags.DEFINE_string("calibration", None, "File of text for activation scales; needed to quantize.")
+_TOKENS = flags.DEFINE_integer("calibration_tokens", 65536, "How much of the text is used at most.", lower_bound=1)
+_LENGTH = flags.DEFINE_integer("sequence_length", 2048, "Tokens of a sequence of the text.", lower_bound=1)
+_SHARED = flags.DEFINE_bool(
+    "shared_gate_up_scale", True, "One global scale for a gate and its up projection, as many serving systems expect."
+)
+_FOUR_OVER_SIX = flags.DEFINE_bool("four_over_six", False, "Store each block of weights at the better of two scales.")
+_DENSE = flags.DEFINE_bool("quantize_dense", False, "Also attention, dense MLPs and shared experts.")
+
+_CHARACTERS_PER_TOKEN = 8  # more than any tokenizer needs of ordinary text
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    try:
+        run(Path(_MODEL.value), Path(_OUTPUT.value))
+    except (ValueError, OSError) as error:
+        raise app.UsageError(str(error)) from error
+    print(f"{_OUTPUT.value} is complete")
+
+
+def run(model: Path, output: Path) -> None:
+    """Quantize or convert, by what the folder has."""
+    layout: Any = _LAYOUT.value
+    if layout_of(Reader(model)) is not None:
+        if _CALIBRATION.value:
+            raise ValueError(f"{model} is NVFP4 already and can only be converted, without --calibration")
+        convert_folder(model, output, layout)
+        return
+    if not _CALIBRATION.value:
+        raise ValueError("--calibration is missing: activation scales need a file of text")
+    recipe = Recipe(
+        layout=layout,
+        shared_gate_up_scale=_SHARED.value,
+        four_over_six=_FOUR_OVER_SIX.value,
+        quantize_dense=_DENSE.value,
+    )
+    ids = sample_ids(model, Path(_CALIBRATION.value))
+    print(f"calibrating on {ids.shape[0]} sequences of {ids.shape[1]} tokens")
+    quantize_folder(model, output, ids, recipe)
+
+
+def sample_ids(model: Path, file: Path) -> np.ndarray:
+    """The first tokens of a text as sequences of one length, i32 [sequences, length]; a rest is left out."""
+    config = match_folder(model).config
+    with file.open(encoding="utf-8", errors="replace") as text:
+        ids = tokenizer_of(model, config).encode(text.read(_CHARACTERS_PER_TOKEN * _TOKENS.value))[: _TOKENS.value]
+    if not ids:
+        raise ValueError(f"{file} has no text")
+    length = min(_LENGTH.value, config.max_position_embeddings, len(ids))
+    return np.asarray(ids[: len(ids) // length * length], np.int32).reshape(-1, length)
+
+
+if __name__ == "__main__":
+    app.run(main)
