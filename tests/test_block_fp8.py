@@ -169,8 +169,9 @@ def test_gemm_in_interpret_mode(rng, shape, config):
     assert (np.abs(got - exact) <= 1e-5 * magnitude).all()
 
 
-@pytest.mark.parametrize("shape", [(5, 48), (3, 400), (9, 128)])
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((5, 48), jnp.bfloat16), ((3, 400), jnp.bfloat16), ((9, 128), jnp.float32)]
+)
 def test_quantize_in_interpret_mode(rng, shape, dtype):
     x = rng.standard_normal(shape) * np.exp2(rng.integers(-60, 60, (shape[0], 1)))
     x[0, :16], x[-1, 16:32], x[1, 0] = 0, np.inf, np.nan

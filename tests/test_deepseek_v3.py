@@ -76,6 +76,7 @@ def test_cached_decode_equals_the_full_sequence():
     np.testing.assert_allclose(np.concatenate(parts, axis=1), full, rtol=0, atol=1e-5 * np.abs(full).max())
 
 
+@pytest.mark.slow
 def test_served_in_buckets():
     model = make_model()
     served = BucketedModel(model, buckets=(8,), batch_buckets=(2,), max_length=40)

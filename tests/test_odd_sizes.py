@@ -49,7 +49,7 @@ def onto_hopper(monkeypatch, there=True):
     monkeypatch.setattr(implementations, "has_hopper_gpu", lambda: there)
 
 
-@pytest.mark.parametrize("intermediate", [48, 80])
+@pytest.mark.parametrize("intermediate", [48, pytest.param(80, marks=pytest.mark.slow)])
 def test_loaded_logits_are_those_of_float64(tmp_path, intermediate):
     config, decoded = write_folder(tmp_path, intermediate, WEIGHT_ONLY["modelopt"])
     model, _ = load_model(tmp_path, dtype="float32")
@@ -73,6 +73,7 @@ def test_memory_is_what_loading_takes_where_experts_are_padded(tmp_path, monkeyp
     assert after["experts"] + after["other"] == loaded_bytes(tmp_path) > before["experts"] + before["other"]
 
 
+@pytest.mark.slow
 def test_memory_of_what_is_quantized_while_loading(tmp_path, monkeypatch):
     shape = dataclasses.replace(CONFIG, hidden_size=64, moe_intermediate_size=48, intermediate_size=32)
     save_model(Qwen3Moe(shape, rngs=nnx.Rngs(0)), shape, tmp_path)
@@ -115,7 +116,11 @@ def test_gate_and_up_are_padded_each_on_their_own(rng):
 
 @pytest.mark.parametrize(
     ("intermediate", "devices", "activations", "layout"),
-    [(48, None, "bf16", "masked"), (80, None, "nvfp4", "contiguous"), (48, 2, "nvfp4", "masked")],
+    [
+        pytest.param(48, None, "bf16", "masked", marks=pytest.mark.slow),
+        pytest.param(80, None, "nvfp4", "contiguous", marks=pytest.mark.slow),
+        (48, 2, "nvfp4", "masked"),
+    ],
 )
 def test_padding_changes_no_bit(rng, make_mesh, monkeypatch, intermediate, devices, activations, layout):
     """Through XLA, on what a GPU would hold; and taking the pads off again gives the bytes that were there."""

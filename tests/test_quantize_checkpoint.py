@@ -262,7 +262,7 @@ def quantized_model(tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["qwen3", pytest.param("ernie", marks=pytest.mark.slow), "deepseek"])
 def test_every_model_computes_with_the_weights_in_its_folder(quantized_model, tmp_path, name):
     """Without quantized activations the logits are those of the float64 forward."""
     out, ids, expected = quantized_model(name)
@@ -275,7 +275,8 @@ def test_every_model_computes_with_the_weights_in_its_folder(quantized_model, tm
     np.testing.assert_allclose(found, expected, rtol=0, atol=3e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("name", ["qwen3", *(pytest.param(n, marks=pytest.mark.slow) for n in ("ernie", "deepseek"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
 def test_calibrated_scales_serve_as_well_as_scales_per_token(quantized_model, name):
     out, ids, expected = quantized_model(name)
     error = {

@@ -188,6 +188,7 @@ def test_fp8(make_folder):
     assert np.isfinite(np.asarray(model(jnp.arange(6, dtype=jnp.int32)[None]))).all()
 
 
+@pytest.mark.slow
 def test_the_command_line_of_the_serving_system(make_folder):
     """Experts as they are stored, linear layers quantized while they are loaded, routers and the head left alone."""
     folder, _ = make_folder("modelopt")
