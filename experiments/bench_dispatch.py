@@ -36,6 +36,7 @@ from experiments.flag_values import choices, integers
 from fp4jax import benchmarking
 from fp4jax.all_to_all import combine_all_to_all, dispatch_all_to_all
 from fp4jax.expert_parallel import Dispatched, combine, dispatch
+from fp4jax.low_latency import ReceiveBuffers
 from fp4jax.wire_formats import WIRE_FORMATS
 from pallas_kernels.row_plan import Routes
 
@@ -91,8 +92,8 @@ def main(argv):
     names = choices(
         "implementations",
         _IMPLEMENTATIONS.value,
-        ("mosaic_gpu", "nccl", "xla"),
-        ("mosaic_gpu", "nccl", "xla") if gpu else ("xla",),
+        ("mosaic_gpu", "low_latency", "nccl", "xla"),
+        ("mosaic_gpu", "low_latency", "nccl", "xla") if gpu else ("xla",),
     )
     hidden = _HIDDEN.value or (7168 if gpu else 256)
     folder = Path(_OUTPUT_DIR.value or "output/bench_dispatch")
@@ -137,7 +138,7 @@ def run_cell(cell: Cell, formats: list[str], names: list[str]) -> list[dict[str,
     def add(op, implementation, wire, us, baseline=None):
         row_bytes = {"nvfp4": 9 / 16, "fp8": 1 + 1 / 32, "bf16": 2}[wire] * cell.hidden
         # Kernels of ours send the rows that there are, an all_to_all the whole buffers.
-        sent = copies * cell.tokens if implementation == "mosaic_gpu" else received
+        sent = copies * cell.tokens if implementation in ("mosaic_gpu", "low_latency") else received
         away = sent * row_bytes * (cell.ranks - 1) / cell.ranks
         row = {
             "op": op, "implementation": implementation, "wire_format": wire, "ranks": cell.ranks, "T": cell.tokens,
@@ -153,8 +154,9 @@ def run_cell(cell: Cell, formats: list[str], names: list[str]) -> list[dict[str,
     back = add("all_to_all + sum", "xla", "bf16", timed(exchange_and_sum, y, ()))
     for wire, name in itertools.product(formats, names):
         step = functools.partial(dispatch_step, cell=cell, wire=wire, implementation=name)
-        add("dispatch", name, wire, timed(step, None, (x, ids, weights)), there)
-    for name in names:
+        state = (np.zeros(cell.ranks, np.int32), ReceiveBuffers()) if name == "low_latency" else None
+        add("dispatch", name, wire, timed(step, state, (x, ids, weights)), there)
+    for name in (name for name in names if name != "low_latency"):
         step = functools.partial(combine_step, cell=cell, implementation=name)
         add("combine", name, "bf16", timed(step, None, (y, send_map, weights)), back)
     return rows
@@ -206,7 +208,10 @@ def exchange_and_sum(state, operands, zero, *, ranks):
 
 
 def dispatch_step(state, operands, zero, *, ranks, cell, wire, implementation):
-    """One dispatch."""
+    """One dispatch; low_latency: state is a number and the buffers that the program keeps."""
+    buffers = None
+    if implementation == "low_latency":
+        implementation, (state, buffers) = None, state
     (x, ids, weights), state = lax.optimization_barrier((operands, state))
     ids = ids + zero * state
     scale = jnp.float32(0.01) if wire == "nvfp4" else None
@@ -219,8 +224,10 @@ def dispatch_step(state, operands, zero, *, ranks, cell, wire, implementation):
         return received[1][0, 0], received
     d = dispatch(
         x, ids, weights, num_experts=EXPERTS, form=cell.form, wire_format=wire, global_scale=scale,
-        pair_capacity=cell.capacity, implementation=implementation,
+        pair_capacity=cell.capacity, buffers=buffers, implementation=implementation,
     )  # fmt: skip
+    if buffers is not None:  # what is in them stays there
+        return (d.local_ids[:1, 0], d.buffers), (d.send_map,)
     return d.local_ids[0, 0], (jax.tree.leaves(d.x), d.local_ids, d.local_weights, d.send_map)
 
 

@@ -15,9 +15,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from fp4jax import low_latency
 from fp4jax.all_to_all import combine_all_to_all, dispatch_all_to_all, encode_option
 from fp4jax.hlo_collectives import WireBytes, wire_bytes
-from fp4jax.implementations import Call, peers_problem, run_implementation
+from fp4jax.implementations import Call, has_hopper_gpu, peers_problem, run_implementation
+from fp4jax.low_latency import ReceiveBuffers
 from fp4jax.nvfp4 import NVFP4Tensor, as_scale, tensor_scale
 from fp4jax.wire_formats import WIRE_FORMATS, from_fp8, from_wire, wire_arrays
 from pallas_kernels import combine as combine_kernels, dispatch as dispatch_kernels
@@ -34,7 +36,8 @@ class Dispatched(NamedTuple):
     x: NVFP4Tensor, (e4m3 [R*C, H], f32 scales [R*C, ceil(H/128)]) or bf16 [R*C, H]. local_ids i32 [R*C, k], per_slot
     [R*C, 1]: experts of this device, -1 = not here or pad. local_weights f32, same shape (per_slot: ones).
     send_map i32 [T, R], per_slot [T, k]: row of the returned buffer [R*C] that belongs to this token, or -1.
-    dropped i32 []: routes of this device's tokens lost to a bad id or to `pair_capacity`.
+    dropped i32 []: routes of this device's tokens lost to a bad id or to `pair_capacity`. buffers: for the program's
+    next dispatch, where this one was given some.
     """
 
     x: Any
@@ -42,6 +45,7 @@ class Dispatched(NamedTuple):
     local_weights: Float[Array, "rows k"]
     send_map: Int[Array, "t s"]
     dropped: Int[Array, ""]
+    buffers: ReceiveBuffers | None = None
 
 
 def dispatch(
@@ -55,6 +59,7 @@ def dispatch(
     wire_format: str = "nvfp4",
     pair_capacity: int | None = None,
     global_scale: Any = None,
+    buffers: ReceiveBuffers | None = None,
     implementation: str | None = None,
 ) -> Dispatched:
     """Sends each token to the devices that host its experts: expert e lives on device e // (num_experts / R).
@@ -68,6 +73,8 @@ def dispatch(
       counted.
       global_scale: for wire format nvfp4 and a plain x: f32 (), the same on every device; "per_token"; or None: from
         the maximum over all devices.
+      buffers: receive into arrays that the program keeps, without a barrier before it but for the first time; see
+        `low_latency`. Needs what implementation "mosaic_gpu" needs.
 
     implementation None stores straight to the peers where `peers_problem` and the kernel have no objection, and goes
     through one all_to_all elsewhere.
@@ -96,32 +103,45 @@ def dispatch(
     parts = wire_arrays(x, wire_format) if encode is None else [x]
     options = dict(routes=routes, axis_name=axis_name, encode=encode)
     operands = (parts, None if isinstance(scale, str) else scale, ids, topk_weights.astype(jnp.float32))
-    received, local_ids, local_weights, send_map = run_implementation(
-        "dispatch",
-        implementation,
-        operands,
-        xla=Call.of(dispatch_all_to_all, **options, implementation=implementation),
-        mosaic_gpu=Call.of(_dispatch_kernel, **options),
-        problem=peers_problem(axis_name)
-        or dispatch_kernels.check_config(parts, routes, encode=encode_option(scale, encode)),
+    problem = peers_problem(axis_name) or dispatch_kernels.check_config(
+        parts, routes, encode=encode_option(scale, encode)
     )
+    if buffers is not None:
+        if implementation == "xla" or problem is not None or not has_hopper_gpu():
+            why = problem or "they need the kernels and GPUs of compute capability 9.0"
+            raise NotImplementedError(f"dispatch: buffers, implementation={implementation!r}: {why}")
+        results: Any = _dispatch_kernel(*operands, **options, buffers=buffers)
+        received, local_ids, local_weights, send_map, buffers = results
+    else:
+        received, local_ids, local_weights, send_map = run_implementation(
+            "dispatch",
+            implementation,
+            operands,
+            xla=Call.of(dispatch_all_to_all, **options, implementation=implementation),
+            mosaic_gpu=Call.of(_dispatch_kernel, **options),
+            problem=problem,
+        )
     row_of_route = send_map
     if form == "per_peer":
         peer = jnp.where(valid, ids // routes.local_experts, 0)
         row_of_route = jnp.take_along_axis(send_map, peer, axis=1)
     dropped = jnp.sum(topk_ids != -1, dtype=jnp.int32) - jnp.sum(valid & (row_of_route >= 0), dtype=jnp.int32)
     like = NVFP4Tensor(parts[0], parts[0], scale) if encode == "nvfp4" and not isinstance(scale, str) else x
-    return Dispatched(from_wire(received, like, wire_format), local_ids, local_weights, send_map, dropped)
+    return Dispatched(from_wire(received, like, wire_format), local_ids, local_weights, send_map, dropped, buffers)
 
 
-def _dispatch_kernel(parts, scale, ids, topk_weights, *, routes, axis_name, encode):
-    received, local_ids, weights, send_map = dispatch_kernels.dispatch(
-        parts, ids, topk_weights, routes, axis_name=axis_name, encode=encode_option(scale, encode)
-    )
+def _dispatch_kernel(parts, scale, ids, topk_weights, *, routes, axis_name, encode, buffers=None):
+    options = dict(axis_name=axis_name, encode=encode_option(scale, encode))
+    if buffers is None:
+        received, local_ids, weights, *rest = dispatch_kernels.dispatch(parts, ids, topk_weights, routes, **options)
+    else:
+        received, local_ids, weights, *rest = low_latency.run(
+            parts, ids, topk_weights, buffers, routes=routes, **options
+        )
     received, local_ids = ([a.reshape(-1, a.shape[-1]) for a in arrays] for arrays in (received, [local_ids]))
     if weights is None:
         weights = jnp.ones(local_ids[0].shape, jnp.float32)
-    return received, local_ids[0], weights.reshape(local_ids[0].shape), send_map
+    return received, local_ids[0], weights.reshape(local_ids[0].shape), *rest
 
 
 def combine(

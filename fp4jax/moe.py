@@ -13,6 +13,7 @@ from fp4jax.expert_parallel import FORMS, agree_global_scale, combine, dispatch
 from fp4jax.gemm_swiglu import grouped_gemm_swiglu
 from fp4jax.grouped_gemm import contiguous_grouped_gemm, masked_grouped_gemm
 from fp4jax.implementations import IMPLEMENTATIONS
+from fp4jax.low_latency import ReceiveBuffers
 from fp4jax.nvfp4 import NVFP4Tensor, quantize
 from fp4jax.permute import depermute_combine, permute_to_contiguous, permute_to_masked
 from fp4jax.swiglu import silu
@@ -38,9 +39,13 @@ class MoEWeights(NamedTuple):
 
 
 class MoEStats(NamedTuple):
-    """dropped i32 []: routes lost to bad ids or capacities, summed over the devices of the axis."""
+    """dropped i32 []: routes lost to bad ids or capacities, summed over the devices of the axis.
+
+    buffers: for the program's next layer, where this one was given some.
+    """
 
     dropped: Int[Array, ""]
+    buffers: ReceiveBuffers | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,15 +95,17 @@ def moe_layer(
     topk_weights: Float[Array, "t k"],
     weights: MoEWeights,
     config: MoEConfig,
+    buffers: ReceiveBuffers | None = None,
 ) -> tuple[Float[Array, "t h"], MoEStats]:
     """y[t] = sum over slots j of topk_weights[t, j] * expert_{topk_ids[t, j]}(x[t]); expert(x) = w2 (silu(gate) * up).
 
     x bf16 (or f32: then the GEMMs round to f32). With `config.axis_name`, called inside shard_map with this device's
-    tokens, routing and local experts. Raises ValueError where weights and config do not fit.
+    tokens, routing and local experts; buffers: see `expert_parallel.dispatch`. Raises ValueError where weights and
+    config do not fit.
     """
     _check_weights(x, weights, config)
     if x.shape[0] == 0:  # on every device, as shapes are the same there: no device waits for another's collective
-        return x, MoEStats(jnp.int32(0))
+        return x, MoEStats(jnp.int32(0), buffers)
     axis, scope = config.axis_name, jax.named_scope
     scale_1 = weights.input_scale_1
     if scale_1 is not None and jnp.ndim(scale_1):  # a scalar is the same on all devices: no collective
@@ -114,7 +121,7 @@ def moe_layer(
             dispatched = dispatch(
                 x, topk_ids, topk_weights, axis_name=axis, num_experts=config.num_experts, form=config.form,
                 wire_format=config.wire_format, pair_capacity=config.pair_capacity,
-                global_scale=global_scale if config.wire_format == "nvfp4" else None,
+                global_scale=global_scale if config.wire_format == "nvfp4" else None, buffers=buffers,
                 implementation=config.implementation,
             )  # fmt: skip
             rows, ids, row_weights = dispatched.x, dispatched.local_ids, dispatched.local_weights
@@ -129,8 +136,8 @@ def moe_layer(
         with scope("combine"):
             home_weights = topk_weights if config.form == "per_slot" else None
             y = combine(y, dispatched, topk_weights=home_weights, axis_name=axis, implementation=config.implementation)
-        dropped = lax.psum(dropped + dispatched.dropped, axis)
-    return y, MoEStats(dropped)
+        dropped, buffers = lax.psum(dropped + dispatched.dropped, axis), dispatched.buffers
+    return y, MoEStats(dropped, buffers)
 
 
 def dense_moe(

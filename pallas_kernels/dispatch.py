@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import lanes
-from pallas_kernels.meeting import Meeting
+from pallas_kernels.meeting import CountedMeeting, Meeting
 from pallas_kernels.quantize import MAX_INDEX, unsigned_div
 from pallas_kernels.row_makers import PIECE, check_parts, is_single, row_maker
 from pallas_kernels.row_plan import MAX_DEVICES, MAX_SLOTS, Routes, RowPlan, TuningConfig, counts_of_blocks
@@ -103,10 +103,9 @@ def dispatch(
     """
     if problem := check_config(parts, routes, encode=encode, config=config):
         raise NotImplementedError(f"dispatch kernel: {problem}")
-    *received, send_map = _Kernel(parts, routes, encode, config, axis_name).run(topk_ids, topk_weights)
-    weights = received.pop() if routes.form == "per_peer" else None
-    local_ids = received.pop()
-    return received, local_ids, weights, send_map
+    kernel = Kernel(parts, routes, encode, config, axis_name)
+    *received, send_map = kernel.run(topk_ids, topk_weights)
+    return (*kernel.unpacked(received), send_map)
 
 
 def pack(
@@ -127,11 +126,11 @@ def pack(
     """
     if problem := check_pack(parts, routes, encode=encode, config=config):
         raise NotImplementedError(f"pack kernel: {problem}")
-    *payload, send_map = _Kernel(parts, routes, encode, config, None, apart).run(topk_ids, topk_weights)
+    *payload, send_map = Kernel(parts, routes, encode, config, None, apart).run(topk_ids, topk_weights)
     return payload, send_map
 
 
-class _Kernel:
+class Kernel:
     """The kernel of both: to the peers of a mesh axis, or (axis_name None) into one or two buffers of this device."""
 
     def __init__(self, parts, routes, encode, config, axis_name, apart=False):
@@ -148,49 +147,92 @@ class _Kernel:
         self.widths = [1] * len(self.singles) + [self.ids_per_row] * (1 + self.with_weights)
         self.row_bytes = -(-(sum(self.big_bytes[self.apart :]) + 4 * sum(self.widths)) // PIECE) * PIECE
 
-    def run(self, topk_ids, topk_weights):
-        r, config = self.routes, self.config
-        operands, counted = [*self.maker.operands, topk_ids], r.tokens > _COUNT_APART
-        if self.with_weights:
-            operands.append(topk_weights)
-        if counted:
-            operands.append(counts_of_blocks(topk_ids, self.plan))
-        send_map = jax.ShapeDtypeStruct((r.tokens, r.columns), jnp.int32)
+    def targets(self) -> list[jax.ShapeDtypeStruct]:
+        """The arrays that rows are sent to, of every receiver or of this device."""
+        r = self.routes
         if self.axis_name is None:
-            targets = [
-                *(jax.ShapeDtypeStruct((r.devices, r.capacity, p.shape[1]), p.dtype) for p in self.big[: self.apart]),
-                jax.ShapeDtypeStruct((r.devices, r.capacity, self.row_bytes), jnp.uint8),
-            ]
-            types = [(p.shape[1], p.dtype) for p in self.big[: self.apart]]
-            types += [(n, jnp.uint8) for n in self.big_bytes[self.apart :]]
-            buffers = [plgpu.SMEM((config.warpgroups * _STAGES, n), t) for n, t in types]
-            meeting = []
+            apart = [(p.shape[1], p.dtype) for p in self.big[: self.apart]]
+            types = [*apart, (self.row_bytes, jnp.uint8)]
         else:
             types = [(p.shape[1], p.dtype) for p in self.maker.sent]
             types += [(self.ids_per_row, t) for t in (jnp.int32, jnp.float32)[: 1 + self.with_weights]]
-            targets = [jax.ShapeDtypeStruct((r.devices, r.capacity, n), t) for n, t in types]
-            buffers = [plgpu.SMEM((config.warpgroups * _STAGES, p.shape[1]), p.dtype) for p in self.big]
-            meeting = Meeting.scratch(config.warpgroups + 1)
+        return [jax.ShapeDtypeStruct((r.devices, r.capacity, n), t) for n, t in types]
+
+    def unpacked(self, received: Sequence[jax.Array]) -> tuple[list[jax.Array], jax.Array, jax.Array | None]:
+        """What is in arrays like `targets`: parts, local ids, weights (None per slot)."""
+        *received, last = received
+        if not self.with_weights:
+            return received, last, None
+        return received[:-1], received[-1], last
+
+    def run(self, topk_ids: jax.Array, topk_weights: jax.Array) -> tuple[jax.Array, ...]:
+        """-> new arrays like `targets`, and the map."""
+        targets, send_map = self.targets(), self._map()
+        operands = self._operands(topk_ids, topk_weights)
+        meeting = [] if self.axis_name is None else Meeting.scratch(self.config.warpgroups + 1)
 
         def body(*refs):
-            refs = list(refs)
-            take = lambda n: [refs.pop(0) for _ in range(n)]  # noqa: E731
-            sources, (ids_ref,) = take(len(self.maker.operands)), take(1)
-            weights_ref, counts_ref = take(self.with_weights), take(counted)
-            target_refs, (map_ref,), buffer_refs = take(len(targets)), take(1), take(len(buffers))
-            plan_smem, planned = take(2)
-            target = (_Peers if refs else _Payload)(self, target_refs)
-            self._send_all(sources, ids_ref, weights_ref, counts_ref, map_ref, buffer_refs, plan_smem, planned, target)
-            if refs:
-                Meeting(*refs).meet(r.devices, config.warpgroups + 1)
+            inputs, outputs, scratch = _cut(refs, len(operands), len(targets) + 1)
+            end = Meeting(*scratch[self._own :]) if meeting else None
+            self._send_all(inputs, outputs[:-1], outputs[-1], scratch[: self._own], end)
 
-        scratch = [*buffers, self.plan.scratch(4 * config.warpgroups), plgpu.Barrier(num_arrivals=1), *meeting]
         return lanes.kernel(
-            body, (*targets, send_map), grid=config.blocks, warpgroups=config.warpgroups + 1, scratch_types=scratch
-        )(*operands)
+            body, (*targets, send_map), grid=self.config.blocks, warpgroups=self.config.warpgroups + 1,
+            scratch_types=[*self._scratch(), *meeting],
+        )(*operands)  # fmt: skip
 
-    def _send_all(self, sources, ids_ref, weights_ref, counts_ref, map_ref, buffers, plan_smem, planned, target):
+    def run_into(
+        self, topk_ids: jax.Array, topk_weights: jax.Array, targets: list[Any], kept: list[Any], *, first: bool
+    ) -> jax.Array:
+        """Into references to arrays like `targets` -> the map. kept: references that nothing happens to, and counters.
+
+        first: XLA lets the devices meet before; else they met in the call before, with the same counters.
+        """
+        operands = self._operands(topk_ids, topk_weights)
+        inputs = [*operands, *targets, *kept]
+
+        def body(*refs):
+            inputs, targets_here, kept_here, (map_ref,), scratch = _cut(refs, len(operands), len(targets), len(kept), 1)
+            end = CountedMeeting(kept_here[-1], *scratch[self._own :])
+            self._send_all(inputs, targets_here, map_ref, scratch[: self._own], end)
+
+        return lanes.kernel(
+            body, self._map(), grid=self.config.blocks, warpgroups=self.config.warpgroups + 1, device_barrier=first,
+            scratch_types=[*self._scratch(), *CountedMeeting.scratch(self.config.warpgroups + 1)],
+        )(*inputs)  # fmt: skip
+
+    def _map(self):
+        return jax.ShapeDtypeStruct((self.routes.tokens, self.routes.columns), jnp.int32)
+
+    def _operands(self, topk_ids, topk_weights):
+        """Rows, ids, weights where they are sent, counts where they are made apart."""
+        operands = [*self.maker.operands, topk_ids]
+        if self.with_weights:
+            operands.append(topk_weights)
+        if self.routes.tokens > _COUNT_APART:
+            operands.append(counts_of_blocks(topk_ids, self.plan))
+        return operands
+
+    def _scratch(self):
+        """Buffers for rows, the plan, and a barrier for it."""
+        if self.axis_name is None:
+            types = [(p.shape[1], p.dtype) for p in self.big[: self.apart]]
+            types += [(n, jnp.uint8) for n in self.big_bytes[self.apart :]]
+        else:
+            types = [(p.shape[1], p.dtype) for p in self.big]
+        buffers = [plgpu.SMEM((self.config.warpgroups * _STAGES, n), t) for n, t in types]
+        return [*buffers, self.plan.scratch(4 * self.config.warpgroups), plgpu.Barrier(num_arrivals=1)]
+
+    @property
+    def _own(self):
+        """Number of `_scratch`."""
+        return len(self.big) + 2
+
+    def _send_all(self, inputs, targets, map_ref, scratch, meeting):
         """One warpgroup plans and sends what the plan alone says; the others make rows and send them."""
+        sources, (ids_ref,), weights_ref, counts_ref = _cut(inputs, len(self.maker.operands), 1, self.with_weights)
+        *buffers, plan_smem, planned = scratch
+        target = (_Payload if meeting is None else _Peers)(self, targets)
         warpgroup = lanes.warpgroup_index()
 
         @pl.when(warpgroup == self.config.warpgroups)
@@ -203,6 +245,9 @@ class _Kernel:
         @pl.when(warpgroup < self.config.warpgroups)
         def _():
             self._send_rows(warpgroup, sources, buffers, plan_smem, planned, target)
+
+        if meeting is not None:
+            meeting.meet(self.routes.devices, self.config.warpgroups + 1)
 
     def _send_rows(self, mover, sources, buffers, rows, planned, target):
         r, movers = self.routes, self.config.warpgroups
@@ -337,3 +382,12 @@ class _Payload:
         offset = sum(k.big_bytes[k.apart :]) // 4 + sum(k.widths[:i])
         row = device * k.routes.capacity + place
         lanes.scatter(self.ref, row * (k.row_bytes // 4) + offset + slot, [word], where=where)
+
+
+def _cut(refs: Sequence[Any], *sizes: int) -> list[list[Any]]:
+    """Runs of these sizes, and the rest."""
+    runs, start = [], 0
+    for size in sizes:
+        runs.append(list(refs[start : start + size]))
+        start += size
+    return [*runs, list(refs[start:])]

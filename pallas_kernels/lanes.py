@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax._src import state
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
@@ -42,11 +43,13 @@ def kernel(
     scratch_types: Any = (),
     warpgroups: int = 1,
     cluster: int = 1,
+    device_barrier: bool = True,
     interpret: Any = None,
 ) -> Callable[..., Any]:
     """`body(*inputs, *outputs, *scratch)` on `grid` blocks of 128 threads; `block_index()` tells them apart.
 
     warpgroups: threads of a block / 128; `warpgroup_index()` tells them apart, and each has its own lanes and `sync`.
+    device_barrier: whether XLA lets the devices meet before a kernel that reaches into others' memory.
     cluster: if above 1, `grid` counts clusters of as many blocks, which axis "cluster" tells apart.
     interpret: `plgpu.InterpretGPUParams()` runs it on the CPU.
     """
@@ -67,7 +70,9 @@ def kernel(
         **threads,
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            unsafe_no_auto_barriers=True,
+            skip_device_barrier=not device_barrier,
         ),
     )
 
@@ -92,7 +97,9 @@ def kernel(
             results = many(*operands)
         return results, jax.tree.map(lambda _: True, results)
 
-    def run(*operands: jax.Array) -> Any:
+    def run(*operands: Any) -> Any:
+        if any(isinstance(jax.typeof(a), state.AbstractRef) for a in operands):  # vmap does not know references
+            return call(*operands)
         # Inside shard_map a result varies over the mesh axes that its operands vary over; the kernel does not say so.
         axes = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in operands))
         return jax.tree.map(

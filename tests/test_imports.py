@@ -26,7 +26,7 @@ LAYERS = (
     },
     {"block_graph", "quant_config"},
     {"nvfp4", "scale_layout"},
-    {"packed_weights"},
+    {"packed_weights", "low_latency"},
     {"routing", "permute", "grouped_gemm", "swiglu", "wire_formats"},
     {"gemm_swiglu", "all_to_all", "block_fp8"},
     {"expert_parallel"},

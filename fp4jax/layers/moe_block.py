@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from fp4jax import implementations, moe, nvfp4, routing
 from fp4jax.layers.dense import MLP, Linear, exact_precision, largest, normal_param
+from fp4jax.low_latency import ReceiveBuffers
 from fp4jax.nvfp4 import NVFP4Tensor
 from fp4jax.packed_weights import PackedWeights, arrange_experts
 
@@ -63,7 +64,9 @@ class ExpertSettings:
     """How the experts run; changes numerics and traffic, never the weights.
 
     `differentiable` chooses `moe.dense_moe` (training, plain weights, one device); otherwise `moe.moe_layer`, inside
-    shard_map over the axis "ep" of `mesh` when one is given. The other fields are those of `moe.MoEConfig`.
+    shard_map over the axis "ep" of `mesh` when one is given. `low_latency`: decode steps of `models.BucketedModel` keep
+    their receive buffers (`fp4jax.low_latency`; GPUs whose kernels reach each other only). The other fields are those
+    of `moe.MoEConfig`.
     """
 
     differentiable: bool = False
@@ -74,6 +77,7 @@ class ExpertSettings:
     capacity: int | None = None
     pair_capacity: int | None = None
     mesh: Mesh | None = None
+    low_latency: bool = False
     implementation: str | None = None
 
     def __post_init__(self) -> None:
@@ -81,6 +85,8 @@ class ExpertSettings:
             raise ValueError(f"activation_format must be 'nvfp4' or 'bf16', got {self.activation_format!r}")
         if self.mesh is not None:
             object.__setattr__(self, "mesh", expert_mesh(self.mesh))
+        if self.low_latency and self.mesh is None:
+            raise ValueError("low_latency=True is about tokens that cross a mesh, and there is none")
         if self.differentiable and (self.mesh is not None or self.activation_format != "bf16"):
             raise ValueError(
                 "differentiable=True runs on one device with activation_format='bf16', "
@@ -89,10 +95,11 @@ class ExpertSettings:
 
 
 class MoEAux(NamedTuple):
-    """What a forward pass reports besides its result, summed over MoE layers."""
+    """What a forward pass reports besides its result, summed over MoE layers; buffers: of one block, see its call."""
 
     dropped: Int[Array, ""]
     balance_loss: Float[Array, ""]
+    buffers: ReceiveBuffers | None = None
 
 
 class ExpertAmax(NamedTuple):
@@ -150,20 +157,24 @@ class MoEBlock(nnx.Module):
             self.shared_expert_gate = Linear(hidden_size, 1, **linear)
 
     def __call__(
-        self, x: Float[Array, "... H"], valid: Bool[Array, "..."] | None = None
+        self,
+        x: Float[Array, "... H"],
+        valid: Bool[Array, "..."] | None = None,
+        buffers: ReceiveBuffers | None = None,
     ) -> tuple[Float[Array, "... H"], MoEAux]:
         """Tokens that are not `valid` go to no routed expert (and take no capacity); what they become means nothing.
 
-        The balance loss is that of all tokens, valid or not.
+        The balance loss is that of all tokens, valid or not. buffers: what the program's block before reported, to
+        receive into; None: into new arrays.
         """
         rows = x.reshape(-1, x.shape[-1])
         route, balance_loss = self._route(rows)
         if valid is not None:
             route = route._replace(topk_ids=jnp.where(valid.reshape(-1, 1), route.topk_ids, -1))
         hidden = rows if self.fc1_latent_proj is None else self.fc1_latent_proj(rows)
-        y, dropped = self.experts(hidden.astype(self.dtype), route)
+        y, stats = self.experts(hidden.astype(self.dtype), route, buffers)
         y = self._finish(y, rows)
-        return y.reshape(x.shape), MoEAux(dropped, balance_loss)
+        return y.reshape(x.shape), MoEAux(stats.dropped, balance_loss, stats.buffers)
 
     def _route(self, rows: jax.Array) -> tuple[routing.Routing, jax.Array]:
         config = self.router_config
@@ -191,15 +202,17 @@ class MoEBlock(nnx.Module):
             shared = jax.nn.sigmoid(self.shared_expert_gate(rows).astype(jnp.float32)) * shared
         return (y.astype(jnp.float32) + shared.astype(jnp.float32)).astype(self.dtype)
 
-    def experts(self, x: jax.Array, route: routing.Routing) -> tuple[jax.Array, jax.Array]:
-        """Routed experts on rows x [T, H] with a given routing: weighted sums [T, H], number of dropped routes."""
+    def experts(
+        self, x: jax.Array, route: routing.Routing, buffers: ReceiveBuffers | None = None
+    ) -> tuple[jax.Array, moe.MoEStats]:
+        """Routed experts on rows x [T, H] with a given routing: weighted sums [T, H], and what `moe_layer` reports."""
         w13, w2 = self.w13.get_value(), self.w2.get_value()
         settings = self.settings
         if settings.differentiable:
             if _is_quantized(w13):
                 raise ValueError(f"{self.path}: differentiable=True needs plain expert weights; these are NVFP4")
             y = moe.dense_moe(x, *route, w13.astype(self.dtype), w2.astype(self.dtype))
-            return y.astype(self.dtype), jnp.int32(0)
+            return y.astype(self.dtype), moe.MoEStats(jnp.int32(0))
         if not _is_quantized(w13):
             w13, w2 = w13.astype(self.dtype), w2.astype(self.dtype)
         weights = moe.MoEWeights(
@@ -222,8 +235,8 @@ class MoEBlock(nnx.Module):
         )
         if settings.mesh is None:
             y, stats = moe.moe_layer(x, *route, weights, config)
-            return y.astype(self.dtype), stats.dropped
-        return _sharded_experts(x, route, weights, config, settings.mesh)
+            return y.astype(self.dtype), stats
+        return _sharded_experts(x, route, weights, config, settings.mesh, buffers)
 
     def configure(self, settings: ExpertSettings) -> None:
         """Set how the experts run and place their weights: sharded over "ep" with a mesh, else on one device.
@@ -344,8 +357,8 @@ def _is_quantized(w: Any) -> bool:
 
 @partial(jax.jit, static_argnums=(3, 4))
 def _sharded_experts(
-    x: jax.Array, route: routing.Routing, weights: moe.MoEWeights, config: moe.MoEConfig, mesh: Mesh
-) -> tuple[jax.Array, jax.Array]:
+    x: jax.Array, route: routing.Routing, weights: moe.MoEWeights, config: moe.MoEConfig, mesh: Mesh, buffers: Any
+) -> tuple[jax.Array, moe.MoEStats]:
     """`moe.moe_layer` with tokens and experts split over "ep"; tokens that fill up the last device go to no expert."""
     tokens = x.shape[0]
     pad = -tokens % mesh.size
@@ -356,12 +369,15 @@ def _sharded_experts(
     if weights.input_scale_1 is not None:
         split = split._replace(input_scale_1=P())
 
-    def on_device(x: Any, ids: Any, topk_weights: Any, weights: Any) -> tuple[jax.Array, jax.Array]:
-        y, stats = moe.moe_layer(x, ids, topk_weights, weights, config)
-        return y.astype(x.dtype), stats.dropped  # summed over the devices already
+    def on_device(x: Any, ids: Any, topk_weights: Any, weights: Any, buffers: Any) -> tuple[jax.Array, moe.MoEStats]:
+        y, stats = moe.moe_layer(x, ids, topk_weights, weights, config, buffers)
+        return y.astype(x.dtype), stats  # drops are summed over the devices already
 
+    specs: Any = (P(), P(EP_AXIS))
     sharded = jax.shard_map(
-        on_device, mesh=mesh, in_specs=(P(EP_AXIS), P(EP_AXIS), P(EP_AXIS), split), out_specs=(P(EP_AXIS), P())
-    )
-    y, dropped = sharded(x, ids, topk_weights, weights)
-    return y[:tokens], dropped
+        on_device, mesh=mesh, in_specs=(P(EP_AXIS), P(EP_AXIS), P(EP_AXIS), split, P(EP_AXIS)),
+        out_specs=(P(EP_AXIS), moe.MoEStats(*specs)),
+        check_vma=buffers is None,  # JAX knows no references that vary over a mesh
+    )  # fmt: skip
+    y, stats = sharded(x, ids, topk_weights, weights, buffers)
+    return y[:tokens], stats

@@ -19,6 +19,7 @@ from fp4jax.block_graph import BlockGraph, Bucketed, block_graph, compile_all, h
 from fp4jax.bucket_planner import check_buckets
 from fp4jax.bucketed import place_of
 from fp4jax.layers.moe_block import MoEBlock
+from fp4jax.low_latency import ReceiveBuffers
 from fp4jax.models.decoder import Decoder, DecoderLayer
 
 Cache = list[tuple[jax.Array, jax.Array]]  # keys and values of every layer, [B, kv heads, length, head dim]
@@ -232,8 +233,11 @@ def _decode(weights, last, lengths, cache, *, structure, num_tokens):
     model = structure.module(weights)
     valid = jnp.arange(last.shape[0]) < num_tokens
     x, kept = model.embed_tokens(last[:, None]), []
+    low_latency = any(block.settings.low_latency for block in model.moe_blocks())
+    buffers = ReceiveBuffers() if low_latency else None
     for layer, old in zip(model.layers, cache, strict=True):
-        x, new, _ = layer(x, lengths, old, functools.partial(MoEBlock.__call__, valid=valid))
+        x, new, aux = layer(x, lengths, old, functools.partial(MoEBlock.__call__, valid=valid, buffers=buffers))
+        buffers = buffers if aux is None else aux.buffers
         kept.append(new)
     return jnp.argmax(model.head(x)[:, 0], axis=-1).astype(jnp.int32), lengths + 1, kept
 
