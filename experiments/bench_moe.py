@@ -5,10 +5,11 @@
     JAX_NUM_CPU_DEVICES=2 JAX_PLATFORMS=cpu python experiments/bench_moe.py      # a tiny layer: how it runs
 
 Layers, one per row: "nvfp4" (the library: --wire_format, nvfp4 unless told otherwise, kernels wherever they serve),
-"nvfp4 nccl" (the same around one all_to_all), "bf16" (JAX's Pallas ragged dot between our dispatch, permute, SwiGLU,
-depermute and combine), "bf16 jax" (the same ragged dot, all_to_all and XLA for the rest). Time per layer of a program
-of many layers one after the other, stages from a profile of it. Floors: a sum over stages of the bytes or FLOPs of each
-over what the memory, the link or a large matrix product reach. Writes bench_moe.json and bench_moe.png.
+"nvfp4 low latency" (the same with receive buffers that the program keeps: fp4jax.low_latency), "nvfp4 nccl" (the same
+around one all_to_all), "bf16" (JAX's Pallas ragged dot between our dispatch, permute, SwiGLU, depermute and combine),
+"bf16 jax" (the same ragged dot, all_to_all and XLA for the rest). Time per layer of a program of many layers one after
+the other, stages from a profile of it. Floors: a sum over stages of the bytes or FLOPs of each over what the memory,
+the link or a large matrix product reach. Writes bench_moe.json and bench_moe.png.
 """
 
 import os
@@ -31,16 +32,17 @@ from experiments.chained_steps import ChainedSteps
 from experiments.flag_values import choices, integers
 from experiments.stage_times import compiler_options, stage_times
 from fp4jax import benchmarking, wire_bytes
+from fp4jax.low_latency import ReceiveBuffers
 
 _MODELS = flags.DEFINE_list("models", None, f"Of {', '.join(moe_cases.MODELS)}; default: all but tiny (CPU: tiny).")
 _TOKENS = flags.DEFINE_list("tokens", None, "Tokens per device; default: 16,128,1024,4096 (CPU: 32).")
 _RANKS = flags.DEFINE_list("ranks", None, "Numbers of devices; default: all of 2, 4, 8 that there are.")
-_LAYERS = flags.DEFINE_list("layers", None, "Of nvfp4, nvfp4 nccl, bf16, bf16 jax; default: all.")
+LAYERS = ("nvfp4", "nvfp4 low latency", "nvfp4 nccl", "bf16", "bf16 jax")
+_LAYERS = flags.DEFINE_list("layers", None, f"Of {', '.join(LAYERS)}; default: all.")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed calls per layer, of which the median counts.", lower_bound=1)
 _PROFILE = flags.DEFINE_bool("profile", True, "Also measure the stages.")
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Folder for JSON and PNG; default: output/bench_moe.")
 
-LAYERS = ("nvfp4", "nvfp4 nccl", "bf16", "bf16 jax")
 _INPUTS = (
     "normal bf16 tokens, distinct experts per token drawn uniformly with a fixed seed, random 4-bit weights and the "
     "same in bf16; worst-case buffers between devices, room for 1.25 x the average rows in front of the experts "
@@ -55,7 +57,9 @@ def main(argv):
     wire = shared_flags.wire_format("nvfp4")
     gpu = benchmarking.on_gpu()
     models = choices("models", _MODELS.value, moe_cases.MODELS, moe_cases.MODELS[:-1] if gpu else ("tiny",))
-    layers = choices("layers", _LAYERS.value, LAYERS, LAYERS)
+    # Buffers that a program keeps need the kernels that store to peers.
+    usual = LAYERS if gpu and jax.process_count() == 1 else tuple(name for name in LAYERS if "latency" not in name)
+    layers = choices("layers", _LAYERS.value, LAYERS, usual)
     tokens = integers("tokens", _TOKENS.value or ((16, 128, 1024, 4096) if gpu else (32,)))
     some = [n for n in (2, 4, 8) if n <= jax.device_count()] if jax.process_count() == 1 else [jax.device_count()]
     ranks = integers("ranks", _RANKS.value or some)
@@ -98,8 +102,9 @@ def run_cell(shape: moe_cases.Shape, wire: str, layers: list[str], ceilings) -> 
         on = two_axes if name.endswith("nccl") else mesh
         floors = moe_cases.floors_us(shape, wire if quantized else "bf16", ceilings, quantized=quantized)
         step = functools.partial(moe_cases.layer_step, layer=layer)
+        state = (np.zeros(shape.ranks, np.int32), ReceiveBuffers() if name.endswith("low latency") else None)
         make_chain = functools.partial(
-            ChainedSteps, on, step, None, (x, ids, topk_weights, experts), unrolled=2, about_us=sum(floors.values())
+            ChainedSteps, on, step, state, (x, ids, topk_weights, experts), unrolled=2, about_us=sum(floors.values())
         )
         chain = make_chain()
         us[name] = chain.us(_REPEATS.value)

@@ -33,6 +33,9 @@ _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest tok
 _SEED = flags.DEFINE_integer("seed", 0, "Of what is drawn.")
 _QUANTIZATION = flags.DEFINE_string("quantization", None, "JSON or a method's name; default: as the folder is.")
 _EP = flags.DEFINE_integer("ep", 1, "Devices that the experts are split over.", lower_bound=1)
+_LOW_LATENCY = flags.DEFINE_bool(
+    "low_latency", False, "Decode steps keep the buffers that tokens are received into; GPUs of one host, with --ep."
+)
 _DTYPE = flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "What the model computes in; default: its config's.")
 _INPUT_SCALES = flags.DEFINE_enum(
     "input_scales", "stored", ["stored", "per_token"], "Of layers with NVFP4 activations."
@@ -46,6 +49,8 @@ def main(argv):
     if _EP.value > len(jax.devices()):
         raise app.UsageError(f"--ep={_EP.value}: JAX sees {len(jax.devices())} devices")
     options = shared_flags.block_graph_options()
+    if _LOW_LATENCY.value and (_EP.value < 2 or not options.enabled or _TEMPERATURE.value > 0):
+        raise app.UsageError("--low_latency is about decode steps across devices: with --ep, in blocks, not sampled")
     folder = Path(_MODEL.value)
     mesh = jax.make_mesh((_EP.value,), ("ep",), devices=jax.devices()[: _EP.value]) if _EP.value > 1 else None
     start = time.perf_counter()
@@ -57,7 +62,8 @@ def main(argv):
         raise app.UsageError(str(error)) from error
     print(f"loaded in {time.perf_counter() - start:.1f} s: {config.to_hf()['model_type']}, {layer_kinds(model)}")
     if mesh is not None:
-        configure_experts(model, wire_format=shared_flags.wire_format("nvfp4"))
+        wire_format = shared_flags.wire_format("nvfp4")
+        configure_experts(model, wire_format=wire_format, low_latency=_LOW_LATENCY.value)
     tokenizer = tokenizer_of(folder, config)
     ids = tokenizer.encode(_PROMPT.value)
     if not ids or max(ids) >= config.vocab_size:

@@ -123,17 +123,18 @@ def _make_weights(shape, mesh, with_dense):
 
 
 def nvfp4_layer(shape: Shape, wire_format: str):
-    """(x, ids, weights, packed weights) -> y with 4-bit weights and activations, as the library runs it."""
+    """(x, ids, weights, packed weights, receive buffers or None) -> y with 4-bit weights and activations, buffers."""
     prefill = shape.rows > 128 * shape.local_experts
     config = MoEConfig(
         num_experts=shape.experts, axis_name="ep", wire_format=wire_format,
         layout="contiguous" if prefill else "masked", capacity=shape.capacity if prefill else None,
     )  # fmt: skip
 
-    def layer(x, ids, weights, packed):
+    def layer(x, ids, weights, packed, buffers):
         w13, w2, scale_2 = packed
         experts = MoEWeights(w13, w2, jnp.float32(_ACTIVATION_SCALE), scale_2)
-        return moe_layer(x, ids, weights, experts, config)[0]
+        y, stats = moe_layer(x, ids, weights, experts, config, buffers)
+        return y, stats.buffers
 
     return layer
 
@@ -142,7 +143,7 @@ def bf16_layer(shape: Shape, *, own: bool):
     """The same in bf16 around JAX's Pallas ragged dot. own: with our kernels where they are faster; else XLA's ops."""
     implementation = None if own else "xla"
 
-    def layer(x, ids, weights, dense):
+    def layer(x, ids, weights, dense, buffers):
         scope, options = jax.named_scope, dict(implementation=implementation)
         with scope("dispatch"):
             d = dispatch(x, ids, weights, num_experts=shape.experts, wire_format="bf16", **options)
@@ -158,7 +159,7 @@ def bf16_layer(shape: Shape, *, own: bool):
         with scope("depermute"):
             y = depermute_combine(y, p.row_map, d.local_weights, **options)
         with scope("combine"):
-            return combine(y, d, **options)
+            return combine(y, d, **options), buffers
 
     return layer
 
@@ -176,12 +177,15 @@ def ragged_dot(x, w, group_sizes, shape: Shape):
 
 
 def layer_step(state, operands, zero, *, ranks, layer):
-    """One layer for `chained_steps.ChainedSteps`; operands: x, ids, weights and what `layer` takes as weights."""
+    """One layer for `chained_steps.ChainedSteps`; operands: x, ids, weights and what `layer` takes as weights.
+
+    state: a number [1], and the receive buffers that the program keeps, or None.
+    """
     del ranks
-    x, ids, weights, experts = operands
-    x, state = lax.optimization_barrier((x, state))
-    y = layer(x, ids + zero * state, weights, experts)
-    return y[0, 0].astype(jnp.int32), y
+    (x, ids, weights, experts), (number, buffers) = operands, state
+    x, number = lax.optimization_barrier((x, number))
+    y, buffers = layer(x, ids + zero * number, weights, experts, buffers)
+    return (y[:1, 0].astype(jnp.int32), buffers), y
 
 
 def floors_us(shape: Shape, wire_format: str, ceilings: benchmarking.Ceilings, *, quantized: bool) -> dict[str, float]:

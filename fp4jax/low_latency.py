@@ -9,14 +9,14 @@ program that keeps its receive buffers, and dispatches more than once, can do wi
     d = dispatch(..., buffers=d.buffers)            # of the next layer: none
 
 Two sets of buffers take turns. A device that has finished a dispatch knows by the signals of all peers that they have
-finished the one before, and have gone on: nobody still reads the set that comes next. The signals go to counters that
-are never reset; every block of threads counts for itself how often it met. All devices must run the same dispatches in
-the same order, of the same shapes.
+begun it, and so are done with the rows of the one before: nobody reads the set that comes next. For that, whatever reads
+a dispatch's rows must come before the next one: something that depends on it must be an input of the next, as with the
+layers of a model. The signals go to counters that are never reset; every block of threads counts for itself how often
+it met. All devices must run the same dispatches in the same order, of the same shapes.
 
 The arrays go through every dispatch of the program and are changed in place. Where something else still needs what is
 overwritten, XLA copies first, and a copy in the middle of a program would lose what a faster peer has stored already.
-`copies_in` finds such copies in a compiled program; there are none where a layer's rows are used up before the next
-but one dispatch, as in every model.
+`copies_in` finds such copies in a compiled program; with rows that are used up in time there are none.
 """
 
 import dataclasses

@@ -76,6 +76,7 @@ def test_bad_flags_are_refused(tmp_path):
             (tiny, "--quantization={"): "not JSON",
             (tiny, "--quantization=wint2"): "quantization='wint2' is not supported",
             (tiny, "--ep=1000"): "--ep=1000: JAX sees",
+            (tiny, "--low_latency"): "--low_latency is about decode steps across devices",
             (tiny, "--prompt="): "--prompt has 0 tokens",
             (tiny, "--max_new_tokens=100000"): "exceed max_position_embeddings",
             (tiny, "stray"): "unexpected arguments",
