@@ -9,7 +9,7 @@ program that keeps its receive buffers, and dispatches more than once, can do wi
     d = dispatch(..., buffers=d.buffers)            # of the next layer: none
 
 Two sets of buffers take turns. A device that has finished a dispatch knows by the signals of all peers that they have
-begun it, and so are done with the rows of the one before: nobody reads the set that comes next. For that, whatever reads
+begun it, and so are done with the rows of the one before: nobody reads the set that comes next. For that, what reads
 a dispatch's rows must come before the next one: something that depends on it must be an input of the next, as with the
 layers of a model. The signals go to counters that are never reset; every block of threads counts for itself how often
 it met. All devices must run the same dispatches in the same order, of the same shapes.
