@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from fp4jax.implementations import Call, run_implementation
 from fp4jax.rounding import E4M3_MAX, div_rn, round_to_e4m3
 from fp4jax.wire_formats import to_fp8
-from pallas_kernels import fp8_gemm, quantize_fp8
+from pallas_kernels import fp8_config, fp8_gemm, quantize_fp8
 
 BLOCK = 128
 
@@ -92,7 +92,7 @@ def block_fp8_matmul(
     w.validate()
     if x.ndim != 2 or x.shape[1] != w.shape[1]:
         raise ValueError(f"block_fp8_matmul: x {x.shape} does not fit w {w.shape}; [T, K] and [N, K]")
-    problem = quantize_fp8.check_config(x) or fp8_gemm.shape_problem(x.shape[0], w.shape[0], w.shape[1], out_dtype)
+    problem = quantize_fp8.check_config(x) or fp8_config.shape_problem(x.shape[0], w.shape[0], w.shape[1], out_dtype)
     return run_implementation(
         "block_fp8_matmul", implementation, (x, w), problem=problem,
         xla=Call.of(_matmul_xla, out_dtype=out_dtype), mosaic_gpu=Call.of(_matmul_kernel, out_dtype=out_dtype),

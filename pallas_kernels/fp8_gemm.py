@@ -29,11 +29,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import math as mlir_math
 
 from pallas_kernels import lanes
+from pallas_kernels.fp8_config import BLOCK, ROWS, TuningConfig, check_config, choose
 from pallas_kernels.schedule import H100_SMS
 
-BLOCK = 128  # of K per scale, and of N per scale of w
+__all__ = ["BLOCK", "TuningConfig", "gemm"]
+
 _WGMMA = plgpu.Layout.WGMMA
-_ROWS = 64  # of a wgmma
 _SWIZZLE = 128  # bytes of a row in shared memory within which 16-byte pieces are permuted, at most
 _GROUP = 8  # row tiles that run side by side, so that they find the same columns of w in L2
 _REGISTERS = {1: (40, 240), 2: (40, 232), 3: (32, 160)}  # per thread that loads, multiplies; by consumers
@@ -53,92 +54,6 @@ class _Refs(NamedTuple):
     out_smem: Any
     full: Any
     empty: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class TuningConfig:
-    """warpgroups: consumers, 64 rows each. tile_n: columns of a task. num_stages: of k_blocks times 128 of K.
-
-    k_blocks: multiplied at once, each into registers of its own; for few rows, where what a stage waits for counts.
-    cluster: blocks of threads that share rows of x, 1 or 2.
-    """
-
-    warpgroups: int
-    tile_n: int
-    num_stages: int
-    k_blocks: int = 1
-    cluster: int = 1
-
-    @property
-    def tile_m(self) -> int:
-        """Rows of a task."""
-        return self.warpgroups * _ROWS
-
-    def smem_bytes(self, out_bytes: int) -> int:
-        """Shared memory of a block of threads, for results of `out_bytes` each."""
-        stage = self.k_blocks * ((self.tile_m + self.tile_n) * BLOCK + 4 * self.tile_m)
-        return self.num_stages * stage + self.tile_m * self.tile_n * out_bytes + 16 * self.num_stages + 2048
-
-
-# Microseconds per task and block of K, on an H100 where every SM has a task (experiments/results/dense_log.md).
-_STEP_US = {
-    TuningConfig(3, 128, 4, cluster=2): 0.565,
-    TuningConfig(2, 128, 4): 0.445,
-    TuningConfig(2, 64, 3, k_blocks=2): 0.33,
-    TuningConfig(1, 64, 3, k_blocks=3): 0.22,
-    TuningConfig(1, 32, 4, k_blocks=4): 0.165,
-}
-CONFIGS = tuple(_STEP_US)
-
-
-def check_config(x: Any, w: Any, x_scale: Any, w_scale: Any, out_dtype: Any) -> str | None:
-    """None if `gemm` accepts these (arrays or structs), else what does not fit."""
-    for name, array in (("x", x), ("w", w)):
-        if array.dtype != jnp.float8_e4m3fn or array.ndim != 2 or 0 in array.shape:
-            return f"{name} must be float8_e4m3fn of two axes, not empty, got {array.dtype} {array.shape}"
-    (m, k), n = x.shape, w.shape[0]
-    if problem := shape_problem(m, n, k, out_dtype):
-        return problem
-    groups = -(-k // BLOCK)
-    if w.shape[1] != k or x_scale.shape != (groups, scale_columns(m)) or w_scale.shape != (-(-n // BLOCK), groups):
-        return f"w {w.shape}, x_scale {x_scale.shape} and w_scale {w_scale.shape} do not fit x {x.shape}"
-    if x_scale.dtype != jnp.float32 or w_scale.dtype != jnp.float32:
-        return f"scales must be float32, got {x_scale.dtype} and {w_scale.dtype}"
-    return None
-
-
-def shape_problem(m: int, n: int, k: int, out_dtype: Any) -> str | None:
-    """None if the kernel multiplies [M, K] by [N, K], else why not: rows are copied in pieces of 16 bytes."""
-    if np.dtype(out_dtype) not in (np.dtype(jnp.bfloat16), np.dtype(jnp.float32)):
-        return f"results must be bfloat16 or float32, got {out_dtype}"
-    if k % 16 or n % 8:
-        return f"K must be a multiple of 16 and N of 8, got K = {k}, N = {n}"
-    if 0 in (m, n, k) or max(m * k, n * k, m * n) >= 2**31:
-        return f"x [{m}, {k}] and w [{n}, {k}] are empty or exceed the kernel's 32-bit indices"
-    return None
-
-
-def scale_columns(rows: int) -> int:
-    """Columns of x_scale: its rows are copied in pieces of 16 bytes."""
-    return -(-rows // 4) * 4
-
-
-def choose(m: int, n: int, k: int, out_dtype: Any = jnp.bfloat16) -> TuningConfig:
-    """The configuration that takes the least time by `_STEP_US`."""
-    blocks = -(-k // BLOCK)
-
-    def us(config: TuningConfig) -> float:
-        tasks = -(-m // config.tile_m) * -(-n // (config.tile_n * config.cluster))
-        return -(-tasks // (H100_SMS // config.cluster)) * blocks * _STEP_US[config]
-
-    return fitted(min(_STEP_US, key=us), out_dtype)
-
-
-def fitted(config: TuningConfig, out_dtype: Any) -> TuningConfig:
-    """With as many stages as fit beside results of that type."""
-    while config.smem_bytes(np.dtype(out_dtype).itemsize) > lanes.SMEM_BYTES:
-        config = dataclasses.replace(config, num_stages=config.num_stages - 1)
-    return config
 
 
 def gemm(
@@ -171,7 +86,7 @@ def gemm(
         _two_views((c.num_stages, c.k_blocks, c.tile_m, BLOCK), x.dtype, interpret),
         _two_views((c.num_stages, c.k_blocks, c.tile_n, BLOCK), w.dtype, interpret),
         plgpu.SMEM((c.num_stages, c.k_blocks, c.tile_m), jnp.float32),
-        _two_views((c.warpgroups, c.tile_n // plan.piece, _ROWS, plan.piece), out_dtype, interpret),
+        _two_views((c.warpgroups, c.tile_n // plan.piece, ROWS, plan.piece), out_dtype, interpret),
         plgpu.Barrier(num_arrivals=3 * c.k_blocks, num_barriers=c.num_stages),
         plgpu.Barrier(**barrier) if c.cluster == 1 else plgpu.ClusterBarrier(collective_axes=("cluster",), **barrier),
     ]
@@ -309,7 +224,7 @@ def _load(plan, r):
 def _multiply(plan, r, warpgroup):
     """Role of the consumers: 64 rows of a task each."""
     c = plan.config
-    mine = pl.ds(warpgroup * _ROWS, _ROWS)
+    mine = pl.ds(warpgroup * ROWS, ROWS)
     width = math.gcd(c.tile_n, BLOCK)  # columns with one scale of w
     starts = range(0, c.tile_n, width)
     (_, x_smem), (_, w_smem), (out_rows_smem, out_tiles_smem) = r.x_smem, r.w_smem, r.out_smem
@@ -335,18 +250,18 @@ def _multiply(plan, r, warpgroup):
                 plgpu.wgmma_wait(0)
                 return [accumulator[...] for accumulator in accumulators]
 
-            products = pl.run_scoped(product, *[plgpu.ACC((_ROWS, c.tile_n))] * c.k_blocks)
+            products = pl.run_scoped(product, *[plgpu.ACC((ROWS, c.tile_n))] * c.k_blocks)
             plgpu.barrier_arrive(r.empty.at[slot])
             for product_of_block, x_scale, w_scales_of_block in zip(products, x_scales, w_scales, strict=True):
                 added = []
                 for start, w_scale, total in zip(starts, w_scales_of_block, totals, strict=True):
-                    scales = lax.broadcast_in_dim(x_scale * w_scale, (_ROWS, width), (0,))
+                    scales = lax.broadcast_in_dim(x_scale * w_scale, (ROWS, width), (0,))
                     part = product_of_block if width == c.tile_n else product_of_block[:, start : start + width]
                     added.append(_fma(part, scales, total))
                 totals = added
             return totals
 
-        zeros = plgpu.layout_cast(jnp.zeros((_ROWS, width), jnp.float32), _WGMMA)
+        zeros = plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), _WGMMA)
         totals = lax.fori_loop(0, plan.steps, stage, [zeros for _ in starts])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the task before
         pieces = range(c.tile_n // plan.piece)
@@ -357,7 +272,7 @@ def _multiply(plan, r, warpgroup):
                 total if plan.piece == width else total[:, start : start + plan.piece]
             )
         plgpu.commit_smem()
-        rows = pl.ds(row + warpgroup * _ROWS, _ROWS)
+        rows = pl.ds(row + warpgroup * ROWS, ROWS)
         for p in pieces:
             columns = pl.ds(column + p * plan.piece, plan.piece)
             plgpu.copy_smem_to_gmem(out_rows_smem.at[warpgroup, p], r.out_gmem.at[rows, columns])

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels import lane_math, lanes
-from pallas_kernels.fp8_gemm import scale_columns
+from pallas_kernels.fp8_config import scale_columns
 from pallas_kernels.nvfp4_codec import BLOCK_SIZE, E4M3_MAX
 from pallas_kernels.quantize import MAX_INDEX, as_u32, load_values, unsigned_div
 from pallas_kernels.schedule import H100_SMS

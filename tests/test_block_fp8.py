@@ -18,8 +18,8 @@ from fp4jax.block_fp8 import BLOCK, BlockFP8Weights, block_fp8_matmul, dequantiz
 from fp4jax.layers import BlockFP8Linear, Linear
 from fp4jax.quant_schemas import FP8_BLOCK
 from fp4jax.wire_formats import to_fp8
-from pallas_kernels import fp8_gemm, lanes, quantize_fp8
-from pallas_kernels.fp8_gemm import TuningConfig
+from pallas_kernels import fp8_config, fp8_gemm, lanes, quantize_fp8
+from pallas_kernels.fp8_config import TuningConfig
 
 
 def quantized(values, block):
@@ -138,7 +138,7 @@ def operands(rng, m, n, k):
     """Codes and scales as the kernel takes them, scales beyond the rows NaN; and the exact product in float64."""
     x, w = (np.asarray(rng.standard_normal(shape) * 20, ml_dtypes.float8_e4m3fn) for shape in ((m, k), (n, k)))
     groups = -(-k // BLOCK)
-    x_scale = np.full((groups, fp8_gemm.scale_columns(m)), np.nan, np.float32)
+    x_scale = np.full((groups, fp8_config.scale_columns(m)), np.nan, np.float32)
     x_scale[:, :m] = np.exp2(rng.uniform(-9, 3, (groups, m)))
     w_scale = np.exp2(rng.uniform(-9, 3, (-(-n // BLOCK), groups))).astype(np.float32)
     x_exact = decoded(x, x_scale[:, :m].T, (1, BLOCK))
@@ -182,11 +182,11 @@ def test_quantize_in_interpret_mode(rng, shape, dtype):
     np.testing.assert_array_equal(np.asarray(scales)[:, : shape[0]].T, np.asarray(expected_scales))
 
 
-@pytest.mark.parametrize("config", fp8_gemm.CONFIGS, ids=str)
+@pytest.mark.parametrize("config", fp8_config.CONFIGS, ids=str)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_every_configuration_lowers_for_a_gpu(config, dtype):
     m, n, k = 136, 264, 400
-    fits = fp8_gemm.fitted(config, dtype)
+    fits = fp8_config.fitted(config, dtype)
     structs = (
         struct((m, k), jnp.float8_e4m3fn), struct((n, k), jnp.float8_e4m3fn), struct((4, m), jnp.float32),
         struct((3, 4), jnp.float32),
@@ -225,11 +225,11 @@ def test_what_the_kernel_does_not_take(change, message):
 
 
 def test_configurations_follow_the_shape():
-    assert fp8_gemm.choose(4096, 4096, 7168).tile_m == 192
-    assert fp8_gemm.choose(1, 4096, 7168).tile_n == 32
+    assert fp8_config.choose(4096, 4096, 7168).tile_m == 192
+    assert fp8_config.choose(1, 4096, 7168).tile_n == 32
     for m, n, k in [(1, 8, 16), (100, 576, 7168), (100000, 24576, 1536)]:
         for dtype in (jnp.bfloat16, jnp.float32):
-            config = fp8_gemm.choose(m, n, k, dtype)
+            config = fp8_config.choose(m, n, k, dtype)
             assert config.smem_bytes(np.dtype(dtype).itemsize) <= lanes.SMEM_BYTES and config.num_stages >= 2
 
 
@@ -240,13 +240,13 @@ SHAPES = [(1, 576, 7168), (7, 8, 16), (101, 520, 400), (300, 4096, 2048), (513, 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("config", fp8_gemm.CONFIGS, ids=str)
+@pytest.mark.parametrize("config", fp8_config.CONFIGS, ids=str)
 def test_gemm_on_a_gpu(rng, shape, config):
     """Against float64. Of 32 products the tensor cores keep what is above 2^-13 or so of the largest."""
     m, n, k = shape
     arrays, exact, magnitude = operands(rng, m, n, k)
     for dtype, rounding in ((jnp.float32, 0.0), (jnp.bfloat16, 2.0**-8)):
-        run = jax.jit(functools.partial(fp8_gemm.gemm, out_dtype=dtype, config=fp8_gemm.fitted(config, dtype)))
+        run = jax.jit(functools.partial(fp8_gemm.gemm, out_dtype=dtype, config=fp8_config.fitted(config, dtype)))
         got = np.asarray(run(*arrays))
         wrong = np.abs(got.astype(np.float64) - exact) - rounding * np.abs(exact)
         assert (wrong <= 2.0**-10 * magnitude).all()
@@ -258,12 +258,12 @@ def test_gemm_on_a_gpu(rng, shape, config):
 @pytest.mark.gpu
 def test_bits_do_not_depend_on_the_configuration_or_on_other_rows(rng):
     arrays, *_ = operands(rng, 200, 520, 1040)
-    every = [np.asarray(fp8_gemm.gemm(*arrays, config=config)) for config in fp8_gemm.CONFIGS]
+    every = [np.asarray(fp8_gemm.gemm(*arrays, config=config)) for config in fp8_config.CONFIGS]
     for other in every[1:]:
         np.testing.assert_array_equal(other.view(np.uint16), every[0].view(np.uint16))
     x, *rest = arrays
     poisoned = jax.device_put(np.where(np.arange(200)[:, None] == 77, np.float32(np.nan), np.asarray(x, np.float32)))
-    for config in fp8_gemm.CONFIGS:
+    for config in fp8_config.CONFIGS:
         got = np.asarray(fp8_gemm.gemm(poisoned.astype(jnp.float8_e4m3fn), *rest, config=config))
         assert np.isnan(got[77].astype(np.float32)).all()
         np.testing.assert_array_equal(np.delete(got, 77, 0).view(np.uint16), np.delete(every[0], 77, 0).view(np.uint16))

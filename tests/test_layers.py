@@ -122,6 +122,45 @@ def test_nvfp4_linear_w4a4(rng, input_scale):
     assert 1e-4 < calc_diff(linear(x), original(x)) < 0.02
 
 
+@pytest.mark.parametrize("activation_format", ["bf16", "nvfp4"])
+@pytest.mark.parametrize("scale_shape", [(), (192, 1)], ids=["one scale", "a scale per row"])
+def test_nvfp4_linear_packs_for_the_kernel(rng, monkeypatch, activation_format, scale_shape):
+    """Through XLA, on what a GPU would hold; shapes that the layout does not have stay as they are."""
+    x = jnp.asarray(rng.normal(size=(5, 256)), jnp.bfloat16)
+    weight = _weight(rng, 192, 256, scale_shape)
+    plain = NVFP4Linear(weight, dtype="bfloat16", activation_format=activation_format)
+    with monkeypatch.context() as patch:
+        patch.setattr(implementations, "has_hopper_gpu", lambda: True)
+        packed = NVFP4Linear(weight, dtype="bfloat16", activation_format=activation_format)
+        odd = NVFP4Linear(_weight(rng, 200, 256, ()), dtype="bfloat16")
+        in_f32 = NVFP4Linear(weight, dtype="float32")
+    assert isinstance(packed.weight.get_value(), PackedWeights)
+    assert calc_diff(packed(x), plain(x)) < 1e-5  # sums in another order, rounded to bf16
+    assert isinstance(odd.weight.get_value(), nvfp4.NVFP4Tensor)
+    assert isinstance(in_f32.weight.get_value(), nvfp4.NVFP4Tensor)
+
+
+def _weight(rng, n, k, scale_shape):
+    weight = nvfp4.quantize(jnp.asarray(rng.normal(size=(n, k)), jnp.float32))
+    scale = jnp.asarray(rng.uniform(0.5, 2, scale_shape), jnp.float32) * weight.global_scale
+    return nvfp4.NVFP4Tensor(weight.qdata, weight.block_scale, scale)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activation_format", ["bf16", "nvfp4"])
+@pytest.mark.parametrize(("tokens", "n", "k"), [(1, 576, 7168), (77, 192, 256), (300, 4096, 1024)])
+def test_nvfp4_linear_on_a_gpu(rng, activation_format, tokens, n, k):
+    x = jnp.asarray(rng.normal(size=(tokens, k)), jnp.bfloat16)
+    weight = _weight(rng, n, k, (n, 1))
+    linear = NVFP4Linear(weight, dtype="bfloat16", activation_format=activation_format)
+    assert isinstance(linear.weight.get_value(), PackedWeights)
+    rows = f64(x)
+    if activation_format == "nvfp4":
+        rows = f64(nvfp4.dequantize(nvfp4.quantize(x, global_scale="per_token"), jnp.float32))
+    expected = rows @ f64(nvfp4.dequantize(weight, jnp.float32)).T
+    assert calc_diff(jax.jit(linear)(x), expected) < 1e-5
+
+
 def test_nvfp4_linear_refuses(rng):
     weight = nvfp4.quantize(jnp.ones((2, 32, 64)), global_scale="per_expert")
     with pytest.raises(ValueError, match=r"one weight \[N, K\], got shape \(2, 32, 64\)"):

@@ -12,10 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from fp4jax import nvfp4
+from fp4jax import implementations, nvfp4
 from fp4jax.block_fp8 import BlockFP8Weights, block_fp8_matmul, quantize_blocks
 from fp4jax.grouped_gemm import contiguous_grouped_gemm
-from fp4jax.implementations import has_hopper_gpu
 from fp4jax.nvfp4 import NVFP4Tensor
 from fp4jax.packed_weights import PackedWeights, packed_if
 
@@ -91,7 +90,7 @@ class NVFP4Linear(nnx.Module):
         one_expert = NVFP4Tensor(
             weight.qdata[None], weight.block_scale[None], weight.global_scale.reshape(1, -1, 1)
         )  # fmt: skip
-        packed = packed_if(one_expert, has_hopper_gpu() and self.dtype == jnp.bfloat16)
+        packed = packed_if(one_expert, implementations.has_hopper_gpu() and self.dtype == jnp.bfloat16)
         self.weight = nnx.Param(packed if isinstance(packed, PackedWeights) else weight)
         self.input_scale = nnx.data(None if input_scale is None else nnx.Param(input_scale))
 
