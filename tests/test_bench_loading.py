@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 SHAPE = Shape(512, 256, 32, num_attention_heads=2, num_key_value_heads=1, vocab_size=64)  # 7 MB a layer
 
 
+@pytest.mark.slow
 def test_the_script(tmp_path):
     folder, out = tmp_path / "model", tmp_path / "out"
     write_checkpoint(folder, 2, SHAPE)

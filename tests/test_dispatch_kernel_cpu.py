@@ -268,6 +268,7 @@ def test_a_named_kernel_needs_gpus(make_mesh):
             jax.jit(jax.shard_map(body, mesh=make_mesh(2), in_specs=P("ep"), out_specs=P("ep")))(x, ids)
 
 
+@pytest.mark.slow
 def test_several_hosts_pack_in_one_kernel(monkeypatch):
     x, ids, weights = struct((128, 7168), jnp.bfloat16), struct((128, 8), jnp.int32), struct((128, 8), jnp.float32)
     monkeypatch.setattr(jax, "process_count", lambda: 2)

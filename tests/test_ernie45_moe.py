@@ -100,6 +100,7 @@ def test_configs_of_hugging_face():
         Ernie45MoeConfig.from_hf({key: value for key, value in published.items() if key != "moe_num_experts"})
 
 
+@pytest.mark.slow
 def test_served_in_buckets_with_quantized_experts():
     model = make_model()
     quantize_experts(model)

@@ -221,6 +221,7 @@ def test_per_slot_is_identical_for_every_number_of_devices(make_mesh, layer, dev
     assert dropped == 0 == int(stats.dropped)
 
 
+@pytest.mark.slow
 def test_per_slot_with_one_token_per_device(make_mesh, layer):
     few = tuple(a[:8] for a in layer[:3]) + layer[3:]
     alone, _ = _one_device("masked")(*few[:4])

@@ -98,7 +98,7 @@ def test_quantize_swizzled_with_zero_pads(rng, interpret):
     ("out", "per_token"),
     [
         ("nvfp4", False),
-        ("nvfp4_as_bf16", True),
+        pytest.param("nvfp4_as_bf16", True, marks=pytest.mark.slow),
         pytest.param("nvfp4_as_bf16", False, marks=pytest.mark.slow),
         pytest.param("bf16", False, marks=pytest.mark.slow),
     ],

@@ -113,6 +113,7 @@ def test_greedy_generation_follows_the_full_forward():
     np.testing.assert_array_equal(found[:, 6:], jnp.argmax(_forward(model, found)[:, 5:-1], axis=-1))
 
 
+@pytest.mark.slow
 def test_sampling_is_reproducible_and_follows_temperature():
     model, prompt = make_model(), jnp.tile(sample_ids(1, 4), (64, 1))
     draw = lambda seed, t: np.asarray(generate(model, prompt, max_new_tokens=3, temperature=t, seed=seed))  # noqa: E731
