@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax._src import state
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
@@ -98,7 +97,7 @@ def kernel(
         return results, jax.tree.map(lambda _: True, results)
 
     def run(*operands: Any) -> Any:
-        if any(isinstance(jax.typeof(a), state.AbstractRef) for a in operands):  # vmap does not know references
+        if any(isinstance(a, jax.Ref) for a in operands):  # vmap does not know references
             return call(*operands)
         # Inside shard_map a result varies over the mesh axes that its operands vary over; the kernel does not say so.
         axes = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in operands))
