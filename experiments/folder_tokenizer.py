@@ -24,7 +24,10 @@ class FileTokenizer:
             import tokenizers
         except ImportError as error:
             raise app.UsageError(f"{path} needs the tokenizers package: pip install tokenizers") from error
-        self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the package raises nothing narrower
+            raise app.UsageError(f"{path} is not a tokenizer: {error}") from error
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text).ids

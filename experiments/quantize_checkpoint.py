@@ -8,7 +8,7 @@ A plain folder (bf16 or float32) is quantized in the layout of ModelOpt or of co
 --quantize_dense also linear layers. Activation scales come from the text of --calibration, cut into sequences; every
 expert is calibrated on every token of it. One decoder layer is in memory at a time, and becomes one file: the same
 command again goes on where a run was stopped, to the same bytes. A folder that is NVFP4 already is converted to the
-other layout without loss, and back to the same bytes. The text is read with the folder's tokenizer.json, or as bytes.
+other layout without loss, and back to the same tensors. The text is read with the folder's tokenizer.json, or as bytes.
 """
 
 from pathlib import Path
@@ -33,7 +33,7 @@ _CALIBRATION = flags.DEFINE_string("calibration", None, "File of text for activa
 _TOKENS = flags.DEFINE_integer("calibration_tokens", 65536, "How much of the text is used at most.", lower_bound=1)
 _LENGTH = flags.DEFINE_integer("sequence_length", 2048, "Tokens of a sequence of the text.", lower_bound=1)
 _SHARED = flags.DEFINE_bool(
-    "shared_gate_up_scale", True, "One global scale for a gate and its up projection, as many serving systems expect."
+    "shared_scales", True, "One global scale for gate and up, and for q, k and v, as many serving systems expect."
 )
 _FOUR_OVER_SIX = flags.DEFINE_bool("four_over_six", False, "Store each block of weights at the better of two scales.")
 _DENSE = flags.DEFINE_bool("quantize_dense", False, "Also attention, dense MLPs and shared experts.")
@@ -63,7 +63,7 @@ def run(model: Path, output: Path) -> None:
         raise ValueError("--calibration is missing: activation scales need a file of text")
     recipe = Recipe(
         layout=layout,
-        shared_gate_up_scale=_SHARED.value,
+        shared_scales=_SHARED.value,
         four_over_six=_FOUR_OVER_SIX.value,
         quantize_dense=_DENSE.value,
     )

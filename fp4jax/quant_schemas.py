@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 BLOCK_SIZE = 16  # values per NVFP4 block scale
 FP8_BLOCK = (128, 128)
 _QUANT_ALGOS = {"NVFP4": "nvfp4", "W4A16_NVFP4": "bf16"}  # ModelOpt's name: what the activations are
+# Of single layers in a mixed checkpoint; scales per block or per tensor, as the tensors say.
+_FP8_ALGOS = ("FP8", "FP8_PB_WO", "FP8_PB_REAL_QUANT", "FP8_BLOCK_SCALES")
 _CHECKPOINT_KEYS = {
     "modelopt_fp4": {"quant_method", "quant_algo", "kv_cache_quant_algo", "kv_cache_scheme", "group_size", "ignore",
                      "exclude_modules", "config_groups", "quantized_layers", "producer"},
@@ -48,6 +50,7 @@ class Method(NamedTuple):
 
 BF16 = Method("bf16", "bf16", "bf16")
 FP8_STORED = Method("block_wise_fp8", "block_wise_fp8", "fp8")
+_FP8_EXPERTS = Method("bf16", "block_wise_fp8", "bf16")
 FP8_ONLINE = Method("block_wise_fp8", "bf16", "fp8")
 NVFP4_ONLINE = Method("nvfp4", "bf16", "nvfp4")
 
@@ -117,7 +120,7 @@ def read_checkpoint_config(config: Mapping[str, Any]) -> tuple[str, Quantization
         "compressed-tensors": _read_compressed_tensors, "fp8": _read_fp8,
     }  # fmt: skip
     method = config.get("quant_method", "modelopt")
-    if method not in readers:
+    if not isinstance(method, str) or method not in readers:
         raise ValueError(f"quant_method={method!r} of the checkpoint is not supported; supported: {', '.join(readers)}")
     kind = "modelopt_fp4" if method == "modelopt" else method
     unknown = sorted(config.keys() - _CHECKPOINT_KEYS[kind])
@@ -139,7 +142,7 @@ def _read_modelopt(config: Mapping[str, Any]) -> QuantizationPlan:
         return QuantizationPlan(BF16, experts, ignore=ignore, layers=layers, notes=notes)
     if algo is None and config.get("config_groups"):
         activations = _activations_of_groups(_object(config, "config_groups"))
-    elif algo in _QUANT_ALGOS:
+    elif isinstance(algo, str) and algo in _QUANT_ALGOS:
         activations = _QUANT_ALGOS[algo]
     else:
         raise ValueError(f"quant_algo={algo!r} of the checkpoint is not supported; supported: MIXED_PRECISION, "
@@ -152,8 +155,11 @@ def _modelopt_layer(name: str, entry: Any) -> Method:
     algo = entry.get("quant_algo") if isinstance(entry, Mapping) else entry
     if isinstance(entry, Mapping):
         _check_group_size(entry.get("group_size"))
-    if algo not in _QUANT_ALGOS:
-        raise ValueError(f"quantized_layers: {name} has quant_algo={algo!r}; supported: {', '.join(_QUANT_ALGOS)}")
+    if isinstance(algo, str) and algo in _FP8_ALGOS:
+        return _FP8_EXPERTS if ".experts" in name else FP8_STORED
+    if not isinstance(algo, str) or algo not in _QUANT_ALGOS:
+        supported = ", ".join((*_QUANT_ALGOS, *_FP8_ALGOS))
+        raise ValueError(f"quantized_layers: {name} has quant_algo={algo!r}; supported: {supported}")
     return Method("nvfp4", "modelopt", _QUANT_ALGOS[algo])
 
 
@@ -179,7 +185,7 @@ def _read_fp8(config: Mapping[str, Any]) -> QuantizationPlan:
             raise ValueError(f"fp8: {key}={config[key]!r} is not supported, only {supported!r}")
     ignore = _patterns(config, "modules_to_not_convert", "ignored_layers")
     note = "experts stored in block-wise FP8 are decoded to bf16 while loading"
-    return QuantizationPlan(FP8_STORED, Method("bf16", "block_wise_fp8", "bf16"), ignore=ignore, notes=(note,))
+    return QuantizationPlan(FP8_STORED, _FP8_EXPERTS, ignore=ignore, notes=(note,))
 
 
 def _activations_of_groups(groups: Mapping[str, Any]) -> str:

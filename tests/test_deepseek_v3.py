@@ -108,11 +108,35 @@ def test_published_config_and_names(tmp_path):
     assert config.yarn.score_scale == pytest.approx((0.1 * np.log(40) + 1) ** 2)
     assert DeepseekV3Config.from_hf(config.to_hf()) == config
     assert [config.is_moe_layer(layer) for layer in (0, 2, 3, 60)] == [False, False, True, True]
+    absent = {
+        "n_group": 8,
+        "topk_group": 4,
+        "routed_scaling_factor": 2.5,
+        "first_k_dense_replace": 3,
+        "q_lora_rank": 1536,
+    }
+    lacking = DeepseekV3Config.from_hf({key: value for key, value in published.items() if key not in absent})
+    assert {key: getattr(lacking, key) for key in absent} == absent  # what Hugging Face takes for them
+    assert DeepseekV3Config.from_hf({**published, "q_lora_rank": None}).q_lora_rank is None
+    scaled = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "mscale_all_dim": 1.0}
+    yarn = DeepseekV3Config.from_hf({**published, "rope_scaling": scaled}).yarn
+    assert yarn is not None and yarn.rotation_scale == pytest.approx(0.1 * np.log(40) + 1)  # without mscale
     for key, value, message in (
         ("scoring_func", "softmax", "scoring_func='softmax'"),
         ("topk_method", "greedy", "topk_method='greedy'"),
         ("rope_scaling", {"type": "linear"}, "rope_type='linear'"),
         ("rope_scaling", {"type": "yarn"}, "rope_scaling of type yarn: .*factor"),
+        ("rope_scaling", {"type": "yarn", "factor": "40"}, r"factor='40' must be of type float"),
+        ("rope_scaling", {"type": "yarn", "factor": 4, "attention_factor": 1.7}, r"attention_factor=1\.7 is not"),
+        ("rope_scaling", {"type": "yarn", "factor": 4, "truncate": False}, "truncate=False is not"),
+        (
+            "rope_scaling",
+            {"type": "yarn", "factor": 0, "original_max_position_embeddings": 64},
+            "factor must be positive",
+        ),
+        ("rope_scaling", "yarn", "rope_scaling='yarn' must be an object"),
+        ("rms_norm_eps", -1.0, "rms_norm_eps must be positive"),
+        ("num_attention_heads", 0, "num_attention_heads must be at least 1"),
         ("kv_lora_rank", 0, "kv_lora_rank must be at least 1"),
         ("qk_rope_head_dim", 7, "qk_rope_head_dim must be even"),
     ):

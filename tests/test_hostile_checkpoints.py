@@ -270,6 +270,8 @@ HOSTILE = {
     "a fraction of a head": (config(num_attention_heads=2.5), ["num_attention_heads=2.5", "int"]),
     "a number as a switch": (config(norm_topk_prob="false"), ["norm_topk_prob='false'", "bool"]),
     "a type that is not computed in": (config(torch_dtype="float64"), ["dtype must be one of", "float64"]),
+    "a list of numbers that is none": (config(mlp_only_layers=1), ["mlp_only_layers=1", "list of whole numbers"]),
+    "RoPE as text": (config(rope_scaling="yarn"), ["rope_scaling='yarn' must be an object"]),
     "no model type": (config(model_type=None), [CONFIG, "model_type None is not supported"]),
     "config that is a list": (text(CONFIG, "[]"), [CONFIG, "is not a JSON object"]),
     "config that is no text": (lambda folder: (folder / CONFIG).write_bytes(b"\xff\xfe{"), [CONFIG, "is not JSON"]),
@@ -278,6 +280,12 @@ HOSTILE = {
     "quantization config that is a name": (
         config(quantization_config="modelopt"),
         [CONFIG, "quantization_config", "'modelopt'"],
+    ),
+    "a method as a list": (quantization(MODELOPT, quant_method=["modelopt"]), ["quant_method=['modelopt']"]),
+    "an algorithm as a list": (quantization(MODELOPT, quant_algo=["NVFP4"]), ["quant_algo=['NVFP4']"]),
+    "a layer's algorithm as a list": (
+        quantization(MODELOPT, quant_algo="MIXED_PRECISION", quantized_layers={"a": ["x"]}),
+        ["a has quant_algo=['x']"],
     ),
     "an algorithm that does not exist": (quantization(MODELOPT, quant_algo="NVFP5"), ["quant_algo='NVFP5'"]),
     "groups of 32": (quantization(MODELOPT, group_size=32), ["group_size=32", "16"]),

@@ -44,7 +44,7 @@ def test_counts(make_folder):
     assert scales["layers"] == 12 and scales["input_scales_missing"] == 0
     assert sum(scales["gate_up_ratios"]["counts"]) == 4
     assert scales["gate_up_ratios"]["largest"] == 4 and scales["gate_up_ratios"]["counts"][3] >= 1
-    assert 0 < scales["largest_block_scale"] <= 256 and scales["four_over_six"]
+    assert 0 < scales["largest_block_scale"] <= 384 and scales["four_over_six"]
     edit(folder, spoil(UP + "weight_scale", (0, 0), 0x7E))  # 448
     edit(folder, spoil(UP + "weight_scale", (0, 1), 0))
     scales = inspect_folder(folder)["scales"]

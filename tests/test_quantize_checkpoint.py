@@ -89,8 +89,8 @@ YARN = test_deepseek_v3.YARN
 RECIPES = [
     Recipe(),
     Recipe(layout="compressed_tensors", quantize_dense=True),
-    Recipe(four_over_six=True, shared_gate_up_scale=False, quantize_dense=True),
-    Recipe(layout="compressed_tensors", four_over_six=True, shared_gate_up_scale=False),
+    Recipe(four_over_six=True, shared_scales=False, quantize_dense=True),
+    Recipe(layout="compressed_tensors", four_over_six=True, shared_scales=False),
 ]
 
 
@@ -112,10 +112,11 @@ def test_tensors_are_exactly_those_of_the_contract(tmp_path, recipe, dtype):
             continue
         module = name.removesuffix(".weight")
         w, amax = value.astype(F32), np.abs(value.astype(F32)).max()
-        for this, other in (("gate_proj", "up_proj"), ("up_proj", "gate_proj")):
-            if recipe.shared_gate_up_scale and module.endswith(this):
-                other_amax = np.abs(before[name.replace(this, other)].astype(F32)).max()
-                amax, shared = max(amax, other_amax), shared + (other_amax > amax)
+        for together in (("gate_proj", "up_proj"), ("q_proj", "k_proj", "v_proj")):
+            this = module.rpartition(".")[2]
+            if recipe.shared_scales and this in together:
+                others = [np.abs(before[name.replace(this, other)].astype(F32)).max() for other in together]
+                amax, shared = max(others), shared + (max(others) > amax)
         codes, block, scale = oracle_weight(w, recipe, amax)
         packed, block_scale, global_scale, input_scale = (after.pop(f"{module}.{e}") for e in ENDS[recipe.layout])
         assert packed.dtype == np.uint8 and block_scale.dtype == ml_dtypes.float8_e4m3fn
@@ -124,7 +125,7 @@ def test_tensors_are_exactly_those_of_the_contract(tmp_path, recipe, dtype):
         assert global_scale.dtype == input_scale.dtype == F32 and input_scale.shape == scale.shape
         assert global_scale.shape == scale.shape and global_scale.tobytes() == scale.tobytes(), name
     assert not after
-    assert (shared > 0) == recipe.shared_gate_up_scale  # some projections take the other's scale
+    assert (shared > 0) == recipe.shared_scales  # some projections take the other's scale
 
 
 @pytest.mark.parametrize("layout", ENDS)

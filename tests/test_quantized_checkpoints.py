@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
+from model_oracles import calc_diff
 from safetensors.numpy import save_file
 from tensor_files import read_tensors
 from test_checkpoint import CONFIG, edit, edit_config, make_model
 from test_quant_config import COMPRESSED, FP8, MODELOPT, REFERENCE, USERS
 
+from fp4jax.block_fp8 import dequantize_blocks
 from fp4jax.checkpoint import load_model, save_model
 from fp4jax.layers import BlockFP8Linear, Linear, NVFP4Linear
 from fp4jax.models import Qwen3Moe
@@ -188,6 +191,53 @@ def test_fp8(make_folder):
     assert np.isfinite(np.asarray(model(jnp.arange(6, dtype=jnp.int32)[None]))).all()
 
 
+@pytest.mark.parametrize("kind", ["modelopt", "fp8"])
+def test_a_quantized_head(make_folder, kind):
+    """Logits are those of the decoded weight: of FP8 within what rounding the hidden states makes."""
+    config = {"modelopt": {**WEIGHT_ONLY["modelopt"], "ignore": ["model*"]}, "fp8": FP8}[kind]
+    folder, _ = make_folder(kind, lambda name: False, config=config)
+    plain, ids = load_model(folder)[0], jnp.arange(6, dtype=jnp.int32)[None]
+    found = {}
+
+    def change(tensors):
+        make = fp8 if kind == "fp8" else lambda *a: nvfp4(a[0], a[1], kind, a[2])
+        found["head"] = make(tensors, "lm_head", np.random.default_rng(3))
+
+    edit(folder, change)
+    logits = np.asarray(load_model(folder)[0](ids))
+    assert logits.dtype == np.float32
+    plain.lm_head.weight.set_value(jnp.asarray(found["head"], jnp.bfloat16))
+    assert calc_diff(logits, np.asarray(plain(ids))) < (1e-5 if kind == "modelopt" else 2e-3)
+
+
+def test_fp8_with_one_scale_per_tensor(make_folder):
+    """Of ModelOpt's mixed checkpoints, beside NVFP4 experts; activations are quantized per token all the same."""
+    layers = {f"model.layers.{i}.self_attn.{p}_proj": {"quant_algo": "FP8"} for i in (0, 1) for p in "qkvo"}
+    layers["model.layers.0.mlp.experts"] = {"quant_algo": "W4A16_NVFP4", "group_size": 16}
+    config = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
+    folder, _ = make_folder("modelopt", config=config)
+    rng, decoded = np.random.default_rng(3), {}
+
+    def change(tensors):
+        for module in (name for name in layers if "self_attn" in name):
+            decoded[module] = fp8(tensors, module, rng)
+            scale = np.float32(rng.uniform(0.001, 0.01))
+            decoded[module] = tensors[f"{module}.weight"].astype(np.float64) * scale
+            del tensors[f"{module}.weight_scale_inv"]
+            tensors[f"{module}.weight_scale"] = np.array(scale)
+            tensors[f"{module}.input_scale"] = np.array(0.1, np.float32)
+
+    edit(folder, change)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*modules are not as the config says.*self_attn")
+        model, _ = load_model(folder)
+    linear = model.layers[1].self_attn.o_proj
+    assert isinstance(linear, BlockFP8Linear)
+    got = np.asarray(dequantize_blocks(linear.weight.get_value(), jnp.float32))
+    np.testing.assert_allclose(got, decoded["model.layers.1.self_attn.o_proj"], rtol=1e-6)
+    assert np.isfinite(np.asarray(model(jnp.arange(6, dtype=jnp.int32)[None]))).all()
+
+
 @pytest.mark.slow
 def test_the_command_line_of_the_serving_system(make_folder):
     """Experts as they are stored, linear layers quantized while they are loaded, routers and the head left alone."""
@@ -244,6 +294,8 @@ def test_other_tensors_of_real_checkpoints(make_folder):
         "model.layers.1.self_attn.k_proj.k_scale": np.array(0.25, np.float32),
         "model.layers.1.self_attn.v_scale": np.array([0.5], np.float32),
         "model.layers.2.enorm.weight": np.ones(3, np.float32),
+        "model.mtp_block.0.input_layernorm.weight": np.ones(3, np.float32),
+        "model.mtp_linear_proj.0.weight": np.ones((3, 6), np.float32),
         "model.layers.2.self_attn.k_scale": np.array(9, np.float32),
     }))  # fmt: skip
     attention = load_model(folder)[0].layers[1].self_attn

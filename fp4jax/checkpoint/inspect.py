@@ -25,7 +25,8 @@ from fp4jax.packed_weights import arrange_experts
 # Suffix of the global scale -> of the input scale; behind a dot, or "_" where experts are stacked in one parameter.
 _SCALES = {"weight_scale_2": "input_scale", "weight_global_scale": "input_global_scale"}
 _GLOBAL_SCALE = re.compile(rf"(.+[._])({'|'.join(_SCALES)})$")
-_FOUR_OVER_SIX_MAX = 256.0  # largest block scale that leaves room for values of 6 where 4 was chosen as the top
+# Block scales end at 256 where the top of a block is 6, and at 256 * 6 / 4 where it is 4; others reach 448.
+_FOUR_OVER_SIX_MAX = 384.0
 RATIOS = (1.0, 1.001, 1.1, 2.0, 10.0)  # edges of the histogram of gate and up scales; the last bin is open
 _PROGRESS_FROM = 1000
 

@@ -271,6 +271,8 @@ def _is_redundant(name: str, config: Any, prefix: str) -> bool:
         return config.tie_word_embeddings
     if not name.startswith(prefix):
         return prefix != "model." and "language_model" in prefix
+    if re.match(r"mtp_\w+\.", name.removeprefix(prefix)):  # ERNIE's name for them
+        return True
     layer = re.match(r"layers\.(\d+)\.", name.removeprefix(prefix))
     return layer is not None and int(layer[1]) >= config.num_hidden_layers
 

@@ -32,19 +32,24 @@ from fp4jax.rounding import E4M3_MAX
 # amax / global scale, see `nvfp4.quantize`; inputs always have the first.
 _PLAIN = nvfp4.E2M1_MAX * E4M3_MAX
 _FOUR_OVER_SIX = nvfp4.E2M1_MAX * 256.0
+_MULTIPLIED_AS_ONE = {
+    "gate_proj": "gate_up", "up_proj": "gate_up", "q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv",
+    "q_a_proj": "qkv_a", "kv_a_proj_with_mqa": "qkv_a",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """How a folder is quantized.
 
-    shared_gate_up_scale: a gate and its up projection get one global scale, of the larger amax, as serving systems that
-    know only one expect. four_over_six: see `nvfp4.quantize`. quantize_dense: also attention, dense MLPs and shared
-    experts; embeddings, routers, norms and the head never are.
+    shared_scales: projections that serving systems multiply as one (gate and up; q, k and v; the first ones of latent
+    attention) get one global scale, of the largest amax, as systems that know only one per product expect.
+    four_over_six: see `nvfp4.quantize`. quantize_dense: also attention, dense MLPs and shared experts; embeddings,
+    routers, norms and the head never are.
     """
 
     layout: Layout = "modelopt"
-    shared_gate_up_scale: bool = True
+    shared_scales: bool = True
     four_over_six: bool = False
     quantize_dense: bool = False
 
@@ -152,8 +157,8 @@ def _groups(modules: list[_Module], shared: bool) -> Iterator[list[_Module]]:
     groups: dict[str, list[_Module]] = {}
     for module in modules:
         parent, _, last = module.name.rpartition(".")
-        both = shared and last in ("gate_proj", "up_proj")
-        groups.setdefault(f"{parent}.gate_up" if both else module.name, []).append(module)
+        together = _MULTIPLIED_AS_ONE.get(last, last) if shared else last
+        groups.setdefault(f"{parent}.{together}", []).append(module)
     yield from groups.values()
 
 
@@ -198,7 +203,7 @@ def _quantize_layer(
     with TensorFile(file, specs) as out:
         for name in copied:
             out.write(name, _finite(match, name))
-        for group in _groups(modules, recipe.shared_gate_up_scale):
+        for group in _groups(modules, recipe.shared_scales):
             _write_weights(out, group, [at(state, module.path[2:]).get_value() for module in group], recipe)
         amax = hidden.run_layer(layer, graphdef, state)
         for module in modules:

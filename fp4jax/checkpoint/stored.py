@@ -158,12 +158,12 @@ def _fp8_source(reader, modules, shape, dtype, decode):
     for m in modules:
         tensors += [
             Tensor(f"{m.name}.weight", (m.rows, k), ("F8_E4M3",)),
-            Tensor(f"{m.name}.weight_scale_inv", scale_shape((m.rows, k)), ("F32", "BF16")),
+            _fp8_scale(reader, m.name, (m.rows, k)),
         ]
     if not decode:
         (m,) = modules
         codes = Part(lambda: reader.read(f"{m.name}.weight"), None, 0, m.rows)
-        scales = Part(lambda: positive_scales(reader, f"{m.name}.weight_scale_inv"), None, 0, scale_shape(shape)[0])
+        scales = Part(lambda: _block_scales(reader, m.name, shape), None, 0, scale_shape(shape)[0])
         leaves = {
             "qdata": Leaf(shape, ml_dtypes.float8_e4m3fn, [codes]),
             "block_scale": Leaf(scale_shape(shape), np.float32, [scales]),
@@ -172,7 +172,7 @@ def _fp8_source(reader, modules, shape, dtype, decode):
 
     def load(m):
         def decoded():
-            scale = positive_scales(reader, f"{m.name}.weight_scale_inv")
+            scale = _block_scales(reader, m.name, (m.rows, k))
             wide = np.repeat(np.repeat(scale, BLOCK, 0)[: m.rows], BLOCK, 1)[:, :k]
             return (reader.read(f"{m.name}.weight").astype(np.float32) * wide).astype(dtype)
 
@@ -180,6 +180,21 @@ def _fp8_source(reader, modules, shape, dtype, decode):
 
     parts = [Part(load(m), m.expert, m.start, m.rows) for m in modules]
     return Source("block_wise_fp8", tensors, {"": Leaf(shape, dtype, parts)})
+
+
+def _fp8_scale(reader: Reader, module: str, shape: tuple[int, ...]) -> Tensor:
+    """Scales per block, as DeepSeek stores them, or one `weight_scale` per tensor, as ModelOpt does."""
+    name = f"{module}.weight_scale"
+    if name in reader and f"{name}_inv" not in reader:
+        return Tensor(name, None, ("F32", "BF16"))
+    return Tensor(f"{name}_inv", scale_shape(shape), ("F32", "BF16"))
+
+
+def _block_scales(reader: Reader, module: str, shape: tuple[int, ...]) -> np.ndarray:
+    """f32 [ceil(N / 128), ceil(K / 128)]; one scale per tensor is that of every block."""
+    tensor = _fp8_scale(reader, module, shape)
+    scales = positive_scales(reader, tensor.name)
+    return np.full(scale_shape(shape), scales.reshape(())) if tensor.shape is None else scales
 
 
 # --- numbers that must be usable ---

@@ -32,6 +32,8 @@ def begin(source: Path, output: Path, settings: Mapping[str, Any]) -> Path:
                     "one, or go on as it was begun"
                 )
         return work
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is a file; the output is a folder")
     if output.exists() and {path.name for path in output.iterdir()} - {_WORK}:
         raise ValueError(f"{output} is not empty, and no unfinished run; delete it or choose another folder")
     work.mkdir(parents=True, exist_ok=True)

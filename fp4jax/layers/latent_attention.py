@@ -23,14 +23,22 @@ from fp4jax.layers.dense import Linear, RMSNorm
 
 @dataclasses.dataclass(frozen=True)
 class Yarn:
-    """`rope_scaling` of type yarn: contexts `factor` times as long as `original_max_position_embeddings`."""
+    """`rope_scaling` of type yarn: contexts `factor` times as long as `original_max_position_embeddings`.
+
+    mscale, mscale_all_dim: 0 where a config has none.
+    """
 
     factor: float
     original_max_position_embeddings: int
     beta_fast: float = 32.0
     beta_slow: float = 1.0
-    mscale: float = 1.0
+    mscale: float = 0.0
     mscale_all_dim: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"rope_scaling of type yarn: {name} must be positive, got {getattr(self, name)}")
 
     def frequency(self, theta: float, dim: int) -> Float[Array, "half"]:
         """Angles per position (arXiv:2309.00071, section 3.2): slow pairs turn `factor` times slower, fast ones not."""
@@ -50,7 +58,9 @@ class Yarn:
     @property
     def rotation_scale(self) -> float:
         """Of what is rotated."""
-        return self._scale(self.mscale) / self._scale(self.mscale_all_dim)
+        if self.mscale and self.mscale_all_dim:
+            return self._scale(self.mscale) / self._scale(self.mscale_all_dim)
+        return self._scale(1.0)
 
     @property
     def score_scale(self) -> float:

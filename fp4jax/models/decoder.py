@@ -156,6 +156,8 @@ class Decoder(nnx.Module):
     def head(self, x: Float[Array, "B S H"]) -> Float[Array, "B S V"]:
         """Float32 logits of what the last layer gives."""
         head = self.embed_tokens if self.lm_head is None else self.lm_head
+        if not isinstance(head, Linear | Embedding):  # stored quantized
+            return head(self.norm(x)).astype(jnp.float32)
         return dot(self.norm(x), head.weight[...], dtype=head.dtype, out_dtype=jnp.float32)
 
     def calibrate(self, ids: Int[Array, "B S"]) -> list[ExpertAmax]:

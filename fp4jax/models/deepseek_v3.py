@@ -14,10 +14,14 @@ from fp4jax.layers.dense import MLP
 from fp4jax.layers.latent_attention import LatentAttention, Yarn
 from fp4jax.layers.moe_block import MoEBlock, RoutingConfig
 from fp4jax.models.decoder import Decoder
-from fp4jax.models.hf_config import as_fields, check_shapes, read_hf, write_hf
+from fp4jax.models.hf_config import as_fields, check_shapes, check_types, read_hf, write_hf
 
 MODEL_TYPE = "deepseek_v3"
 _RENAMED = {"num_experts": "n_routed_experts"}
+# What Hugging Face takes for keys that a file lacks.
+_ABSENT = {
+    "routed_scaling_factor": 2.5, "n_group": 8, "topk_group": 4, "first_k_dense_replace": 3, "n_shared_experts": 1,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,13 +85,20 @@ class DeepseekV3Config:
         for key, supported in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc")):
             if config.get(key, supported) != supported:
                 raise ValueError(f"{key}={config[key]!r} is not supported by {MODEL_TYPE}, only {supported!r}")
+        absent = _ABSENT if "q_lora_rank" in config else {**_ABSENT, "q_lora_rank": 1536}  # null: there is none
+        ropes = ("default", "yarn")
+        found = read_hf(cls, config, model_type=MODEL_TYPE, absent=absent, renamed=_RENAMED, rope_types=ropes)
         scaling = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-        found = read_hf(cls, config, model_type=MODEL_TYPE, absent={}, renamed=_RENAMED, rope_types=("default", "yarn"))
         if scaling.get("rope_type", scaling.get("type", "default")) != "yarn":
             return found
+        for key, supported in (("attention_factor", None), ("truncate", True)):
+            if scaling.get(key, supported) not in (None, supported):
+                raise ValueError(f"rope_scaling of type yarn: {key}={scaling[key]!r} is not supported")
         names = {field.name for field in dataclasses.fields(Yarn)}
+        values = {key: value for key, value in scaling.items() if key in names and value is not None}
+        check_types(Yarn, values, f"{MODEL_TYPE}, rope_scaling")
         try:
-            yarn = Yarn(**as_fields(Yarn, {key: value for key, value in scaling.items() if key in names}))
+            yarn = Yarn(**as_fields(Yarn, values))
         except TypeError as error:
             raise ValueError(f"rope_scaling of type yarn: {error}") from error
         return dataclasses.replace(found, yarn=yarn)

@@ -45,18 +45,21 @@ def read_hf(
     missing = [f.name for f in fields(config_class) if f.default is MISSING and f.name not in values]
     if missing:
         raise ValueError(f"config.json of {model_type} lacks {', '.join(missing)}")
-    _check_types(config_class, values, model_type)
+    check_types(config_class, values, model_type)
     return config_class(**as_fields(config_class, values))
 
 
-def _check_types(config_class: Any, values: Mapping[str, Any], model_type: str) -> None:
-    """ValueError for text, fractions or lists where a field is a number or a switch."""
+def check_types(config_class: Any, values: Mapping[str, Any], model_type: str) -> None:
+    """ValueError for text, fractions or lists where a field is a number or a switch, and for lists of other things."""
     accepted = {"int": (int,), "float": (int, float), "bool": (bool,)}
     for field in fields(config_class):
         kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", "")
         value = values.get(field.name)
         if value is not None and kind in accepted and type(value) not in accepted[kind]:
             raise ValueError(f"config.json of {model_type}: {field.name}={value!r} must be of type {kind}")
+        whole = isinstance(value, list | tuple) and all(type(item) is int for item in value)
+        if value is not None and kind.startswith("tuple") and not whole:
+            raise ValueError(f"config.json of {model_type}: {field.name}={value!r} must be a list of whole numbers")
 
 
 def as_fields(config_class: Any, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,7 +82,10 @@ def write_hf(
 
 def check_shapes(config: Any) -> None:
     """ValueError for numbers that no model can have."""
-    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "moe_intermediate_size", "num_key_value_heads"):
+    for name in (
+        "vocab_size", "hidden_size", "num_hidden_layers", "moe_intermediate_size", "num_attention_heads",
+        "num_key_value_heads", "max_position_embeddings",
+    ):  # fmt: skip
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
     if config.num_attention_heads % config.num_key_value_heads:
@@ -90,7 +96,13 @@ def check_shapes(config: Any) -> None:
     if config.head_dim < 2 or config.head_dim % 2:
         raise ValueError(f"head_dim must be even (RoPE rotates pairs), got {config.head_dim}")
     if config.dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {DTYPES}, got {config.dtype!r}")
+        raise ValueError(
+            f"dtype must be one of {DTYPES}, got {config.dtype!r}; `load_model(dtype=..)` takes another "
+            "one than that of the config, and so does generate.py --dtype"
+        )
+    for name in ("rms_norm_eps", "rope_theta"):
+        if not 0 < getattr(config, name) < float("inf"):
+            raise ValueError(f"{name} must be positive, got {getattr(config, name)}")
     if config.intermediate_size < 1 and not all(map(config.is_moe_layer, range(config.num_hidden_layers))):
         raise ValueError(f"dense layers need a positive intermediate_size, got {config.intermediate_size}")
 
@@ -98,8 +110,10 @@ def check_shapes(config: Any) -> None:
 def _refuse_unsupported(config: Mapping[str, Any], model_type: str, rope_types: Sequence[str]) -> None:
     if config.get("model_type") != model_type:
         raise ValueError(f"model_type {config.get('model_type')!r} is not supported, expected {model_type!r}")
-    ropes = [config.get(key) or {} for key in ("rope_parameters", "rope_scaling")]
-    for rope in ropes:
+    ropes = {key: config.get(key) or {} for key in ("rope_parameters", "rope_scaling")}
+    for key, rope in ropes.items():
+        if not isinstance(rope, Mapping):
+            raise ValueError(f"config.json of {model_type}: {key}={rope!r} must be an object")
         if (kind := rope.get("rope_type", rope.get("type", "default"))) not in rope_types:
             raise ValueError(
                 f"rope_type={kind!r} is not supported by {model_type}, only {', '.join(map(repr, rope_types))}"
