@@ -255,7 +255,7 @@ def quantized_model(tmp_path_factory):
     def make(name):
         make_model, oracle, changes = MODELS[name]
         source = make_source(tmp_path_factory.mktemp("in"), make_model, **changes)
-        out, ids = tmp_path_factory.mktemp("out"), np.arange(12) * 7 % 96
+        out, ids = tmp_path_factory.mktemp("out"), np.arange(60) * 7 % 96
         quantize_folder(source, out, np.repeat(IDS, 4, axis=1), Recipe(quantize_dense=True))
         config = json.loads((out / "config.json").read_text())
         return out, jnp.asarray(ids, jnp.int32)[None], oracle(config, plain_weights(tensors_of(out)), ids)
