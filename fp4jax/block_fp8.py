@@ -20,8 +20,7 @@ from fp4jax.implementations import Call, run_implementation
 from fp4jax.rounding import E4M3_MAX, div_rn, round_to_e4m3
 from fp4jax.wire_formats import to_fp8
 from pallas_kernels import fp8_config, fp8_gemm, quantize_fp8
-
-BLOCK = 128
+from pallas_kernels.fp8_config import BLOCK as BLOCK
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["qdata", "block_scale"], meta_fields=[])

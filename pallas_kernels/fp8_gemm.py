@@ -32,8 +32,6 @@ from pallas_kernels import lanes
 from pallas_kernels.fp8_config import BLOCK, ROWS, TuningConfig, check_config, choose
 from pallas_kernels.schedule import H100_SMS
 
-__all__ = ["BLOCK", "TuningConfig", "gemm"]
-
 _WGMMA = plgpu.Layout.WGMMA
 _SWIZZLE = 128  # bytes of a row in shared memory within which 16-byte pieces are permuted, at most
 _GROUP = 8  # row tiles that run side by side, so that they find the same columns of w in L2

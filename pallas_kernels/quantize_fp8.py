@@ -14,12 +14,12 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels import lane_math, lanes
-from pallas_kernels.fp8_config import scale_columns
+from pallas_kernels.fp8_config import BLOCK, scale_columns
 from pallas_kernels.nvfp4_codec import BLOCK_SIZE, E4M3_MAX
 from pallas_kernels.quantize import MAX_INDEX, as_u32, load_values, unsigned_div
 from pallas_kernels.schedule import H100_SMS
 
-FP8_GROUP = 128  # values that share a scale
+FP8_GROUP = BLOCK  # values that share a scale
 LANES_OF_GROUP = FP8_GROUP // BLOCK_SIZE
 _F32_TINY = np.float32(np.finfo(np.float32).tiny)
 _BLOCKS_PER_LANE = 4  # in flight, where there are enough of them for all SMs

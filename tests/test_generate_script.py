@@ -7,9 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from absl import app
 from refusals import check_refusals
 from test_quant_config import REFERENCE
 from test_quantized_checkpoints import make_folder, plain_folder
+
+from experiments.folder_tokenizer import tokenizer_of
 
 __all__ = ["make_folder", "plain_folder"]  # fixtures
 
@@ -65,6 +68,12 @@ def test_bytes_and_devices(tmp_path):
     assert json.loads((tmp_path / "a.json").read_text())["ids"][:4] == report["ids"][:4]
     run(*common, "--temperature=0.7", "--seed=3", "--max_new_tokens=5")
     assert len(json.loads((tmp_path / "a.json").read_text())["ids"]) == 5
+
+
+def test_a_broken_tokenizer_is_named(tmp_path):
+    (tmp_path / "tokenizer.json").write_text('{"model":')
+    with pytest.raises(app.UsageError, match=r"tokenizer\.json is not a tokenizer: "):
+        tokenizer_of(tmp_path, None)
 
 
 def test_bad_flags_are_refused(tmp_path):

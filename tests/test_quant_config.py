@@ -138,6 +138,8 @@ def test_mixed_precision():
     layers = {
         "model.layers.0.mlp.experts": {"quant_algo": "NVFP4", "group_size": 16},
         "model.layers.0.self_attn.q_proj": "W4A16_NVFP4",
+        "model.layers.0.self_attn.v_proj": {"quant_algo": "FP8"},
+        "model.layers.1.mlp.experts": {"quant_algo": "FP8_PB_WO"},
     }
     plan = plan_quantization(
         {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": layers}, None
@@ -145,6 +147,8 @@ def test_mixed_precision():
     assert plan.method("model.layers.0.mlp.experts.3.up_proj") == W4A4
     assert plan.method("model.layers.0.self_attn.q_proj") == W4A16
     assert plan.method("model.layers.0.self_attn.k_proj") == BF16
+    assert plan.method("model.layers.0.self_attn.v_proj") == FP8_STORED
+    assert plan.method("model.layers.1.mlp.experts.0.up_proj") == DECODED
     with pytest.raises(ValueError, match=r"self_attn.q_proj has quant_algo='INT4_AWQ'"):
         layers["model.layers.0.self_attn.q_proj"] = "INT4_AWQ"
         plan_quantization({"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}, None)

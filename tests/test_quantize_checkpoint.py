@@ -439,6 +439,10 @@ def test_what_is_refused_before_anything_is_written(source, tmp_path):
         with pytest.raises(ValueError, match=message):
             quantize_folder(source, out, ids)
     assert not out.exists()
+    out.write_text("")
+    with pytest.raises(ValueError, match="is a file; the output is a folder"):
+        quantize_folder(source, out, IDS)
+    out.unlink()
     quantize_folder(source, out, IDS)
     with pytest.raises(ValueError, match=r"experts\.0\.gate_proj\.weight is quantized already \(modelopt\)"):
         quantize_folder(out, tmp_path / "again", IDS)

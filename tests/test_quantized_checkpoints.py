@@ -238,6 +238,22 @@ def test_fp8_with_one_scale_per_tensor(make_folder):
     assert np.isfinite(np.asarray(model(jnp.arange(6, dtype=jnp.int32)[None]))).all()
 
 
+def test_fp8_experts_with_one_scale_per_tensor(make_folder):
+    folder, _ = make_folder("fp8")
+    decoded = {}
+
+    def change(tensors):
+        for e in range(4):
+            name, scale = f"{EXPERTS}{e}.down_proj.weight", np.float32(0.002 * (e + 1))
+            decoded[e] = (tensors[name].astype(np.float32) * scale).astype(ml_dtypes.bfloat16)
+            del tensors[name + "_scale_inv"]
+            tensors[name + "_scale"] = np.array([scale])
+
+    edit(folder, change)
+    w2 = np.asarray(load_model(folder)[0].layers[0].mlp.w2.get_value())
+    np.testing.assert_array_equal(w2, np.stack([decoded[e] for e in range(4)]))
+
+
 @pytest.mark.slow
 def test_the_command_line_of_the_serving_system(make_folder):
     """Experts as they are stored, linear layers quantized while they are loaded, routers and the head left alone."""
