@@ -44,8 +44,9 @@ class BlockGraph:
     """
 
     def __init__(
-        self, fn, buckets, in_axes, out_axes, static_argnames, donate_argnums, count_argname, chunks, options, name
-    ):
+        self, fn, buckets, in_axes, out_axes, static_argnames, donate_argnums, count_argname, chunks, options, name,
+        check_compiled,
+    ):  # fmt: skip
         self.buckets, self.name = check_buckets(buckets), name
         self._fn, self._in_axes, self._out_axes = fn, tuple(in_axes), out_axes
         statics = (static_argnames,) if isinstance(static_argnames, str) else static_argnames
@@ -55,7 +56,7 @@ class BlockGraph:
         self._chunks = count_argname is None if chunks is None else chunks
         if negative := [a for a in leaves_of_axes((self._in_axes, out_axes)) if a is not None and a < 0]:
             raise ValueError(f"{name}: token axes count from the front, got {negative[0]}")
-        self._options = dict(options or {})
+        self._options, self._check_compiled = dict(options or {}), check_compiled
         self._executables: dict[Any, jax.stages.Compiled] = {}
         self._compiling: dict[Any, threading.RLock] = {}
         self._axes: dict[Any, tuple[int | None, ...]] = {}
@@ -231,6 +232,8 @@ class BlockGraph:
         lowered = self._lower(structs_of(arguments, home, bucket), bucket, static, home)
         middle = time.perf_counter()
         executable = lowered.compile(compiler_options=self._options or None)
+        if self._check_compiled is not None:
+            self._check_compiled(executable)
         seconds = CompileSeconds(bucket, middle - start, time.perf_counter() - middle)
         with self._lock:
             self._executables[key] = executable
@@ -329,6 +332,7 @@ def block_graph(
     chunks: bool | None = None,
     compiler_options: Mapping[str, str | bool] | None = None,
     name: str | None = None,
+    check_compiled: Callable[[jax.stages.Compiled], None] | None = None,
 ) -> BlockGraph:
     """Wraps `fn(*args, **static)` so that it runs for any number of tokens in executables of fixed token counts.
 
@@ -346,6 +350,7 @@ def block_graph(
         set, which is for blocks whose tokens meet.
       compiler_options: for XLA, e.g. {"xla_gpu_enable_command_buffer": ""}.
       name: for messages; None: the function's.
+      check_compiled: gets every executable before it is ever used, and raises where it must not be.
 
     Arguments that were put on devices (weights on a mesh) stay there; all others, and the outputs, are on all of these
     devices, whole.
@@ -355,5 +360,5 @@ def block_graph(
     """
     return BlockGraph(
         fn, buckets, in_axes, out_axes, static_argnames, donate_argnums, count_argname, chunks, compiler_options,
-        name or getattr(fn, "__name__", "block"),
+        name or getattr(fn, "__name__", "block"), check_compiled,
     )  # fmt: skip

@@ -1,22 +1,22 @@
-"""Receive buffers that a program keeps, so that expert dispatch needs no barrier between the devices before it.
+"""Receive buffers that a program keeps, so that tokens cross without a barrier between the devices.
 
 XLA lets all devices meet in front of a kernel that stores to its peers: their buffers may still hold something else. A
-program that keeps its receive buffers, and dispatches more than once, can do without from the second time on:
+program that keeps its receive buffers, and sends tokens more than once, can do without from the second time on:
 
-    buffers = ReceiveBuffers()                      # once per program
-    d = dispatch(..., buffers=buffers)              # inside shard_map(check_vma=False); XLA's barrier, this time
-    ...
-    d = dispatch(..., buffers=d.buffers)            # of the next layer: none
+    buffers = ReceiveBuffers()                      # once per program, inside shard_map(check_vma=False)
+    d = dispatch(..., buffers=buffers)              # XLA's barrier, this time
+    y, buffers = combine(y, row_map, d)             # here too; the experts' rows go straight to their home devices
+    d = dispatch(..., buffers=buffers)              # of the next layer: none
 
-Two sets of buffers take turns. A device that has finished a dispatch knows by the signals of all peers that they have
-begun it, and so are done with the rows of the one before: nobody reads the set that comes next. For that, what reads
-a dispatch's rows must come before the next one: something that depends on it must be an input of the next, as with the
-layers of a model. The signals go to counters that are never reset; every block of threads counts for itself how often
-it met. All devices must run the same dispatches in the same order, of the same shapes.
+Two sets of buffers take turns, there as on the way back. A device that has finished a dispatch knows by the signals of
+all peers that they have begun it, and so are done with the rows of the one before: nobody reads the set that comes
+next. For that, what reads a dispatch's rows must come before the next one: something that depends on it must be an
+input of the next, as with the layers of a model. The signals go to counters that are never reset; every block of
+threads counts for itself how often it met. All devices must run the same calls in the same order, of the same shapes.
 
-The arrays go through every dispatch of the program and are changed in place. Where something else still needs what is
+The arrays go through every call of the program and are changed in place. Where something else still needs what is
 overwritten, XLA copies first, and a copy in the middle of a program would lose what a faster peer has stored already.
-`copies_in` finds such copies in a compiled program; with rows that are used up in time there are none.
+`check_no_copies` looks for such copies in a compiled program; with rows that are used up in time there are none.
 """
 
 import dataclasses
@@ -27,17 +27,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float, Int
 
-from pallas_kernels import dispatch as dispatch_kernels
+from fp4jax.implementations import peers_problem
+from pallas_kernels import dispatch as dispatch_kernels, push_combine as combine_kernels
 from pallas_kernels.meeting import COUNTER_WORDS
 
+_register = functools.partial(jax.tree_util.register_dataclass, data_fields=["sets", "counters"], meta_fields=["turn"])
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["sets", "counters"], meta_fields=["turn"])
+
+@_register
 @dataclasses.dataclass(frozen=True)
-class ReceiveBuffers:
-    """sets: two tuples of arrays like what a dispatch receives, counters: i32 [blocks, 32]; None: not made yet.
+class KeptArrays:
+    """sets: two tuples of arrays that calls receive into, counters: i32 [blocks, 32]; None: not made yet.
 
-    turn: 0 before the first dispatch, then 1 and 2 in turns.
+    turn: 0 before the first call, then 1 and 2 in turns.
     """
 
     sets: Any = None
@@ -45,31 +49,111 @@ class ReceiveBuffers:
     turn: int = 0
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["there", "back"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class ReceiveBuffers:
+    """What a program keeps: there, for the rows that dispatches receive; back, for the partial sums of `combine`."""
+
+    there: KeptArrays = KeptArrays()
+    back: KeptArrays = KeptArrays()
+
+
+class _Turn:
+    """One call's references to kept arrays: `now` to the set whose turn it is, `kept` to the rest and the counters."""
+
+    def __init__(self, arrays: KeptArrays, targets: list[jax.ShapeDtypeStruct], blocks: int, op: str):
+        sets, counters = arrays.sets, arrays.counters
+        if sets is None:
+            sets = [[lax.empty(t.shape, t.dtype) for t in targets] for _ in range(2)]
+            counters = jnp.zeros((blocks, COUNTER_WORDS), jnp.int32)
+        shapes = [(t.shape, t.dtype) for t in targets]
+        if [(a.shape, a.dtype) for a in sets[0]] != shapes or counters.shape[0] != blocks:
+            found = [(a.shape, str(a.dtype)) for a in sets[0]]
+            raise ValueError(f"{op}: the buffers are {found} for other calls than this one, which needs {shapes}")
+        # All of them go through every kernel, so that none moves behind the first barrier.
+        self._sets = [[jax.new_ref(a) for a in some] for some in sets]
+        self._counters = jax.new_ref(counters)
+        self._turn = arrays.turn
+        self.first = arrays.turn == 0
+        self.now = self._sets[arrays.turn % 2]
+        self.kept = [*self._sets[1 - arrays.turn % 2], self._counters]
+
+    def end(self) -> tuple[tuple[jax.Array, ...], KeptArrays]:
+        """What was received, and all arrays for the next turn."""
+        sets = tuple(tuple(jax.freeze(r) for r in some) for some in self._sets)
+        return sets[self._turn % 2], KeptArrays(sets, jax.freeze(self._counters), 1 + self._turn % 2)
+
+
 def run(parts: Any, ids: jax.Array, weights: jax.Array, buffers: ReceiveBuffers, **options: Any) -> tuple[Any, ...]:
     """`pallas_kernels.dispatch.dispatch` into the set whose turn it is -> its four results, and the buffers."""
     kernel = dispatch_kernels.Kernel(parts, options["routes"], options["encode"], None, options["axis_name"])
-    sets, counters = buffers.sets, buffers.counters
-    if sets is None:
-        sets = [[lax.empty(t.shape, t.dtype) for t in kernel.targets()] for _ in range(2)]
-        counters = jnp.zeros((kernel.config.blocks, COUNTER_WORDS), jnp.int32)
-    shapes = [(t.shape, t.dtype) for t in kernel.targets()]
-    if [(a.shape, a.dtype) for a in sets[0]] != shapes or counters.shape[0] != kernel.config.blocks:
-        found = [(a.shape, str(a.dtype)) for a in sets[0]]
-        raise ValueError(f"dispatch: the buffers are {found} for other calls than this one, which needs {shapes}")
-    # All of them go through every kernel, so that none moves behind the first barrier.
-    refs = [[jax.new_ref(a) for a in some] for some in sets]
-    counters_ref = jax.new_ref(counters)
-    now = buffers.turn % 2
-    send_map = kernel.run_into(ids, weights, refs[now], [*refs[1 - now], counters_ref], first=buffers.turn == 0)
-    sets = tuple(tuple(jax.freeze(r) for r in some) for some in refs)
-    buffers = ReceiveBuffers(sets, jax.freeze(counters_ref), 1 + buffers.turn % 2)
-    return (*kernel.unpacked(sets[now]), send_map, buffers)
+    turn = _Turn(buffers.there, kernel.targets(), kernel.config.blocks, "dispatch")
+    send_map = kernel.run_into(ids, weights, turn.now, turn.kept, first=turn.first)
+    received, there = turn.end()
+    return (*kernel.unpacked(received), send_map, dataclasses.replace(buffers, there=there))
 
 
-def copies_in(compiled: jax.stages.Compiled, buffers: ReceiveBuffers) -> list[str]:
-    """Instructions of a compiled program that copy an array like one of the buffers (structs suffice)."""
-    names = {"int32": "s32", "float32": "f32", "uint8": "u8", "bfloat16": "bf16", "float8_e4m3fn": "f8e4m3fn"}
-    arrays = jax.tree.leaves((buffers.sets, buffers.counters))
-    shapes = {f"{names[str(a.dtype)]}[{','.join(map(str, a.shape))}]" for a in arrays}
-    found = re.findall(r"^.*= (\S+?)(?:\{\S*\})? copy\(.*$", str(compiled.as_text()), re.MULTILINE)
-    return [shape for shape in found if shape in shapes]
+def combine(
+    y: Float[Array, "..."],
+    row_map: Int[Array, "rows k"],
+    dispatched: Any,
+    *,
+    topk_weights: Float[Array, "t s"] | None = None,
+    axis_name: str = "ep",
+) -> tuple[Float[Array, "t h"], ReceiveBuffers]:
+    """`permute.depermute_combine` and `expert_parallel.combine` in one kernel, into kept buffers: the same bits.
+
+    Args:
+      y: bf16 or f32, [E, M, H] or [rows, H]: what this device's experts made of the rows that they were given.
+      row_map: row of y for each route of each received row, or -1: what permuting returned.
+      dispatched: of a dispatch with buffers.
+      topk_weights: per_slot: the weights, applied at home.
+
+    -> the tokens [T, H] in y's dtype, and the buffers for the next dispatch.
+
+    Raises:
+      NotImplementedError: the kernel cannot serve the call; the message says why.
+      ValueError: no buffers, or shapes that do not fit.
+    """
+    devices, (rows, _) = lax.axis_size(axis_name), dispatched.local_ids.shape
+    send_map, y = dispatched.send_map, y.reshape(-1, y.shape[-1])
+    if dispatched.buffers is None:
+        raise ValueError("combine into kept buffers: the dispatch had none")
+    if row_map.shape != dispatched.local_ids.shape:
+        raise ValueError(f"combine: row_map must be {dispatched.local_ids.shape}, got {row_map.shape}")
+    if topk_weights is None:
+        topk_weights = jnp.ones(send_map.shape, jnp.float32)
+    if topk_weights.shape != send_map.shape:
+        raise ValueError(f"combine: topk_weights must be {send_map.shape}, got {topk_weights.shape}")
+    if problem := peers_problem(axis_name) or combine_kernels.check_config(y, row_map, send_map, devices):
+        raise NotImplementedError(f"combine: {problem}")
+    config = combine_kernels.default_config(rows, y.shape[1] * y.dtype.itemsize)
+    target = jax.ShapeDtypeStruct((devices, rows // devices, y.shape[1]), y.dtype)
+    turn = _Turn(dispatched.buffers.back, [target], config.blocks, "combine")
+    out = combine_kernels.push_combine(
+        y, row_map, dispatched.local_weights, dispatched.local_ids, send_map, topk_weights.astype(jnp.float32),
+        *turn.now, turn.kept, devices=devices, axis_name=axis_name, first=turn.first, config=config,
+    )  # fmt: skip
+    _, back = turn.end()
+    return out, dataclasses.replace(dispatched.buffers, back=back)
+
+
+def check_no_copies(compiled: jax.stages.Compiled) -> None:
+    """Raises RuntimeError if a program copies an array of the shape of one that its kernels change in place."""
+    text = str(compiled.as_text())
+    kept: set[str] = set()
+    for results, aliases in _IN_PLACE.findall(text):
+        shapes = [dtype_and_shape for dtype_and_shape, _ in _SHAPE.findall(results)]
+        kept |= {shapes[int(i or 0)] for i in _ALIASED.findall(aliases)}
+    if copied := sorted(kept.intersection(shape for shape, _ in _COPY.findall(text))):
+        raise RuntimeError(
+            f"the program copies arrays like its receive buffers ({', '.join(copied)}): rows that a faster device has "
+            "stored would be lost. Something still needs what a dispatch before received; see fp4jax.low_latency"
+        )
+
+
+_SHAPE = re.compile(r"(\w+\[[\d,]*\])(\{[^}]*\})?")
+# An instruction: results, and which of them are operands changed in place; in the text of a compiled program.
+_IN_PLACE = re.compile(r"^.* = (.*?) custom-call\(.*mosaic_gpu.*output_to_operand_aliasing=\{(.*?\}\))\}", re.MULTILINE)
+_ALIASED = re.compile(r"\{(\d*)\}: \(")
+_COPY = re.compile(r" = (\w+\[[\d,]*\])(\{[^}]*\})? copy\(")

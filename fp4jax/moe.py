@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from fp4jax import low_latency
 from fp4jax.expert_parallel import FORMS, agree_global_scale, combine, dispatch
 from fp4jax.gemm_swiglu import grouped_gemm_swiglu
 from fp4jax.grouped_gemm import contiguous_grouped_gemm, masked_grouped_gemm
@@ -131,12 +132,19 @@ def moe_layer(
             with scope("quantize"):
                 rows = to_nvfp4(rows)
     expected_m = max(1, topk_ids.size // weights.w13.shape[0])  # all devices send topk_ids.size routes on average
-    y, dropped = _experts(rows, ids, row_weights, weights, config, x.dtype, expected_m)
-    if dispatched is not None and axis is not None:
+    y, row_map, dropped = _experts(rows, ids, weights, config, x.dtype, expected_m)
+    home = dict(topk_weights=topk_weights if config.form == "per_slot" else None, axis_name=axis)
+    if buffers is not None and dispatched is not None:
         with scope("combine"):
-            home_weights = topk_weights if config.form == "per_slot" else None
-            y = combine(y, dispatched, topk_weights=home_weights, axis_name=axis, implementation=config.implementation)
-        dropped, buffers = lax.psum(dropped + dispatched.dropped, axis), dispatched.buffers
+            y, buffers = low_latency.combine(y, row_map, dispatched, **home)
+    else:
+        with scope("depermute"):
+            y = depermute_combine(y, row_map, row_weights, implementation=config.implementation)
+        if dispatched is not None:
+            with scope("combine"):
+                y = combine(y, dispatched, **home, implementation=config.implementation)
+    if dispatched is not None and axis is not None:
+        dropped = lax.psum(dropped + dispatched.dropped, axis)
     return y, MoEStats(dropped, buffers)
 
 
@@ -161,8 +169,8 @@ def dense_moe(
     return mixed.astype(x.dtype)
 
 
-def _experts(rows, ids, row_weights, weights, config, dtype, expected_m):
-    """Local experts on rows [rows, H] (plain or NVFP4) -> weighted sums [rows, H] and the number of dropped routes."""
+def _experts(rows, ids, weights, config, dtype, expected_m):
+    """Local experts on rows [rows, H] (plain or NVFP4) -> their outputs, which of them a route's is, dropped routes."""
     scope, impl = jax.named_scope, config.implementation
     local_experts = weights.w13.shape[0]
     x, scales, row_scale, x_scale = rows, None, None, None
@@ -196,9 +204,7 @@ def _experts(rows, ids, row_weights, weights, config, dtype, expected_m):
         if isinstance(act, tuple):
             act, act_scale = act
     with scope("gemm_2"):
-        y = gemm(act, weights.w2, counts, x_scale=act_scale, **options)
-    with scope("depermute"):
-        return depermute_combine(y, p.row_map, row_weights, implementation=impl), p.dropped
+        return gemm(act, weights.w2, counts, x_scale=act_scale, **options), p.row_map, p.dropped
 
 
 def _scale_of_row(scale, group_sizes, num_rows):

@@ -82,11 +82,10 @@ def permute_to_masked(
     if capacity < 1:
         raise ValueError(f"permute_to_masked: capacity must be at least 1, got {capacity}")
     target = _Target(num_experts, capacity, num_experts * capacity, scale_layout, decode)
-    rows, counts, bad, row_map = _permute("permute_to_masked", implementation, x, scales, topk_ids, row_scale, target)
-    dropped = bad + jnp.sum(jnp.maximum(counts - capacity, 0), dtype=jnp.int32)
+    rows, filled, dropped, row_map = _permute("permute_to_masked", implementation, x, scales, topk_ids, row_scale, target)
     if checked:
         checkify.check(dropped == 0, "permute_to_masked: {n} routes have a bad id or exceed the capacity", n=dropped)
-    return Permuted(rows.x, rows.scales, rows.row_scale, jnp.minimum(counts, capacity), row_map, dropped)
+    return Permuted(rows.x, rows.scales, rows.row_scale, filled, row_map, dropped)
 
 
 def permute_to_contiguous(
@@ -112,14 +111,12 @@ def permute_to_contiguous(
     if num_rows < 0:
         raise ValueError(f"permute_to_contiguous: num_rows must not be negative, got {num_rows}")
     target = _Target(num_experts, None, num_rows, scale_layout, decode)
-    rows, counts, bad, row_map = _permute(
+    rows, filled, dropped, row_map = _permute(
         "permute_to_contiguous", implementation, x, scales, topk_ids, row_scale, target
     )
-    group_sizes = jnp.clip(num_rows - (jnp.cumsum(counts) - counts), 0, counts)
-    dropped = bad + jnp.sum(counts - group_sizes, dtype=jnp.int32)
     if checked:
         checkify.check(dropped == 0, "permute_to_contiguous: {n} routes have a bad id or exceed num_rows", n=dropped)
-    return PermutedContiguous(rows.x, rows.scales, rows.row_scale, group_sizes, row_map, dropped)
+    return PermutedContiguous(rows.x, rows.scales, rows.row_scale, filled, row_map, dropped)
 
 
 def depermute_combine(
@@ -180,8 +177,8 @@ class _Target:
 
 
 def _permute(op, implementation, x, scales, topk_ids, row_scale, target):
-    """-> _Rows in their final shapes, routes per expert before any limit, number of bad ids, row_map."""
-    return run_implementation(
+    """-> _Rows in their final shapes, filled rows per expert, number of dropped routes, row_map."""
+    rows, counts, filled, bad, row_map = run_implementation(
         op,
         implementation,
         (x, scales, topk_ids, row_scale),
@@ -189,18 +186,20 @@ def _permute(op, implementation, x, scales, topk_ids, row_scale, target):
         mosaic_gpu=Call.of(_permute_kernels, target=target),
         problem=_kernel_problem(x, scales, topk_ids, row_scale, target),
     )
+    return rows, filled, bad + jnp.sum(counts - filled, dtype=jnp.int32), row_map
 
 
 def _permute_xla(x, scales, topk_ids, row_scale, *, target):
     group, rank, counts, bad = _rank_in_expert(topk_ids, target.num_experts)
     if target.capacity is None:
-        row = jnp.append(jnp.cumsum(counts) - counts, 0)[group] + rank
-        fits = row < target.num_rows
+        start = jnp.cumsum(counts) - counts
+        row = jnp.append(start, 0)[group] + rank
+        fits, filled = row < target.num_rows, jnp.clip(target.num_rows - start, 0, counts)
     else:
-        row, fits = group * target.capacity + rank, rank < target.capacity
+        row, fits, filled = group * target.capacity + rank, rank < target.capacity, jnp.minimum(counts, target.capacity)
     row_map = jnp.where((group < target.num_experts) & fits, row, -1).reshape(topk_ids.shape)
     rows = _per_expert(_gather_rows(x, scales, row_scale, row_map, target.num_rows, target.decode), target)
-    return rows._replace(scales=_lay_out(rows.scales, target.scale_layout)), counts, bad, row_map
+    return rows._replace(scales=_lay_out(rows.scales, target.scale_layout)), counts, filled, bad, row_map
 
 
 def _permute_kernels(x, scales, topk_ids, row_scale, *, target):
@@ -219,14 +218,13 @@ def _permute_kernels(x, scales, topk_ids, row_scale, *, target):
     rows = _per_expert(rows, target)
     if arrange:
         rows = rows._replace(scales=_arrange_by_kernel(scales, meta, target))
-    return rows, meta.counts, meta.bad, meta.row_map
+    return rows, meta.counts, meta.filled, meta.bad, meta.row_map
 
 
 def _arrange_by_kernel(scales, meta, target):
     if target.capacity is not None:
-        filled = jnp.minimum(meta.counts, target.capacity)
-        return permute_kernels.arrange_scales(scales, meta.source, filled, target.capacity, target.scale_layout)
-    filled = jnp.minimum(jnp.sum(meta.counts), target.num_rows).reshape(1)
+        return permute_kernels.arrange_scales(scales, meta.source, meta.filled, target.capacity, target.scale_layout)
+    filled = jnp.sum(meta.filled).reshape(1)
     return permute_kernels.arrange_scales(scales, meta.source, filled, target.num_rows, target.scale_layout)[0]
 
 

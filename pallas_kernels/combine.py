@@ -92,7 +92,10 @@ def combine(
 
         def step(i, _):
             item = (worker + i * workers) * lanes.LANES + lanes.lane_index()
-            sum_of_routes(item, load, map_ref, weight_ref, out_ref)
+            token = unsigned_div(item, cut.items)
+            valid = token < tokens
+            words = sum_of_routes(token, item - token * cut.items, valid, load, map_ref, weight_ref, y.dtype)
+            lanes.scatter(out_ref, item, words, where=valid)
 
         lax.fori_loop(0, -(-tokens * cut.items // (workers * lanes.LANES)), step, None)
         Meeting(*meeting).meet(devices, config.warpgroups)

@@ -57,6 +57,7 @@ def kernel(
         with interpreting(interpret is not None):
             body(*refs)
 
+    traced.__name__ = _name_of(body)
     threads: dict[str, Any] = {} if warpgroups == 1 else dict(num_threads=warpgroups, thread_name="warpgroup")
     if cluster > 1:
         threads |= dict(cluster=(cluster,), cluster_names=("cluster",))
@@ -218,6 +219,23 @@ def scatter(
     store(index, where, which, *refs, *values)
 
 
+def add_to(shared_ref: Any, index: Any, *, where: Any = None) -> None:
+    """Each lane adds 1 to element `index` of an i32 array in shared memory; lanes may meet at an element."""
+    index, where, _ = _lane_args(index, where, 0)
+    if _interpreting:
+        shared_ref[...] = shared_ref[...].at[jnp.where(where, index, 0)].add(where.astype(jnp.int32))
+        return
+
+    @plgpu.inline_mgpu(arg_types=(_LAYOUT, _LAYOUT, plgpu.RefType()))
+    def add(_, index, where, ref):
+        address = _address([ref], None, index, 4)
+        asm = "{ .reg .pred p; setp.ne.b32 p, $1, 0; @p red.shared.add.u32 [$0], 1; }"
+        nothing = llvm.StructType.get_literal([])
+        llvm.inline_asm(nothing, [address, _scalar(where)], asm, "l,r", has_side_effects=True)
+
+    add(index, where, shared_ref)
+
+
 def when(condition: Any) -> Callable[[Callable[[], None]], None]:
     """Decorator that runs a function at once if the scalar is true, the same for all lanes of the block."""
     return pl.when(condition)
@@ -340,6 +358,12 @@ def instruction(asm: str, interpreted: Callable[..., jax.Array], *args: Value, d
 
 
 # --- implementation ---
+
+
+def _name_of(body):
+    """What profiles call a kernel: module and functions around `body`, without repetitions."""
+    parts = [body.__module__.rpartition(".")[2], *body.__qualname__.split(".")]
+    return "_".join(dict.fromkeys(part for part in parts if part not in ("<locals>", "body")))
 
 
 def _lane_args(index, where, which):

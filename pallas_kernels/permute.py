@@ -245,7 +245,10 @@ def depermute_combine(
             return lanes.gather(y_ref, jnp.minimum(row, y.shape[0] - 1) * cut.items + column, cut.count, where=where)
 
         item = lanes.block_index() * lanes.LANES + lanes.lane_index()
-        sum_of_routes(item, load, map_ref, weight_ref, out_ref)
+        token = unsigned_div(item, cut.items)
+        valid = token < tokens
+        words = sum_of_routes(token, item - token * cut.items, valid, load, map_ref, weight_ref, y.dtype)
+        lanes.scatter(out_ref, item, words, where=valid)
 
     grid = -(-tokens * cut.items // lanes.LANES)
     out = jax.ShapeDtypeStruct((tokens, y.shape[1]), y.dtype)
@@ -253,28 +256,30 @@ def depermute_combine(
     return lanes.kernel(body, out, grid=grid, interpret=interpret)(row_map.astype(jnp.int32), weights, y)
 
 
-def sum_of_routes(item: jax.Array, load: Callable[..., Any], map_ref: Any, weight_ref: Any, out_ref: Any) -> None:
-    """One access of the result per lane: out[t] = cast(sum over j in order of y[map[t, j]] * weight[t, j]).
+def sum_of_routes(
+    token: jax.Array,
+    column: jax.Array,
+    valid: jax.Array,
+    load: Callable[..., Any],
+    map_ref: Any,
+    weight_ref: Any,
+    dtype: Any,
+) -> list[jax.Array]:
+    """One access of the result per lane: cast(sum over j in order of y[map[t, j]] * weight[t, j]), as u32 words.
 
-    item: i32 lane array, token * accesses per row + column; beyond the last one nothing happens. load(row, column,
-    where): u32 words of y at lane arrays.
+    token, column: i32 lane arrays, which access of which row; nothing is read where `valid` is False. load(row, column,
+    where): words of y, bf16 or f32, at lane arrays.
     """
-    (tokens, hidden), k = out_ref.shape, map_ref.shape[1]
-    cut = row_access(hidden * out_ref.dtype.itemsize)
-    is_bf16 = out_ref.dtype == jnp.bfloat16
-    token = unsigned_div(item, cut.items)
-    valid = token < tokens
-    column = item - token * cut.items
+    k = map_ref.shape[1]
     routes = _load_routes(map_ref, token, k, valid)
     weights = [lax.bitcast_convert_type(w, jnp.float32) for w in lanes.gather(weight_ref, token, k, where=valid)]
     loaded = [load(row, column, valid & (row >= 0)) for row in routes]
-    totals = [lanes.splat(0, jnp.float32)] * (2 * cut.count if is_bf16 else cut.count)
+    is_bf16 = dtype == jnp.bfloat16
+    totals = [lanes.splat(0, jnp.float32)] * (len(loaded[0]) * (2 if is_bf16 else 1))
     for row, weight, words in zip(routes, weights, loaded, strict=True):
         values = unpack_bf16(words) if is_bf16 else [lax.bitcast_convert_type(w, jnp.float32) for w in words]
         added = [lane_math.add_rn(t, lane_math.mul_rn(v, weight)) for t, v in zip(totals, values, strict=True)]
         totals = [jnp.where(row >= 0, a, t) for a, t in zip(added, totals, strict=True)]
     if is_bf16:
-        words = [lane_math.pack_bf16(low, high) for low, high in zip(totals[::2], totals[1::2], strict=True)]
-    else:
-        words = [as_u32(t) for t in totals]
-    lanes.scatter(out_ref, item, words, where=valid)
+        return [lane_math.pack_bf16(low, high) for low, high in zip(totals[::2], totals[1::2], strict=True)]
+    return [as_u32(t) for t in totals]

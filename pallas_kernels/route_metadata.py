@@ -2,7 +2,8 @@
 
 Routes are cut into chunks. Lane e of a block of threads stands for expert e and counts its own routes while the block
 walks over a chunk in order; a second kernel adds up the counts of earlier chunks and hands out rows while it walks
-again. Order is token order by construction, without atomics or a sort.
+again. Order is token order by construction, without atomics or a sort. Few routes, those of a decode step, take the one
+kernel of few_routes.py.
 
 What limits it: instruction issue, about 3 and 7 instructions per route and 128 experts, and for many chunks the sum
 over those before.
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels import lanes, tuning
+from pallas_kernels import few_routes, lanes, tuning
 
 MAX_TOP_K = 32
 _MAX_EXPERTS = 1024
@@ -38,14 +39,15 @@ DEFAULT_CONFIG = TuningConfig()
 class Metadata(NamedTuple):
     """Where every route goes.
 
-    row_map i32 [T, k]: row or -1. counts i32 [E]: routes per expert, before any limit. bad i32 []. source i32 [rows]:
-    token of each filled row; other rows hold anything.
+    row_map i32 [T, k]: row or -1. counts i32 [E]: routes per expert, before any limit; filled: those that have a row.
+    bad i32 []. source i32 [rows]: token of each filled row, other rows hold anything; None if not asked for.
     """
 
     row_map: jax.Array
     counts: jax.Array
+    filled: jax.Array
     bad: jax.Array
-    source: jax.Array
+    source: jax.Array | None
 
 
 def check_config(topk_ids: Any, num_experts: int, config: TuningConfig = DEFAULT_CONFIG) -> str | None:
@@ -81,6 +83,12 @@ def route_metadata(
     """
     tokens, k = topk_ids.shape
     routes = tokens * k
+    if topk_ids.dtype != jnp.int32:  # in 64 bits an id that is no expert could become one when it is cast
+        here = (topk_ids >= -1) & (topk_ids < num_experts)
+        topk_ids = jnp.where(here, topk_ids, -2).astype(jnp.int32)
+    if routes <= few_routes.MAX_ROUTES and not with_source and config is None:
+        found = few_routes.metadata(topk_ids, num_experts, capacity=capacity, num_rows=num_rows, interpret=interpret)
+        return Metadata(*found, None)
     config = config or tuning.tuned("route_metadata", tuning_items(routes), TuningConfig)
     if routes > config.chunk * _MAX_CHUNKS:
         per_chunk_wanted = -(-routes // _MAX_CHUNKS)
@@ -90,7 +98,7 @@ def route_metadata(
     here = (ids >= 0) & (ids < num_experts)
     # Two more columns take what goes nowhere, so that every route has its lane: bad ids, and ids of -1 (and padding).
     bad_column, absent_column = num_experts, num_experts + 1
-    ids = jnp.where(here, ids, jnp.where(ids == -1, absent_column, bad_column)).astype(jnp.int32)
+    ids = jnp.where(here, ids, jnp.where(ids == -1, absent_column, bad_column))
     ids = jnp.pad(ids, (0, chunks * config.chunk - routes), constant_values=absent_column)
     tiles = -(-(num_experts + 2) // lanes.LANES)
     columns = tiles * lanes.LANES
@@ -155,7 +163,11 @@ def route_metadata(
         grid=chunks,
         interpret=interpret,
     )(ids, per_chunk, start, limit)
-    return Metadata(row_map[:routes].reshape(tokens, k), counts[:num_experts], counts[bad_column], source)
+    filled = jnp.clip(limit - start, 0, counts)
+    return Metadata(
+        row_map[:routes].reshape(tokens, k), counts[:num_experts], filled[:num_experts], counts[bad_column],
+        source if with_source else None,
+    )  # fmt: skip
 
 
 def _row_ranges(counts, num_experts, capacity, num_rows):

@@ -384,6 +384,21 @@ def test_home_of_tokens_is_that_of_chunks_and_of_none(make_mesh):
     assert graph.stats.misses == 0 and graph.stats.chunked == 1
 
 
+def test_programs_are_checked_before_they_run():
+    seen = []
+
+    def check(compiled):
+        seen.append(compiled.as_text())
+        if len(seen) == 1:
+            raise RuntimeError("not this one")
+
+    graph = block_graph(lambda x: x * 2, buckets=(4,), in_axes=(0,), check_compiled=check)
+    with pytest.raises(RuntimeError, match="not this one"):
+        graph(jnp.ones(3))
+    np.testing.assert_array_equal(graph(jnp.ones(3)), [2, 2, 2])
+    assert len(seen) == 2 and "ENTRY" in seen[0]
+
+
 def test_no_tokens_are_traced_once():
     traced = []
     graph = block_graph(lambda x: traced.append(1) or x, buckets=(4,), in_axes=(0,))

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec as P, use_abstract_mesh
 
 import oracles
-from cuda_lowering import H100, H100_MESH, kernels_in, struct
+from cuda_lowering import H100, H100_MESH, kernels_in, lowered_text, struct
 from fp4jax import implementations
 from fp4jax.moe import MoEConfig, MoEWeights, moe_layer
 from fp4jax.nvfp4 import NVFP4Tensor, dequantize, quantize
@@ -17,6 +17,7 @@ from fp4jax.packed_weights import PackedWeights
 from fp4jax.permute import depermute_combine, permute_to_contiguous, permute_to_masked
 from fp4jax.swiglu import swiglu_quantize
 from pallas_kernels import (
+    few_routes,
     permute as permute_kernels,
     quantize as quantize_kernel,
     route_metadata as metadata_kernels,
@@ -187,6 +188,28 @@ def test_metadata_contiguous(routing, interpret):
     assert sizes.sum() == min(9, np.asarray(meta.counts).sum())
 
 
+@pytest.mark.parametrize("capacity", [None, 3])
+@pytest.mark.parametrize(("tokens", "k", "experts"), [(1, 3, 5), (70, 2, 4), (33, 6, 131)])
+def test_metadata_of_few_routes(tokens, k, experts, capacity, rng, interpret):
+    """One kernel: several chunks, ids that are no experts, more experts than lanes, full experts, rows that run out."""
+    ids = rng.integers(-1, experts + 1, (tokens, k)).astype(np.int32)
+    ids[tokens // 2] = experts - 1
+    ids[0, 0] = -(2**31)
+    num_rows = max(1, tokens * k // 2) if capacity is None else experts * capacity
+    if capacity is None:
+        row_map, filled, dropped, _ = oracles.permute_contiguous(ids, experts, num_rows)
+    else:
+        row_map, filled, dropped, _ = oracles.permute_masked(ids, experts, capacity)
+    meta = metadata_kernels.route_metadata(
+        jnp.asarray(ids), experts, capacity=capacity, num_rows=num_rows, interpret=interpret
+    )
+    np.testing.assert_array_equal(meta.row_map, row_map)
+    np.testing.assert_array_equal(meta.filled, filled)
+    np.testing.assert_array_equal(meta.counts, [(ids == e).sum() for e in range(experts)])
+    assert int(meta.bad) == ((ids < -1) | (ids >= experts)).sum() > 0
+    assert int(meta.bad) + (np.asarray(meta.counts) - np.asarray(meta.filled)).sum() == dropped
+
+
 @pytest.mark.parametrize("dtype, width", [(np.uint8, 7), (np.uint8, 32), (jnp.bfloat16, 5), (np.float32, 1)])
 def test_scatter_rows(dtype, width, routing, rng, interpret):
     _, (row_map, _, _, source) = routing
@@ -261,6 +284,12 @@ MODELS = {  # hidden, intermediate, experts on a device, top k: contract.md sect
 }
 
 
+def test_kernels_have_names_of_their_own():
+    call = lambda i: metadata_kernels.route_metadata(i, 4, capacity=9, num_rows=36)  # noqa: E731
+    assert "few_routes_metadata_mosaic_gpu" in lowered_text(call, struct((9, 6), jnp.int32))
+    assert "route_metadata_assign_mosaic_gpu" in lowered_text(call, struct((9000, 6), jnp.int32))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "model, tokens",
@@ -269,6 +298,7 @@ MODELS = {  # hidden, intermediate, experts on a device, top k: contract.md sect
 def test_ops_lower_with_the_tuned_configs(model, tokens):
     hidden, intermediate, experts, k = MODELS[model]
     rows = -(-tokens * k // experts) + 8
+    metadata = 1 if tokens * k <= few_routes.MAX_ROUTES else 2
     x, ids = struct((tokens, hidden), jnp.bfloat16), struct((tokens, k), jnp.int32)
     qdata, scales = struct((tokens, hidden // 2), jnp.uint8), struct((tokens, hidden // 16), jnp.float8_e4m3fn)
     gate_up, counts = struct((experts, rows, 2 * intermediate), jnp.bfloat16), struct((experts,), jnp.int32)
@@ -292,12 +322,12 @@ def test_ops_lower_with_the_tuned_configs(model, tokens):
             lambda x, m: swiglu_quantize(x, m, global_scale=None, out="bf16", implementation="mosaic_gpu"),
             (gate_up, counts),
         ),
-        (3, lambda *a: permute(*a, implementation="mosaic_gpu"), (qdata, scales, ids)),
-        (3, lambda *a: permute(*a, decode=True, implementation="mosaic_gpu"), (qdata, scales, ids)),
+        (1 + metadata, lambda *a: permute(*a, implementation="mosaic_gpu"), (qdata, scales, ids)),
+        (1 + metadata, lambda *a: permute(*a, decode=True, implementation="mosaic_gpu"), (qdata, scales, ids)),
         (4, lambda *a: permute(*a, scale_layout="swizzled", implementation="mosaic_gpu"), (qdata, scales, ids)),
         (4, lambda *a: permute(*a, scale_layout="m_major", implementation="mosaic_gpu"), (qdata, scales, ids)),
         (
-            3,
+            1 + metadata,
             lambda *a: permute_to_contiguous(*a, num_experts=experts, implementation="mosaic_gpu"),
             (qdata, scales, ids),
         ),
@@ -353,7 +383,7 @@ def test_every_tuned_config_lowers(kernel, size, fields):
 
 
 def test_moe_layer_uses_every_kernel_where_none_is_named():
-    """quantize, metadata (2), decoded rows, their scales, SwiGLU, depermute; packed weights: both GEMMs too."""
+    """quantize, metadata, decoded rows, their scales, SwiGLU, depermute; packed weights: both GEMMs too."""
     w13 = NVFP4Tensor(
         struct((8, 512, 128), jnp.uint8), struct((8, 512, 16), jnp.float8_e4m3fn), struct((8, 1, 1), jnp.float32)
     )
@@ -366,10 +396,10 @@ def test_moe_layer_uses_every_kernel_where_none_is_named():
         return moe_layer(x, ids, topk_weights, MoEWeights(w13, w2), MoEConfig(num_experts=8))
 
     x = struct((64, 256), jnp.bfloat16)
-    assert kernels_in(layer, x, ids, weights, w13, w2) == 7
+    assert kernels_in(layer, x, ids, weights, w13, w2) == 6
     one = struct((8, 1, 1), jnp.float32)
     packed = (PackedWeights(struct((8, n // 64, 4, 9, 64), jnp.uint32), one) for n in (512, 256))
-    assert kernels_in(layer, x, ids, weights, *packed) == 9
+    assert kernels_in(layer, x, ids, weights, *packed) == 8
 
 
 # --- implementation=None on a machine with a Hopper GPU, as far as it can be told without one ---

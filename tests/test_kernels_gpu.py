@@ -324,6 +324,27 @@ def test_metadata_of_many_chunks_and_repeats(rng):
         np.testing.assert_array_equal(np.minimum(np.asarray(meta.counts), 2000), masked_m)
 
 
+@pytest.mark.parametrize("capacity", [None, 40])
+@pytest.mark.parametrize(("tokens", "k", "experts"), [(1, 8, 64), (300, 6, 20), (1024, 8, 128), (777, 3, 300)])
+def test_metadata_of_few_routes_is_that_of_many(tokens, k, experts, capacity, rng):
+    """One kernel for few, two for any number: both against the loop, 20 times."""
+    ids = _ids(rng, tokens, k, experts)
+    num_rows = tokens * k // 2 + 1 if capacity is None else experts * capacity
+    oracle = oracles.permute_contiguous if capacity is None else oracles.permute_masked
+    row_map, filled, dropped, _ = oracle(ids, experts, num_rows if capacity is None else capacity)
+    for config in (None, metadata_kernels.DEFAULT_CONFIG):
+        run = jax.jit(
+            lambda ids, config=config: metadata_kernels.route_metadata(
+                ids, experts, capacity=capacity, num_rows=num_rows, config=config
+            )
+        )
+        for _ in range(20):
+            meta = run(jnp.asarray(ids))
+            np.testing.assert_array_equal(np.asarray(meta.row_map), row_map)
+            np.testing.assert_array_equal(np.asarray(meta.filled), filled)
+            assert int(meta.bad) + (np.asarray(meta.counts) - np.asarray(meta.filled)).sum() == dropped
+
+
 # --- the layer that they were made for ---
 
 

@@ -19,7 +19,7 @@ from fp4jax.block_graph import BlockGraph, Bucketed, block_graph, compile_all, h
 from fp4jax.bucket_planner import check_buckets
 from fp4jax.bucketed import place_of
 from fp4jax.layers.moe_block import MoEBlock
-from fp4jax.low_latency import ReceiveBuffers
+from fp4jax.low_latency import ReceiveBuffers, check_no_copies
 from fp4jax.models.decoder import Decoder, DecoderLayer
 
 Cache = list[tuple[jax.Array, jax.Array]]  # keys and values of every layer, [B, kv heads, length, head dim]
@@ -74,7 +74,10 @@ class BucketedModel:
         self.head = block_graph(_head, buckets=buckets, in_axes=(None, 1), out_axes=None, name="head", **counted)
         axes: dict[str, Any] = dict(in_axes=(None, 0, 0, None), out_axes=(0, 0, None))
         self.decoders = {
-            size: block_graph(_decode, buckets=(size,), name=f"decode step of {size}", **axes, **in_place)
+            size: block_graph(
+                _decode, buckets=(size,), name=f"decode step of {size}", **axes, **in_place,
+                check_compiled=check_no_copies if _is_low_latency(model) else None,
+            )  # fmt: skip
             for size in batch_buckets
         }
         home = home_of(self._whole[1])
@@ -233,13 +236,16 @@ def _decode(weights, last, lengths, cache, *, structure, num_tokens):
     model = structure.module(weights)
     valid = jnp.arange(last.shape[0]) < num_tokens
     x, kept = model.embed_tokens(last[:, None]), []
-    low_latency = any(block.settings.low_latency for block in model.moe_blocks())
-    buffers = ReceiveBuffers() if low_latency else None
+    buffers = ReceiveBuffers() if _is_low_latency(model) else None
     for layer, old in zip(model.layers, cache, strict=True):
         x, new, aux = layer(x, lengths, old, functools.partial(MoEBlock.__call__, valid=valid, buffers=buffers))
         buffers = buffers if aux is None else aux.buffers
         kept.append(new)
     return jnp.argmax(model.head(x)[:, 0], axis=-1).astype(jnp.int32), lengths + 1, kept
+
+
+def _is_low_latency(model):
+    return any(block.settings.low_latency for block in model.moe_blocks())
 
 
 def _insert(batch, one, slot):
