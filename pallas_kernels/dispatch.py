@@ -39,7 +39,7 @@ _COUNT_APART = 2048
 def default_config(tokens: int) -> TuningConfig:
     """Few tokens take fewer blocks: every block signals every peer. Measured on four H100, like `TuningConfig`."""
     blocks = max(1, min(H100_SMS, -(-tokens // 2)))
-    return TuningConfig(blocks, 1 if blocks < H100_SMS else 2)
+    return TuningConfig(blocks, 2)
 
 
 def check_config(
