@@ -6,10 +6,11 @@
 
 Time of one dispatch with everything in it (quantize, which row goes where, the exchange), of one combine, and of the
 all_to_all of bf16 rows that they replace, on all devices or on --ranks of them. Implementations: mosaic_gpu (kernels
-store into the peers' memory), nccl (our kernels around one all_to_all), xla (no kernel of ours).
+store into the peers' memory), low_latency (the same into buffers that the program keeps), nccl (our kernels around one
+all_to_all), xla (no kernel of ours). A single rank has nobody to store to: nccl and xla only.
 
 A call runs dozens of steps. A step takes its ids from the step before (a zero times one of its results is added), so
-that steps neither overlap nor vanish; their results are kept. Two routings: "random", the top 8 of 64 experts, buffers
+that steps neither overlap nor vanish; their results are kept. Two routings: "random", --top_k of --experts, buffers
 for the worst case; "even", every token to one device, as many to each, and buffers of exactly that size. Writes
 bench_dispatch.json and bench_dispatch.png.
 """
@@ -21,24 +22,30 @@ os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # no NVLink multicast
 import functools
 import itertools
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
-from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from tqdm import tqdm
 
 from experiments.chained_steps import ChainedSteps
+from experiments.dispatch_cases import (
+    Cell,
+    combine_step,
+    dispatch_step,
+    exchange,
+    exchange_and_sum,
+    make_routing,
+    rows_sent,
+)
 from experiments.flag_values import choices, integers
 from fp4jax import benchmarking
-from fp4jax.all_to_all import combine_all_to_all, dispatch_all_to_all
-from fp4jax.expert_parallel import Dispatched, combine, dispatch
+from fp4jax.expert_parallel import dispatch
 from fp4jax.low_latency import ReceiveBuffers
 from fp4jax.wire_formats import WIRE_FORMATS
-from pallas_kernels.row_plan import Routes
 
 _RANKS = flags.DEFINE_list("ranks", None, "Numbers of devices; default: all of 2, 4, 8 that there are.")
 _TOKENS = flags.DEFINE_list("tokens", None, "Tokens per device; default: 16,128,1024,4096,16384 (CPU: 16).")
@@ -50,33 +57,14 @@ _HIDDEN = flags.DEFINE_integer("hidden", None, "H; default: 7168 (CPU: 256).", l
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed calls per cell, of which the median counts.", lower_bound=1)
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Folder for JSON and PNG; default: output/bench_dispatch.")
 
-EXPERTS, TOP_K = 64, 8
+_EXPERTS = flags.DEFINE_integer("experts", 64, "Experts of all devices together.", lower_bound=1)
+_TOP_K = flags.DEFINE_integer("top_k", 8, "Experts of a token; random routing.", lower_bound=1)
+
 _INPUTS = (
-    "normal bf16 tokens; random: the top 8 of 64 experts drawn uniformly with a fixed seed, worst-case buffers; even: "
+    "normal bf16 tokens; random: each token's experts drawn uniformly with a fixed seed, worst-case buffers; even: "
     "every token to one device, as many to each; wall time per step of a program of many steps, median over calls"
 )
 AXIS = P("ep")
-
-
-class Cell(NamedTuple):
-    """What is measured together: one mesh, number of tokens per device and routing."""
-
-    ranks: int
-    tokens: int
-    routing: str
-    hidden: int
-    form: str
-
-    @property
-    def capacity(self) -> int:
-        """Rows per sender and receiver."""
-        if self.routing == "even":
-            return -(-self.tokens // self.ranks)
-        return self.tokens if self.form == "per_peer" else self.tokens * self.top_k
-
-    @property
-    def top_k(self) -> int:
-        return 1 if self.routing == "even" else TOP_K
 
 
 def main(argv):
@@ -84,8 +72,11 @@ def main(argv):
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     gpu = benchmarking.on_gpu()
     ranks = integers("ranks", _RANKS.value or [n for n in (2, 4, 8) if n <= jax.device_count()])
-    if not ranks or max(ranks) > jax.device_count() or min(ranks) < 2:
-        raise app.UsageError(f"--ranks: needs 2 devices or more, JAX sees {jax.device_count()}, asked for {ranks}")
+    if not ranks or max(ranks) > jax.device_count():
+        raise app.UsageError(f"--ranks: JAX sees {jax.device_count()} devices, asked for {ranks or 'at least 2'}")
+    experts, top_k = _EXPERTS.value, _TOP_K.value
+    if top_k > experts or any(experts % n for n in ranks):
+        raise app.UsageError(f"--experts={experts} must be a multiple of {ranks} and at least --top_k={top_k}")
     tokens = integers("tokens", _TOKENS.value or ((16, 128, 1024, 4096, 16384) if gpu else (16,)))
     formats = choices("wire_formats", _FORMATS.value, WIRE_FORMATS, WIRE_FORMATS)
     routings = choices("routings", _ROUTINGS.value, ("random", "even"), ("random", "even"))
@@ -98,7 +89,10 @@ def main(argv):
     hidden = _HIDDEN.value or (7168 if gpu else 256)
     folder = Path(_OUTPUT_DIR.value or "output/bench_dispatch")
     rows: list[dict[str, Any]] = []
-    cells = [Cell(r, t, routing, hidden, _FORM.value) for r, routing, t in itertools.product(ranks, routings, tokens)]
+    cells = [
+        Cell(n, t, routing, hidden, _FORM.value, experts, 1 if routing == "even" else top_k)
+        for n, routing, t in itertools.product(ranks, routings, tokens)
+    ]
     progress = tqdm(cells, unit="cell")
     for cell in progress:
         progress.set_description(f"{cell.ranks} ranks, T={cell.tokens}, {cell.routing}")
@@ -122,7 +116,7 @@ def run_cell(cell: Cell, formats: list[str], names: list[str]) -> list[dict[str,
         out_specs=AXIS,
     )  # fmt: skip
     y = jax.jit(fill)(put(jax.random.split(jax.random.key(1), cell.ranks)))
-    options = dict(num_experts=EXPERTS, form=cell.form, wire_format="bf16", pair_capacity=cell.capacity)
+    options = dict(num_experts=cell.experts, form=cell.form, wire_format="bf16", pair_capacity=cell.capacity)
     placed = jax.shard_map(
         lambda *a: dispatch(*a, **options, implementation="xla").send_map, mesh=mesh, in_specs=AXIS, out_specs=AXIS
     )
@@ -133,6 +127,8 @@ def run_cell(cell: Cell, formats: list[str], names: list[str]) -> list[dict[str,
         chain = ChainedSteps(mesh, *args, unrolled=unrolled, about_us=25 + cell.tokens / 20)
         return chain.us(_REPEATS.value)
 
+    if cell.ranks == 1:  # nobody to store to
+        names = [name for name in names if name in ("nccl", "xla")]
     rows = []
 
     def add(op, implementation, wire, us, baseline=None):
@@ -142,8 +138,9 @@ def run_cell(cell: Cell, formats: list[str], names: list[str]) -> list[dict[str,
         away = sent * row_bytes * (cell.ranks - 1) / cell.ranks
         row = {
             "op": op, "implementation": implementation, "wire_format": wire, "ranks": cell.ranks, "T": cell.tokens,
-            "routing": cell.routing, "form": cell.form, "H": cell.hidden, "us": round(us, 2),
-            "gbps_out": round(away / us / 1e3, 1), "baseline": None, "baseline_us": None, "speedup": None,
+            "routing": cell.routing, "form": cell.form, "H": cell.hidden, "experts": cell.experts,
+            "top_k": cell.top_k, "us": round(us, 2), "bytes_out": round(away), "gbps_out": round(away / us / 1e3, 1),
+            "baseline": None, "baseline_us": None, "speedup": None,
         }  # fmt: skip
         if baseline is not None and cell.form == "per_peer":  # per slot the buffers are R times what is sent
             row |= baseline_columns(baseline, us)
@@ -166,85 +163,6 @@ def baseline_columns(baseline: dict[str, Any], us: float) -> dict[str, Any]:
     """What a row says of the row that it is compared with."""
     name = f"{baseline['op']} bf16"
     return {"baseline": name, "baseline_us": baseline["us"], "speedup": round(baseline["us"] / us, 2)}
-
-
-def make_routing(cell: Cell) -> tuple[jax.Array, jax.Array]:
-    """ids i32 and weights f32 [ranks * T, k]."""
-    rng = np.random.default_rng(0)
-    shape = (cell.ranks, cell.tokens)
-    if cell.routing == "even":
-        local = EXPERTS // cell.ranks
-        ids = np.arange(cell.tokens) % cell.ranks * local + rng.integers(0, local, shape)
-        ids = ids[..., None]
-    else:
-        ids = np.argsort(rng.random((*shape, EXPERTS)), axis=-1)[..., :TOP_K]
-    ids = jnp.asarray(ids.reshape(-1, cell.top_k), jnp.int32)
-    return ids, jnp.asarray(rng.random(ids.shape), jnp.float32)
-
-
-def rows_sent(cell: Cell, ids: np.ndarray) -> np.ndarray:
-    """Rows that each token becomes."""
-    if cell.form == "per_slot":
-        return np.full(len(ids), cell.top_k)
-    owner = ids // (EXPERTS // cell.ranks)
-    return (owner[:, :, None] == np.arange(cell.ranks)).any(axis=1).sum(axis=1)
-
-
-# --- steps: (state, operands, zero) -> (next state, results that must be computed) ---
-
-
-def exchange(state, operands, zero, *, ranks):
-    """bf16 rows of the worst case, without saying which token is where."""
-    del operands, zero
-    state = lax.all_to_all(state.reshape(ranks, -1, state.shape[-1]), "ep", 0, 0).reshape(state.shape)
-    return state, ()
-
-
-def exchange_and_sum(state, operands, zero, *, ranks):
-    """The same, and the rows of all devices added up."""
-    state, _ = exchange(state, operands, zero, ranks=ranks)
-    wide = state.reshape(ranks, -1, state.shape[-1]).astype(jnp.float32)
-    return state, jnp.sum(wide, axis=0).astype(state.dtype)
-
-
-def dispatch_step(state, operands, zero, *, ranks, cell, wire, implementation):
-    """One dispatch; low_latency: state is a number and the buffers that the program keeps."""
-    buffers = None
-    if implementation == "low_latency":
-        implementation, (state, buffers) = None, state
-    (x, ids, weights), state = lax.optimization_barrier((operands, state))
-    ids = ids + zero * state
-    scale = jnp.float32(0.01) if wire == "nvfp4" else None
-    if implementation == "nccl":
-        routes = Routes(cell.tokens, cell.top_k, ranks, EXPERTS // ranks, cell.capacity, cell.form)
-        received = dispatch_all_to_all(
-            [x], scale, ids, weights, routes=routes, axis_name="ep", encode=None if wire == "bf16" else wire,
-            implementation=None,
-        )  # fmt: skip
-        return received[1][0, 0], received
-    d = dispatch(
-        x, ids, weights, num_experts=EXPERTS, form=cell.form, wire_format=wire, global_scale=scale,
-        pair_capacity=cell.capacity, buffers=buffers, implementation=implementation,
-    )  # fmt: skip
-    if buffers is not None:  # what is in them stays there
-        return (d.local_ids[:1, 0], d.buffers), (d.send_map,)
-    return d.local_ids[0, 0], (jax.tree.leaves(d.x), d.local_ids, d.local_weights, d.send_map)
-
-
-def combine_step(state, operands, zero, *, ranks, cell, implementation):
-    """One combine of rows that are there already."""
-    (y, send_map, weights), state = lax.optimization_barrier((operands, state))
-    send_map = send_map + zero * state
-    home = weights if cell.form == "per_slot" else None
-    if implementation == "nccl":
-        home = jnp.ones(send_map.shape, jnp.float32) if home is None else home
-        out = combine_all_to_all(y, send_map, home, devices=ranks, axis_name="ep", implementation=None)
-    else:
-        width = 1 if cell.form == "per_slot" else cell.top_k
-        ids, ones = jnp.zeros((y.shape[0], width), jnp.int32), jnp.ones((y.shape[0], width))
-        d = Dispatched(None, ids, ones, send_map, jnp.int32(0))
-        out = combine(y, d, topk_weights=home, implementation=implementation)
-    return out[0, 0].astype(jnp.int32), out
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -54,6 +54,7 @@ _MODELS = {
     "deepseek-v3": (7168, 2048, 256, 8),
     "ernie-21b": (2560, 1536, 64, 6),
     "ernie-300b": (8192, 3584, 64, 8),
+    "large-ernie": (7168, 3584, 160, 4),
     "tiny": (256, 128, 8, 2),
 }
 MODELS = tuple(_MODELS)

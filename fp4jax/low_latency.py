@@ -132,7 +132,7 @@ def combine(
     turn = _Turn(dispatched.buffers.back, [target], config.blocks, "combine")
     out = combine_kernels.push_combine(
         y, row_map, dispatched.local_weights, dispatched.local_ids, send_map, topk_weights.astype(jnp.float32),
-        *turn.now, turn.kept, devices=devices, axis_name=axis_name, first=turn.first, config=config,
+        turn.now[0], turn.kept, devices=devices, axis_name=axis_name, first=turn.first, config=config,
     )  # fmt: skip
     _, back = turn.end()
     return out, dataclasses.replace(dispatched.buffers, back=back)

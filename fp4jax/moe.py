@@ -133,8 +133,8 @@ def moe_layer(
                 rows = to_nvfp4(rows)
     expected_m = max(1, topk_ids.size // weights.w13.shape[0])  # all devices send topk_ids.size routes on average
     y, row_map, dropped = _experts(rows, ids, weights, config, x.dtype, expected_m)
-    home = dict(topk_weights=topk_weights if config.form == "per_slot" else None, axis_name=axis)
-    if buffers is not None and dispatched is not None:
+    home: dict[str, Any] = dict(topk_weights=topk_weights if config.form == "per_slot" else None, axis_name=axis)
+    if dispatched is not None and buffers is not None:
         with scope("combine"):
             y, buffers = low_latency.combine(y, row_map, dispatched, **home)
     else:

@@ -82,7 +82,9 @@ def permute_to_masked(
     if capacity < 1:
         raise ValueError(f"permute_to_masked: capacity must be at least 1, got {capacity}")
     target = _Target(num_experts, capacity, num_experts * capacity, scale_layout, decode)
-    rows, filled, dropped, row_map = _permute("permute_to_masked", implementation, x, scales, topk_ids, row_scale, target)
+    rows, filled, dropped, row_map = _permute(
+        "permute_to_masked", implementation, x, scales, topk_ids, row_scale, target
+    )
     if checked:
         checkify.check(dropped == 0, "permute_to_masked: {n} routes have a bad id or exceed the capacity", n=dropped)
     return Permuted(rows.x, rows.scales, rows.row_scale, filled, row_map, dropped)

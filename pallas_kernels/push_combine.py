@@ -53,11 +53,13 @@ def push_combine(
     first: bool,
     config: TuningConfig | None = None,
 ) -> jax.Array:
-    """-> [T, H]: out[t] = sum over columns s of weights[t, s] * partial(row send_map[t, s]), where partial(r) = sum over
-    j of row_weights[r, j] * y[row_map[r, j]], on the device that received row r; both in order, each cast to y's dtype.
+    """out[t] = sum over columns s of weights[t, s] * partial(row send_map[t, s]) -> [T, H].
 
-    y: bf16 or f32 [rows, H] of this device's experts. row_map i32 [devices * C, k], -1 adds nothing, row_weights f32 and
-    local_ids i32 like it: a row whose ids are all -1 is a pad and stays here. send_map i32 and weights f32 [T, S].
+    partial(r) = sum over j of row_weights[r, j] * y[row_map[r, j]], on the device that received row r. Both sums are in
+    order and cast to y's dtype.
+
+    y: bf16 or f32 [rows, H] of this device's experts. row_map i32 [devices * C, k], -1 adds nothing; row_weights f32
+    and local_ids i32 like it: a row whose ids are all -1 is a pad and stays here. send_map i32 and weights f32 [T, S].
     sums: reference to [devices, C, H] in y's dtype, where partial sums arrive. kept: references that nothing happens
     to, and counters i32 [blocks, 32]. first: as in `dispatch.Kernel.run_into`.
 

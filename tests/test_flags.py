@@ -79,14 +79,22 @@ def test_bench_dispatch_writes_rows_for_every_cell(tmp_path):
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }  # fmt: skip
     command = [sys.executable, str(ROOT / "experiments" / "bench_dispatch.py"), f"--output_dir={tmp_path}"]
-    result = subprocess.run([*command, "--repeats=1"], env=env, capture_output=True, text=True, timeout=200, cwd=ROOT)
+    options = ["--repeats=1", "--ranks=1,2", "--experts=12", "--top_k=3"]
+    result = subprocess.run([*command, *options], env=env, capture_output=True, text=True, timeout=200, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     rows = json.loads((tmp_path / "bench_dispatch.json").read_text())["rows"]
     found = {(r["op"], r["wire_format"], r["routing"]) for r in rows}
     assert {("dispatch", w, r) for w in ("nvfp4", "fp8", "bf16") for r in ("random", "even")} <= found
     assert {("combine", "bf16", "random"), ("all_to_all", "bf16", "even")} <= found
-    assert all(r["us"] > 0 for r in rows)
+    assert all(r["us"] > 0 and (r["experts"], r["ranks"]) in ((12, 1), (12, 2)) for r in rows)
+    # Worst-case buffers of 16 tokens of 256 values: half of them for the other rank, none where there is none.
+    sent = {r["ranks"]: r["bytes_out"] for r in rows if (r["op"], r["routing"]) == ("all_to_all", "random")}
+    assert sent == {1: 0, 2: 16 * 256 * 2}
     assert (tmp_path / "bench_dispatch.png").read_bytes().startswith(b"\x89PNG")
-    refused = subprocess.run([*command, "--tokens=0"], env=env, capture_output=True, text=True, timeout=100, cwd=ROOT)
-    assert refused.returncode == 1
-    assert "--tokens must be positive" in refused.stdout + refused.stderr
+    for flag, message in (
+        ("--tokens=0", "--tokens must be positive"),
+        ("--experts=9", "--experts=9 must be a multiple"),
+    ):
+        refused = subprocess.run([*command, flag], env=env, capture_output=True, text=True, timeout=100, cwd=ROOT)
+        assert refused.returncode == 1
+        assert message in refused.stdout + refused.stderr

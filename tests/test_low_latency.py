@@ -132,7 +132,7 @@ def test_copies_of_what_kernels_change_are_refused(copied):
 
 
 def chained(mesh, form, wire, tokens, steps, kept):
-    """Digests [devices, 1 + steps, 4] of ways there and back with random routing, one after the other in one program."""
+    """Digests [devices, 1 + steps, 4] of ways there and back, random routing, one after the other in one program."""
 
     def body(seed):
         def step(i, buffers, before):
@@ -201,9 +201,9 @@ def test_a_model_decodes_the_same_tokens(make_mesh, devices):
     quantize_experts(model)
     prompts = [[1, 2, 3], [7, 8], [9, 250, 17, 4], [5]]
     answers = []
-    for low_latency in (False, True):
+    for kept in (False, True):
         configure_experts(
-            model, mesh=make_mesh(devices), activation_format="nvfp4", wire_format="nvfp4", low_latency=low_latency
+            model, mesh=make_mesh(devices), activation_format="nvfp4", wire_format="nvfp4", low_latency=kept
         )
         served = BucketedModel(model, buckets=(8,), batch_buckets=(4,), max_length=64)
         served.warm_up(workers=4)

@@ -31,7 +31,7 @@ from fp4jax.wire_formats import from_fp8, to_fp8
 
 EP = P("ep")
 _WATCHDOG_S = 240
-DEVICES = [pytest.param(n, marks=pytest.mark.multigpu(n)) for n in (2, 4)]
+DEVICES = [pytest.param(n, marks=pytest.mark.multigpu(n)) for n in (2, 4, 8)]
 KERNEL, XLA = "mosaic_gpu", "xla"
 ROUTINGS = ("random", "skewed", "idle", "bad")
 

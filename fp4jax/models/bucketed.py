@@ -73,11 +73,10 @@ class BucketedModel:
         )
         self.head = block_graph(_head, buckets=buckets, in_axes=(None, 1), out_axes=None, name="head", **counted)
         axes: dict[str, Any] = dict(in_axes=(None, 0, 0, None), out_axes=(0, 0, None))
+        check = check_no_copies if _is_low_latency(model) else None
+        decoding: dict[str, Any] = dict(**axes, **in_place, check_compiled=check)
         self.decoders = {
-            size: block_graph(
-                _decode, buckets=(size,), name=f"decode step of {size}", **axes, **in_place,
-                check_compiled=check_no_copies if _is_low_latency(model) else None,
-            )  # fmt: skip
+            size: block_graph(_decode, buckets=(size,), name=f"decode step of {size}", **decoding)
             for size in batch_buckets
         }
         home = home_of(self._whole[1])

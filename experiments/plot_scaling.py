@@ -1,0 +1,114 @@
+"""How dispatch and the way back scale with the number of GPUs: from results of bench_dispatch.py.
+
+    python experiments/bench_dispatch.py --ranks=1,2,4,8 --experts=256 --wire_formats=nvfp4 --routings=random
+    python experiments/plot_scaling.py
+
+Every rank has the same number of tokens T at every number of ranks. Prints and plots the time per token, the bytes that
+leave a GPU per token, and the percentage of its NVLink (--link_gbps, one direction) that this is; and how much longer
+every number of ranks takes than the one before. Writes scaling.json and scaling.png.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+
+from experiments.flag_values import integers
+
+_RESULTS = flags.DEFINE_list(
+    "results", ["output/bench_dispatch/bench_dispatch.json"], "Files of bench_dispatch.py; later ones replace rows."
+)
+_TOKENS = flags.DEFINE_list("tokens", None, "Tokens per rank; default: all in the files.")
+_LINK_GBPS = flags.DEFINE_float("link_gbps", 450, "GB/s of a GPU's NVLink, one direction; 450 on Hopper.")
+_OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Folder for JSON and PNG; default: that of the first file.")
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    reports = []
+    for name in _RESULTS.value:
+        if not Path(name).is_file():
+            raise app.UsageError(f"--results: there is no {name}; bench_dispatch.py writes such files")
+        reports.append(json.loads(Path(name).read_text()))
+        if reports[-1].get("experiment") != "bench_dispatch":
+            raise app.UsageError(f"--results: {name} holds no results of bench_dispatch.py")
+    rows = scaling_rows([r for report in reports for r in report["rows"]], _LINK_GBPS.value)
+    if tokens := integers("tokens", _TOKENS.value or []):
+        rows = [r for r in rows if r["T"] in tokens]
+    if not rows:
+        raise app.UsageError("--results: no rows of random routing" + (f" with T in {tokens}" if tokens else ""))
+    folder = Path(_OUTPUT_DIR.value or Path(_RESULTS.value[0]).parent)
+    folder.mkdir(parents=True, exist_ok=True)
+    devices = sorted({str(report["device"]) for report in reports})
+    report = {"experiment": "plot_scaling", "devices": devices, "rows": rows}
+    (folder / "scaling.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(table(rows))
+    plot(rows, folder / "scaling.png", " and ".join(devices))
+    print(f"wrote {folder}/scaling.json and scaling.png")
+
+
+def scaling_rows(rows: list[dict[str, Any]], link_gbps: float) -> list[dict[str, Any]]:
+    """One row per op, implementation, wire format, routing, T and ranks: per token, and against fewer ranks."""
+    found: dict[Any, dict[str, Any]] = {}
+    for r in rows:
+        if r["routing"] != "random":
+            continue
+        line = (f"{r['op']}, {r['wire_format']}, {r['implementation']}", r["form"], r["H"], r["T"])
+        line += (r.get("experts", 64), r.get("top_k", 8))  # what files had before they said so
+        sent = r.get("bytes_out", r["gbps_out"] * r["us"] * 1e3)
+        found[line, r["ranks"]] = {
+            "line": line[0], "form": line[1], "H": line[2], "T": line[3], "experts": line[4], "top_k": line[5],
+            "ranks": r["ranks"], "us": r["us"], "ns_per_token": round(1e3 * r["us"] / r["T"], 2),
+            "bytes_out_per_token": round(sent / r["T"], 1),
+            "percent_of_link": round(sent / r["us"] / 1e3 / link_gbps * 100, 1), "times_fewer_ranks": None,
+        }  # fmt: skip
+    for (line, ranks), row in found.items():
+        fewer = [n for other, n in found if other == line and n < ranks]
+        if fewer:
+            row["times_fewer_ranks"] = round(row["us"] / found[line, max(fewer)]["us"], 2)
+    return sorted(found.values(), key=lambda r: (r["line"], r["experts"], r["top_k"], r["T"], r["ranks"]))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """All rows as aligned text."""
+    head = f"{'':34}{'experts':>8}{'T':>7}{'ranks':>6}{'us':>10}{'ns/token':>10}{'bytes/token':>12}{'of link':>9}"
+    lines = [head + f"{'fewer ranks':>13}"]
+    for r in rows:
+        times = "" if r["times_fewer_ranks"] is None else f"{r['times_fewer_ranks']:.2f}x"
+        lines.append(
+            f"{r['line']:34}{r['experts']:>8}{r['T']:>7}{r['ranks']:>6}{r['us']:>10.1f}{r['ns_per_token']:>10.1f}"
+            f"{r['bytes_out_per_token']:>12.0f}{r['percent_of_link']:>8.1f}%{times:>13}"
+        )
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict[str, Any]], path: Path, device: str) -> None:
+    """Three panels over the number of ranks: time per token, bytes per token, percent of the link."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = (("ns_per_token", "ns per token"), ("bytes_out_per_token", "bytes out per token"))
+    panels += (("percent_of_link", "% of NVLink"),)
+    figure, axes = plt.subplots(1, 3, figsize=(15, 5.5))
+    ranks = sorted({r["ranks"] for r in rows})
+    for axis, (key, label) in zip(axes, panels, strict=True):
+        for line in dict.fromkeys((r["line"], r["T"], r["experts"], r["form"], r["H"], r["top_k"]) for r in rows):
+            some = [r for r in rows if (r["line"], r["T"], r["experts"], r["form"], r["H"], r["top_k"]) == line]
+            axis.plot([r["ranks"] for r in some], [r[key] for r in some], "o-", label=f"{line[0]}, T={line[1]}")
+        axis.set(xscale="log", xlabel="ranks", ylabel=label)
+        axis.set_xticks(ranks, [str(n) for n in ranks])
+        axis.minorticks_off()
+    axes[0].set_yscale("log")
+    figure.suptitle(f"{device}, the same tokens per rank")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=7, ncols=4, loc="lower center")
+    figure.tight_layout(rect=(0, 0.04 + 0.03 * -(-len(labels) // 4), 1, 1))
+    figure.savefig(path, dpi=90)
+
+
+if __name__ == "__main__":
+    app.run(main)
