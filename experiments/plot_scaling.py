@@ -85,7 +85,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: Path, device: str) -> None:
-    """Three panels over the number of ranks: time per token, bytes per token, percent of the link."""
+    """Three panels over the number of ranks: time per token, bytes per token, percent of the link.
+
+    A color per op, a marker per T; what only one number of ranks ran is left out where others ran more.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -95,10 +98,15 @@ def plot(rows: list[dict[str, Any]], path: Path, device: str) -> None:
     panels += (("percent_of_link", "% of NVLink"),)
     figure, axes = plt.subplots(1, 3, figsize=(15, 5.5))
     ranks = sorted({r["ranks"] for r in rows})
+    lines: dict[Any, list[dict[str, Any]]] = {}
+    for r in rows:
+        lines.setdefault((r["line"], r["T"], r["experts"], r["form"], r["H"], r["top_k"]), []).append(r)
+    lines = {key: some for key, some in lines.items() if len(some) > 1 or len(ranks) == 1}
+    names, tokens = (list(dict.fromkeys(key[i] for key in lines)) for i in (0, 1))
     for axis, (key, label) in zip(axes, panels, strict=True):
-        for line in dict.fromkeys((r["line"], r["T"], r["experts"], r["form"], r["H"], r["top_k"]) for r in rows):
-            some = [r for r in rows if (r["line"], r["T"], r["experts"], r["form"], r["H"], r["top_k"]) == line]
-            axis.plot([r["ranks"] for r in some], [r[key] for r in some], "o-", label=f"{line[0]}, T={line[1]}")
+        for line, some in lines.items():
+            style = dict(color=f"C{names.index(line[0]) % 10}", marker="osv^D<>"[sorted(tokens).index(line[1]) % 7])
+            axis.plot([r["ranks"] for r in some], [r[key] for r in some], label=f"{line[0]}, T={line[1]}", **style)
         axis.set(xscale="log", xlabel="ranks", ylabel=label)
         axis.set_xticks(ranks, [str(n) for n in ranks])
         axis.minorticks_off()
