@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import lanes
+from pallas_kernels import lanes, launch
 from pallas_kernels.meeting import Meeting
 from pallas_kernels.permute import check_depermute, row_access, sum_of_routes
 from pallas_kernels.quantize import MAX_INDEX, unsigned_div
@@ -100,7 +100,7 @@ def combine(
         lax.fori_loop(0, -(-tokens * cut.items // (workers * lanes.LANES)), step, None)
         Meeting(*meeting).meet(devices, config.warpgroups)
 
-    return lanes.kernel(
+    return launch.kernel(
         body,
         jax.ShapeDtypeStruct((tokens, y.shape[1]), y.dtype),
         grid=config.blocks,

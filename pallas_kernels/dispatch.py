@@ -23,7 +23,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import lanes
+from pallas_kernels import lanes, launch
 from pallas_kernels.meeting import CountedMeeting, Meeting
 from pallas_kernels.quantize import MAX_INDEX, unsigned_div
 from pallas_kernels.row_makers import PIECE, check_parts, is_single, row_maker
@@ -176,7 +176,7 @@ class Kernel:
             end = Meeting(*scratch[self._own :]) if meeting else None
             self._send_all(inputs, outputs[:-1], outputs[-1], scratch[: self._own], end)
 
-        return lanes.kernel(
+        return launch.kernel(
             body, (*targets, send_map), grid=self.config.blocks, warpgroups=self.config.warpgroups + 1,
             scratch_types=[*self._scratch(), *meeting],
         )(*operands)  # fmt: skip
@@ -196,7 +196,7 @@ class Kernel:
             end = CountedMeeting(kept_here[-1], *scratch[self._own :])
             self._send_all(inputs, targets_here, map_ref, scratch[: self._own], end)
 
-        return lanes.kernel(
+        return launch.kernel(
             body, self._map(), grid=self.config.blocks, warpgroups=self.config.warpgroups + 1, device_barrier=first,
             scratch_types=[*self._scratch(), *CountedMeeting.scratch(self.config.warpgroups + 1)],
         )(*inputs)  # fmt: skip

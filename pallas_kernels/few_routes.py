@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import lanes
+from pallas_kernels import lanes, launch
 
 MAX_ROUTES = 16384  # each block reads all of them; measured on an H100
 _CHUNK = 64  # routes whose rows a block hands out
@@ -92,7 +92,7 @@ def metadata(
             lanes.scatter(bad_ref, lane, [lanes.splat(all_bad, jnp.uint32)], where=lane == 0)
 
     columns = tiles * lanes.LANES
-    row_map, counts, filled, bad = lanes.kernel(
+    row_map, counts, filled, bad = launch.kernel(
         body,
         tuple(jax.ShapeDtypeStruct((n,), jnp.int32) for n in (routes, num_experts, num_experts, 1)),
         grid=blocks,

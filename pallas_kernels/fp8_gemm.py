@@ -28,7 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import math as mlir_math
 
-from pallas_kernels import lanes
+from pallas_kernels import lanes, launch
 from pallas_kernels.fp8_config import BLOCK, ROWS, TuningConfig, check_config, choose
 from pallas_kernels.schedule import H100_SMS
 
@@ -106,7 +106,7 @@ def gemm(
             plgpu.set_max_registers(multiply, action="increase")
             _multiply(plan, refs, warpgroup)
 
-    return lanes.kernel(
+    return launch.kernel(
         body, jax.ShapeDtypeStruct((m, n), out_dtype), grid=plan.clusters, scratch_types=scratch_types,
         warpgroups=c.warpgroups + 1, cluster=c.cluster, interpret=interpret,
     )(x, w, x_scale, w_scale)  # fmt: skip

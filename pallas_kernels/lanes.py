@@ -9,7 +9,6 @@ In interpret mode the same functions run as plain jnp, so that a whole kernel ca
 """
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -22,91 +21,16 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import llvm
 
-LANES = 128  # threads of a warpgroup
+from pallas_kernels import lane_memory
+
+LANES = lane_memory.LANES
 SMEM_BYTES = 232448  # shared memory of a block
 # What the float instructions take: a lane array, or a number that is the same for all lanes.
 Value = jax.Array | np.floating | float
-_LAYOUT = plgpu.Layout.WG_STRIDED((LANES,), vec_size=1)
-_MAX_VECTOR_BYTES = 16
-_MAX_GRID_AXIS = 2**16 - 1  # of CUDA's second and third grid axes
+_LAYOUT = lane_memory.LAYOUT
 _interpreting = False
-
-
-def kernel(
-    body: Callable[..., None],
-    out_type: Any,
-    *,
-    grid: int,
-    scratch_types: Any = (),
-    warpgroups: int = 1,
-    cluster: int = 1,
-    device_barrier: bool = True,
-    interpret: Any = None,
-) -> Callable[..., Any]:
-    """`body(*inputs, *outputs, *scratch)` on `grid` blocks of 128 threads; `block_index()` tells them apart.
-
-    warpgroups: threads of a block / 128; `warpgroup_index()` tells them apart, and each has its own lanes and `sync`.
-    device_barrier: whether XLA lets the devices meet before a kernel that reaches into others' memory.
-    cluster: if above 1, `grid` counts clusters of as many blocks, which axis "cluster" tells apart.
-    interpret: `plgpu.InterpretGPUParams()` runs it on the CPU.
-    """
-
-    def traced(*refs: Any) -> None:
-        with interpreting(interpret is not None):
-            body(*refs)
-
-    traced.__name__ = _name_of(body)
-    threads: dict[str, Any] = {} if warpgroups == 1 else dict(num_threads=warpgroups, thread_name="warpgroup")
-    if cluster > 1:
-        threads |= dict(cluster=(cluster,), cluster_names=("cluster",))
-    call = plgpu.kernel(
-        traced,
-        out_type=out_type,
-        scratch_types=scratch_types,
-        grid=(grid,),
-        grid_names=("block",),
-        **threads,
-        interpret=interpret,
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-            unsafe_no_auto_barriers=True,
-            skip_device_barrier=not device_barrier,
-        ),
-    )
-
-    @jax.custom_batching.custom_vmap
-    def within_grid_limit(*operands: jax.Array) -> Any:
-        return call(*operands)
-
-    @within_grid_limit.def_vmap
-    def batched(axis_size: int, in_batched: Sequence[bool], *operands: jax.Array) -> Any:
-        # A batch becomes an axis of the grid, and those have a limit.
-        axes = tuple(0 if b else None for b in in_batched)
-        many = jax.vmap(call, in_axes=axes)
-        if axis_size > _MAX_GRID_AXIS or warpgroups > 1:  # a persistent kernel fills the device by itself
-            split = [o for o, b in zip(operands, in_batched, strict=True) if b]
-
-            def one(mapped: list[jax.Array]) -> Any:
-                rest = iter(mapped)
-                return call(*(next(rest) if b else o for o, b in zip(operands, in_batched, strict=True)))
-
-            results = lax.map(one, split, batch_size=None if warpgroups > 1 else _MAX_GRID_AXIS)
-        else:
-            results = many(*operands)
-        return results, jax.tree.map(lambda _: True, results)
-
-    def run(*operands: Any) -> Any:
-        if any(isinstance(a, jax.Ref) for a in operands):  # vmap does not know references
-            return call(*operands)
-        # Inside shard_map a result varies over the mesh axes that its operands vary over; the kernel does not say so.
-        axes = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in operands))
-        return jax.tree.map(
-            lambda a: lax.pcast(a, tuple(axes), to="varying") if axes else a, within_grid_limit(*operands)
-        )
-
-    return run
 
 
 @contextlib.contextmanager
@@ -165,23 +89,23 @@ def gather(
     if _interpreting:
         found = jnp.zeros((LANES, count), jnp.uint32)
         for i, one in enumerate(refs):
-            words = _as_unsigned(one[...].reshape(-1), dtype).reshape(-1, count)
+            words = lane_memory.as_unsigned(one[...].reshape(-1), dtype).reshape(-1, count)
             words = words[jnp.clip(index, 0, words.shape[0] - 1)].astype(jnp.uint32)
             found = jnp.where((where & (which == i))[:, None], words, found)
         return tuple(found[:, j] for j in range(count))
-    width = _elements_per_access(count, size)
+    width = lane_memory.elements_per_access(count, size)
 
     @plgpu.inline_mgpu(
         arg_types=(_LAYOUT, _LAYOUT, _LAYOUT, *(plgpu.RefType(),) * len(refs)),
-        return_type=(_lane_struct(jnp.uint32),) * count,
+        return_type=(lane_memory.lane_struct(jnp.uint32),) * count,
     )
     def load(_, index, where, which, *refs):
-        address, predicate = _address(refs, which, index, count * size), _scalar(where)
+        address, predicate = lane_memory.address_of(refs, which, index, count * size), lane_memory.scalar(where)
         space = "shared" if mgpu_utils.is_smem_ref(refs[0]) else "global"
         found = []
         for start in range(0, count, width):
-            found += _load_asm(address, start * size, predicate, size, width, space)
-        return tuple(_lane_array(value) for value in found)
+            found += lane_memory.load_asm(address, start * size, predicate, size, width, space)
+        return tuple(lane_memory.lane_array(value) for value in found)
 
     return load(index, where, which, *refs)
 
@@ -204,17 +128,17 @@ def scatter(
     index, where, which = _lane_args(index, where, which)
     if _interpreting:
         for i, one in enumerate(refs):
-            _interpret_scatter(one, index, values, dtype, where & (which == i))
+            lane_memory.interpret_scatter(one, index, values, dtype, where & (which == i))
         return
-    width = _elements_per_access(count, size)
+    width = lane_memory.elements_per_access(count, size)
 
     @plgpu.inline_mgpu(arg_types=(_LAYOUT, _LAYOUT, _LAYOUT, *(plgpu.RefType(),) * len(refs), *(_LAYOUT,) * count))
     def store(_, index, where, which, *rest):
-        refs, words = rest[: len(rest) - count], [_scalar(v) for v in rest[len(rest) - count :]]
-        address, predicate = _address(refs, which, index, count * size), _scalar(where)
+        refs, words = rest[: len(rest) - count], [lane_memory.scalar(v) for v in rest[len(rest) - count :]]
+        address, predicate = lane_memory.address_of(refs, which, index, count * size), lane_memory.scalar(where)
         space = "shared" if mgpu_utils.is_smem_ref(refs[0]) else "global"
         for start in range(0, count, width):
-            _store_asm(address, start * size, predicate, size, words[start : start + width], space)
+            lane_memory.store_asm(address, start * size, predicate, size, words[start : start + width], space)
 
     store(index, where, which, *refs, *values)
 
@@ -228,10 +152,10 @@ def add_to(shared_ref: Any, index: Any, *, where: Any = None) -> None:
 
     @plgpu.inline_mgpu(arg_types=(_LAYOUT, _LAYOUT, plgpu.RefType()))
     def add(_, index, where, ref):
-        address = _address([ref], None, index, 4)
+        address = lane_memory.address_of([ref], None, index, 4)
         asm = "{ .reg .pred p; setp.ne.b32 p, $1, 0; @p red.shared.add.u32 [$0], 1; }"
         nothing = llvm.StructType.get_literal([])
-        llvm.inline_asm(nothing, [address, _scalar(where)], asm, "l,r", has_side_effects=True)
+        llvm.inline_asm(nothing, [address, lane_memory.scalar(where)], asm, "l,r", has_side_effects=True)
 
     add(index, where, shared_ref)
 
@@ -256,7 +180,7 @@ def replace_where(
         return_type=plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.int32), layout=plgpu.Layout.WG_SPLAT(())),
     )
     def own_flag(_, flag):  # called a splat, but every lane holds its own
-        return mgpu.FragmentedArray.splat(_scalar(flag), (), is_signed=True)
+        return mgpu.FragmentedArray.splat(lane_memory.scalar(flag), (), is_signed=True)
 
     own = own_flag(mask.astype(jnp.int32))
     return list(lax.cond(own != 0, lambda: tuple(replacement()), lambda: tuple(values)))
@@ -318,10 +242,11 @@ def _shuffle(x, kind, step, clamp):
         below, above = jnp.roll(x, step), jnp.roll(x, -step)
         return below if kind == "up" else jnp.where((lane_index() & step) == 0, above, below)
 
-    @plgpu.inline_mgpu(arg_types=(_LAYOUT,), return_type=_lane_struct(jnp.int32))
+    @plgpu.inline_mgpu(arg_types=(_LAYOUT,), return_type=lane_memory.lane_struct(jnp.int32))
     def shuffle(_, x):
         asm = f"shfl.sync.{kind}.b32 $0, $1, {step}, {clamp}, 0xffffffff;"
-        return _lane_array(llvm.inline_asm(_i32(), [_scalar(x)], asm, "=r,r", has_side_effects=True), is_signed=True)
+        found = llvm.inline_asm(lane_memory.i32(), [lane_memory.scalar(x)], asm, "=r,r", has_side_effects=True)
+        return lane_memory.lane_array(found, is_signed=True)
 
     return shuffle(x)
 
@@ -348,22 +273,13 @@ def instruction(asm: str, interpreted: Callable[..., jax.Array], *args: Value, d
         return interpreted(*jnp.broadcast_arrays(*arrays))
     arrays = [a if jnp.ndim(a) else splat(a, jnp.float32) for a in arrays]
 
-    @plgpu.inline_mgpu(arg_types=(_LAYOUT,) * len(arrays), return_type=_lane_struct(dtype))
+    @plgpu.inline_mgpu(arg_types=(_LAYOUT,) * len(arrays), return_type=lane_memory.lane_struct(dtype))
     def inline(_, *lanes):
-        result, register = (ir.F32Type.get(), "=f") if dtype == jnp.float32 else (_i32(), "=r")
+        result, register = (ir.F32Type.get(), "=f") if dtype == jnp.float32 else (lane_memory.i32(), "=r")
         constraints = ",".join([register] + ["f" if a.mlir_dtype == ir.F32Type.get() else "r" for a in lanes])
-        return _lane_array(llvm.inline_asm(result, [_scalar(a) for a in lanes], asm, constraints))
+        return lane_memory.lane_array(llvm.inline_asm(result, [lane_memory.scalar(a) for a in lanes], asm, constraints))
 
     return inline(*arrays)
-
-
-# --- implementation ---
-
-
-def _name_of(body):
-    """What profiles call a kernel: module and functions around `body`, without repetitions."""
-    parts = [body.__module__.rpartition(".")[2], *body.__qualname__.split(".")]
-    return "_".join(dict.fromkeys(part for part in parts if part not in ("<locals>", "body")))
 
 
 def _lane_args(index, where, which):
@@ -372,114 +288,3 @@ def _lane_args(index, where, which):
         return index, splat(True, jnp.bool_) if _interpreting else splat(1, jnp.uint32), which
     where = where if jnp.ndim(where) else splat(where, jnp.bool_)
     return index, where if _interpreting else where.astype(jnp.uint32), which
-
-
-def _elements_per_access(count, size):
-    """Elements of one load or store: a power of two of at most 16 bytes that divides `count`; bytes go one by one."""
-    if size < 4:
-        return 1
-    return math.gcd(count, _MAX_VECTOR_BYTES // size)
-
-
-def _i32():
-    return ir.IntegerType.get_signless(32)
-
-
-def _scalar(array):
-    """The register of this lane."""
-    (register,) = array.registers.flat
-    return vector.extract(register, [], [0]) if isinstance(register.type, ir.VectorType) else register
-
-
-def _lane_array(value, is_signed=False):
-    register = vector.broadcast(ir.VectorType.get((1,), value.type), value)
-    layout = _LAYOUT.to_mgpu()
-    is_signed = None if isinstance(value.type, ir.F32Type) else is_signed
-    return mgpu.FragmentedArray(_registers=np.array([register], object), _layout=layout, _is_signed=is_signed)
-
-
-def _lane_struct(dtype):
-    return plgpu.ShapeDtypeStruct((LANES,), jnp.dtype(dtype), layout=_LAYOUT)
-
-
-def _address(refs, which, index, bytes_per_index):
-    """i64 address of element `index` of the lane's reference; offsets may exceed 2^31 bytes."""
-    i64 = ir.IntegerType.get_signless(64)
-    base, *others = (llvm.ptrtoint(i64, mgpu_utils.memref_ptr(ref)) for ref in refs)
-    for i, other in enumerate(others, 1):
-        chosen = arith.cmpi(arith.CmpIPredicate.eq, _scalar(which), arith.constant(_i32(), i))
-        base = arith.select(chosen, other, base)
-    offset = arith.muli(arith.extsi(i64, _scalar(index)), arith.constant(i64, bytes_per_index))
-    return arith.addi(base, offset)
-
-
-def _suffix(size, width):
-    return {1: "u8", 2: "u16", 4: "b32"}[size], {1: "", 2: ".v2", 4: ".v4"}[width]
-
-
-def _load_asm(address, offset, predicate, size, width, space):
-    kind, vec = _suffix(size, width)
-    outs = [f"${i}" for i in range(width)]
-    target = outs[0] if width == 1 else "{" + ", ".join(outs) + "}"
-    zero = "".join(f"mov.b32 {o}, 0; " for o in outs)
-    if size == 2:  # u16 loads need a 16-bit register
-        move = f".reg .u16 h; mov.u16 h, 0; @p ld.{space}.u16 h, [${width}+{offset}]; cvt.u32.u16 $0, h;"
-    else:
-        move = f"@p ld.{space}{vec}.{kind} {target}, [${width}+{offset}];"
-    asm = f"{{ .reg .pred p; setp.ne.b32 p, ${width + 1}, 0; {zero}{move} }}"
-    constraints = ",".join(["=&r"] * width + ["l", "r"])
-    result = _i32() if width == 1 else llvm.StructType.get_literal([_i32()] * width)
-    value: Any = llvm.inline_asm(result, [address, predicate], asm, constraints, has_side_effects=True)
-    return [value] if width == 1 else [llvm.extractvalue(_i32(), value, [i]) for i in range(width)]
-
-
-def _store_asm(address, offset, predicate, size, words, space):
-    width = len(words)
-    kind, vec = _suffix(size, width)
-    names = [f"${i + 2}" for i in range(width)]
-    source = names[0] if width == 1 else "{" + ", ".join(names) + "}"
-    if size == 2:
-        move = f".reg .u16 h; cvt.u16.u32 h, $2; @p st.{space}.u16 [$0+{offset}], h;"
-    else:
-        move = f"@p st.{space}{vec}.{kind} [$0+{offset}], {source};"
-    asm = f"{{ .reg .pred p; setp.ne.b32 p, $1, 0; {move} }}"
-    constraints = ",".join(["l", "r"] + ["r"] * width)
-    llvm.inline_asm(
-        llvm.StructType.get_literal([]), [address, predicate, *words], asm, constraints, has_side_effects=True
-    )
-
-
-def _as_unsigned(flat, dtype):
-    """Flat array of any dtype -> the same bytes as flat unsigned integers of dtype's size."""
-    wanted = jnp.dtype(f"uint{8 * jnp.dtype(dtype).itemsize}")
-    have, want = flat.dtype.itemsize, wanted.itemsize
-    if have < want:
-        flat = flat.reshape(-1, want // have)
-    return lax.bitcast_convert_type(flat, wanted).reshape(-1)
-
-
-def _interpret_scatter(ref, index, values, dtype, where):
-    """Element by element, so that blocks that write different elements of one array do not seem to race."""
-    unsigned = jnp.dtype(f"uint{8 * jnp.dtype(dtype).itemsize}")
-    block = jnp.stack([v.astype(unsigned) for v in values], axis=-1)
-    if unsigned.itemsize < ref.dtype.itemsize:
-        block = block.reshape(LANES, -1, ref.dtype.itemsize // unsigned.itemsize)
-    cells = lax.bitcast_convert_type(block, ref.dtype).reshape(LANES, -1)
-    per_lane = cells.shape[1]
-
-    def lane(i, _):
-        @when(where[i])
-        def _():
-            for j in range(per_lane):
-                position = index[i] * per_lane + j
-                ref[_unravel(position, ref.shape)] = cells[i, j]
-
-    lax.fori_loop(0, LANES, lane, None)
-
-
-def _unravel(position, shape):
-    index = []
-    for size in reversed(shape):
-        index.append(position % size)
-        position = position // size
-    return tuple(reversed(index))

@@ -48,7 +48,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import lanes
+from pallas_kernels import launch
 from pallas_kernels.gemm_config import TuningConfig, check_config
 from pallas_kernels.gemm_roles import Gemm, Refs
 from pallas_kernels.group_tiles import GroupTiles
@@ -121,7 +121,7 @@ def grouped_gemm(
         shared: list[Any] = [*inputs[:5], act_scale_gmem, results, x_rows, x_tiles, *scratch]
         gemm.run(Refs(*shared))
 
-    found = lanes.kernel(
+    found = launch.kernel(
         body, tuple(out_type), grid=H100_SMS, scratch_types=gemm.scratch_types(), warpgroups=config.all_warpgroups
     )(*operands)
     return tuple(r.reshape(*lead, r.shape[-1]) for r in found)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import lane_math, lanes, tuning
+from pallas_kernels import lane_math, lanes, launch, tuning
 from pallas_kernels.nvfp4_codec import BLOCK_SIZE, decode_word, e4m3_value, pack_exact_bf16, unpack_bf16
 from pallas_kernels.quantize import MAX_INDEX, as_u32, unsigned_div
 from pallas_kernels.route_metadata import MAX_TOP_K
@@ -124,7 +124,7 @@ def scatter_rows(
             first += count
 
     out = tuple(jax.ShapeDtypeStruct((num_rows, r.shape[1]), r.dtype) for r in rows)
-    return lanes.kernel(body, out, grid=sum(blocks), interpret=interpret)(row_map, *rows)
+    return launch.kernel(body, out, grid=sum(blocks), interpret=interpret)(row_map, *rows)
 
 
 def scatter_decoded_rows(
@@ -158,7 +158,7 @@ def scatter_decoded_rows(
 
     out = jax.ShapeDtypeStruct((num_rows, halves * BLOCK_SIZE // 2), jnp.bfloat16)
     grid = -(-tokens * halves // per_block)
-    return lanes.kernel(body, out, grid=grid, interpret=interpret)(row_map, qdata, block_scale)
+    return launch.kernel(body, out, grid=grid, interpret=interpret)(row_map, qdata, block_scale)
 
 
 def _load_routes(map_ref, token, k, valid):
@@ -220,7 +220,7 @@ def arrange_scales(
 
     grid = experts * m_tiles * -(-groups // per_lane)
     out = jax.ShapeDtypeStruct(shape, scales.dtype)
-    return lanes.kernel(body, out, grid=grid, interpret=interpret)(scales, source, counts)
+    return launch.kernel(body, out, grid=grid, interpret=interpret)(scales, source, counts)
 
 
 def depermute_combine(
@@ -253,7 +253,7 @@ def depermute_combine(
     grid = -(-tokens * cut.items // lanes.LANES)
     out = jax.ShapeDtypeStruct((tokens, y.shape[1]), y.dtype)
     weights = topk_weights.astype(jnp.float32)
-    return lanes.kernel(body, out, grid=grid, interpret=interpret)(row_map.astype(jnp.int32), weights, y)
+    return launch.kernel(body, out, grid=grid, interpret=interpret)(row_map.astype(jnp.int32), weights, y)
 
 
 def sum_of_routes(

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import lanes
+from pallas_kernels import lanes, launch
 from pallas_kernels.combine import TuningConfig, check_config as check_combine
 from pallas_kernels.meeting import CommonMeeting
 from pallas_kernels.permute import check_depermute, row_access, sum_of_routes
@@ -110,7 +110,7 @@ def push_combine(
         meeting.meet(devices, config.warpgroups)
         lax.fori_loop(0, -(-tokens * cut.items // (workers * lanes.LANES)), add, None)
 
-    return lanes.kernel(
+    return launch.kernel(
         body, jax.ShapeDtypeStruct((tokens, hidden), y.dtype), grid=config.blocks, warpgroups=config.warpgroups,
         scratch_types=CommonMeeting.scratch(config.warpgroups), device_barrier=first,
     )(y, row_map, row_weights, local_ids, send_map, weights, sums, *kept)  # fmt: skip

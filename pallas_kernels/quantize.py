@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels import lanes, tuning
+from pallas_kernels import lanes, launch, tuning
 from pallas_kernels.nvfp4_codec import (
     BLOCK_SIZE,
     Encoded,
@@ -156,7 +156,7 @@ def quantize(
 
         work.run(counts_ref, ends_ref, unit)
 
-    qdata, block_scale, *row_scale = lanes.kernel(
+    qdata, block_scale, *row_scale = launch.kernel(
         body, tuple(out_type), grid=work.grid, scratch_types=work.scratch_types, interpret=interpret
     )(*operands)
     return qdata.reshape(*lead, k // 2), block_scale, row_scale[0].reshape(*lead, 1) if per_token else None

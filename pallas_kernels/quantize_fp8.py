@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels import lane_math, lanes
+from pallas_kernels import lane_math, lanes, launch
 from pallas_kernels.fp8_config import BLOCK, scale_columns
 from pallas_kernels.nvfp4_codec import BLOCK_SIZE, E4M3_MAX
 from pallas_kernels.quantize import MAX_INDEX, as_u32, load_values, unsigned_div
@@ -67,7 +67,7 @@ def quantize(x: jax.Array, *, interpret: Any = None) -> tuple[jax.Array, jax.Arr
         jax.ShapeDtypeStruct((groups, columns), jnp.float32),
     )
     grid = -(-rows * slots // per_block_of_threads)
-    return lanes.kernel(body, out_type, grid=grid, interpret=interpret)(x)
+    return launch.kernel(body, out_type, grid=grid, interpret=interpret)(x)
 
 
 def encode(values: Sequence[jax.Array], lanes_of_group: int) -> tuple[list[jax.Array], jax.Array]:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels import few_routes, lanes, tuning
+from pallas_kernels import few_routes, lanes, launch, tuning
 
 MAX_TOP_K = 32
 _MAX_EXPERTS = 1024
@@ -117,7 +117,7 @@ def route_metadata(
         for m, total in zip(mine, totals, strict=True):
             lanes.scatter(counts_ref, chunk * columns + m, [total.astype(jnp.uint32)])
 
-    per_chunk = lanes.kernel(
+    per_chunk = launch.kernel(
         count, jax.ShapeDtypeStruct((chunks, columns), jnp.int32), grid=chunks, interpret=interpret
     )(ids)
     counts = jnp.sum(per_chunk, axis=0, dtype=jnp.int32)
@@ -154,7 +154,7 @@ def route_metadata(
 
         lax.fori_loop(0, config.chunk // _UNROLL, step, rows)
 
-    row_map, source = lanes.kernel(
+    row_map, source = launch.kernel(
         assign,
         (
             jax.ShapeDtypeStruct((chunks * config.chunk,), jnp.int32),

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import lanes
+from pallas_kernels import lanes, launch
 from pallas_kernels.quantize import unsigned_div
 from pallas_kernels.schedule import H100_SMS
 
@@ -173,6 +173,6 @@ def counts_of_blocks(ids: jax.Array, plan: RowPlan, *, interpret: Any = None) ->
         lanes.scatter(counts_ref, lanes.block_index() * devices + lane, [mine.astype(jnp.uint32)], where=lane < devices)
 
     out = jax.ShapeDtypeStruct((plan.config.blocks, devices), jnp.int32)
-    return lanes.kernel(
+    return launch.kernel(
         body, out, grid=plan.config.blocks, scratch_types=[plgpu.SMEM((4 * devices,), jnp.int32)], interpret=interpret
     )(ids)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import lane_math, lanes, tuning
+from pallas_kernels import lane_math, lanes, launch, tuning
 from pallas_kernels.nvfp4_codec import (
     BLOCK_SIZE,
     EncodeScales,
@@ -141,7 +141,7 @@ def swiglu_quantize(
 
         work.run(counts_ref, ends_ref, unit)
 
-    results = lanes.kernel(
+    results = launch.kernel(
         body, tuple(out_type), grid=work.grid, scratch_types=work.scratch_types, interpret=interpret
     )(*operands)
     results = tuple(r.reshape(*lead, r.shape[-1]) for r in results)

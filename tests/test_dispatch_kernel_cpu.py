@@ -19,7 +19,7 @@ from fp4jax.implementations import peers_problem
 from fp4jax.moe import MoEConfig, MoEWeights, moe_layer
 from fp4jax.packed_weights import PackedWeights
 from fp4jax.wire_formats import to_fp8
-from pallas_kernels import dispatch as dispatch_kernels, lanes
+from pallas_kernels import dispatch as dispatch_kernels, lanes, launch
 from pallas_kernels.row_makers import row_maker
 from pallas_kernels.row_plan import Routes, RowPlan, TuningConfig, counts_of_blocks
 
@@ -52,7 +52,7 @@ def plan_in_interpret_mode(ids, routes, config, interpret, counted):
         struct((config.blocks, routes.devices), jnp.int32),
     )
     scratch = [plan.scratch()]
-    got = lanes.kernel(body, out, grid=config.blocks, scratch_types=scratch, interpret=interpret)(*operands)
+    got = launch.kernel(body, out, grid=config.blocks, scratch_types=scratch, interpret=interpret)(*operands)
     return [np.asarray(a) for a in got], plan
 
 
@@ -113,7 +113,7 @@ def test_fp8_rows_have_the_bits_of_xla(rng, hidden, dtype):
 
     scratch = [plgpu.SMEM(s.shape, s.dtype) for s in maker.sent]
     # One warpgroup, so nothing for a race detector, which would take minutes.
-    kernel = lanes.kernel(body, tuple(maker.sent), grid=1, scratch_types=scratch, interpret=plgpu.InterpretGPUParams())
+    kernel = launch.kernel(body, tuple(maker.sent), grid=1, scratch_types=scratch, interpret=plgpu.InterpretGPUParams())
     values, scales = kernel(x)
     expected = to_fp8(x)
     for got, right in zip((values, scales), expected, strict=True):

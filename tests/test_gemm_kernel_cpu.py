@@ -20,7 +20,7 @@ from fp4jax.grouped_gemm import contiguous_grouped_gemm, masked_grouped_gemm
 from fp4jax.moe import MoEConfig, MoEWeights, moe_layer
 from fp4jax.nvfp4 import NVFP4Tensor
 from fp4jax.packed_weights import PackedWeights
-from pallas_kernels import gemm_config, group_tiles, lanes, masked_gemm
+from pallas_kernels import gemm_config, group_tiles, lanes, launch, masked_gemm
 from pallas_kernels.gemm_config import TuningConfig
 
 BLOCKS = 3  # of a grid in interpret mode
@@ -75,7 +75,7 @@ def test_every_row_of_every_expert_is_one_task_per_column_tile(counts, contiguou
 
         plan.for_each(plan_ref, columns, record)
 
-    (tasks,) = lanes.kernel(
+    (tasks,) = launch.kernel(
         body, (struct((BLOCKS, most, 5), jnp.int32),), grid=BLOCKS, scratch_types=[plan.scratch()], interpret=interpret
     )(jnp.asarray(counts, jnp.int32))
     tasks = np.asarray(tasks)
