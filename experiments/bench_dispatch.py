@@ -72,8 +72,10 @@ def main(argv):
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     gpu = benchmarking.on_gpu()
     ranks = integers("ranks", _RANKS.value or [n for n in (2, 4, 8) if n <= jax.device_count()])
+    ranks = list(dict.fromkeys(ranks))
     if not ranks or max(ranks) > jax.device_count():
-        raise app.UsageError(f"--ranks: JAX sees {jax.device_count()} devices, asked for {ranks or 'at least 2'}")
+        asked = f"asked for {ranks}" if ranks else "of which there must be 2, or --ranks=1"
+        raise app.UsageError(f"--ranks: JAX sees {jax.device_count()} devices, {asked}")
     experts, top_k = _EXPERTS.value, _TOP_K.value
     if top_k > experts or any(experts % n for n in ranks):
         raise app.UsageError(f"--experts={experts} must be a multiple of {ranks} and at least --top_k={top_k}")
@@ -87,6 +89,12 @@ def main(argv):
         ("mosaic_gpu", "low_latency", "nccl", "xla") if gpu else ("xla",),
     )
     hidden = _HIDDEN.value or (7168 if gpu else 256)
+    if hidden % 16:
+        raise app.UsageError(f"--hidden={hidden} must be a multiple of 16, a block of NVFP4")
+    if not gpu and names != ["xla"]:
+        raise app.UsageError(f"--implementations={','.join(names)}: kernels need GPUs, without them there is xla")
+    if ranks == [1] and not set(names) & {"nccl", "xla"}:
+        raise app.UsageError("--ranks=1 has nobody to store to: --implementations=nccl or xla")
     folder = Path(_OUTPUT_DIR.value or "output/bench_dispatch")
     rows: list[dict[str, Any]] = []
     cells = [
@@ -196,7 +204,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             compared = "all_to_all of bf16" + (" and sum" if op == "combine" else "")
             axis.set(xscale="log", xlabel="tokens per device", ylabel=f"times as fast as {compared}")
             axis.set_title(f"{op}, {n} ranks, {rows[0]['routing']} routing")
-            axis.legend(fontsize=7)
+            if chosen:
+                axis.legend(fontsize=7)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=90)

@@ -20,7 +20,9 @@ _RESULTS = flags.DEFINE_list(
     "results", ["output/bench_dispatch/bench_dispatch.json"], "Files of bench_dispatch.py; later ones replace rows."
 )
 _TOKENS = flags.DEFINE_list("tokens", None, "Tokens per rank; default: all in the files.")
-_LINK_GBPS = flags.DEFINE_float("link_gbps", 450, "GB/s of a GPU's NVLink, one direction; 450 on Hopper.")
+_LINK_GBPS = flags.DEFINE_float(
+    "link_gbps", 450, "GB/s of a GPU's NVLink, one direction; 450 on Hopper.", lower_bound=1
+)
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Folder for JSON and PNG; default: that of the first file.")
 
 
@@ -31,9 +33,13 @@ def main(argv):
     for name in _RESULTS.value:
         if not Path(name).is_file():
             raise app.UsageError(f"--results: there is no {name}; bench_dispatch.py writes such files")
-        reports.append(json.loads(Path(name).read_text()))
-        if reports[-1].get("experiment") != "bench_dispatch":
+        try:
+            report = json.loads(Path(name).read_text())
+        except ValueError as error:
+            raise app.UsageError(f"--results: {name} is no JSON: {error}") from error
+        if not isinstance(report, dict) or report.get("experiment") != "bench_dispatch":
             raise app.UsageError(f"--results: {name} holds no results of bench_dispatch.py")
+        reports.append(report)
     rows = scaling_rows([r for report in reports for r in report["rows"]], _LINK_GBPS.value)
     if tokens := integers("tokens", _TOKENS.value or []):
         rows = [r for r in rows if r["T"] in tokens]
@@ -50,35 +56,37 @@ def main(argv):
 
 
 def scaling_rows(rows: list[dict[str, Any]], link_gbps: float) -> list[dict[str, Any]]:
-    """One row per op, implementation, wire format, routing, T and ranks: per token, and against fewer ranks."""
+    """One row per op, implementation, wire format, case, T and ranks: per token, and against fewer ranks."""
     found: dict[Any, dict[str, Any]] = {}
     for r in rows:
         if r["routing"] != "random":
             continue
-        line = (f"{r['op']}, {r['wire_format']}, {r['implementation']}", r["form"], r["H"], r["T"])
-        line += (r.get("experts", 64), r.get("top_k", 8))  # what files had before they said so
+        experts, top_k = r.get("experts", 64), r.get("top_k", 8)  # what files had before they said so
+        case = f"top {top_k} of {experts}, H={r['H']}" + ("" if r["form"] == "per_peer" else f", {r['form']}")
+        line = (f"{r['op']}, {r['wire_format']}, {r['implementation']}", case, r["T"])
         sent = r.get("bytes_out", r["gbps_out"] * r["us"] * 1e3)
         found[line, r["ranks"]] = {
-            "line": line[0], "form": line[1], "H": line[2], "T": line[3], "experts": line[4], "top_k": line[5],
-            "ranks": r["ranks"], "us": r["us"], "ns_per_token": round(1e3 * r["us"] / r["T"], 2),
-            "bytes_out_per_token": round(sent / r["T"], 1),
+            "line": line[0], "case": case, "T": r["T"], "ranks": r["ranks"], "us": r["us"],
+            "ns_per_token": round(1e3 * r["us"] / r["T"], 2), "bytes_out_per_token": round(sent / r["T"]),
             "percent_of_link": round(sent / r["us"] / 1e3 / link_gbps * 100, 1), "times_fewer_ranks": None,
         }  # fmt: skip
     for (line, ranks), row in found.items():
         fewer = [n for other, n in found if other == line and n < ranks]
         if fewer:
             row["times_fewer_ranks"] = round(row["us"] / found[line, max(fewer)]["us"], 2)
-    return sorted(found.values(), key=lambda r: (r["line"], r["experts"], r["top_k"], r["T"], r["ranks"]))
+    return sorted(found.values(), key=lambda r: (r["case"], r["line"], r["T"], r["ranks"]))
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """All rows as aligned text."""
-    head = f"{'':34}{'experts':>8}{'T':>7}{'ranks':>6}{'us':>10}{'ns/token':>10}{'bytes/token':>12}{'of link':>9}"
-    lines = [head + f"{'fewer ranks':>13}"]
-    for r in rows:
+    head = f"{'T':>41}{'ranks':>6}{'us':>10}{'ns/token':>10}{'bytes/token':>12}{'of link':>9}{'fewer ranks':>13}"
+    lines = []
+    for i, r in enumerate(rows):
+        if i == 0 or r["case"] != rows[i - 1]["case"]:
+            lines += [r["case"], head]
         times = "" if r["times_fewer_ranks"] is None else f"{r['times_fewer_ranks']:.2f}x"
         lines.append(
-            f"{r['line']:34}{r['experts']:>8}{r['T']:>7}{r['ranks']:>6}{r['us']:>10.1f}{r['ns_per_token']:>10.1f}"
+            f"{r['line']:34}{r['T']:>7}{r['ranks']:>6}{r['us']:>10.1f}{r['ns_per_token']:>10.1f}"
             f"{r['bytes_out_per_token']:>12.0f}{r['percent_of_link']:>8.1f}%{times:>13}"
         )
     return "\n".join(lines)
@@ -100,13 +108,16 @@ def plot(rows: list[dict[str, Any]], path: Path, device: str) -> None:
     ranks = sorted({r["ranks"] for r in rows})
     lines: dict[Any, list[dict[str, Any]]] = {}
     for r in rows:
-        lines.setdefault((r["line"], r["T"], r["experts"], r["form"], r["H"], r["top_k"]), []).append(r)
-    lines = {key: some for key, some in lines.items() if len(some) > 1 or len(ranks) == 1}
-    names, tokens = (list(dict.fromkeys(key[i] for key in lines)) for i in (0, 1))
+        lines.setdefault((r["line"], r["T"], r["case"]), []).append(r)
+    most = max(len(some) for some in lines.values())
+    lines = {key: some for key, some in lines.items() if len(some) > 1 or most == 1}
+    names, tokens = list(dict.fromkeys((key[0], key[2]) for key in lines)), sorted({key[1] for key in lines})
+    several_cases = len({case for _, case in names}) > 1
     for axis, (key, label) in zip(axes, panels, strict=True):
-        for line, some in lines.items():
-            style = dict(color=f"C{names.index(line[0]) % 10}", marker="osv^D<>"[sorted(tokens).index(line[1]) % 7])
-            axis.plot([r["ranks"] for r in some], [r[key] for r in some], label=f"{line[0]}, T={line[1]}", **style)
+        for (name, t, case), some in lines.items():
+            style = dict(color=f"C{names.index((name, case)) % 10}", marker="osv^D<>"[tokens.index(t) % 7])
+            shown = f"{name}, T={t}" + (f", {case}" if several_cases else "")
+            axis.plot([r["ranks"] for r in some], [r[key] for r in some], label=shown, **style)
         axis.set(xscale="log", xlabel="ranks", ylabel=label)
         axis.set_xticks(ranks, [str(n) for n in ranks])
         axis.minorticks_off()

@@ -22,10 +22,19 @@ from fp4jax.implementations import Call, has_hopper_gpu, peers_problem, run_impl
 from fp4jax.low_latency import ReceiveBuffers
 from fp4jax.nvfp4 import NVFP4Tensor, as_scale, tensor_scale
 from fp4jax.wire_formats import WIRE_FORMATS, from_fp8, from_wire, wire_arrays
-from pallas_kernels import combine as combine_kernels, dispatch as dispatch_kernels
+from pallas_kernels import combine as combine_kernels, dispatch as dispatch_kernels, push_combine
 from pallas_kernels.dispatch import Routes
 
-__all__ = ["Dispatched", "WireBytes", "agree_global_scale", "combine", "dispatch", "from_fp8", "wire_bytes"]
+__all__ = [
+    "Dispatched",
+    "WireBytes",
+    "agree_global_scale",
+    "combine",
+    "combine_into_buffers",
+    "dispatch",
+    "from_fp8",
+    "wire_bytes",
+]
 
 FORMS = ("per_peer", "per_slot")
 
@@ -167,23 +176,66 @@ def combine(
     send_map, rows = dispatched.send_map, dispatched.local_ids.shape[0]
     if y.ndim != 2 or y.shape[0] != rows:
         raise ValueError(f"combine: y must be [{rows}, H], one row per received row, got {y.shape}")
-    if topk_weights is None:
-        if send_map.shape[1] != devices:
-            raise ValueError(f"combine: the per-slot form needs topk_weights {send_map.shape}")
-        topk_weights = jnp.ones(send_map.shape, jnp.float32)
-    elif topk_weights.shape != send_map.shape or dispatched.local_ids.shape[1] != 1:
-        raise ValueError(
-            f"combine: topk_weights {topk_weights.shape} belong to the per-slot form with send_map of the same shape, "
-            f"got send_map {send_map.shape} and local_ids {dispatched.local_ids.shape}"
-        )
+    topk_weights = _home_weights("combine", dispatched, topk_weights, devices)
     return run_implementation(
         "combine",
         implementation,
-        (y, send_map, topk_weights.astype(jnp.float32)),
+        (y, send_map, topk_weights),
         xla=Call.of(combine_all_to_all, devices=devices, axis_name=axis_name, implementation=implementation),
         mosaic_gpu=Call.of(combine_kernels.combine, devices=devices, axis_name=axis_name),
         problem=peers_problem(axis_name) or combine_kernels.check_config(y, send_map, devices),
     )
+
+
+def combine_into_buffers(
+    y: Float[Array, "..."],
+    row_map: Int[Array, "rows k"],
+    dispatched: Dispatched,
+    *,
+    topk_weights: Float[Array, "t s"] | None = None,
+    axis_name: str = "ep",
+) -> tuple[Float[Array, "t h"], ReceiveBuffers]:
+    """`permute.depermute_combine` and `combine` in one kernel, after a dispatch with buffers: the same bits.
+
+    Args:
+      y: bf16 or f32, [E, M, H] or [rows, H]: what this device's experts made of the rows that they were given.
+      row_map: row of y for each route of each received row, or -1: what permuting returned.
+      topk_weights: as in `combine`.
+
+    -> the tokens [T, H] in y's dtype, and the buffers for the next dispatch.
+
+    Raises:
+      NotImplementedError: the kernel cannot serve the call; the message says why.
+      ValueError: no buffers, weights missing or too many, or shapes that do not fit.
+    """
+    op, devices, y = "combine_into_buffers", lax.axis_size(axis_name), y.reshape(-1, y.shape[-1])
+    if dispatched.buffers is None:
+        raise ValueError(f"{op}: the dispatch had no buffers")
+    if row_map.shape != dispatched.local_ids.shape:
+        raise ValueError(f"{op}: row_map must be {dispatched.local_ids.shape}, got {row_map.shape}")
+    topk_weights = _home_weights(op, dispatched, topk_weights, devices)
+    row_map = row_map.astype(jnp.int32)
+    config = low_latency.kernel_config(row_map.shape[0], y)
+    if problem := peers_problem(axis_name) or push_combine.check_config(
+        y, row_map, dispatched.send_map, devices, config
+    ):
+        raise NotImplementedError(f"{op}: {problem}")
+    return low_latency.run_back(y, row_map, dispatched, topk_weights, devices=devices, axis_name=axis_name)
+
+
+def _home_weights(op, dispatched, topk_weights, devices):
+    """Weights of the columns of the map, f32: given for the per-slot form, ones for the per-peer form."""
+    send_map, ids = dispatched.send_map, dispatched.local_ids
+    if topk_weights is None:
+        if send_map.shape[1] != devices:
+            raise ValueError(f"{op}: the per-slot form needs topk_weights {send_map.shape}")
+        return jnp.ones(send_map.shape, jnp.float32)
+    if topk_weights.shape != send_map.shape or ids.shape[1] != 1:
+        raise ValueError(
+            f"{op}: topk_weights {topk_weights.shape} belong to the per-slot form with send_map of the same shape, "
+            f"got send_map {send_map.shape} and local_ids {ids.shape}"
+        )
+    return topk_weights.astype(jnp.float32)
 
 
 def agree_global_scale(scale: Float[Array, "..."], axis_name: str | None = None) -> Float[Array, ""]:

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 from jax import lax
 
+from pallas_kernels.schedule import H100_SMS
+
 IMPLEMENTATIONS = ("xla", "mosaic_gpu", "triton")
 _HOPPER_NAMES = ("H100", "H200", "H800", "H20")  # device kinds of compute capability 9.0
 
@@ -130,6 +132,14 @@ def peers_problem(axis_name: str) -> str | None:
         kinds = {gpu.device_kind for gpu in gpus}
     without = [kind for kind in kinds if "PCIe" in kind or "NVL" in kind]
     return f"needs NVLink between all GPUs, which {without} do not have" if without else None
+
+
+def multiprocessors() -> int:
+    """Of the smallest GPU that JAX sees or traces for: how many blocks of threads may wait for each other."""
+    target = jax.sharding.get_abstract_mesh().abstract_device
+    if target is not None and target.num_cores:
+        return target.num_cores
+    return min((getattr(gpu, "core_count", None) or H100_SMS for gpu in _gpus()), default=H100_SMS)
 
 
 def has_hopper_gpu() -> bool:

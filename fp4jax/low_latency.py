@@ -5,14 +5,15 @@ program that keeps its receive buffers, and sends tokens more than once, can do 
 
     buffers = ReceiveBuffers()                      # once per program, inside shard_map(check_vma=False)
     d = dispatch(..., buffers=buffers)              # XLA's barrier, this time
-    y, buffers = combine(y, row_map, d)             # here too; the experts' rows go straight to their home devices
+    y, buffers = combine_into_buffers(y, row_map, d)    # here too; the experts' rows go straight home
     d = dispatch(..., buffers=buffers)              # of the next layer: none
 
 Two sets of buffers take turns, there as on the way back. A device that has finished a dispatch knows by the signals of
 all peers that they have begun it, and so are done with the rows of the one before: nobody reads the set that comes
 next. For that, what reads a dispatch's rows must come before the next one: something that depends on it must be an
 input of the next, as with the layers of a model. The signals go to counters that are never reset; every block of
-threads counts for itself how often it met. All devices must run the same calls in the same order, of the same shapes.
+threads counts for itself how often it met (32 bits: some million calls in one program). All devices must run the same
+calls in the same order, of the same shapes.
 
 The arrays go through every call of the program and are changed in place. Where something else still needs what is
 overwritten, XLA copies first, and a copy in the middle of a program would lose what a faster peer has stored already.
@@ -27,9 +28,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
 
-from fp4jax.implementations import peers_problem
+from fp4jax.implementations import multiprocessors
 from pallas_kernels import dispatch as dispatch_kernels, push_combine as combine_kernels
 from pallas_kernels.meeting import COUNTER_WORDS
 
@@ -93,59 +93,45 @@ def run(parts: Any, ids: jax.Array, weights: jax.Array, buffers: ReceiveBuffers,
     return (*kernel.unpacked(received), send_map, dataclasses.replace(buffers, there=there))
 
 
-def combine(
-    y: Float[Array, "..."],
-    row_map: Int[Array, "rows k"],
-    dispatched: Any,
-    *,
-    topk_weights: Float[Array, "t s"] | None = None,
-    axis_name: str = "ep",
-) -> tuple[Float[Array, "t h"], ReceiveBuffers]:
-    """`permute.depermute_combine` and `expert_parallel.combine` in one kernel, into kept buffers: the same bits.
+def run_back(
+    y: jax.Array, row_map: jax.Array, dispatched: Any, topk_weights: jax.Array, *, devices: int, axis_name: str
+) -> tuple[jax.Array, ReceiveBuffers]:
+    """`pallas_kernels.push_combine` into the set whose turn it is -> the tokens [T, H], and the buffers.
 
-    Args:
-      y: bf16 or f32, [E, M, H] or [rows, H]: what this device's experts made of the rows that they were given.
-      row_map: row of y for each route of each received row, or -1: what permuting returned.
-      dispatched: of a dispatch with buffers.
-      topk_weights: per_slot: the weights, applied at home.
-
-    -> the tokens [T, H] in y's dtype, and the buffers for the next dispatch.
-
-    Raises:
-      NotImplementedError: the kernel cannot serve the call; the message says why.
-      ValueError: no buffers, or shapes that do not fit.
+    Arguments as in `expert_parallel.combine_into_buffers`, which checks them; y [rows, H].
     """
-    devices, (rows, _) = lax.axis_size(axis_name), dispatched.local_ids.shape
-    send_map, y = dispatched.send_map, y.reshape(-1, y.shape[-1])
-    if dispatched.buffers is None:
-        raise ValueError("combine into kept buffers: the dispatch had none")
-    if row_map.shape != dispatched.local_ids.shape:
-        raise ValueError(f"combine: row_map must be {dispatched.local_ids.shape}, got {row_map.shape}")
-    if topk_weights is None:
-        topk_weights = jnp.ones(send_map.shape, jnp.float32)
-    if topk_weights.shape != send_map.shape:
-        raise ValueError(f"combine: topk_weights must be {send_map.shape}, got {topk_weights.shape}")
-    if problem := peers_problem(axis_name) or combine_kernels.check_config(y, row_map, send_map, devices):
-        raise NotImplementedError(f"combine: {problem}")
-    config = combine_kernels.default_config(rows, y.shape[1] * y.dtype.itemsize)
+    rows = row_map.shape[0]
+    config = kernel_config(rows, y)
     target = jax.ShapeDtypeStruct((devices, rows // devices, y.shape[1]), y.dtype)
     turn = _Turn(dispatched.buffers.back, [target], config.blocks, "combine")
     out = combine_kernels.push_combine(
-        y, row_map, dispatched.local_weights, dispatched.local_ids, send_map, topk_weights.astype(jnp.float32),
+        y, row_map, dispatched.local_weights, dispatched.local_ids, dispatched.send_map, topk_weights,
         turn.now[0], turn.kept, devices=devices, axis_name=axis_name, first=turn.first, config=config,
     )  # fmt: skip
     _, back = turn.end()
     return out, dataclasses.replace(dispatched.buffers, back=back)
 
 
+def kernel_config(rows: int, y: Any) -> combine_kernels.TuningConfig:
+    """Of the kernel that `run_back` takes, on the GPUs that there are or that it is traced for."""
+    return combine_kernels.default_config(rows, y.shape[-1] * y.dtype.itemsize, multiprocessors())
+
+
 def check_no_copies(compiled: jax.stages.Compiled) -> None:
-    """Raises RuntimeError if a program copies an array of the shape of one that its kernels change in place."""
+    """Raises RuntimeError if a program copies an array of the shape of one that its kernels change in place.
+
+    Also where no kernel changes any: for programs with `ReceiveBuffers` only.
+    """
     text = str(compiled.as_text())
-    kept: set[str] = set()
+    kept: set[str] = set()  # shapes, not instructions: a copy may be an operand of a loop
     for results, aliases in _IN_PLACE.findall(text):
         shapes = [dtype_and_shape for dtype_and_shape, _ in _SHAPE.findall(results)]
         kept |= {shapes[int(i or 0)] for i in _ALIASED.findall(aliases)}
-    if copied := sorted(kept.intersection(shape for shape, _ in _COPY.findall(text))):
+    if not kept:
+        raise RuntimeError(
+            "the program has no kernel that changes receive buffers in place: is its text of another kind?"
+        )
+    if copied := sorted(kept.intersection(first or only for first, only in _COPY.findall(text))):
         raise RuntimeError(
             f"the program copies arrays like its receive buffers ({', '.join(copied)}): rows that a faster device has "
             "stored would be lost. Something still needs what a dispatch before received; see fp4jax.low_latency"
@@ -156,4 +142,5 @@ _SHAPE = re.compile(r"(\w+\[[\d,]*\])(\{[^}]*\})?")
 # An instruction: results, and which of them are operands changed in place; in the text of a compiled program.
 _IN_PLACE = re.compile(r"^.* = (.*?) custom-call\(.*mosaic_gpu.*output_to_operand_aliasing=\{(.*?\}\))\}", re.MULTILINE)
 _ALIASED = re.compile(r"\{(\d*)\}: \(")
-_COPY = re.compile(r" = (\w+\[[\d,]*\])(\{[^}]*\})? copy\(")
+# Of an array, or the begin of one (its first result).
+_COPY = re.compile(r" = (?:\((\w+\[[\d,]*\])[^=]*?\)|(\w+\[[\d,]*\])(?:\{[^}]*\})?) copy(?:-start)?\(")

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from fp4jax import low_latency
-from fp4jax.expert_parallel import FORMS, agree_global_scale, combine, dispatch
+from fp4jax.expert_parallel import FORMS, agree_global_scale, combine, combine_into_buffers, dispatch
 from fp4jax.gemm_swiglu import grouped_gemm_swiglu
 from fp4jax.grouped_gemm import contiguous_grouped_gemm, masked_grouped_gemm
 from fp4jax.implementations import IMPLEMENTATIONS
@@ -136,7 +135,7 @@ def moe_layer(
     home: dict[str, Any] = dict(topk_weights=topk_weights if config.form == "per_slot" else None, axis_name=axis)
     if dispatched is not None and buffers is not None:
         with scope("combine"):
-            y, buffers = low_latency.combine(y, row_map, dispatched, **home)
+            y, buffers = combine_into_buffers(y, row_map, dispatched, **home)
     else:
         with scope("depermute"):
             y = depermute_combine(y, row_map, row_weights, implementation=config.implementation)

@@ -36,10 +36,22 @@ _MAX_SHARED_BYTES = 220 * 1024
 _COUNT_APART = 2048
 
 
-def default_config(tokens: int) -> TuningConfig:
-    """Few tokens take fewer blocks: every block signals every peer. Measured on four H100, like `TuningConfig`."""
-    blocks = max(1, min(H100_SMS, -(-tokens // 2)))
-    return TuningConfig(blocks, 2)
+def default_config(routes: Routes, row_bytes: int) -> TuningConfig:
+    """Few tokens take fewer blocks: every block signals every peer. Two warpgroups where their rows fit.
+
+    Measured on two and four H100, like `TuningConfig`.
+    """
+    blocks = max(1, min(H100_SMS, -(-routes.tokens // 2)))
+    fits = _shared_bytes(routes, row_bytes, TuningConfig(blocks, 2)) <= _MAX_SHARED_BYTES
+    return TuningConfig(blocks, 2 if fits else 1)
+
+
+def _bytes_of(sent):
+    return sum(p.shape[1] * p.dtype.itemsize for p in sent)
+
+
+def _shared_bytes(routes, row_bytes, config):
+    return config.warpgroups * _STAGES * row_bytes + 4 * RowPlan(routes, config).words
 
 
 def check_config(
@@ -55,7 +67,6 @@ def check_pack(
     parts: Sequence[Any], routes: Routes, *, encode: Any = None, config: TuningConfig | None = None
 ) -> str | None:
     """None if `pack` accepts these (arrays or structs), else what does not fit."""
-    config = config or default_config(routes.tokens)
     if routes.devices > MAX_DEVICES:
         return f"needs at most {MAX_DEVICES} devices, got {routes.devices}"
     if routes.tokens < 1 or not 1 <= routes.k <= MAX_SLOTS:
@@ -63,13 +74,14 @@ def check_pack(
     if problem := check_parts(parts, encode):
         return problem
     sent = row_maker(parts, encode).sent
-    row_words = sum(p.shape[1] * p.dtype.itemsize for p in sent) // 4 + 2 * routes.k + 4
+    row_bytes = _bytes_of(sent)
+    config = config or default_config(routes, row_bytes)
+    row_words = row_bytes // 4 + 2 * routes.k + 4
     if routes.devices * routes.capacity * max(row_words, *(p.shape[1] for p in sent)) >= MAX_INDEX:
         return f"{routes.devices * routes.capacity} rows exceed the kernel's 32-bit indices"
     if not (1 <= config.blocks <= H100_SMS and 1 <= config.warpgroups <= 7):
         return f"blocks must be 1..{H100_SMS} and warpgroups 1..7, got {config}"
-    row_bytes = sum(p.shape[1] * p.dtype.itemsize for p in sent)
-    shared = config.warpgroups * _STAGES * row_bytes + 4 * RowPlan(routes, config).words
+    shared = _shared_bytes(routes, row_bytes, config)
     if shared > _MAX_SHARED_BYTES:
         return f"{config.warpgroups} warpgroups with rows of {row_bytes} bytes need {shared} bytes of shared memory"
     return None
@@ -135,8 +147,8 @@ class Kernel:
 
     def __init__(self, parts, routes, encode, config, axis_name, apart=False):
         self.routes, self.axis_name, self.apart = routes, axis_name, int(apart)
-        self.config = config or default_config(routes.tokens)
         self.maker = row_maker(parts, encode)
+        self.config = config or default_config(routes, _bytes_of(self.maker.sent))
         self.plan = RowPlan(routes, self.config)
         self.with_weights = routes.form == "per_peer"
         self.ids_per_row = routes.k if self.with_weights else 1
@@ -259,7 +271,7 @@ class Kernel:
             return tuple(self.maker.load(sources, first + local, local < number))
 
         def send(i, loaded):
-            local, stage = mover + i * movers, mover * _STAGES + lax.rem(i, _STAGES)
+            local, stage = mover + i * movers, mover * _STAGES + lax.rem(i, jnp.int32(_STAGES))
             following = load(i + 1)
             plgpu.wait_smem_to_gmem(_STAGES - 1, wait_read_only=True)
             singles = self.maker.store(sources, loaded, buffers, stage, scratch)

@@ -86,7 +86,8 @@ class CountedMeeting(Meeting):
 class CommonMeeting(CountedMeeting):
     """In the middle of a kernel: all blocks of all devices wait for all, with one counter, that of block 0.
 
-    Every warpgroup of a block goes on only then. All blocks must be at work at once.
+    Every warpgroup of a block goes on only then. All blocks must be at work at once: there must be a multiprocessor for
+    each, which nothing occupies that waits for one of them.
     """
 
     def __init__(self, counters: Any, blocks: int, barrier: Any = None, met: Any = None):

@@ -6,11 +6,12 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from experiments import flags as shared_flags
+from experiments import dispatch_cases, flags as shared_flags
 from experiments.moe_cases import make_shape
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -94,7 +95,16 @@ def test_bench_dispatch_writes_rows_for_every_cell(tmp_path):
     for flag, message in (
         ("--tokens=0", "--tokens must be positive"),
         ("--experts=9", "--experts=9 must be a multiple"),
+        ("--hidden=40", "--hidden=40 must be a multiple of 16"),
+        ("--implementations=low_latency", "kernels need GPUs"),
     ):
         refused = subprocess.run([*command, flag], env=env, capture_output=True, text=True, timeout=100, cwd=ROOT)
         assert refused.returncode == 1
         assert message in refused.stdout + refused.stderr
+
+
+def test_rows_that_kernels_send_are_counted_from_the_routing():
+    cell = dispatch_cases.Cell(2, 500, "random", 256, "per_peer", 12, 3)
+    ids = np.asarray(dispatch_cases.make_routing(cell)[0])
+    assert dispatch_cases.rows_sent(cell, ids).tolist() == [len({int(i) // 6 for i in row}) for row in ids]
+    assert dispatch_cases.rows_sent(cell._replace(form="per_slot"), ids).tolist() == [3] * 1000

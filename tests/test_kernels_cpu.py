@@ -284,6 +284,26 @@ MODELS = {  # hidden, intermediate, experts on a device, top k: contract.md sect
 }
 
 
+def test_many_routes_take_two_kernels():
+    """At the limit, beyond it, in 64 bits, and in batches."""
+    call = lambda i: metadata_kernels.route_metadata(i, 4, capacity=9, num_rows=36).row_map  # noqa: E731
+    most = few_routes.MAX_ROUTES
+    assert kernels_in(call, struct((most // 4, 4), jnp.int32)) == 1
+    assert kernels_in(call, struct((most + 1, 1), jnp.int32)) == 2
+    assert kernels_in(jax.vmap(call), struct((3, 70, 4), jnp.int32)) == 1
+    with jax.enable_x64():
+        assert kernels_in(call, struct((70, 4), jnp.int64)) == 1
+
+
+def test_ids_of_64_bits_do_not_wrap_into_experts(interpret):
+    with jax.enable_x64():
+        ids = jnp.array([[1, 2**32 + 1], [-(2**32), -1], [0, 2**32 - 1]], jnp.int64)
+        meta = metadata_kernels.route_metadata(ids, 4, capacity=2, num_rows=8, interpret=interpret)
+    np.testing.assert_array_equal(meta.row_map, [[2, -1], [-1, -1], [0, -1]])
+    np.testing.assert_array_equal(meta.filled, [1, 1, 0, 0])
+    assert int(meta.bad) == 3
+
+
 def test_kernels_have_names_of_their_own():
     call = lambda i: metadata_kernels.route_metadata(i, 4, capacity=9, num_rows=36)  # noqa: E731
     assert "few_routes_metadata_mosaic_gpu" in lowered_text(call, struct((9, 6), jnp.int32))

@@ -26,16 +26,20 @@ def test_rows_per_token_and_per_link():
         row(2, 20.0),  # of before: 64 experts, bytes from the rate
         row(8, 1.0, routing="even"),
     ]
-    found = plot_scaling.scaling_rows([*rows, row(2, 10.0)], 450)  # the last one counts
-    assert [(r["experts"], r["T"], r["ranks"]) for r in found] == [
-        (64, 1000, 2), (256, 1000, 4), (256, 1000, 8), (256, 2000, 4)
+    found = plot_scaling.scaling_rows(
+        [*rows, row(2, 10.0), row(4, 5.0, form="per_slot", H=512)], 450
+    )  # the last counts
+    few, many = "top 8 of 64, H=7168", "top 8 of 256, H=7168"
+    assert [(r["case"], r["T"], r["ranks"]) for r in found] == [
+        (many, 1000, 4), (many, 1000, 8), (many, 2000, 4), ("top 8 of 64, H=512, per_slot", 1000, 4), (few, 1000, 2)
     ]  # fmt: skip
-    two, four, eight, other = found
+    four, eight, other, _, two = found
     assert (two["us"], two["ns_per_token"], two["bytes_out_per_token"], two["percent_of_link"]) == (10, 10, 900, 20)
     assert (four["bytes_out_per_token"], four["percent_of_link"], four["times_fewer_ranks"]) == (2250, 20, None)
     assert (eight["ns_per_token"], eight["percent_of_link"], eight["times_fewer_ranks"]) == (30, 33.3, 1.2)
-    assert other["times_fewer_ranks"] is None
-    assert "1.20x" in plot_scaling.table(found).splitlines()[3]
+    assert other["times_fewer_ranks"] is two["times_fewer_ranks"] is None
+    table = plot_scaling.table(found).splitlines()
+    assert table[0] == many and few in table and "1.20x" in table[3]
 
 
 def test_it_writes_a_plot(tmp_path):
@@ -56,9 +60,15 @@ def test_refusals(tmp_path):
     other.write_text(json.dumps({"experiment": "bench_moe", "rows": []}))
     empty = tmp_path / "empty.json"
     empty.write_text(json.dumps({"experiment": "bench_dispatch", "device": "test", "rows": [row(2, 1.0)]}))
+    text, sequence = tmp_path / "text.json", tmp_path / "list.json"
+    text.write_text("no JSON")
+    sequence.write_text("[1]")
     check_refusals(
         "plot_scaling",
         {
+            (f"--results={text}",): "text.json is no JSON",
+            (f"--results={sequence}",): "holds no results of bench_dispatch.py",
+            (f"--results={empty}", "--link_gbps=0"): "--link_gbps=0",
             ("--results=/does/not/exist",): "there is no /does/not/exist",
             (f"--results={other}",): "holds no results of bench_dispatch.py",
             (f"--results={empty}", "--tokens=7"): "no rows of random routing with T in [7]",
