@@ -6,8 +6,8 @@ sums are written here first, and no barrier comes before it. A lane owns 16 byte
 experts made of it and stores the result where the row came from. Then all blocks of all devices meet, and a lane owns
 16 bytes of a token, of which it adds the partial sums of all devices.
 
-Every product and sum is rounded where those two round, so the bits are theirs. What limits it: the meeting, about 5 us
-with the launch; with many tokens the links, and there the pull of combine.py is better, which overlaps the two.
+Every product and sum is rounded where those two round, so the bits are theirs. What limits it: the launch and the
+meeting, with many tokens the links.
 """
 
 from typing import Any
