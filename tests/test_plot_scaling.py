@@ -7,7 +7,7 @@ import sys
 
 from refusals import ROOT, check_refusals
 
-from experiments import plot_scaling
+from experiments import scaling_report
 
 
 def row(ranks, us, **other):
@@ -26,7 +26,7 @@ def test_rows_per_token_and_per_link():
         row(2, 20.0),  # of before: 64 experts, bytes from the rate
         row(8, 1.0, routing="even"),
     ]
-    found = plot_scaling.scaling_rows(
+    found = scaling_report.scaling_rows(
         [*rows, row(2, 10.0), row(4, 5.0, form="per_slot", H=512)], 450
     )  # the last counts
     few, many = "top 8 of 64, H=7168", "top 8 of 256, H=7168"
@@ -38,7 +38,7 @@ def test_rows_per_token_and_per_link():
     assert (four["bytes_out_per_token"], four["percent_of_link"], four["times_fewer_ranks"]) == (2250, 20, None)
     assert (eight["ns_per_token"], eight["percent_of_link"], eight["times_fewer_ranks"]) == (30, 33.3, 1.2)
     assert other["times_fewer_ranks"] is two["times_fewer_ranks"] is None
-    table = plot_scaling.table(found).splitlines()
+    table = scaling_report.table(found).splitlines()
     assert table[0] == many and few in table and "1.20x" in table[3]
 
 
