@@ -156,6 +156,7 @@ def test_published_config_and_names(tmp_path):
     assert tensors["model.layers.1.mlp.gate.e_score_correction_bias"].dtype == np.float32
 
 
+@pytest.mark.slow
 def test_fp8_linears_and_nvfp4_experts(tmp_path):
     model = make_model()
     save_model(model, model.config, tmp_path)

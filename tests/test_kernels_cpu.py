@@ -189,7 +189,9 @@ def test_metadata_contiguous(routing, interpret):
 
 
 @pytest.mark.parametrize("capacity", [None, 3])
-@pytest.mark.parametrize(("tokens", "k", "experts"), [(1, 3, 5), (70, 2, 4), (33, 6, 131)])
+@pytest.mark.parametrize(
+    ("tokens", "k", "experts"), [(1, 3, 5), (70, 2, 4), pytest.param(12, 3, 131, marks=pytest.mark.slow)]
+)
 def test_metadata_of_few_routes(tokens, k, experts, capacity, rng, interpret):
     """One kernel: several chunks, ids that are no experts, more experts than lanes, full experts, rows that run out."""
     ids = rng.integers(-1, experts + 1, (tokens, k)).astype(np.int32)

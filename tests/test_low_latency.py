@@ -164,7 +164,7 @@ def layers(x, ids, topk_weights, weights, buffers, config, number):
 
 
 @pytest.mark.usefixtures("on_the_cpu")
-@pytest.mark.parametrize("form", ["per_peer", "per_slot"])
+@pytest.mark.parametrize("form", ["per_peer", pytest.param("per_slot", marks=pytest.mark.slow)])
 def test_a_layer_has_six_kernels_and_no_collective_but_of_drops(form):
     weights, specs, config = small_layer(form)
     mesh = AbstractMesh((2,), ("ep",), axis_types=(AxisType.Auto,), abstract_device=H100)

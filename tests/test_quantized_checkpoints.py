@@ -266,6 +266,7 @@ def test_the_command_line_of_the_serving_system(make_folder):
     assert np.isfinite(np.asarray(model(jnp.arange(6, dtype=jnp.int32)[None]))).all()
 
 
+@pytest.mark.slow
 def test_everything_quantized_while_loading(tmp_path):
     model, config = make_model()
     save_model(model, config, tmp_path)
