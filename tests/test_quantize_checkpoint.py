@@ -263,7 +263,7 @@ def quantized_model(tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize("name", ["qwen3", pytest.param("ernie", marks=pytest.mark.slow), "deepseek"])
+@pytest.mark.parametrize("name", ["qwen3", *(pytest.param(n, marks=pytest.mark.slow) for n in ("ernie", "deepseek"))])
 def test_every_model_computes_with_the_weights_in_its_folder(quantized_model, tmp_path, name):
     """Without quantized activations the logits are those of the float64 forward."""
     out, ids, expected = quantized_model(name)

@@ -210,6 +210,7 @@ def test_a_quantized_head(make_folder, kind):
     assert calc_diff(logits, np.asarray(plain(ids))) < (1e-5 if kind == "modelopt" else 2e-3)
 
 
+@pytest.mark.slow
 def test_fp8_with_one_scale_per_tensor(make_folder):
     """Of ModelOpt's mixed checkpoints, beside NVFP4 experts; activations are quantized per token all the same."""
     layers = {f"model.layers.{i}.self_attn.{p}_proj": {"quant_algo": "FP8"} for i in (0, 1) for p in "qkvo"}
