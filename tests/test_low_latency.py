@@ -213,6 +213,8 @@ _KERNEL = """
 custom_call_target="mosaic_gpu_v2", output_to_operand_aliasing={{1}: (4, {}), {2}: (12, {})}, api_version=X
   %k.2 = bf16[4,8]{1,0} custom-call(%c), custom_call_target="mosaic_gpu_v2", output_to_operand_aliasing={{}: (0, {})}
   %k.3 = f32[4,8]{1,0} custom-call(%c), custom_call_target="mosaic_gpu_v2", api_version=X
+  %k.4 = (f32[3,8]{1,0}, s32[66]{0}) custom-call(%c), custom_call_target="mosaic_gpu_v2", \
+output_to_operand_aliasing={{1}: (1, {})}, api_version=X
 """
 
 
@@ -228,6 +230,7 @@ def test_copies_of_what_kernels_change_are_refused(copied):
             return self.text
 
     check_no_copies(Program("  %copy.1 = s32[16,2]{1,0} copy(%x)\n  ROOT %copy.2 = f32[4,8]{1,0} copy(%y)\n"))
+    check_no_copies(Program("  %copy.1 = s32[66]{0} copy(%semaphores)\n"))
     with pytest.raises(RuntimeError, match="no kernel that changes"):
         check_no_copies(Program("", kernels=""))
     with pytest.raises(RuntimeError, match=re.escape(copied.partition("{")[0])):
