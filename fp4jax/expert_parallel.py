@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from fp4jax import low_latency
 from fp4jax.all_to_all import combine_all_to_all, dispatch_all_to_all, encode_option
 from fp4jax.hlo_collectives import WireBytes, wire_bytes
-from fp4jax.implementations import Call, has_hopper_gpu, peers_problem, run_implementation
+from fp4jax.implementations import Call, has_hopper_gpu, multiprocessors, peers_problem, run_implementation
 from fp4jax.low_latency import ReceiveBuffers
 from fp4jax.nvfp4 import NVFP4Tensor, as_scale, tensor_scale
 from fp4jax.wire_formats import WIRE_FORMATS, from_fp8, from_wire, wire_arrays
@@ -215,12 +215,12 @@ def combine_into_buffers(
         raise ValueError(f"{op}: row_map must be {dispatched.local_ids.shape}, got {row_map.shape}")
     topk_weights = _home_weights(op, dispatched, topk_weights, devices)
     row_map = row_map.astype(jnp.int32)
-    config = low_latency.kernel_config(row_map.shape[0], y)
+    config = push_combine.default_config(row_map.shape[0], y.shape[1] * y.dtype.itemsize, multiprocessors())
     if problem := peers_problem(axis_name) or push_combine.check_config(
         y, row_map, dispatched.send_map, devices, config
     ):
         raise NotImplementedError(f"{op}: {problem}")
-    return low_latency.run_back(y, row_map, dispatched, topk_weights, devices=devices, axis_name=axis_name)
+    return low_latency.run_back(y, row_map, dispatched, topk_weights, axis_name=axis_name, config=config)
 
 
 def _home_weights(op, dispatched, topk_weights, devices):

@@ -29,14 +29,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fp4jax.implementations import multiprocessors
 from pallas_kernels import dispatch as dispatch_kernels, push_combine as combine_kernels
 from pallas_kernels.meeting import COUNTER_WORDS
 
-_register = functools.partial(jax.tree_util.register_dataclass, data_fields=["sets", "counters"], meta_fields=["turn"])
 
-
-@_register
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["sets", "counters"], meta_fields=["turn"])
 @dataclasses.dataclass(frozen=True)
 class KeptArrays:
     """sets: two tuples of arrays that calls receive into, counters: i32 [blocks, 32]; None: not made yet.
@@ -94,15 +91,14 @@ def run(parts: Any, ids: jax.Array, weights: jax.Array, buffers: ReceiveBuffers,
 
 
 def run_back(
-    y: jax.Array, row_map: jax.Array, dispatched: Any, topk_weights: jax.Array, *, devices: int, axis_name: str
+    y: jax.Array, row_map: jax.Array, dispatched: Any, topk_weights: jax.Array, *, axis_name: str, config: Any
 ) -> tuple[jax.Array, ReceiveBuffers]:
     """`pallas_kernels.push_combine` into the set whose turn it is -> the tokens [T, H], and the buffers.
 
-    Arguments as in `expert_parallel.combine_into_buffers`, which checks them; y [rows, H].
+    Arguments as in `expert_parallel.combine_into_buffers`, which checks them; y [rows, H]. config: the kernel's.
     """
-    rows = row_map.shape[0]
-    config = kernel_config(rows, y)
-    target = jax.ShapeDtypeStruct((devices, rows // devices, y.shape[1]), y.dtype)
+    devices = lax.axis_size(axis_name)
+    target = jax.ShapeDtypeStruct((devices, row_map.shape[0] // devices, y.shape[1]), y.dtype)
     turn = _Turn(dispatched.buffers.back, [target], config.blocks, "combine")
     out = combine_kernels.push_combine(
         y, row_map, dispatched.local_weights, dispatched.local_ids, dispatched.send_map, topk_weights,
@@ -110,11 +106,6 @@ def run_back(
     )  # fmt: skip
     _, back = turn.end()
     return out, dataclasses.replace(dispatched.buffers, back=back)
-
-
-def kernel_config(rows: int, y: Any) -> combine_kernels.TuningConfig:
-    """Of the kernel that `run_back` takes, on the GPUs that there are or that it is traced for."""
-    return combine_kernels.default_config(rows, y.shape[-1] * y.dtype.itemsize, multiprocessors())
 
 
 def check_no_copies(compiled: jax.stages.Compiled) -> None:

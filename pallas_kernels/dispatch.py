@@ -28,6 +28,7 @@ from pallas_kernels.meeting import CountedMeeting, Meeting
 from pallas_kernels.quantize import MAX_INDEX, unsigned_div
 from pallas_kernels.row_makers import PIECE, check_parts, is_single, row_maker
 from pallas_kernels.row_plan import MAX_DEVICES, MAX_SLOTS, Routes, RowPlan, TuningConfig, counts_of_blocks
+from pallas_kernels.row_targets import Payload, Peers
 from pallas_kernels.schedule import H100_SMS
 
 _STAGES = 2
@@ -244,7 +245,7 @@ class Kernel:
         """One warpgroup plans and sends what the plan alone says; the others make rows and send them."""
         sources, (ids_ref,), weights_ref, counts_ref = _cut(inputs, len(self.maker.operands), 1, self.with_weights)
         *buffers, plan_smem, planned = scratch
-        target = (_Payload if meeting is None else _Peers)(self, targets)
+        target = (Payload if meeting is None else Peers)(self, targets)
         warpgroup = lanes.warpgroup_index()
 
         @pl.when(warpgroup == self.config.warpgroups)
@@ -342,58 +343,6 @@ class Kernel:
 
             left = jnp.maximum(r.capacity * per_row - begin, 0)
             lax.fori_loop(0, lax.div(left + stride - 1, jnp.int32(stride)), blank, None)
-
-
-class _Peers:
-    """The receivers' own arrays, one for every part of a row."""
-
-    def __init__(self, kernel, refs):
-        self.kernel, self.me = kernel, lax.axis_index(kernel.axis_name)
-        self.big, self.small = refs[: len(kernel.big)], refs[len(kernel.big) :]
-
-    def id_of(self, expert, device):
-        """Receivers get ids of their own experts."""
-        r = self.kernel.routes
-        expert = expert - device * r.local_experts
-        return jnp.where((expert >= 0) & (expert < r.local_experts), expert, -1)
-
-    def copy(self, buffers, device, place, where):
-        for buffer, ref in zip(buffers, self.big, strict=True):
-            there = plgpu.remote_ref(ref, device).at[self.me, place]
-            plgpu.copy_smem_to_gmem(buffer, there, predicate=where, commit_group=False)
-
-    def store(self, i, device, place, slot, word, where):
-        r = self.kernel.routes
-        peers = [plgpu.remote_ref(self.small[i], jnp.int32(d)) for d in range(r.devices)]
-        at = (self.me * r.capacity + place) * self.kernel.widths[i] + slot
-        lanes.scatter(peers, at, [word], where=where, which=device)
-
-
-class _Payload:
-    """Buffers of this device: rows of bytes, before them perhaps an array of the first part."""
-
-    def __init__(self, kernel, refs):
-        self.kernel, (*self.apart, self.ref) = kernel, refs
-
-    def id_of(self, expert, device):
-        """Receivers get global ids."""
-        del device
-        return expert
-
-    def copy(self, buffers, device, place, where):
-        there = [ref.at[device, place] for ref in self.apart]
-        offset = 0
-        for size in self.kernel.big_bytes[self.kernel.apart :]:
-            there.append(self.ref.at[device, place, pl.ds(offset, size)])
-            offset += size
-        for buffer, at in zip(buffers, there, strict=True):
-            plgpu.copy_smem_to_gmem(buffer, at, predicate=where, commit_group=False)
-
-    def store(self, i, device, place, slot, word, where):
-        k = self.kernel
-        offset = sum(k.big_bytes[k.apart :]) // 4 + sum(k.widths[:i])
-        row = device * k.routes.capacity + place
-        lanes.scatter(self.ref, row * (k.row_bytes // 4) + offset + slot, [word], where=where)
 
 
 def _cut(refs: Sequence[Any], *sizes: int) -> list[list[Any]]:

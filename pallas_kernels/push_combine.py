@@ -27,7 +27,7 @@ from pallas_kernels.schedule import H100_SMS
 _FREE = 12  # multiprocessors
 
 
-def default_config(rows: int, row_bytes: int, multiprocessors: int = H100_SMS) -> TuningConfig:
+def default_config(rows: int, row_bytes: int, multiprocessors: int) -> TuningConfig:
     """Few bytes take fewer blocks: every block signals every peer. Measured on two H100, with all multiprocessors.
 
     Some stay free: all blocks wait for all, and a collective that runs beside must not keep the last one out.
@@ -36,12 +36,12 @@ def default_config(rows: int, row_bytes: int, multiprocessors: int = H100_SMS) -
     return TuningConfig(most if rows * row_bytes > 2**19 else max(1, min(H100_SMS, multiprocessors) // 2))
 
 
-def check_config(y: Any, row_map: Any, send_map: Any, devices: int, config: TuningConfig | None = None) -> str | None:
+def check_config(y: Any, row_map: Any, send_map: Any, devices: int, config: TuningConfig) -> str | None:
     """None if `push_combine` accepts these (arrays or structs), else what does not fit."""
     if problem := check_depermute(y, row_map):
         return problem
     received = jax.ShapeDtypeStruct((row_map.shape[0], y.shape[1]), y.dtype)
-    return check_combine(received, send_map, devices, config or default_config(*_size(received)))
+    return check_combine(received, send_map, devices, config)
 
 
 def push_combine(
@@ -57,7 +57,7 @@ def push_combine(
     devices: int,
     axis_name: str,
     first: bool,
-    config: TuningConfig | None = None,
+    config: TuningConfig,
 ) -> jax.Array:
     """out[t] = sum over columns s of weights[t, s] * partial(row send_map[t, s]) -> [T, H].
 
@@ -76,7 +76,6 @@ def push_combine(
     if problem := check_config(y, row_map, send_map, devices, config):
         raise NotImplementedError(f"push_combine kernel: {problem}")
     cut, capacity = row_access(hidden * y.dtype.itemsize), rows // devices
-    config = config or default_config(rows, hidden * y.dtype.itemsize)
     workers = config.blocks * config.warpgroups
 
     def body(y_ref, map_ref, weight_ref, ids_ref, send_ref, home_weight_ref, *rest):
@@ -120,7 +119,3 @@ def push_combine(
         body, jax.ShapeDtypeStruct((tokens, hidden), y.dtype), grid=config.blocks, warpgroups=config.warpgroups,
         scratch_types=CommonMeeting.scratch(config.warpgroups), device_barrier=first,
     )(y, row_map, row_weights, local_ids, send_map, weights, sums, *kept)  # fmt: skip
-
-
-def _size(received):
-    return received.shape[0], received.shape[1] * received.dtype.itemsize

@@ -13,13 +13,15 @@ from test_multigpu import DEVICES, EP, watchdog  # noqa: F401
 
 from cuda_lowering import H100, struct
 from fp4jax.expert_parallel import combine, combine_into_buffers, dispatch
+from fp4jax.implementations import multiprocessors as seen
 from fp4jax.layers import ExpertSettings
-from fp4jax.low_latency import ReceiveBuffers, check_no_copies, kernel_config
+from fp4jax.low_latency import ReceiveBuffers, check_no_copies
 from fp4jax.models import BucketedModel, Qwen3Moe, Qwen3MoeConfig, configure_experts, quantize_experts
 from fp4jax.moe import MoEConfig, MoEWeights, moe_layer
 from fp4jax.nvfp4 import quantize
 from fp4jax.packed_weights import pack_weights
 from fp4jax.permute import depermute_combine
+from pallas_kernels import push_combine
 
 EXPERTS, K, HIDDEN = 16, 4, 512
 
@@ -102,10 +104,10 @@ def test_kernels_lower_in_64_bits_too(form, more, y):
 
 @pytest.mark.usefixtures("on_the_cpu")
 def test_blocks_that_wait_for_each_other_leave_multiprocessors_free():
-    def blocks(multiprocessors):
-        mesh = AbstractMesh((2,), ("ep",), abstract_device=AbstractDevice("NVIDIA H100", multiprocessors, "cuda"))
+    def blocks(number):
+        mesh = AbstractMesh((2,), ("ep",), abstract_device=AbstractDevice("NVIDIA H100", number, "cuda"))
         with use_abstract_mesh(mesh):
-            few, many = (kernel_config(rows, struct((1, 7168), jnp.bfloat16)).blocks for rows in (2, 4096))
+            few, many = (push_combine.default_config(rows, 14336, seen()).blocks for rows in (2, 4096))
             return few, many
 
     assert blocks(132) == blocks(200) == (66, 120)
