@@ -49,7 +49,7 @@ class KeptArrays:
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["there", "back"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class ReceiveBuffers:
-    """What a program keeps: there, for the rows that dispatches receive; back, for the partial sums of `combine`."""
+    """What a program keeps: there, for the rows that dispatches receive; back, for partial sums on their way back."""
 
     there: KeptArrays = KeptArrays()
     back: KeptArrays = KeptArrays()
