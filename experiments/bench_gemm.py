@@ -29,7 +29,7 @@ from experiments.gemm_cases import GemmShape, Inputs
 from fp4jax import benchmarking
 from fp4jax.grouped_gemm import unpack_weights
 from fp4jax.nvfp4 import dequantize
-from pallas_kernels import gemm_config, masked_gemm
+from pallas_kernels import gemm_choice, masked_gemm
 from pallas_kernels.gemm_config import TuningConfig
 
 _SHAPES = flags.DEFINE_list("shapes", None, "ExKxN; default: the four of the peers' table (CPU: 4x128x128).")
@@ -303,7 +303,7 @@ def sweep(shapes: list[tuple[int, int, int]], rows_per_expert: list[int]) -> Non
         best = min(jobs, key=lambda config: us[config])
         for config, time in sorted(us.items(), key=lambda item: item[1]):
             tqdm.write(f"{experts}x{k}x{n} m={m} {'swiglu' if fused else ''} {time:8.2f} us  {config}")
-        gemm_config.save(k, n, m, best, fused=fused)
+        gemm_choice.save(experts, k, n, m, best, fused=fused)
 
 
 def plot(rows: list[dict[str, Any]], ceilings: benchmarking.Ceilings, path: Path) -> None:

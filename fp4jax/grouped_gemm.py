@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from fp4jax.implementations import Call, run_implementation
 from fp4jax.nvfp4 import NVFP4Tensor, check_scale_shape, decode_blocks
 from fp4jax.packed_weights import PackedWeights, pack_weights, unpack_weights
-from pallas_kernels import gemm_config, masked_gemm, weight_layout
+from pallas_kernels import gemm_choice, gemm_config, masked_gemm, weight_layout
 
 __all__ = [
     "PackedWeights",
@@ -152,7 +152,7 @@ def kernel_config(x: Any, w: Any, expected_m: int | None, *, fused: bool = False
     """The tuned configuration; without a hint, half of a capacity is taken to be in use."""
     experts, n, k = w.shape
     rows = x.shape[-2] / 2 if len(x.shape) == 3 else x.shape[0] / experts
-    return gemm_config.choose(k, n, experts, rows if expected_m is None else expected_m, fused=fused)
+    return gemm_choice.choose(k, n, experts, rows if expected_m is None else expected_m, fused=fused)
 
 
 def _gemm_kernel(x, w, counts, x_scale, *, expected_m):

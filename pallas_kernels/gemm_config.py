@@ -1,22 +1,15 @@
-"""What the grouped GEMM's kernel accepts, and which configuration it runs with."""
+"""What the grouped GEMM's kernel accepts. gemm_choice.py says which configuration it runs with."""
 
 import dataclasses
-import functools
-import json
-import math
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import lanes
-from pallas_kernels.schedule import H100_SMS
 from pallas_kernels.swiglu_quantize import OUTPUTS
 from pallas_kernels.weight_layout import TILE, WORDS
 
-# (K, N) -> rows per expert -> configuration, written by experiments/bench_gemm.py --sweep.
-TABLE = Path(__file__).with_name("tuned_gemm.json")
 _SMEM_ALIGNMENT = 1024  # of every buffer
 _MAX_BARRIERS = 32  # of a group; one more than there are stages is needed
 _REGISTERS = 65536  # of an SM
@@ -143,83 +136,3 @@ def _check_tuning(config, experts, fused):
     if (needed := config.smem_bytes(experts)) > lanes.SMEM_BYTES:
         return f"{config} needs {needed} bytes of shared memory, there are {lanes.SMEM_BYTES}"
     return None
-
-
-def choose(k: int, n: int, experts: int, expected_m: float | int, *, fused: bool = False) -> TuningConfig:
-    """The configuration for `expected_m` rows per expert: of the nearest tuned entry, else of a rule of thumb."""
-    if experts == 1 and not fused:
-        return dense(k, n, expected_m)
-    tuned = _table().get(shape_key(k, n, fused), {})
-    if tuned:
-        distance = lambda m: abs(math.log2(float(m) / max(expected_m, 0.5)))  # noqa: E731
-        config = from_fields(tuned[min(tuned, key=distance)])
-    else:
-        config = rule_of_thumb(k, expected_m)
-    while config.num_stages > 2 and config.smem_bytes(experts) > lanes.SMEM_BYTES:  # the plan grows with the experts
-        config = dataclasses.replace(config, num_stages=config.num_stages - 1)
-    return config
-
-
-def dense(k: int, n: int, rows: float | int) -> TuningConfig:
-    """For a single matrix: small tasks until every SM has one, then the least time by `_DENSE_STEP_US`."""
-
-    def us(config: TuningConfig) -> float:
-        tasks = math.ceil(rows / max(config.tile_m)) * -(-n // (TILE * config.tiles))
-        return -(-tasks // H100_SMS) * -(-k // TILE) * _DENSE_STEP_US[config]
-
-    return min(_DENSE_STEP_US, key=us)
-
-
-def rule_of_thumb(k: int, expected_m: float | int) -> TuningConfig:
-    """For shapes without an entry: wide tasks and deep stages for few rows, wide tile_m for many.
-
-    tile_m reaches about two standard deviations above the expected number of rows.
-    """
-    if expected_m <= 2:
-        return TuningConfig((8,), warpgroups=4, k_tiles=4, num_stages=5, in_flight=0)
-    if expected_m <= 8:
-        return TuningConfig((8, 16), warpgroups=4, k_tiles=4, num_stages=4, in_flight=0)
-    if expected_m <= 24:
-        return TuningConfig((16, 24, 32), warpgroups=4, k_tiles=4, num_stages=3, in_flight=0)
-    if expected_m <= 96:
-        return TuningConfig((48, 64, 80, 96), warpgroups=4, k_tiles=2, num_stages=4, in_flight=0)
-    if expected_m <= 512:
-        return TuningConfig((64, 144), k_tiles=2, num_stages=4)
-    if k >= 4096:
-        return TuningConfig((64, 256), num_stages=4, unroll=2, own_store=False)
-    return TuningConfig((64, 128, 192), k_tiles=2, num_stages=3)
-
-
-# Microseconds per task and tile of K, on an H100 where every SM has a task (experiments/results/dense_log.md).
-_DENSE_STEP_US = {
-    TuningConfig((8, 16, 24, 32), warpgroups=1, k_tiles=8, num_stages=4): 0.165,
-    TuningConfig((64,), warpgroups=1, k_tiles=4, num_stages=4): 0.195,
-    TuningConfig((128,), warpgroups=1, k_tiles=2): 0.245,
-    TuningConfig((128,), k_tiles=2, num_stages=3): 0.379,
-    TuningConfig((64, 256), num_stages=4, unroll=2, own_store=False): 0.652,
-}
-
-
-def shape_key(k: int, n: int, fused: bool) -> str:
-    """Key of the table."""
-    return f"{'swiglu ' if fused else ''}{k}x{n}"
-
-
-def from_fields(fields: dict[str, Any]) -> TuningConfig:
-    """A configuration as it stands in JSON."""
-    values: dict[str, Any] = {**fields, "tile_m": tuple(fields["tile_m"])}
-    return TuningConfig(**values)
-
-
-def save(k: int, n: int, m: int, config: TuningConfig, *, fused: bool = False) -> None:
-    """Set one entry of the table and write it."""
-    table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
-    table.setdefault(shape_key(k, n, fused), {})[str(m)] = dataclasses.asdict(config)
-    table = {key: dict(sorted(rows.items(), key=lambda row: int(row[0]))) for key, rows in sorted(table.items())}
-    TABLE.write_text(json.dumps(table, indent=1) + "\n")
-    _table.cache_clear()
-
-
-@functools.cache
-def _table() -> dict[str, dict[str, Any]]:
-    return json.loads(TABLE.read_text())

@@ -18,14 +18,15 @@ from fp4jax.grouped_gemm import contiguous_grouped_gemm, masked_grouped_gemm
 from fp4jax.nvfp4 import NVFP4Tensor
 from fp4jax.packed_weights import pack_weights
 from fp4jax.swiglu import swiglu_quantize
-from pallas_kernels import gemm_config, group_tiles, masked_gemm, swiglu_quantize as swiglu_kernel
+from pallas_kernels import gemm_choice, group_tiles, masked_gemm, swiglu_quantize as swiglu_kernel
 from pallas_kernels.gemm_config import TuningConfig
 
 pytestmark = pytest.mark.gpu
 LIMIT = 3e-3  # relative Frobenius error: the bf16 rounding of the result is 1.7e-3
 CONFIGS = sorted(
-    {gemm_config.from_fields(f) for rows in json.loads(gemm_config.TABLE.read_text()).values() for f in rows.values()}
-    | {gemm_config.rule_of_thumb(k, m) for k in (1024, 8192) for m in (1, 4, 16, 64, 256, 1024)}
+    {gemm_choice.from_fields(f) for rows in json.loads(gemm_choice.TABLE.read_text()).values() for f in rows.values()}
+    | {gemm_choice.rule_of_thumb(k, m) for k in (1024, 8192) for m in (64, 256, 1024)}
+    | {gemm_choice._that_fits(config, 64) for by_config in gemm_choice._STEP_US.values() for config in by_config}
     | {
         TuningConfig((8, 40), warpgroups=1, row_tiles=2, k_tiles=3, num_stages=3),
         TuningConfig((128,), warpgroups=2, row_tiles=2, num_stages=4, own_store=False),
