@@ -60,6 +60,13 @@ _OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Folder for JSON and PNG; 
 _EXPERTS = flags.DEFINE_integer("experts", 64, "Experts of all devices together.", lower_bound=1)
 _TOP_K = flags.DEFINE_integer("top_k", 8, "Experts of a token; random routing.", lower_bound=1)
 
+# Of an implementation's line; the wire format has the colour.
+_STYLES: dict[str, dict[str, Any]] = {
+    "mosaic_gpu": {"marker": "o", "linestyle": "-"},
+    "low_latency": {"marker": "^", "linestyle": "-"},
+    "nccl": {"marker": "s", "linestyle": "--"},
+    "xla": {"marker": "x", "linestyle": ":"},
+}
 _INPUTS = (
     "normal bf16 tokens; random: each token's experts drawn uniformly with a fixed seed, worst-case buffers; even: "
     "every token to one device, as many to each; wall time per step of a program of many steps, median over calls"
@@ -192,20 +199,21 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     ranks = sorted({r["ranks"] for r in rows})
-    figure, axes = plt.subplots(len(ranks), 2, figsize=(11, 4.2 * len(ranks)), squeeze=False)
+    figure, axes = plt.subplots(len(ranks), 2, figsize=(14, 4.2 * len(ranks)), squeeze=False)
     for line, n in zip(axes, ranks, strict=True):
         for axis, op in zip(line, ("dispatch", "combine"), strict=True):
             of = (n, op, rows[0]["routing"])
             chosen = [r for r in rows if (r["ranks"], r["op"], r["routing"]) == of and r["speedup"] is not None]
             for key in dict.fromkeys((r["wire_format"], r["implementation"]) for r in chosen):
                 some = [r for r in chosen if (r["wire_format"], r["implementation"]) == key]
-                axis.plot([r["T"] for r in some], [r["speedup"] for r in some], "o-", label=", ".join(key))
+                style = {"color": f"C{WIRE_FORMATS.index(key[0])}", **_STYLES[key[1]]}
+                axis.plot([r["T"] for r in some], [r["speedup"] for r in some], label=", ".join(key), **style)
             axis.axhline(1, color="black", linewidth=0.8)
             compared = "all_to_all of bf16" + (" and sum" if op == "combine" else "")
             axis.set(xscale="log", xlabel="tokens per device", ylabel=f"times as fast as {compared}")
             axis.set_title(f"{op}, {n} ranks, {rows[0]['routing']} routing")
             if chosen:
-                axis.legend(fontsize=7)
+                axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=90)

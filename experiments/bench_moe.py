@@ -154,18 +154,23 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
     ranks = sorted({r["ranks"] for r in rows})
     figure, axes = plt.subplots(len(ranks), 1, figsize=(12, 4.5 * len(ranks)), squeeze=False)
-    names = list(dict.fromkeys(r["layer"] for r in rows))
+    names = [name for name in LAYERS if any(r["layer"] == name for r in rows)]
+    width = 0.8 / len(names)
     for (axis,), n in zip(axes, ranks, strict=True):
         groups = list(dict.fromkeys((r["model"], r["tokens"]) for r in rows if r["ranks"] == n))
         for i, name in enumerate(names):
             chosen = {(r["model"], r["tokens"]): r for r in rows if r["ranks"] == n and r["layer"] == name}
-            place = np.array([g for g, key in enumerate(groups) if key in chosen]) + (i - len(names) / 2) * 0.2
+            place = np.array([g for g, key in enumerate(groups) if key in chosen]) + (i + 0.5 - len(names) / 2) * width
             some = [chosen[key] for key in groups if key in chosen]
-            axis.bar(place, [r["us"] for r in some], 0.18, label=name)
-            axis.hlines([r["floor_us"] for r in some], place - 0.09, place + 0.09, color="black", linewidth=1)
+            axis.bar(place, [r["us"] for r in some], width, label=name, color=f"C{i}")
+            floors = [r["floor_us"] for r in some]
+            axis.hlines(floors, place - width / 2, place + width / 2, color="black", linewidth=1)
         axis.set(yscale="log", ylabel="us per layer", title=f"{n} ranks; lines: sum of floors")
-        axis.set_xticks(range(len(groups)), [f"{model}\nT={t}" for model, t in groups], fontsize=7)
-        axis.legend(fontsize=8)
+        axis.set_xticks(
+            range(len(groups)), [f"{model}, T={t}" for model, t in groups], fontsize=7, rotation=20, ha="right"
+        )
+        axis.legend(fontsize=8, ncols=len(names), loc="upper right")
+        axis.set_ylim(top=2.5 * max(r["us"] for r in rows if r["ranks"] == n))
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=90)

@@ -20,7 +20,8 @@ def scaling_rows(rows: list[dict[str, Any]], link_gbps: float) -> list[dict[str,
             "percent_of_link": round(sent / r["us"] / 1e3 / link_gbps * 100, 1), "times_fewer_ranks": None,
         }  # fmt: skip
     for (line, ranks), row in found.items():
-        fewer = [n for other, n in found if other == line and n < ranks]
+        # Not against what has nobody to exchange with.
+        fewer = [n for other, n in found if other == line and 1 < n < ranks]
         if fewer:
             row["times_fewer_ranks"] = round(row["us"] / found[line, max(fewer)]["us"], 2)
     return sorted(found.values(), key=lambda r: (r["case"], r["line"], r["T"], r["ranks"]))
@@ -50,6 +51,7 @@ def plot(rows: list[dict[str, Any]], path: Path, device: str) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
 
     panels = (("ns_per_token", "ns per token"), ("bytes_out_per_token", "bytes out per token"))
     panels += (("percent_of_link", "% of NVLink"),)
@@ -65,14 +67,17 @@ def plot(rows: list[dict[str, Any]], path: Path, device: str) -> None:
     for axis, (key, label) in zip(axes, panels, strict=True):
         for (name, t, case), some in lines.items():
             style = dict(color=f"C{names.index((name, case)) % 10}", marker="osv^D<>"[tokens.index(t) % 7])
-            shown = f"{name}, T={t}" + (f", {case}" if several_cases else "")
-            axis.plot([r["ranks"] for r in some], [r[key] for r in some], label=shown, **style)
+            axis.plot([r["ranks"] for r in some], [r[key] for r in some], **style)
         axis.set(xscale="log", xlabel="ranks", ylabel=label)
         axis.set_xticks(ranks, [str(n) for n in ranks])
         axis.minorticks_off()
     axes[0].set_yscale("log")
     figure.suptitle(f"{device}, the same tokens per rank")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=7, ncols=4, loc="lower center")
-    figure.tight_layout(rect=(0, 0.04 + 0.03 * -(-len(labels) // 4), 1, 1))
+    colours = [
+        Line2D([], [], color=f"C{i % 10}", label=name + (f", {case}" if several_cases else ""))
+        for i, (name, case) in enumerate(names)
+    ]
+    markers = [Line2D([], [], color="grey", marker="osv^D<>"[i % 7], label=f"T={t}") for i, t in enumerate(tokens)]
+    figure.legend(handles=colours + markers, fontsize=8, ncols=4, loc="lower center")
+    figure.tight_layout(rect=(0, 0.04 + 0.035 * -(-len(colours + markers) // 4), 1, 1))
     figure.savefig(path, dpi=90)
