@@ -1,9 +1,9 @@
 """Which configuration the grouped GEMM's kernel runs with, by the shape and the expected rows per expert.
 
-What was tuned is taken where it was tuned: for these K, N, number of experts and about these rows (tuned_gemm.json). For
-other shapes with few rows per expert, every SM decodes weights all the time, so what counts is how many waves of tasks
-there are and how long a wave takes: the least of a few configurations by that model. For many rows, where there are
-many waves in any case, the table's entry for the same K and N, or a rule of thumb.
+What was tuned is taken where it was tuned: for these K, N, number of experts and about these rows (tuned_gemm.json).
+For other shapes with few rows per expert, every SM decodes weights all the time, so what counts is how many waves of
+tasks there are and how long a wave takes: the least of a few configurations by that model. For many rows, where there
+are many waves in any case, the table's entry for the same K and N, or a rule of thumb.
 """
 
 import dataclasses
