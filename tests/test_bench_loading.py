@@ -36,6 +36,7 @@ def test_the_script(tmp_path):
     assert sorted(folder.iterdir()) == before and "cold" in done.stdout
 
 
+@pytest.mark.slow
 def test_host_memory_does_not_grow_with_the_layers(tmp_path, monkeypatch):
     """What is beside the model: a parameter or two, never copies of earlier ones, nor their pages of the files."""
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")

@@ -44,7 +44,7 @@ def test_layers_of_one_kind_share_executables(served):
     assert len(served.embed.stats.seconds) == len(served.head.stats.seconds) == len(BUCKETS)
 
 
-@pytest.mark.parametrize("tokens", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 8)), 9, 41])
+@pytest.mark.parametrize("tokens", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 8, 9)), 41])
 def test_prefill_gives_the_logits_of_the_whole_sequence(model, served, rng, tokens):
     """In one bucket, in a full one, and in chunks; padding and what a cache holds behind the tokens do not count."""
     ids = rng.integers(0, 97, tokens).tolist()
@@ -63,7 +63,7 @@ def check_greedy(model, prompt, answer, margin):
     np.testing.assert_array_equal(np.asarray(answer)[clear], logits.argmax(-1)[clear])
 
 
-@pytest.mark.parametrize("number", [1, pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("number", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2)), 3])
 def test_requests_of_different_lengths_are_decoded_together(model, served, rng, number):
     prompts = [rng.integers(0, 97, n).tolist() for n in (5, 23, 1)[:number]]
     for prompt, answer in zip(prompts, served.generate(prompts, 9), strict=True):

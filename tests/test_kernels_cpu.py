@@ -190,7 +190,8 @@ def test_metadata_contiguous(routing, interpret):
 
 @pytest.mark.parametrize("capacity", [None, 3])
 @pytest.mark.parametrize(
-    ("tokens", "k", "experts"), [(1, 3, 5), (70, 2, 4), pytest.param(12, 3, 131, marks=pytest.mark.slow)]
+    ("tokens", "k", "experts"),
+    [pytest.param(1, 3, 5, marks=pytest.mark.slow), (70, 2, 4), pytest.param(12, 3, 131, marks=pytest.mark.slow)],
 )
 def test_metadata_of_few_routes(tokens, k, experts, capacity, rng, interpret):
     """One kernel: several chunks, ids that are no experts, more experts than lanes, full experts, rows that run out."""
@@ -297,6 +298,7 @@ def test_many_routes_take_two_kernels():
         assert kernels_in(call, struct((70, 4), jnp.int64)) == 1
 
 
+@pytest.mark.slow
 def test_ids_of_64_bits_do_not_wrap_into_experts(interpret):
     with jax.enable_x64():
         ids = jnp.array([[1, 2**32 + 1], [-(2**32), -1], [0, 2**32 - 1]], jnp.int64)

@@ -104,8 +104,10 @@ def everything(name):
 
 @pytest.mark.parametrize(
     ("kind", "chosen"),
-    [("modelopt", everything), ("compressed", lambda name: ".experts." in name)],
-    ids=["modelopt, all", "compressed, experts"],
+    [
+        pytest.param("modelopt", everything, id="modelopt, all", marks=pytest.mark.slow),
+        pytest.param("compressed", lambda name: ".experts." in name, id="compressed, experts"),
+    ],
 )
 def test_weights_decode_to_what_the_tensors_say(make_folder, tmp_path_factory, kind, chosen):
     """W4A16 in float32: the logits of a plain folder that holds the decoded weights."""
