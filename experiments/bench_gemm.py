@@ -247,8 +247,8 @@ def relative_error(result: jax.Array, inputs: Inputs) -> float:
 # --- tuning ---
 
 
-def candidates(m: int, *, fused: bool) -> list[TuningConfig]:
-    """Configurations worth trying for m rows per expert."""
+def candidates(experts: int, m: int, *, fused: bool) -> list[TuningConfig]:
+    """Configurations worth trying for m rows per expert; among them what would be chosen without the table."""
 
     def some(sizes, *kinds):
         names = ("warpgroups", "row_tiles", "k_tiles", "num_stages", "in_flight")
@@ -271,7 +271,9 @@ def candidates(m: int, *, fused: bool) -> list[TuningConfig]:
         found = some(sizes, (2, 1, 2, 3, 1))
         wide = TuningConfig((64, 256), num_stages=4, unroll=2, own_store=False)
         found += [wide, dataclasses.replace(wide, tile_m=(64, 128, 256)), dataclasses.replace(wide, tile_m=(128, 240))]
-    return [config for config in found if not fused or config.tiles % 2 == 0]
+    if m <= gemm_choice.MOST_FEW_ROWS:
+        found += gemm_choice.few_rows_configs(experts, m, fused=fused)
+    return [config for config in dict.fromkeys(found) if not fused or config.tiles % 2 == 0]
 
 
 def sweep(shapes: list[tuple[int, int, int]], rows_per_expert: list[int]) -> None:
@@ -287,7 +289,7 @@ def sweep(shapes: list[tuple[int, int, int]], rows_per_expert: list[int]) -> Non
         w_scale, act_scale = packed.global_scale[..., 0], jnp.full((experts, 1, 1), 0.01, jnp.float32)
         args = (inputs.x_masked(poisoned=False), packed.words, w_scale, inputs.counts)
         jobs: dict[Any, Any] = {}
-        for config in candidates(m, fused=fused):
+        for config in candidates(experts, m, fused=fused):
             options: dict[str, Any] = dict(out="nvfp4_as_bf16", act_scale=act_scale) if fused else {}
             if masked_gemm.check_config(*args, config=config, **options) is None:
                 call = lambda *a, c=config, o=options: masked_gemm.grouped_gemm(*a, config=c, **o)  # noqa: E731

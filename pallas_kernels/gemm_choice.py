@@ -13,12 +13,15 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pallas_kernels import lanes
 from pallas_kernels.gemm_config import TuningConfig
 from pallas_kernels.schedule import H100_SMS
 from pallas_kernels.weight_layout import TILE
 
-# "ExKxN", "swiglu ExKxN" -> rows per expert -> configuration, written by experiments/bench_gemm.py --sweep.
+# "ExKxN", "swiglu ExKxN" -> rows per expert -> configuration, written by experiments/bench_gemm.py --sweep (m = 2: from
+# h100/gemm_few_rows.json).
 TABLE = Path(__file__).with_name("tuned_gemm.json")
 _TUNED_WITHIN = 0.5  # an entry is for its rows per expert times or by 2^0.5
 
@@ -33,7 +36,7 @@ def choose(k: int, n: int, experts: int, expected_m: float | int, *, fused: bool
     exact = same_weights.get(experts, {})
     if exact and distance(nearest := min(exact, key=distance)) <= _TUNED_WITHIN:
         config = exact[nearest]
-    elif expected_m <= max(_STEP_US):
+    elif expected_m <= MOST_FEW_ROWS:
         return few_rows(k, n, experts, expected_m, fused=fused)
     elif same_weights:
         by_m = same_weights[min(same_weights, key=lambda e: abs(math.log2(e / experts)))]
@@ -44,29 +47,33 @@ def choose(k: int, n: int, experts: int, expected_m: float | int, *, fused: bool
 
 
 def few_rows(k: int, n: int, experts: int, expected_m: float | int, *, fused: bool) -> TuningConfig:
-    """Least time by waves of tasks, if the experts' rows are independent (Poisson)."""
-    of_rows = _STEP_US[min(m for m in _STEP_US if expected_m <= m)]
+    """Least time by waves of tasks, for up to `MOST_FEW_ROWS` rows per expert, if every row may go to any expert."""
+    of_rows = few_rows_configs(experts, expected_m, fused=fused)
+    counts = _draw_counts(experts, max(1, round(experts * expected_m)))
 
     def us(config: TuningConfig) -> float:
         per_task = config.tiles // 2 if fused else config.tiles
         columns = -(-n // (2 * TILE if fused else TILE) // per_task)
-        waves = math.ceil(experts * _row_tiles(expected_m, max(config.tile_m)) * columns / H100_SMS)
+        tasks = np.ceil(counts / max(config.tile_m)).sum(axis=1) * columns
         steps = -(-k // (TILE * config.k_tiles)) * config.k_tiles
-        return waves * (steps * of_rows[config] + config.tiles * _TASK_US)
+        return float(np.ceil(tasks / H100_SMS).mean()) * (steps * of_rows[config] + config.tiles * _TASK_US)
 
-    able = [config for config in of_rows if not fused or config.tiles % 2 == 0]
-    fitting = {config: _that_fits(config, experts) for config in able}
-    able = [config for config in able if fitting[config].smem_bytes(experts) <= lanes.SMEM_BYTES] or able
-    return fitting[min(able, key=us)]
+    fitting = [config for config in of_rows if config.smem_bytes(experts) <= lanes.SMEM_BYTES] or list(of_rows)
+    best = min(fitting, key=us)
+    return best if us(best) < us(fitting[0]) / _WORTH_IT else fitting[0]
 
 
-@functools.cache
-def _row_tiles(expected_m: float | int, tile_m: int) -> float:
-    """Expected tiles of tile_m rows of an expert."""
-    rows = range(1, int(expected_m + 8 * expected_m**0.5) + 20)
-    return sum(
-        math.exp(r * math.log(expected_m) - expected_m - math.lgamma(r + 1)) * math.ceil(r / tile_m) for r in rows
-    )
+def few_rows_configs(experts: int, expected_m: float | int, *, fused: bool) -> dict[TuningConfig, float]:
+    """What `few_rows` chooses from, with the time of a task per tile of K."""
+    of_rows = _STEP_US[min(m for m in _STEP_US if expected_m <= m)]
+    able = {config: step for config, step in of_rows.items() if not fused or config.tiles % 2 == 0}
+    return {_that_fits(config, experts): step for config, step in able.items()}
+
+
+@functools.lru_cache(64)
+def _draw_counts(experts: int, rows: int) -> np.ndarray:
+    """Rows per expert, [64 draws, experts]."""
+    return np.random.default_rng(0).multinomial(rows, np.full(experts, 1 / experts), 64)
 
 
 def dense(k: int, n: int, rows: float | int) -> TuningConfig:
@@ -105,6 +112,7 @@ def _few(tile_m: tuple[int, ...], warpgroups: int, row_tiles: int = 1, *, in_fli
 # Up to so many rows per expert: microseconds of a task per tile of K, with a task on every SM of an H100; and what a
 # task takes besides, per weight tile (experiments/results/gemm_log.md, fitted to h100/gemm_few_rows.json).
 _TASK_US = 0.3
+_WORTH_IT = 1.04  # what the model must promise for another than the first, about its own error
 _STEP_US: dict[int, dict[TuningConfig, float]] = {
     8: {
         _few((8, 16), 4, in_flight=0): 0.404,
@@ -131,6 +139,7 @@ _STEP_US: dict[int, dict[TuningConfig, float]] = {
         _few((40, 48, 56, 64), 2, in_flight=1): 0.269,
     },
 }
+MOST_FEW_ROWS = max(_STEP_US)
 # The same for a single matrix, all in all (experiments/results/dense_log.md).
 _DENSE_STEP_US = {
     TuningConfig((8, 16, 24, 32), warpgroups=1, k_tiles=8, num_stages=4): 0.165,
