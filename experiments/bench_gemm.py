@@ -278,6 +278,8 @@ def candidates(experts: int, m: int, *, fused: bool) -> list[TuningConfig]:
 
 def sweep(shapes: list[tuple[int, int, int]], rows_per_expert: list[int]) -> None:
     """Time the candidates of every cell with multinomial rows and keep the fastest, with and without SwiGLU."""
+    if any(experts == 1 for experts, _, _ in shapes):
+        raise app.UsageError("--sweep: a single matrix (E = 1) is chosen by gemm_choice.dense, not by the table")
     if not benchmarking.on_gpu():
         raise app.UsageError("--sweep needs a GPU")
     cells = list(itertools.product(shapes, rows_per_expert, (False, True)))

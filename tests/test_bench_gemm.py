@@ -52,6 +52,7 @@ def test_bad_flags_say_what_is_wrong():
             ("--m=x",): "--m",
             ("--distributions=zipf",): "zipf",
             ("--sweep",): "needs a GPU",
+            ("--sweep", "--shapes=1x128x128"): "single matrix",
             ("extra",): "unexpected",
         },
     )
