@@ -92,7 +92,8 @@ def test_many_requests_compile_nothing(served, requests):
     assert min(calls.values()) > requests / 4  # every bucket was used
 
 
-@pytest.mark.parametrize("devices", [None, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [None, 1, 2])
 def test_quantized_experts(rng, make_mesh, devices):
     """NVFP4 weights and activations per token, on one device (None: only the experts were put there) and on
     a mesh; rows for 6 tokens, none for padding."""

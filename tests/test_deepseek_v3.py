@@ -64,6 +64,7 @@ def test_logits_equal_the_float64_forward(tmp_path, changes):
         np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_cached_decode_equals_the_full_sequence():
     """A prompt of 8, then single tokens; places that are not filled hold NaN. A token costs rank + rope dim values."""
     model, ids = make_model(yarn=YARN), sample_ids(12)

@@ -158,6 +158,7 @@ def _metadata(ids, experts, capacity, interpret):
     )
 
 
+@pytest.mark.slow
 def test_metadata_masked(routing, interpret):
     ids, (row_map, masked_m, dropped, source) = routing
     meta = _metadata(ids, 4, 4, interpret)

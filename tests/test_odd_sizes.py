@@ -119,7 +119,7 @@ def test_gate_and_up_are_padded_each_on_their_own(rng):
     [
         pytest.param(48, None, "bf16", "masked", marks=pytest.mark.slow),
         pytest.param(80, None, "nvfp4", "contiguous", marks=pytest.mark.slow),
-        (48, 2, "nvfp4", "masked"),
+        pytest.param(48, 2, "nvfp4", "masked", marks=pytest.mark.slow),
     ],
 )
 def test_padding_changes_no_bit(rng, make_mesh, monkeypatch, intermediate, devices, activations, layout):
