@@ -47,6 +47,7 @@ def report(tmp_path_factory):
     return json.loads((folder / "out" / "demo.json").read_text()), result.stdout, folder / "out"
 
 
+@pytest.mark.slow
 def test_demo_table_plot_and_json(report):
     values, printed, folder = report
     names = [row["name"] for row in values["rows"]]
@@ -60,6 +61,7 @@ def test_demo_table_plot_and_json(report):
     assert values["sample"].startswith("def read_lines")
 
 
+@pytest.mark.slow
 def test_demo_formats_agree_in_quality(report):
     """Random weights are near 8 bits per byte and quantization noise hardly moves that; the wire adds rounding only."""
     bits = {row["name"]: row["bits_per_byte"] for row in report[0]["rows"]}
@@ -70,6 +72,7 @@ def test_demo_formats_agree_in_quality(report):
         assert abs(bits[f"W4A4 + nvfp4 wire, ep={n}"] / bits["W4A4"] - 1) < 2e-3
 
 
+@pytest.mark.slow
 def test_demo_wire_bytes(report):
     """Worst-case buffers: every token has room on every other device. 2 slots of i32 id and f32 weight ride along."""
     for row in report[0]["rows"][3:]:
@@ -81,6 +84,7 @@ def test_demo_wire_bytes(report):
         assert row["wire_bf16"] == {"dispatch": others * (2 * HIDDEN + 16), "combine": others * 2 * HIDDEN}
 
 
+@pytest.mark.slow
 def test_demo_times_every_stage(report):
     for row in report[0]["rows"][3:]:
         assert set(row["stages_us"]) == {
