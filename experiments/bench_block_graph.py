@@ -121,7 +121,7 @@ def make_model(gpu: bool, layers: int) -> Qwen3Moe:
                      num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768)  # fmt: skip
     model = Qwen3Moe(Qwen3MoeConfig(num_hidden_layers=layers, **shape), rngs=nnx.Rngs(0))
     quantize_experts(model)
-    configure_experts(model, activation_format="nvfp4")
+    configure_experts(model, activation_format_1="nvfp4", activation_format_2="nvfp4")
     return model
 
 

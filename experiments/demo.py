@@ -77,7 +77,13 @@ def build(variant: Variant, folder: str, calibration: np.ndarray) -> Any:
     mesh = None
     if variant.ep is not None:
         mesh = jax.make_mesh((variant.ep,), ("ep",), axis_types=(AxisType.Auto,), devices=jax.devices()[: variant.ep])
-    configure_experts(model, activation_format=variant.activation_format, wire_format=variant.wire_format, mesh=mesh)
+    configure_experts(
+        model,
+        activation_format_1=variant.activation_format,
+        activation_format_2=variant.activation_format,
+        wire_format=variant.wire_format,
+        mesh=mesh,
+    )
     return model
 
 

@@ -24,6 +24,7 @@ from absl import app, flags
 from experiments import block_report, flags as shared_flags
 from experiments.folder_tokenizer import tokenizer_of
 from fp4jax.checkpoint import load_model
+from fp4jax.checkpoint.folder_config import end_token_ids
 from fp4jax.models import BucketedModel, configure_experts, generate
 
 _MODEL = flags.DEFINE_string("model", None, "Folder in Hugging Face layout.", required=True)
@@ -74,7 +75,7 @@ def main(argv):
                              f"{config.max_position_embeddings}")  # fmt: skip
     run = in_blocks if options.enabled and _TEMPERATURE.value == 0 else at_once
     answer, numbers = run(model, ids, options)
-    text = tokenizer.decode(until_end(answer, folder))
+    text = tokenizer.decode(until_end(answer, end_token_ids(folder)))
     print(f"\n{_PROMPT.value}{text}\n")
     print(f"prefill: {numbers['prefill_tokens_per_s']:.0f} tokens/s, decoding: "
           f"{numbers['decode_tokens_per_s']:.1f} tokens/s, compiled in {numbers['compile_s']:.1f} s")  # fmt: skip
@@ -91,10 +92,8 @@ def layer_kinds(model: Any) -> str:
     return f"linear layers {', '.join(sorted(names))}, experts {kinds or 'none'}"
 
 
-def until_end(ids: list[int], folder: Path) -> list[int]:
-    """Up to the first token that ends a text, by config.json."""
-    ends = json.loads((folder / "config.json").read_text()).get("eos_token_id")
-    ends = set(ends if isinstance(ends, list) else [ends])
+def until_end(ids: list[int], ends: set[int]) -> list[int]:
+    """The tokens before the first one that ends a text."""
     return ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))]
 
 

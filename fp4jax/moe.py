@@ -15,6 +15,7 @@ from fp4jax.grouped_gemm import contiguous_grouped_gemm, masked_grouped_gemm
 from fp4jax.implementations import IMPLEMENTATIONS
 from fp4jax.low_latency import ReceiveBuffers
 from fp4jax.nvfp4 import NVFP4Tensor, quantize
+from fp4jax.packed_weights import PackedWeights
 from fp4jax.permute import depermute_combine, permute_to_contiguous, permute_to_masked
 from fp4jax.swiglu import silu
 from fp4jax.wire_formats import WIRE_FORMATS, from_fp8
@@ -55,18 +56,19 @@ class MoEConfig:
     num_experts: of all devices together. wire_format and form: see `expert_parallel.dispatch`; unused without
     `axis_name`.
     layout: "masked" [L, M, ..] or "contiguous" (prefill). activation_format_1 / _2: "nvfp4" (W4A4) or "bf16" (W4A16)
-    operand of each GEMM; tokens that crossed as nvfp4 stay as they are. capacity: rows per local expert (M),
-    contiguous: rows in all; None = the worst case for distinct ids per token. pair_capacity: rows per (sender,
+    operand of each GEMM; None = as its weights say: NVFP4 for NVFP4 weights that come with an input scale, bf16 for
+    all others, plain ones among them. Tokens that crossed as nvfp4 stay as they are. capacity: rows per local expert
+    (M), contiguous: rows in all; None = the worst case for distinct ids per token. pair_capacity: rows per (sender,
     receiver), None = worst case.
     axis_name: mesh axis of the surrounding shard_map, None = one device.
     """
 
     num_experts: int
-    wire_format: str = "nvfp4"
+    wire_format: str = "bf16"
     form: str = "per_peer"
     layout: str = "masked"
-    activation_format_1: str = "nvfp4"
-    activation_format_2: str = "nvfp4"
+    activation_format_1: str | None = None
+    activation_format_2: str | None = None
     capacity: int | None = None
     pair_capacity: int | None = None
     axis_name: str | None = None
@@ -77,8 +79,8 @@ class MoEConfig:
             ("wire_format", WIRE_FORMATS),
             ("form", FORMS),
             ("layout", LAYOUTS),
-            ("activation_format_1", ACTIVATION_FORMATS),
-            ("activation_format_2", ACTIVATION_FORMATS),
+            ("activation_format_1", (None, *ACTIVATION_FORMATS)),
+            ("activation_format_2", (None, *ACTIVATION_FORMATS)),
             ("implementation", (None, *IMPLEMENTATIONS)),
         ):
             if getattr(self, name) not in choices:
@@ -104,6 +106,7 @@ def moe_layer(
     config do not fit.
     """
     _check_weights(x, weights, config)
+    config = _with_formats(config, weights)
     if x.shape[0] == 0:  # on every device, as shapes are the same there: no device waits for another's collective
         return x, MoEStats(jnp.int32(0), buffers)
     axis, scope = config.axis_name, jax.named_scope
@@ -213,6 +216,19 @@ def _scale_of_row(scale, group_sizes, num_rows):
     ends = jnp.cumsum(group_sizes)
     expert = jnp.searchsorted(ends, jnp.arange(num_rows), side="right", method="compare_all")  # one kernel, no loop
     return scale.reshape(-1)[jnp.minimum(expert, scale.shape[0] - 1)][:, None]
+
+
+def _with_formats(config, weights):
+    """The config with activation formats that are not given as the weights say."""
+    formats = {
+        "activation_format_1": (weights.w13, weights.input_scale_1),
+        "activation_format_2": (weights.w2, weights.input_scale_2),
+    }
+    for name, (w, scale) in formats.items():
+        if getattr(config, name) is None:
+            is_w4a4 = isinstance(w, NVFP4Tensor | PackedWeights) and scale is not None
+            config = dataclasses.replace(config, **{name: "nvfp4" if is_w4a4 else "bf16"})
+    return config
 
 
 def _check_weights(x, weights, config):

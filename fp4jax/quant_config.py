@@ -10,16 +10,15 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from fp4jax.quant_schemas import (
+from fp4jax.quant_methods import (
     BF16,
     FP8_ONLINE,
     FP8_STORED,
     NVFP4_ONLINE,
     Method as Method,
     QuantizationPlan as QuantizationPlan,
-    own_config,
-    read_checkpoint_config,
 )
+from fp4jax.quant_schemas import own_config, read_checkpoint_config
 
 _USER_DEFAULTS: dict[str, Any] = {
     "dense_quant_type": None, "moe_quant_type": None, "image_moe_quant_type": None, "kv_cache_quant_type": None,
@@ -43,37 +42,47 @@ def plan_quantization(
         bare name of a method; None or "" for the checkpoint's own.
 
     The checkpoint's own config wins, except that mix_quant wins over one that says modelopt_fp4: its dict then is the
-    `moe_quant_config`, where the user gives none.
+    `moe_quant_config`, where the user gives none. A checkpoint may itself say mix_quant, as those of the serving system
+    do: it is read as the user's would be.
 
     Raises:
-      ValueError: for keys of the user's that are unknown, and for methods, algorithms, formats and values, anywhere,
-        that are unknown or not supported; with key and value.
+      ValueError: for keys of the user's that are unknown, for a checkpoint's section that names no method, and for
+        methods, algorithms, formats and values, anywhere, that are unknown or not supported; with key and value. What
+        is said of single modules is refused when `QuantizationPlan.method` is asked for one.
     """
-    own, user = own_config(checkpoint_config), _read_user(user_config)
-    kind, stored = ("", None) if own is None else read_checkpoint_config(own)
+    own, user = own_config(checkpoint_config), _read_user(user_config, "--quantization")
+    kind, stored = ("", None) if own is None else _read_own(own)
     if user is None:
         return QuantizationPlan() if stored is None else stored
     if stored is not None and not (user["quantization"] == "mix_quant" and kind == "modelopt_fp4"):
         note = f"--quantization asks for {user['quantization']}; the checkpoint's own config wins"
         return dataclasses.replace(stored, notes=(*stored.notes, note))
-    if user["quantization"] != "mix_quant":
-        return _one_method(user["quantization"])
-    return _mixed(user, stored)
+    return _plan_of(user, stored, "--quantization")
 
 
-def _one_method(name: str) -> QuantizationPlan:
-    if name == "modelopt_fp4":
-        return QuantizationPlan(NVFP4_ONLINE, NVFP4_ONLINE, "--quantization")
+def _read_own(own: Mapping[str, Any]) -> tuple[str, QuantizationPlan]:
+    """-> (the checkpoint's method, its plan)."""
+    if "quant_method" in own or not isinstance(own.get("quantization"), str):
+        return read_checkpoint_config(own)
+    found = _read_user(own, "the checkpoint's quantization section")
+    assert found is not None
+    return found["quantization"], _plan_of(found, None, f"the checkpoint ({found['quantization']})")
+
+
+def _plan_of(user: Mapping[str, Any], stored: QuantizationPlan | None, source: str) -> QuantizationPlan:
+    if user["quantization"] == "mix_quant":
+        return _mixed(user, stored, source)
+    if user["quantization"] == "modelopt_fp4":
+        return QuantizationPlan(NVFP4_ONLINE, NVFP4_ONLINE, source)
     note = "experts have no block-wise FP8 here: they stay bf16 (mix_quant with moe_quant_type quantizes them to NVFP4)"
-    return QuantizationPlan(FP8_ONLINE, BF16, "--quantization", notes=(note,))
+    return QuantizationPlan(FP8_ONLINE, BF16, source, notes=(note,))
 
 
-def _mixed(user: Mapping[str, Any], stored: QuantizationPlan | None) -> QuantizationPlan:
-    given = user["moe_quant_config"]
-    source, notes = "--quantization", ()
+def _mixed(user: Mapping[str, Any], stored: QuantizationPlan | None, source: str) -> QuantizationPlan:
+    given, notes = user["moe_quant_config"], ()
     config = None if not given else read_checkpoint_config(own_config(given) or given)[1]
     if config is None and stored is not None:
-        config, source = stored, "--quantization over the checkpoint's modelopt_fp4, which is the moe_quant_config"
+        config, source = stored, f"{source} over the checkpoint's modelopt_fp4, which is the moe_quant_config"
     if config is not None:
         notes = config.notes
 
@@ -107,7 +116,8 @@ def _mixed(user: Mapping[str, Any], stored: QuantizationPlan | None) -> Quantiza
 # --- the user's config ---
 
 
-def _read_user(config: Mapping[str, Any] | str | None) -> dict[str, Any] | None:
+def _read_user(config: Mapping[str, Any] | str | None, where: str) -> dict[str, Any] | None:
+    """The user's config with all its keys; where: what to call it in errors."""
     if config is None or config == "":
         return None
     if isinstance(config, str) and not config.lstrip().startswith(("{", "[", '"')):
@@ -116,15 +126,15 @@ def _read_user(config: Mapping[str, Any] | str | None) -> dict[str, Any] | None:
         try:
             config = json.loads(config)
         except json.JSONDecodeError as error:
-            raise ValueError(f"--quantization is not JSON: {error}") from error
+            raise ValueError(f"{where} is not JSON: {error}") from error
         config = {"quantization": config} if isinstance(config, str) else config
     if not isinstance(config, Mapping):
-        raise ValueError(f"--quantization must be a JSON object or the name of a method, got {config!r}")
+        raise ValueError(f"{where} must be a JSON object or the name of a method, got {config!r}")
     if "quantization" not in config:
-        raise ValueError(f"--quantization lacks the key 'quantization'; it has {sorted(config)}")
+        raise ValueError(f"{where} lacks the key 'quantization'; it has {sorted(config)}")
     kind = config["quantization"]
     if kind not in ("mix_quant", *_USER_METHODS):
-        raise ValueError(f"quantization={kind!r} is not supported; choose mix_quant or one of {_USER_METHODS}")
+        raise ValueError(f"{where}: quantization={kind!r} is not supported; choose mix_quant or one of {_USER_METHODS}")
     allowed = {"quantization", *(_USER_DEFAULTS if kind == "mix_quant" else ())}
     if unknown := sorted(set(config) - allowed):
         raise ValueError(f"{kind}: unknown key {unknown[0]!r}={config[unknown[0]]!r}; it takes {sorted(allowed)}")

@@ -1,20 +1,35 @@
-"""How modules of a checkpoint are stored and what they run as, and what a checkpoint's own config says about it.
+"""What a checkpoint's own config says about its quantization, as a plan.
 
 Three kinds of configs: ModelOpt's (hf_quant_config.json, or inside config.json), compressed-tensors' NVFP4, and
-block-wise FP8 as DeepSeek stores it.
+block-wise FP8 as DeepSeek stores it. Every key that is known either acts or is refused at values that are not done.
 """
 
 import dataclasses
-import fnmatch
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
+
+from fp4jax.quant_methods import (
+    BF16,
+    FP8_EXPERTS,
+    FP8_STORED,
+    FP8_STORED_UE8M0,
+    Method,
+    QuantizationPlan,
+    Refusal,
+)
 
 BLOCK_SIZE = 16  # values per NVFP4 block scale
 FP8_BLOCK = (128, 128)
 _QUANT_ALGOS = {"NVFP4": "nvfp4", "W4A16_NVFP4": "bf16"}  # ModelOpt's name: what the activations are
-# Of single layers in a mixed checkpoint; scales per block or per tensor, as the tensors say.
-_FP8_ALGOS = ("FP8", "FP8_PB_WO", "FP8_PB_REAL_QUANT", "FP8_BLOCK_SCALES")
+# Of single layers in a mixed checkpoint: ModelOpt's name -> group sizes that it may give. Whether scales are per block
+# or per tensor, the tensors say.
+_FP8_ALGOS = {
+    "FP8": (None,),
+    "FP8_PB_WO": (None, *FP8_BLOCK[:1]),
+    "FP8_PB_REAL_QUANT": (None, *FP8_BLOCK[:1]),
+    "FP8_BLOCK_SCALES": (None, *FP8_BLOCK[:1]),
+}
 _CHECKPOINT_KEYS = {
     "modelopt_fp4": {"quant_method", "quant_algo", "kv_cache_quant_algo", "kv_cache_scheme", "group_size", "ignore",
                      "exclude_modules", "config_groups", "quantized_layers", "producer"},
@@ -23,90 +38,26 @@ _CHECKPOINT_KEYS = {
     "fp8": {"quant_method", "fmt", "activation_scheme", "weight_block_size", "modules_to_not_convert",
             "ignored_layers", "scale_fmt"},
 }  # fmt: skip
-
-
-class Method(NamedTuple):
-    """What a module runs as, and how its weights are stored.
-
-    format: "bf16", "block_wise_fp8" or "nvfp4". stored: "bf16", "block_wise_fp8", "modelopt" or "compressed_tensors".
-    activations: of nvfp4 "nvfp4" (W4A4) or "bf16" (W4A16); of block_wise_fp8 "fp8"; else "bf16".
-    """
-
-    format: str
-    stored: str
-    activations: str
-
-    @property
-    def online(self) -> bool:
-        """Whether weights are quantized while they are loaded."""
-        return self.stored == "bf16" != self.format
-
-    def __str__(self) -> str:
-        if self.format == "bf16":
-            return "bf16" if self.stored == "bf16" else f"bf16, stored as {self.stored}"
-        how = "quantized while loading" if self.online else f"stored as {self.stored}"
-        return f"{self.format}, {how}, activations {self.activations}"
-
-
-BF16 = Method("bf16", "bf16", "bf16")
-FP8_STORED = Method("block_wise_fp8", "block_wise_fp8", "fp8")
-_FP8_EXPERTS = Method("bf16", "block_wise_fp8", "bf16")
-FP8_ONLINE = Method("block_wise_fp8", "bf16", "fp8")
-NVFP4_ONLINE = Method("nvfp4", "bf16", "nvfp4")
-
-
-@dataclasses.dataclass(frozen=True)
-class QuantizationPlan:
-    """A method for every linear layer (`dense`) and every expert layer (`experts`) of a model.
-
-    source: which config decided. ignore: patterns of modules that stay as they are. layers: methods of single modules
-    (mixed precision), which go before all others. notes: what a user should know about the decision.
-    """
-
-    dense: Method = BF16
-    experts: Method = BF16
-    source: str = "none"
-    ignore: tuple[str, ...] = ()
-    layers: tuple[tuple[str, Method], ...] = ()
-    notes: tuple[str, ...] = ()
-
-    def method(self, module: str) -> Method:
-        """Of a module by its name in the checkpoint, such as model.layers.3.self_attn.q_proj or .mlp.experts."""
-        for name, method in self.layers:
-            if _matches(name, module) or name.startswith(module + "."):
-                return method
-        expert = module.endswith(".experts") or ".experts." in module
-        if self.ignored_by(module) is not None or (self.dense.online and not expert and _stays_plain(module)):
-            return BF16
-        return self.experts if expert else self.dense
-
-    def ignored_by(self, module: str) -> str | None:
-        """The first pattern that excludes a module or one that contains it."""
-        return next((pattern for pattern in self.ignore if _matches(pattern, module)), None)
-
-    def __str__(self) -> str:
-        lines = [
-            f"quantization by: {self.source}",
-            f"linear layers:   {self.dense}",
-            f"experts:         {self.experts}",
-        ]
-        lines += [f"{name}: {method}" for name, method in self.layers]
-        lines += [f"as they are:     {', '.join(self.ignore)}"] if self.ignore else []
-        return "\n".join(lines + [f"note: {note}" for note in self.notes])
-
-
-# --- the checkpoint's config ---
+_SECTIONS = ("quantization_config", "compression_config")  # the second is an older name of compressed-tensors
 
 
 def own_config(config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """The quantization dict inside a config.json or hf_quant_config.json, or the dict itself."""
+    """The quantization section of a config.json or hf_quant_config.json, or the section itself; None: there is none.
+
+    Raises:
+      ValueError: the section is no object.
+    """
     if not config:
         return None
-    if "quantization_config" in config:
-        return config["quantization_config"] or None
-    if "quantization" in config and isinstance(config["quantization"], Mapping):
+    inner = config.get("text_config")
+    for place in (config, inner if isinstance(inner, Mapping) else {}):
+        for key in _SECTIONS:
+            if section := _object(place, key):
+                return section
+    if isinstance(config.get("quantization"), Mapping):
         return {"quant_method": "modelopt", **config["quantization"]}
-    return config if {"quant_method", "quant_algo"} & config.keys() else None
+    whole = {"model_type", "architectures", *_SECTIONS} & config.keys()
+    return None if whole else config
 
 
 def read_checkpoint_config(config: Mapping[str, Any]) -> tuple[str, QuantizationPlan]:
@@ -119,6 +70,11 @@ def read_checkpoint_config(config: Mapping[str, Any]) -> tuple[str, Quantization
         "modelopt": _read_modelopt, "modelopt_fp4": _read_modelopt,
         "compressed-tensors": _read_compressed_tensors, "fp8": _read_fp8,
     }  # fmt: skip
+    if "quant_method" not in config and not {"quant_algo", "quantized_layers", "config_groups"} & config.keys():
+        raise ValueError(
+            f"the checkpoint's quantization section names no quant_method; it has the keys {sorted(config)}, "
+            f"which no method is known by. Supported methods: {', '.join(readers)}"
+        )
     method = config.get("quant_method", "modelopt")
     if not isinstance(method, str) or method not in readers:
         raise ValueError(f"quant_method={method!r} of the checkpoint is not supported; supported: {', '.join(readers)}")
@@ -129,51 +85,68 @@ def read_checkpoint_config(config: Mapping[str, Any]) -> tuple[str, Quantization
     return kind, dataclasses.replace(plan, source=f"the checkpoint ({kind})", notes=(*plan.notes, *notes))
 
 
+# --- ModelOpt ---
+
+
 def _read_modelopt(config: Mapping[str, Any]) -> QuantizationPlan:
     ignore = _patterns(config, "ignore", "exclude_modules")
-    _check_group_size(config.get("group_size"))
     notes = _kv_note(config.get("kv_cache_quant_algo") or config.get("kv_cache_scheme"))
     algo = config.get("quant_algo")
     if algo == "MIXED_PRECISION":
-        layers = tuple(
-            (name, _modelopt_layer(name, entry)) for name, entry in _object(config, "quantized_layers").items()
-        )
-        experts = next((method for name, method in layers if ".experts" in name), BF16)
-        return QuantizationPlan(BF16, experts, ignore=ignore, layers=layers, notes=notes)
-    if algo is None and config.get("config_groups"):
-        activations = _activations_of_groups(_object(config, "config_groups"))
-    elif isinstance(algo, str) and algo in _QUANT_ALGOS:
-        activations = _QUANT_ALGOS[algo]
-    else:
+        entries = _object(config, "quantized_layers")
+        layers = {name: _modelopt_layer(name, entry) for name, entry in entries.items()}
+        if any(method in (FP8_STORED, FP8_EXPERTS) for method in layers.values()):
+            notes += ("layers in FP8 get activation scales per token and 128 values, whatever the checkpoint has",)
+        return _of_layers(layers, ignore, notes)
+    groups = _groups(config, "modelopt")
+    if algo is None and groups:
+        return _of_groups(groups, ignore, notes)
+    if not isinstance(algo, str) or algo not in _QUANT_ALGOS:
         raise ValueError(f"quant_algo={algo!r} of the checkpoint is not supported; supported: MIXED_PRECISION, "
                          f"{', '.join(_QUANT_ALGOS)}")  # fmt: skip
-    method = Method("nvfp4", "modelopt", activations)
+    if (size := config.get("group_size")) not in (None, BLOCK_SIZE):
+        raise ValueError(f"quant_algo={algo!r} of the checkpoint: group_size={size!r} is not supported, "
+                         f"only {BLOCK_SIZE}")  # fmt: skip
+    per_token = any(method.input_scales == "per_token" for _, method in groups)
+    method = Method("nvfp4", "modelopt", _QUANT_ALGOS[algo], "per_token" if per_token else "stored")
+    if said := {m.activations for _, m in groups} - {method.activations}:
+        notes += (f"config_groups say activations in {said.pop()}; quant_algo={algo!r}, which is followed, says "
+                  f"{method.activations}",)  # fmt: skip
     return QuantizationPlan(method, method, ignore=ignore, notes=notes)
 
 
-def _modelopt_layer(name: str, entry: Any) -> Method:
+def _modelopt_layer(name: str, entry: Any) -> Method | Refusal:
     algo = entry.get("quant_algo") if isinstance(entry, Mapping) else entry
-    if isinstance(entry, Mapping):
-        _check_group_size(entry.get("group_size"))
-    if isinstance(algo, str) and algo in _FP8_ALGOS:
-        return _FP8_EXPERTS if ".experts" in name else FP8_STORED
-    if not isinstance(algo, str) or algo not in _QUANT_ALGOS:
+    size = entry.get("group_size") if isinstance(entry, Mapping) else None
+    if not isinstance(algo, str) or algo not in (*_QUANT_ALGOS, *_FP8_ALGOS):
         supported = ", ".join((*_QUANT_ALGOS, *_FP8_ALGOS))
-        raise ValueError(f"quantized_layers: {name} has quant_algo={algo!r}; supported: {supported}")
+        return Refusal(f"quantized_layers: {name} has quant_algo={algo!r}; supported: {supported}")
+    sizes = _FP8_ALGOS.get(algo, (None, BLOCK_SIZE))
+    if size not in sizes:
+        only = " or ".join(str(s) for s in sizes if s is not None) or "none"
+        return Refusal(f"quantized_layers: {name} has quant_algo={algo!r} with group_size={size!r}; supported: {only}")
+    if algo in _FP8_ALGOS:
+        return FP8_EXPERTS if ".experts" in name else FP8_STORED
     return Method("nvfp4", "modelopt", _QUANT_ALGOS[algo])
 
 
+# --- compressed-tensors ---
+
+
 def _read_compressed_tensors(config: Mapping[str, Any]) -> QuantizationPlan:
-    if config.get("format") != "nvfp4-pack-quantized":
-        raise ValueError(
-            f"compressed-tensors: format={config.get('format')!r} is not supported, only 'nvfp4-pack-quantized'"
-        )
+    for key, supported in (("format", "nvfp4-pack-quantized"), ("quantization_status", "compressed")):
+        if (value := config.get(key, supported if key != "format" else None)) != supported:
+            raise ValueError(f"compressed-tensors: {key}={value!r} is not supported, only {supported!r}")
     for key in ("sparsity_config", "transform_config"):
         if config.get(key):
             raise ValueError(f"compressed-tensors: {key}={config[key]!r} is not supported")
-    method = Method("nvfp4", "compressed_tensors", _activations_of_groups(_object(config, "config_groups")))
-    notes = _kv_note(config.get("kv_cache_scheme"))
-    return QuantizationPlan(method, method, ignore=_patterns(config, "ignore"), notes=notes)
+    groups = _groups(config, "compressed_tensors")
+    if not groups:
+        raise ValueError(f"compressed-tensors: config_groups must have groups, got {config.get('config_groups')!r}")
+    return _of_groups(groups, _patterns(config, "ignore"), _kv_note(config.get("kv_cache_scheme")))
+
+
+# --- block-wise FP8 ---
 
 
 def _read_fp8(config: Mapping[str, Any]) -> QuantizationPlan:
@@ -183,27 +156,88 @@ def _read_fp8(config: Mapping[str, Any]) -> QuantizationPlan:
     for key, supported in (("activation_scheme", "dynamic"), ("fmt", "e4m3")):
         if config.get(key, supported) != supported:
             raise ValueError(f"fp8: {key}={config[key]!r} is not supported, only {supported!r}")
+    scale_formats = {None: FP8_STORED, "float32": FP8_STORED, "ue8m0": FP8_STORED_UE8M0}
+    scale_format = config.get("scale_fmt")
+    if not isinstance(scale_format, str | None) or scale_format not in scale_formats:
+        raise ValueError(f"fp8: scale_fmt={scale_format!r} is not supported, only 'float32' and 'ue8m0'")
     ignore = _patterns(config, "modules_to_not_convert", "ignored_layers")
     note = "experts stored in block-wise FP8 are decoded to bf16 while loading"
-    return QuantizationPlan(FP8_STORED, _FP8_EXPERTS, ignore=ignore, notes=(note,))
+    return QuantizationPlan(scale_formats[scale_format], FP8_EXPERTS, ignore=ignore, notes=(note,))
 
 
-def _activations_of_groups(groups: Mapping[str, Any]) -> str:
-    """What the activations of all `config_groups` are, nvfp4 or bf16; the groups must agree."""
-    found = set()
+# --- config_groups, which ModelOpt and compressed-tensors have ---
+
+
+def _groups(config: Mapping[str, Any], stored: str) -> list[tuple[list[str], Method]]:
+    """(targets, method) of every group; no targets stand for all linear layers."""
+    found = []
+    groups = _object(config, "config_groups")
     for name in groups:
         group = _object(groups, name)
-        for part in ("weights", "input_activations"):
-            scheme = group.get(part)
-            if scheme is None and part == "input_activations":
-                continue
-            if not isinstance(scheme, Mapping) or (scheme.get("num_bits"), scheme.get("type")) != (4, "float"):
-                raise ValueError(f"config_groups: {name}.{part} is {scheme!r}, supported are floats of 4 bits")
-            _check_group_size(scheme.get("group_size"))
-        found.add("bf16" if group.get("input_activations") is None else "nvfp4")
-    if len(found) != 1:
-        raise ValueError(f"config_groups must have groups that agree on their activations, got {sorted(groups)}")
-    return found.pop()
+        _check_scheme(f"config_groups: {name}.weights", group.get("weights"), dynamic=(None, False))
+        if (output := group.get("output_activations")) is not None:
+            raise ValueError(f"config_groups: {name}.output_activations is {output!r}; only null is supported")
+        activations, input_scales = "bf16", "stored"
+        if (scheme := group.get("input_activations")) is not None:
+            _check_scheme(f"config_groups: {name}.input_activations", scheme, dynamic=(None, False, "local", True))
+            activations, input_scales = "nvfp4", "per_token" if scheme.get("dynamic") is True else "stored"
+        found.append((_targets(name, group), Method("nvfp4", stored, activations, input_scales)))
+    return found
+
+
+def _check_scheme(where: str, scheme: Any, *, dynamic: tuple[Any, ...]) -> None:
+    """ValueError unless a scheme is NVFP4: floats of 4 bits, a scale for every 16 values, nothing reordered."""
+    if not isinstance(scheme, Mapping) or (scheme.get("num_bits"), scheme.get("type")) != (4, "float"):
+        raise ValueError(f"{where} is {scheme!r}, supported are floats of 4 bits")
+    accepted = {
+        "group_size": (None, BLOCK_SIZE), "symmetric": (None, True), "strategy": (None, "tensor_group", "group"),
+        "actorder": (None,), "block_structure": (None,), "dynamic": dynamic,
+    }  # fmt: skip
+    for key, values in accepted.items():
+        if not any(scheme.get(key) is value or scheme.get(key) == value for value in values):
+            raise ValueError(f"{where}: {key}={scheme[key]!r} is not supported, only "
+                             f"{' or '.join(repr(v) for v in values if v is not None) or 'null'}")  # fmt: skip
+
+
+def _targets(name: str, group: Mapping[str, Any]) -> list[str]:
+    """Names and patterns of the modules of a group; none for all linear layers."""
+    targets = group.get("targets") or []
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise ValueError(f"config_groups: {name}.targets={targets!r} must be a list of names")
+    if not targets or "Linear" in targets:
+        return []
+    classes = [target for target in targets if not target.startswith("re:") and "." not in target]
+    if unknown := [target for target in classes if target[:1].isupper()]:
+        raise ValueError(f"config_groups: {name}.targets has the class {unknown[0]!r}; supported are 'Linear', names "
+                         "of modules, and regular expressions after 're:'")  # fmt: skip
+    return targets
+
+
+def _of_groups(
+    groups: list[tuple[list[str], Method]], ignore: tuple[str, ...], notes: tuple[str, ...]
+) -> QuantizationPlan:
+    whole = {method for targets, method in groups if not targets}
+    if len(whole) > 1:
+        raise ValueError("config_groups has groups for all linear layers that differ in their activations; they must "
+                         f"agree, got {', '.join(sorted(method.activations for method in whole))}")  # fmt: skip
+    layers: dict[str, Method | Refusal] = {target: method for targets, method in groups for target in targets}
+    if not whole:
+        return _of_layers(layers, ignore, notes)
+    (method,) = whole
+    return QuantizationPlan(method, method, ignore=ignore, layers=tuple(layers.items()), notes=notes)
+
+
+def _of_layers(
+    layers: Mapping[str, Method | Refusal], ignore: tuple[str, ...], notes: tuple[str, ...]
+) -> QuantizationPlan:
+    """A plan of single modules; experts that have no entry count as the first ones that do."""
+    experts = [method for name, method in layers.items() if ".experts" in name and isinstance(method, Method)]
+    return QuantizationPlan(
+        BF16, experts[0] if experts else BF16, ignore=ignore, layers=tuple(layers.items()), notes=notes
+    )
+
+
+# --- values ---
 
 
 def _object(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -227,36 +261,5 @@ def _patterns(config: Mapping[str, Any], *keys: str) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _check_group_size(size: Any) -> None:
-    if size not in (None, BLOCK_SIZE):
-        raise ValueError(f"group_size={size!r} is not supported, only {BLOCK_SIZE}")
-
-
 def _kv_note(scheme: Any) -> tuple[str, ...]:
     return (f"the cache stays in the compute dtype; the checkpoint suggests {scheme!r}",) if scheme else ()
-
-
-# --- names ---
-
-
-def _stays_plain(module: str) -> bool:
-    """Modules that are never quantized on the way: heads, embeddings, routers and the gates of shared experts."""
-    return module.rsplit(".", 1)[-1] in ("lm_head", "embed_tokens", "gate", "shared_expert_gate", "correction_bias")
-
-
-def _matches(pattern: str, module: str) -> bool:
-    """A pattern with wildcards, or a regular expression after "re:", for a module or one that it is part of."""
-    if pattern.startswith("re:"):
-        return re.match(pattern[3:], module) is not None
-    parts = module.split(".")
-    return any(fnmatch.fnmatchcase(".".join(parts[:n]), pattern) for n in range(len(parts), 0, -1))
-
-
-def disagreements(plan: QuantizationPlan, stored: Mapping[str, str]) -> Iterable[str]:
-    """Lines about modules whose tensors ({module: how it is stored}) are not what the checkpoint's config says."""
-    for module, found in stored.items():
-        expected = plan.method(module).stored
-        if found != expected:
-            pattern = plan.ignored_by(module)
-            why = f" (ignored as {pattern!r})" if pattern is not None else ""
-            yield f"{module}: the config says {expected}{why}, the tensors are {found}"

@@ -100,7 +100,9 @@ def test_quantized_experts(rng, make_mesh, devices):
     model = Qwen3Moe(dataclasses.replace(CONFIG, num_hidden_layers=1), rngs=nnx.Rngs(1))
     quantize_experts(model)
     mesh = {} if devices is None else {"mesh": None if devices == 1 else make_mesh(devices)}
-    configure_experts(model, activation_format="nvfp4", layout="contiguous", capacity=12, **mesh)
+    configure_experts(
+        model, activation_format_1="nvfp4", activation_format_2="nvfp4", layout="contiguous", capacity=12, **mesh
+    )
     served = BucketedModel(model, buckets=(8,), batch_buckets=(2,), max_length=40)
     served.warm_up(progress=False)
     ids = rng.integers(0, 97, 6).tolist()

@@ -147,7 +147,7 @@ def test_redundant_tensors_are_skipped(tmp_path):
         (lambda t: t.pop(EXPERT), ["1 tensors missing", EXPERT, "0 unexpected: none"]),
         (lambda t: t.update(extra=np.ones(2, np.float32)), ["0 tensors missing: none", "1 unexpected: extra"]),
         (lambda t: t.update({EXPERT: t[EXPERT].T.copy()}), ["model.safetensors", EXPERT, "(32, 16)", "(16, 32)"]),
-        (lambda t: t.update({EXPERT: t[EXPERT].view(np.uint8)}), ["model.safetensors", EXPERT, "U8", "BF16"]),
+        (lambda t: t.update({EXPERT: t[EXPERT].view(np.uint8)}), [EXPERT, "U8", "BF16"]),
         (lambda t: t.clear(), ["35 tensors missing", "and 27 more"]),
     ],
     ids=["missing", "unexpected", "shape", "type", "empty"],

@@ -104,7 +104,7 @@ def test_configs_of_hugging_face():
 def test_served_in_buckets_with_quantized_experts():
     model = make_model()
     quantize_experts(model)
-    configure_experts(model, activation_format="nvfp4")
+    configure_experts(model, activation_format_1="nvfp4", activation_format_2="nvfp4")
     served = BucketedModel(model, buckets=(8,), batch_buckets=(1,), max_length=32)
     prompt = np.random.default_rng(3).integers(0, 96, 11).tolist()
     expected = np.asarray(forward(model, jnp.asarray([prompt], jnp.int32)))[0, -1]

@@ -13,10 +13,11 @@ from safetensors.numpy import save_file
 from tensor_files import read_tensors
 from test_checkpoint import edit, edit_config, make_model
 from test_quant_config import COMPRESSED, FP8, MODELOPT
-from test_quantized_checkpoints import EXPERTS, UP, WEIGHT_ONLY, nvfp4, put
+from test_quantized_checkpoints import EXPERTS, UP, WEIGHT_ONLY, fp8, nvfp4, put
 
 from fp4jax.checkpoint import load_model, save_model
 from fp4jax.checkpoint.inspect import inspect_folder
+from fp4jax.nvfp4 import dequantize
 
 pytestmark = [
     pytest.mark.usefixtures("quick_compile"),
@@ -135,6 +136,7 @@ def compress_one_expert(tensors):
         module = f"{EXPERTS}2.{projection}_proj."
         tensors[module + "weight_packed"] = tensors.pop(module + "weight")
         tensors[module + "weight_global_scale"] = np.float32(1) / tensors.pop(module + "weight_scale_2").reshape(1)
+        tensors[module + "input_global_scale"] = np.float32(1) / tensors.pop(module + "input_scale").reshape(1)
 
 
 def quantization(base, **changes):
@@ -241,13 +243,9 @@ HOSTILE = {
         tensors(lambda t: t.update({EXPERTS + "4.up_proj.weight": t[UP + "weight"]})),
         ["1 unexpected", EXPERTS + "4.up_proj.weight"],
     ),
-    "one expert by another tool": (
-        tensors(compress_one_expert),
-        ["6 tensors missing", UP + "weight,", "6 unexpected", UP + "weight_packed"],
-    ),
     "gate in NVFP4 beside a plain up": (
         tensors(lambda t: [t.update({UP + "weight": np.ones((16, 32), ml_dtypes.bfloat16)})]),
-        [WEIGHTS, UP + "weight", "(16, 32)", "BF16", "(16, 16)", "U8"],
+        [EXPERTS + "0.gate_proj.weight is U8 (modelopt)", UP + "weight is BF16 (bf16)", "both be NVFP4 or both not"],
     ),
     "a cache scale of zero": (tensors(put(KV, np.float32(0))), [WEIGHTS, KV, "0.0", "positive"]),
     "a cache scale per head": (tensors(put(KV, np.ones(2, np.float32))), [WEIGHTS, KV, "(2,)", "expected ()"]),
@@ -284,8 +282,8 @@ HOSTILE = {
     "a method as a list": (quantization(MODELOPT, quant_method=["modelopt"]), ["quant_method=['modelopt']"]),
     "an algorithm as a list": (quantization(MODELOPT, quant_algo=["NVFP4"]), ["quant_algo=['NVFP4']"]),
     "a layer's algorithm as a list": (
-        quantization(MODELOPT, quant_algo="MIXED_PRECISION", quantized_layers={"a": ["x"]}),
-        ["a has quant_algo=['x']"],
+        quantization(MODELOPT, quant_algo="MIXED_PRECISION", quantized_layers={Q[:-1]: ["x"]}),
+        [Q[:-1] + " has quant_algo=['x']"],
     ),
     "an algorithm that does not exist": (quantization(MODELOPT, quant_algo="NVFP5"), ["quant_algo='NVFP5'"]),
     "groups of 32": (quantization(MODELOPT, group_size=32), ["group_size=32", "16"]),
@@ -329,10 +327,94 @@ def test_it_is_refused_with_a_message(folder, name):
     assert not report["loads"] and any(messages[-1] in problem for problem in report["problems"])
 
 
+def decoded_weights(folder):
+    block = load_model(folder)[0].layers[0].mlp
+    return [np.asarray(dequantize(w.get_value(), np.float32)) for w in (block.w13, block.w2)]
+
+
+def test_one_expert_by_another_tool(folder):
+    """Both tools' NVFP4 is the same arithmetic: the experts run together."""
+    expected = decoded_weights(folder)
+    edit(folder, compress_one_expert)
+    assert inspect_folder(folder)["loads"]
+    for found, wanted in zip(decoded_weights(folder), expected, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-6)  # reciprocals of reciprocals
+
+
 def test_the_report_sees_scales_of_fp8(folder):
-    edit(folder, put(Q + "weight_scale_inv", np.zeros((1, 1), np.float32)))
+    edit(folder, lambda tensors: fp8(tensors, "model.layers.0.self_attn.k_proj", np.random.default_rng(0)))
+    assert inspect_folder(folder)["loads"]
+    edit(folder, put("model.layers.0.self_attn.k_proj.weight_scale_inv", np.zeros((1, 1), np.float32)))
+    (problem,) = inspect_folder(folder)["problems"]
+    assert "k_proj.weight_scale_inv has 0.0" in problem
+
+
+BAD_INPUT = {GATE + "input_scale": np.float32(0), Q + "input_scale": np.float32(np.inf)}
+
+
+@pytest.mark.parametrize("way", ["per_token", "weight only"])
+def test_activation_scales_that_nobody_reads_may_be_anything(folder, way):
+    edit(folder, lambda tensors: tensors.update({name: np.array(value) for name, value in BAD_INPUT.items()}))
+    (zero, infinite) = inspect_folder(folder)["problems"]
+    assert f"{GATE}input_scale = 0.0" in infinite + zero and f"{Q}input_scale = inf" in infinite + zero
+    options = {"input_scales": "per_token"} if way == "per_token" else {}
+    if way == "weight only":
+        edit_config(folder, quantization_config=WEIGHT_ONLY["modelopt"])
+    assert inspect_folder(folder, **options)["loads"]
+    load_model(folder, **options)
+
+
+def test_layers_that_are_never_read_may_be_broken(folder):
+    """Layers that predict further tokens are not loaded, whatever they hold."""
+    broken = {"model.layers.7.mlp.experts.0.up_proj." + end: value for end, value in (
+        ("weight", np.zeros((16, 16), np.uint8)),
+        ("weight_scale", np.full((16, 2), np.nan, ml_dtypes.float8_e4m3fn)),
+        ("weight_scale_2", np.zeros((), np.float32)),
+        ("weight_scale_inv", np.zeros((1, 1), np.float32)),
+    )}  # fmt: skip
+    edit(folder, lambda tensors: tensors.update(broken))
+    report = inspect_folder(folder)
+    assert report["loads"] and report["problems"] == [] and report["scales"]["layers"] == 13
+    load_model(folder)
+
+
+def test_all_problems_are_told_and_the_loader_says_how_many(folder):
+    edit(folder, lambda tensors: [tensors.pop(f"{EXPERTS}{e}.down_proj.input_scale") for e in range(4)])
+    edit(folder, put(Q + "input_scale", np.float32(-1)))
+    edit(folder, put(UP + "weight_scale_2", np.float32(np.nan)))
     problems = inspect_folder(folder)["problems"]
-    assert any(Q + "weight_scale_inv has 0.0" in problem for problem in problems)
+    assert len(problems) == 3
+    with pytest.raises(ValueError, match="and 1 more problem"):
+        load_model(folder)
+
+
+def test_sizes_that_nvfp4_does_not_have(tmp_path):
+    """Experts of 24 columns are no whole number of blocks: refused at once, not at the first forward pass."""
+    save_model(*make_model(moe_intermediate_size=24), tmp_path)
+    asked = {"quantization": "mix_quant", "moe_quant_type": "modelopt_fp4"}
+    report = inspect_folder(tmp_path, quantization=asked)
+    assert not report["loads"] and "down_proj" in report["problems"][0] and "K = 24" in report["problems"][0]
+    with pytest.raises(ValueError, match="K = 24 is no multiple of 16"):
+        load_model(tmp_path, quantization=asked)
+
+    def change(tensors):
+        name = EXPERTS + "0.down_proj.weight"
+        tensors[name] = np.zeros((32, 12), np.uint8)
+        tensors[name + "_scale"] = np.ones((32, 1), ml_dtypes.float8_e4m3fn)
+        tensors[name + "_scale_2"] = np.ones((), np.float32)
+
+    edit(tmp_path, change)
+    edit_config(tmp_path, num_experts=1, num_experts_per_tok=1, quantization_config=MODELOPT)
+    with pytest.raises(ValueError, match="K = 24 is no multiple of 16"):
+        load_model(tmp_path)
+    assert "K = 24" in inspect_folder(tmp_path)["problems"][0]
+
+
+def test_experts_that_do_not_divide_are_refused_before_anything_is_read(folder, make_mesh, monkeypatch):
+    edit_config(folder, quantization_config=WEIGHT_ONLY["modelopt"])
+    monkeypatch.setattr("fp4jax.checkpoint.load._fill", lambda *_: pytest.fail("weights are read"))
+    with pytest.raises(ValueError, match="4 experts cannot be split over 3 devices"):
+        load_model(folder, mesh=make_mesh(3))
 
 
 def test_exclude_lists_that_contradict_the_tensors_are_reported(folder):

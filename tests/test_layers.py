@@ -317,7 +317,7 @@ def test_broken_input_scales_are_refused_by_name(scales, message):
 def test_input_scales_can_be_removed(rng):
     block, x = make_block(), tokens(rng)
     block.quantize_experts()
-    block.configure(ExpertSettings(activation_format="nvfp4"))
+    block.configure(ExpertSettings(activation_format_1="nvfp4", activation_format_2="nvfp4"))
     dynamic, _ = run(block, x)
     block.set_input_scales(*_GOOD)
     static, _ = run(block, x)
@@ -337,7 +337,15 @@ def test_per_slot_experts_give_the_same_bits_on_every_mesh(rng, make_mesh, stati
     found = {}
     for devices in (1, 2, 4):
         mesh = make_mesh(devices)
-        block.configure(ExpertSettings(activation_format="nvfp4", wire_format="nvfp4", form="per_slot", mesh=mesh))
+        block.configure(
+            ExpertSettings(
+                activation_format_1="nvfp4",
+                activation_format_2="nvfp4",
+                wire_format="nvfp4",
+                form="per_slot",
+                mesh=mesh,
+            )
+        )
         found[devices], aux = block(x)  # eager: the router runs on one device
         assert int(aux.dropped) == 0
     np.testing.assert_array_equal(f64(found[1]), f64(found[2]))

@@ -318,7 +318,14 @@ def small_model(mesh, kept):
     )  # fmt: skip
     model = Qwen3Moe(config, rngs=nnx.Rngs(0))
     quantize_experts(model)
-    configure_experts(model, mesh=mesh, activation_format="nvfp4", wire_format="nvfp4", low_latency=kept)
+    configure_experts(
+        model,
+        mesh=mesh,
+        activation_format_1="nvfp4",
+        activation_format_2="nvfp4",
+        wire_format="nvfp4",
+        low_latency=kept,
+    )
     return model
 
 

@@ -128,7 +128,12 @@ def test_padding_changes_no_bit(rng, make_mesh, monkeypatch, intermediate, devic
     block = MoEBlock(64, intermediate, RoutingConfig(8, 2), stddev=0.3, rngs=nnx.Rngs(0), **kinds)
     block.quantize_experts()
     x = tokens(rng, "bfloat16")
-    settings = dict(activation_format=activations, layout=layout, mesh=None if devices is None else make_mesh(devices))
+    settings = dict(
+        activation_format_1=activations,
+        activation_format_2=activations,
+        layout=layout,
+        mesh=None if devices is None else make_mesh(devices),
+    )
     block.configure(ExpertSettings(implementation="xla", **settings))
     expected, plain = run(block, x), (block.w13.get_value(), block.w2.get_value())
     onto_hopper(monkeypatch)

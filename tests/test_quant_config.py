@@ -1,11 +1,12 @@
 """Which config wins, what every module runs as, and what is refused: tables of pairs of configs and their plans."""
 
 import json
+import time
 
 import pytest
 
 from fp4jax.quant_config import plan_quantization
-from fp4jax.quant_schemas import BF16, FP8_ONLINE, FP8_STORED, NVFP4_ONLINE, Method, disagreements
+from fp4jax.quant_methods import BF16, FP8_ONLINE, FP8_STORED, NVFP4_ONLINE, Method, disagreements
 
 W4A4, W4A16 = Method("nvfp4", "modelopt", "nvfp4"), Method("nvfp4", "modelopt", "bf16")
 PACKED = Method("nvfp4", "compressed_tensors", "nvfp4")
@@ -149,9 +150,119 @@ def test_mixed_precision():
     assert plan.method("model.layers.0.self_attn.k_proj") == BF16
     assert plan.method("model.layers.0.self_attn.v_proj") == FP8_STORED
     assert plan.method("model.layers.1.mlp.experts.0.up_proj") == DECODED
-    with pytest.raises(ValueError, match=r"self_attn.q_proj has quant_algo='INT4_AWQ'"):
-        layers["model.layers.0.self_attn.q_proj"] = "INT4_AWQ"
-        plan_quantization({"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}, None)
+
+
+def mixed_plan(**layers):
+    entries = {name.replace("__", "."): entry for name, entry in layers.items()}
+    return plan_quantization({"quant_algo": "MIXED_PRECISION", "quantized_layers": entries}, None)
+
+
+@pytest.mark.parametrize("algo", ["FP8_PB_WO", "FP8_PB_REAL_QUANT", "FP8_BLOCK_SCALES"])
+def test_group_sizes_are_those_of_the_algorithm(algo):
+    for size in ({}, {"group_size": None}, {"group_size": 128}):
+        assert mixed_plan(a__q_proj={"quant_algo": algo, **size}).method("a.q_proj") == FP8_STORED
+    assert mixed_plan(a={"quant_algo": "NVFP4", "group_size": 16}).method("a") == W4A4
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("INT4_AWQ", "quant_algo='INT4_AWQ'"),
+        ({"quant_algo": "MXFP8", "group_size": 32}, "quant_algo='MXFP8'"),
+        ({"quant_algo": "FP8_BLOCK_SCALES", "group_size": 64}, "quant_algo='FP8_BLOCK_SCALES' with group_size=64"),
+        ({"quant_algo": "FP8", "group_size": 128}, "quant_algo='FP8' with group_size=128"),
+        ({"quant_algo": "W4A16_NVFP4", "group_size": 32}, "quant_algo='W4A16_NVFP4' with group_size=32"),
+    ],
+)
+def test_a_layer_is_refused_when_it_is_asked_for(entry, message):
+    """Not before: configs also name layers that are never loaded, such as those that predict further tokens."""
+    plan = mixed_plan(a__q_proj="NVFP4", b__q_proj=entry, c__experts__0__up_proj=entry)
+    assert plan.method("a.q_proj") == W4A4 and plan.method("d.q_proj") == BF16
+    for module, name in (("b.q_proj", "b.q_proj"), ("c.experts", "c.experts.0.up_proj")):
+        with pytest.raises(ValueError, match=message) as error:
+            plan.method(module)
+        assert f"quantized_layers: {name} has" in str(error.value)
+    assert "not supported" in str(plan)
+
+
+def test_the_entry_that_names_a_module_goes_first():
+    plan = plan_quantization(
+        {
+            "quant_algo": "MIXED_PRECISION", "ignore": ["a.mlp*", "b.q_proj"],
+            "quantized_layers": {"a": "FP8", "a.mlp": "W4A16_NVFP4", "*.q_proj": "NVFP4",
+                                 "c.experts.1.up_proj": "NVFP4"},
+        },
+        None,
+    )  # fmt: skip
+    assert plan.method("a.mlp") == W4A16  # named itself
+    assert plan.method("a.mlp.up_proj") == plan.method("b.q_proj") == BF16  # ignored
+    assert plan.method("a.norm") == FP8_STORED  # inside of one that is named
+    assert plan.method("d.e.q_proj") == W4A4  # by a pattern
+    assert plan.method("c.experts") == W4A4  # contains one that is named
+
+
+def test_ten_thousands_of_entries_take_no_time():
+    """The plan of a model of 94 layers with 128 experts, an entry per projection, as ModelOpt writes it."""
+    names = [
+        f"model.layers.{layer}.mlp.experts.{e}.{p}_proj"
+        for layer in range(94)
+        for e in range(128)
+        for p in ("gate", "up", "down")
+    ]
+    config = {"quant_algo": "MIXED_PRECISION", "ignore": ["lm_head", *(f"a.{i}" for i in range(1000))]}
+    plan = plan_quantization({**config, "quantized_layers": dict.fromkeys(names, "NVFP4")}, None)
+    start = time.process_time()
+    assert all(plan.method(name) == W4A4 for name in names)
+    assert plan.method("model.layers.93.mlp.experts") == W4A4 and plan.method("model.layers.3.mlp.gate") == BF16
+    assert time.process_time() - start < 5  # 0.3 s; a scan per look-up takes an hour
+    assert len(str(plan)) < 1000 and "and 36093 more" in str(plan)
+
+
+def test_powers_of_two_as_activation_scales():
+    plan = plan_quantization({**FP8, "scale_fmt": "ue8m0"}, None)
+    assert plan.dense == FP8_STORED._replace(activations="fp8_ue8m0") and plan.experts == DECODED
+    assert "ue8m0" in str(plan)
+    assert plan_quantization({**FP8, "scale_fmt": None}, None).dense == FP8_STORED
+
+
+def test_a_checkpoint_may_say_mix_quant_itself():
+    plan = plan_quantization({"quantization_config": USERS["online"]}, None)
+    assert (plan.dense, plan.experts) == (FP8_ONLINE, NVFP4_ONLINE) and "checkpoint (mix_quant)" in plan.source
+    assert plan_quantization(USERS["online"], USERS["nothing"]).experts == NVFP4_ONLINE  # the checkpoint wins
+    with pytest.raises(ValueError, match=r"moe_quant_type='w4afp8' is not supported"):
+        plan_quantization({"quantization_config": mixed(moe_quant_type="w4afp8")}, None)
+    with pytest.raises(ValueError, match=r"the checkpoint's quantization section: quantization='wint2'"):
+        plan_quantization({"quantization_config": {"quantization": "wint2"}}, None)
+
+
+def test_sections_stand_in_several_places():
+    assert plan_quantization({"model_type": "m", "compression_config": COMPRESSED}, None).dense == PACKED
+    assert plan_quantization({"model_type": "m", "text_config": {"quantization_config": MODELOPT}}, None).dense == W4A4
+    assert plan_quantization({"model_type": "m", "text_config": {"vocab_size": 3}}, None).source == "none"
+
+
+def test_groups_may_have_targets():
+    """Names or regular expressions; what no group names is plain, and what is ignored stays so."""
+    dense, experts = {"weights": FLOAT4, "input_activations": FLOAT4}, {"weights": FLOAT4, "input_activations": None}
+    groups = {"a": {**dense, "targets": ["re:.*self_attn.*"]}, "b": {**experts, "targets": [r"re:.*\.experts\..*"]}}
+    plan = plan_quantization({**COMPRESSED, "config_groups": groups, "ignore": ["re:.*o_proj"]}, None)
+    assert plan.method("model.layers.0.self_attn.q_proj") == PACKED
+    assert plan.method("model.layers.0.mlp.experts.1.up_proj") == PACKED._replace(activations="bf16")
+    assert plan.method("model.layers.0.self_attn.o_proj") == plan.method("model.layers.0.mlp.up_proj") == BF16
+
+
+def test_activations_may_have_a_scale_per_token():
+    for activations, input_scales in ((True, "per_token"), ("local", "stored"), (False, "stored"), (None, "stored")):
+        groups = {"g": {"weights": FLOAT4, "input_activations": {**FLOAT4, "dynamic": activations}}}
+        for base, method in ((COMPRESSED, PACKED), (MODELOPT, W4A4)):
+            plan = plan_quantization({**base, "config_groups": groups}, None)
+            assert plan.dense == method._replace(input_scales=input_scales)
+
+
+def test_an_algorithm_that_its_groups_contradict_is_followed():
+    groups = {"g": {"weights": FLOAT4, "input_activations": FLOAT4}}
+    plan = plan_quantization({**MODELOPT, "quant_algo": "W4A16_NVFP4", "config_groups": groups}, None)
+    assert plan.dense == W4A16 and any("config_groups say activations in nvfp4" in note for note in plan.notes)
 
 
 def test_disagreements_are_named():
@@ -213,6 +324,13 @@ def test_refused_wishes(user, message):
         plan_quantization(None, user)
 
 
+def group_with(**changes):
+    parts = {
+        key: {**FLOAT4, **value} if key in ("weights", "input_activations") else value for key, value in changes.items()
+    }
+    return {**COMPRESSED, "config_groups": {"g": {"weights": FLOAT4, "input_activations": FLOAT4, **parts}}}
+
+
 @pytest.mark.parametrize(
     ("checkpoint", "message"),
     [
@@ -226,6 +344,22 @@ def test_refused_wishes(user, message):
         ({**COMPRESSED, "config_groups": {}}, "config_groups must have groups"),
         ({**COMPRESSED, "config_groups": {"g": {"weights": {"num_bits": 8, "type": "float"}}}}, r"g.weights is"),
         ({**COMPRESSED, "transform_config": {"a": 1}}, "transform_config"),
+        ({**COMPRESSED, "sparsity_config": {"a": 1}}, "sparsity_config"),
+        ({**COMPRESSED, "quantization_status": "frozen"}, "quantization_status='frozen'"),
+        (group_with(weights={"symmetric": False}), r"g.weights: symmetric=False"),
+        (group_with(weights={"group_size": 32}), r"g.weights: group_size=32 is not supported, only 16"),
+        (group_with(weights={"actorder": "group"}), r"g.weights: actorder='group'"),
+        (group_with(weights={"dynamic": True}), r"g.weights: dynamic=True"),
+        (group_with(weights={"strategy": "channel"}), r"g.weights: strategy='channel'"),
+        (group_with(input_activations={"dynamic": "global"}), r"g.input_activations: dynamic='global'"),
+        (group_with(output_activations={"num_bits": 4}), r"g.output_activations is"),
+        (group_with(targets=["MoELayer"]), r"g.targets has the class 'MoELayer'"),
+        (group_with(targets="Linear"), r"g.targets='Linear' must be a list"),
+        ({**FP8, "scale_fmt": "e5m2"}, "scale_fmt='e5m2'"),
+        ({**FP8, "fmt": "e5m2"}, "fmt='e5m2'"),
+        ({"quantization_config": {"bits": 4}}, r"names no quant_method; it has the keys \['bits'\]"),
+        ({"bits": 4}, "names no quant_method"),
+        ({"model_type": "m", "quantization_config": "modelopt"}, "quantization_config='modelopt' .* must be an object"),
     ],
 )
 def test_refused_checkpoints(checkpoint, message):

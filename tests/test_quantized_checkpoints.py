@@ -148,12 +148,12 @@ def test_activation_scales(make_folder, kind):
     with pytest.warns(UserWarning, match="are not as the config says"):  # the layers that are plain
         model, _ = load_model(folder)
     block = model.layers[0].mlp
-    assert block.settings.activation_format == "nvfp4"
+    assert block.settings.activation_format_1 == "nvfp4"
     assert float(block.input_scale_1[...]) == max(scale(e, name) for e in range(4) for name in ("gate", "up"))
     np.testing.assert_array_equal(np.ravel(block.input_scale_2[...]), [scale(e, "down") for e in range(4)])
     per_token, _ = load_model(folder, input_scales="per_token")
     assert per_token.layers[0].mlp.input_scale_1 is None
-    assert per_token.layers[0].mlp.settings.activation_format == "nvfp4"
+    assert per_token.layers[0].mlp.settings.activation_format_1 == "nvfp4"
 
 
 def test_gate_and_up_keep_their_own_scales(make_folder):
@@ -265,7 +265,7 @@ def test_the_command_line_of_the_serving_system(make_folder):
     layer, dense = model.layers
     assert isinstance(layer.self_attn.q_proj, BlockFP8Linear) and isinstance(dense.mlp.down_proj, BlockFP8Linear)
     assert isinstance(layer.mlp.gate, Linear) and isinstance(model.lm_head, Linear)
-    assert isinstance(layer.mlp.w13.get_value(), NVFP4Tensor) and layer.mlp.settings.activation_format == "nvfp4"
+    assert isinstance(layer.mlp.w13.get_value(), NVFP4Tensor) and layer.mlp.settings.activation_format_1 == "nvfp4"
     assert np.isfinite(np.asarray(model(jnp.arange(6, dtype=jnp.int32)[None]))).all()
 
 
@@ -276,7 +276,7 @@ def test_everything_quantized_while_loading(tmp_path):
     loaded, _ = load_model(tmp_path, quantization=USERS["online"])
     assert isinstance(loaded.layers[0].self_attn.q_proj, BlockFP8Linear)
     assert isinstance(loaded.layers[0].mlp.w13.get_value(), NVFP4Tensor)
-    assert loaded.layers[0].mlp.input_scale_1 is None and loaded.layers[0].mlp.settings.activation_format == "nvfp4"
+    assert loaded.layers[0].mlp.input_scale_1 is None and loaded.layers[0].mlp.settings.activation_format_1 == "nvfp4"
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.down_proj: K = 24 is no multiple of 16"):
         load_model(tmp_path, quantization="modelopt_fp4")
     save_model(*make_model(intermediate_size=32), tmp_path)
@@ -327,7 +327,7 @@ def test_the_file_of_modelopt_counts_without_a_section(make_folder):
     edit_config(folder, quantization_config=None)
     own = {"quant_algo": "W4A16_NVFP4", "exclude_modules": ["lm_head", "*self_attn*", "model.layers.1*", "*.gate"]}
     (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": own}))
-    assert load_model(folder)[0].layers[0].mlp.settings.activation_format == "bf16"
+    assert load_model(folder)[0].layers[0].mlp.settings.activation_format_1 == "bf16"
 
 
 UP = EXPERTS + "2.up_proj."
@@ -367,7 +367,7 @@ def spoil(name, index, byte):
         ("compressed", lambda t: t.pop(UP + "weight_packed"), ["1 tensors missing", UP + "weight_packed"]),
         ("compressed", put(UP + "weight_global_scale", np.zeros(1, np.float32)), [UP + "weight_global_scale", "0.0"]),
         ("compressed", put(UP + "weight_global_scale", np.full(1, np.inf, np.float32)), [UP + "weight_global_scale"]),
-        ("compressed", put(UP + "input_global_scale", np.zeros(1, np.float32)), [UP + "input_global_scale = inf"]),
+        ("compressed", put(UP + "input_global_scale", np.zeros(1, np.float32)), [UP + "input_global_scale = 0.0"]),
         ("compressed", put(UP + "weight", np.ones((16, 32), np.float32)), ["1 unexpected", UP + "weight"]),
         ("fp8", lambda t: t.pop(UP + "weight_scale_inv"), ["1 tensors missing", UP + "weight_scale_inv"]),
         ("fp8", put(UP + "weight_scale_inv", np.ones((2, 1), np.float32)), [UP + "weight_scale_inv", "(2, 1)"]),

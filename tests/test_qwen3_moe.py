@@ -161,11 +161,11 @@ def test_formats_agree_within_their_thresholds():
     found["bf16"] = _forward(model, ids)
     quantize_experts(model)
     found["W4A16"] = _forward(model, ids)
-    configure_experts(model, activation_format="nvfp4")
+    configure_experts(model, activation_format_1="nvfp4", activation_format_2="nvfp4")
     found["W4A4"] = _forward(model, ids)
     calibrated = make_model(dtype="bfloat16", num_hidden_layers=1)
     quantize_experts(calibrated, sample_ids(4, 32, seed=1))
-    configure_experts(calibrated, activation_format="nvfp4")
+    configure_experts(calibrated, activation_format_1="nvfp4", activation_format_2="nvfp4")
     found["W4A4 calibrated"] = _forward(calibrated, ids)
     diffs = {name: calc_diff(logits, exact) for name, logits in found.items()}
     assert all(diffs[name] < _THRESHOLDS[name] for name in diffs), diffs
@@ -178,7 +178,7 @@ def test_experts_on_a_mesh_agree_with_one_device(make_mesh, form):
     """Same weights and wire numerics on 1, 2 and 4 devices; 15 tokens do not divide by the devices."""
     model, ids = make_model(num_hidden_layers=1), sample_ids(1, 15)
     quantize_experts(model, sample_ids(2, 32, seed=1))
-    configure_experts(model, activation_format="nvfp4", wire_format="nvfp4")
+    configure_experts(model, activation_format_1="nvfp4", activation_format_2="nvfp4", wire_format="nvfp4")
     alone = nnx.jit(lambda m, i: m.forward(i))(model, ids)
     for devices in (1, 2, 4):
         configure_experts(model, mesh=make_mesh(devices), form=form)
@@ -307,7 +307,7 @@ def test_quantized_model_is_a_pytree_for_jit_and_state():
 
 def test_training_settings_refuse_what_they_cannot_do(make_mesh):
     with pytest.raises(ValueError, match="differentiable=True"):
-        ExpertSettings(differentiable=True, activation_format="nvfp4")
+        ExpertSettings(differentiable=True, activation_format_1="nvfp4")
     with pytest.raises(ValueError, match="differentiable=True"):
         ExpertSettings(differentiable=True, mesh=make_mesh(2))
     model = make_model()

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from fp4jax.checkpoint.folder_config import CONFIG_NAME, QUANT_CONFIG_NAME
+from fp4jax.checkpoint.kept_scales import KEY, kept_in, reciprocal
 from fp4jax.checkpoint.layouts import (
     NAMES,
     SCALE_SHAPES,
@@ -25,13 +27,10 @@ from fp4jax.checkpoint.layouts import (
     plain_modules,
     traits_of,
 )
-from fp4jax.checkpoint.match import QUANT_CONFIG_NAME
 from fp4jax.checkpoint.reader import INDEX_NAME, Reader
-from fp4jax.checkpoint.save import CONFIG_NAME
 from fp4jax.checkpoint.tensor_file import header_bytes, part_of, publish, read_header
 from fp4jax.checkpoint.unfinished import begin, finish, weight_files
 
-_KEPT = "fp4jax.original"  # key of a file's metadata
 _COPY_BYTES = 1 << 24
 
 
@@ -108,14 +107,10 @@ def _configs(reader: Reader, old: Layout, new: Layout, modules: list[str]) -> tu
         return describe(layout, plain, traits_of(described))
 
     made = in_layout(new, found)
-    before = _kept_in(read_header(folder / weight_files(folder)[0])[1]).get("config")
+    before = kept_in(read_header(folder / weight_files(folder)[0])[1]).get("config")
     if before is not None and in_layout(old, Described(**before)) == found:
         made = Described(**before)
     return made, None if in_layout(old, made) == found else found._asdict()
-
-
-def _kept_in(metadata: Mapping[str, str] | None) -> dict[str, Any]:
-    return json.loads((metadata or {}).get(_KEPT, "{}"))
 
 
 # --- files ---
@@ -131,7 +126,7 @@ def _convert_file(
 ) -> None:
     """The data stay where they are in the file; only scales are written anew, each in its own four bytes."""
     entries, metadata, start = read_header(source)
-    before = _kept_in(metadata).get("scales", {})
+    before = kept_in(metadata).get("scales", {})
     converted, changed, kept = {}, {}, {}
     with source.open("rb") as content:
         for name, entry in entries.items():
@@ -148,10 +143,10 @@ def _convert_file(
                 if _reciprocal(source, name, new_bytes) != old_bytes or entry["shape"] != usual:
                     kept[new] = [old_bytes.hex(), entry["shape"]]
             converted[new] = {**entry, "shape": shape}
-        metadata = {key: value for key, value in (metadata or {}).items() if key != _KEPT}
+        metadata = {key: value for key, value in (metadata or {}).items() if key != KEY}
         parts = {"scales": kept, "config": config}
         if parts := {key: value for key, value in parts.items() if value}:
-            metadata[_KEPT] = json.dumps(parts)
+            metadata[KEY] = json.dumps(parts)
         header = header_bytes(converted, metadata)
         content.seek(start)
         with part_of(output).open("wb") as out:
@@ -166,8 +161,7 @@ def _convert_file(
 def _reciprocal(file: Path, name: str, value: bytes) -> bytes:
     """Of a little-endian f32."""
     scale = np.frombuffer(value, "<f4")
-    with np.errstate(all="ignore"):
-        found = np.float32(1) / scale
+    found = reciprocal(scale)
     if not (np.isfinite(scale) & (scale > 0) & np.isfinite(found) & (found > 0)).all():
         raise ValueError(f"{file}: tensor {name} has {scale[0]}; it must be positive, with a finite reciprocal")
     return found.astype("<f4").tobytes()

@@ -1,4 +1,8 @@
-"""A report on a folder before it is loaded: formats, scales, what runs as what, memory, and whether it loads at all."""
+"""A report on a folder before it is loaded: formats, scales, what runs as what, memory, and whether it loads at all.
+
+Whether it loads is decided by the code that loads: `match.examine_folder`, and the checks that come with every tensor
+of scales (`stored.Source.problems`). The rest of the report counts.
+"""
 
 import collections
 import os
@@ -14,12 +18,12 @@ from tqdm import tqdm
 
 from fp4jax import nvfp4
 from fp4jax.block_fp8 import quantize_blocks
-from fp4jax.checkpoint.match import Match, activations_of, match_folder
-from fp4jax.checkpoint.names import Path, module_name, stacked_name
+from fp4jax.checkpoint.match import Match, examine_folder
+from fp4jax.checkpoint.names import Path, stacked_name
 from fp4jax.checkpoint.reader import Reader
-from fp4jax.checkpoint.stored import Source, positive_scales
+from fp4jax.checkpoint.stored import Source
 from fp4jax.layers.moe_block import runs_on_kernel
-from fp4jax.nvfp4 import GLOBAL_SCALE_RANGE, NVFP4Tensor
+from fp4jax.nvfp4 import NVFP4Tensor
 from fp4jax.packed_weights import arrange_experts
 
 # Suffix of the global scale -> of the input scale; behind a dot, or "_" where experts are stacked in one parameter.
@@ -36,9 +40,12 @@ def inspect_folder(
     *,
     quantization: Mapping[str, Any] | str | None = None,
     ep: int = 1,
+    dtype: Any = None,
     input_scales: str = "stored",
 ) -> dict[str, Any]:
     """What `load_model` would make of a folder, as a JSON object; reads headers and scales, no weights.
+
+    quantization, dtype and input_scales are those of `load_model`; ep: the devices of its mesh.
 
     Keys: loads, problems (why not), plan (text), formats ({how it is stored: parameters}), runs_as ({method: modules}),
     disagreements (of the config's exclude list and the tensors), scales (see `_scales`), bytes_per_device with `ep`
@@ -51,18 +58,20 @@ def inspect_folder(
         raise ValueError(f"ep must be at least 1, got {ep}")
     folder = pathlib.Path(folder)
     report: dict[str, Any] = {"folder": str(folder), "loads": False, "problems": []}
-    scales = _scales(Reader(folder))
-    report["scales"], report["problems"] = scales, list(scales.pop("problems"))
+    reader = Reader(folder)
     try:
-        match = match_folder(folder, quantization, input_scales=input_scales)
+        match = examine_folder(folder, quantization, dtype, input_scales, ep)
     except (ValueError, FileNotFoundError) as error:
-        report["problems"].insert(0, str(error))
-        return report
-    found = _match_report(match, ep)
-    report["problems"] += found.pop("problems")
-    report |= found
+        return report | {"problems": [str(error)], "scales": _scales(reader, reader.names())}
+    sources = tqdm(
+        match.sources.values(), unit="parameter", desc="scales", disable=len(reader.names()) < _PROGRESS_FROM
+    )
+    report["problems"] = match.problems + [problem for source in sources for problem in source.problems()]
     report["loads"] = not report["problems"]
-    return report
+    if not match.problems:  # every parameter has a method
+        report |= _match_report(match, ep)
+    read = {tensor.name for source in match.sources.values() for tensor in source.tensors}
+    return report | {"scales": _scales(reader, read)}
 
 
 def _match_report(match: Match, ep: int) -> dict[str, Any]:
@@ -70,31 +79,21 @@ def _match_report(match: Match, ep: int) -> dict[str, Any]:
     sizes = collections.Counter(dict.fromkeys(("experts", "other"), 0))
     experts: dict[Path, list[Any]] = {}  # w13 and w2 of every block
     for path, source in match.sources.items():
-        expert = stacked_name(path) is not None
-        name = module_name(path[:-1], match.prefix) + (".experts" if expert else "")
+        method = match.methods[path]
         formats[source.stored] += 1
-        method = match.plan.method(name)
-        linear = expert or (path[-1] == "weight" and any(f"{name}.weight" in t.name for t in source.tensors))
-        online = source.stored == "bf16" and method.online and "norm" not in name and "embed" not in name and linear
-        kind = f"{method.format}, from bf16" if online else "bf16" if "" in source.leaves else source.stored
-        arrays = _arrays(source, method.format if online else None, path)
-        if expert:
+        arrays = _arrays(source, method.format if method.online else None, path)
+        if stacked_name(path) is not None:
             experts.setdefault(path[:-1], []).append(arrays)
         else:
             sizes["other"] += _size(arrays)
-        if "nvfp4" in kind or kind in ("modelopt", "compressed_tensors"):
-            kind += f", activations {activations_of(match.plan, source, name)}"
-        runs[kind] += 1
+        kind = f"{method.format}, from bf16" if method.online else "bf16" if "" in source.leaves else source.stored
+        runs[f"{kind}, activations {method.activations}" if method.format == "nvfp4" else kind] += 1
         if (scale := match.scales.get(path)) is not None:
             sizes["experts" if path[-1] == "w2" else "other"] += 4 * np.size(scale)
     packed = runs_on_kernel(np.dtype(match.config.dtype))
     for w13, w2 in experts.values():
         arrange = partial(arrange_experts, size=match.config.moe_intermediate_size, packed=packed)
         sizes["experts"] += _size(jax.eval_shape(arrange, w13, w2))
-    if experts and match.config.num_experts % ep:
-        problems = [f"{match.config.num_experts} experts cannot be split over {ep} devices"]
-    else:
-        problems = []
     return {
         "model_type": match.config.to_hf()["model_type"],
         "plan": str(match.plan),
@@ -102,7 +101,6 @@ def _match_report(match: Match, ep: int) -> dict[str, Any]:
         "runs_as": dict(runs),
         "disagreements": match.disagreements,
         "bytes_per_device": {"experts": -(-sizes["experts"] // ep), "other": sizes["other"], "ep": ep},
-        "problems": problems,
     }
 
 
@@ -124,46 +122,26 @@ def _size(arrays: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays))
 
 
-def _scales(reader: Reader) -> dict[str, Any]:
-    """Of all NVFP4 layers: how many, block scales of zero (a part of all) and the largest, ratios of gate to up.
+def _scales(reader: Reader, read: set[str]) -> dict[str, Any]:
+    """Of the NVFP4 layers that are read: how many, block scales of zero (a part of all), the largest, gate to up.
 
-    four_over_six: whether no block scale is above the bound of that choice. problems: scales that are NaN, infinite,
-    zero or negative, or that should be there.
+    four_over_six: whether no block scale is above the bound of that choice.
     """
-    modules = sorted(m.groups() for name in reader.names() if (m := _GLOBAL_SCALE.match(name)))
-    problems: list[str] = []
-    zeros = total = 0
-    largest, missing, ratios = 0.0, [], []
+    modules = sorted(m.groups() for name in read if (m := _GLOBAL_SCALE.match(name)) and name in reader)
+    zeros = total = missing = 0
+    largest, ratios = 0.0, []
     globals_: dict[str, np.ndarray] = {}
-    for module, suffix in tqdm(modules, unit="layer", desc="scales", disable=len(modules) < _PROGRESS_FROM):
+    for module, suffix in tqdm(modules, unit="layer", desc="counting", disable=len(modules) < _PROGRESS_FROM):
         blocks = f"{module}weight_scale"
-        if blocks not in reader:
-            problems.append(f"{blocks} is missing")
-        elif reader.dtype(blocks) == "F8_E4M3":
+        if blocks in reader and reader.dtype(blocks) == "F8_E4M3":
             values = reader.read(blocks)
             codes = values.view(np.uint8) & 0x7F
-            if (codes == 0x7F).any():
-                problems.append(f"{reader.file_of(blocks)}: tensor {blocks} has nan")
             zeros, total = zeros + int((codes == 0).sum()), total + codes.size
             largest = max(largest, float(np.where(codes == 0x7F, 0, values.astype(np.float32)).max(initial=0)))
-        for name in (module + suffix, module + _SCALES[suffix]):
-            if name not in reader:
-                missing.append(name)
-                continue
-            found = reader.read(name).astype(np.float64)
-            low, high = GLOBAL_SCALE_RANGE
-            if bad := [value for value in found.ravel().tolist() if not low <= value <= high]:
-                problems.append(
-                    f"{reader.file_of(name)}: tensor {name} has {bad[0]}; scales must be positive and finite, within "
-                    "[2^-100, 2^100]"
-                )
-            elif name.endswith(suffix):
-                globals_[module] = found
-    for name in sorted(name for name in reader.names() if name.endswith(".weight_scale_inv")):  # block-wise FP8
-        try:
-            positive_scales(reader, name)
-        except ValueError as error:
-            problems.append(str(error))
+        missing += module + _SCALES[suffix] not in reader
+        scale = reader.read(module + suffix).astype(np.float64)
+        if (np.isfinite(scale) & (scale > 0)).all():
+            globals_[module] = scale
     for module, scale in globals_.items():
         up = globals_.get(module.replace(".gate_proj.", ".up_proj.")) if ".gate_proj." in module else None
         if up is not None and scale.size == up.size == 1:
@@ -177,8 +155,7 @@ def _scales(reader: Reader) -> dict[str, Any]:
         "largest_block_scale": largest,
         "four_over_six": bool(modules) and 0 < largest <= _FOUR_OVER_SIX_MAX,
         "gate_up_ratios": {"edges": list(RATIOS), "counts": counts, "largest": max(ratios, default=1.0)},
-        "input_scales_missing": len(missing),
-        "problems": problems,
+        "input_scales_missing": missing,
     }
 
 

@@ -23,12 +23,12 @@ from tqdm import tqdm
 
 from fp4jax.block_fp8 import BlockFP8Weights
 from fp4jax.checkpoint import stored
-from fp4jax.checkpoint.match import activations_of, at, match_folder
-from fp4jax.checkpoint.names import Path as ParamPath, module_name
+from fp4jax.checkpoint.match import Match, at, match_folder
+from fp4jax.checkpoint.names import Path as ParamPath
 from fp4jax.checkpoint.reader import some
-from fp4jax.layers import EP_AXIS, BlockFP8Linear, ExpertSettings, Linear, MoEBlock, NVFP4Linear, expert_mesh
-from fp4jax.nvfp4 import BLOCK_SIZE, NVFP4Tensor
-from fp4jax.quant_config import QuantizationPlan
+from fp4jax.layers import EP_AXIS, BlockFP8Linear, ExpertSettings, MoEBlock, NVFP4Linear, expert_mesh
+from fp4jax.nvfp4 import NVFP4Tensor
+from fp4jax.quant_methods import Method
 
 _PROGRESS_FROM = 1000  # tensors; smaller checkpoints load faster than a bar is read
 _THREADS = min(8, os.cpu_count() or 1)  # that copy tensors of a parameter from the files
@@ -67,39 +67,29 @@ def load_model(
         raise ValueError(f"input_scales must be 'stored' or 'per_token', got {input_scales!r}")
     folder = Path(folder)
     mesh = None if mesh is None else expert_mesh(mesh)
-    config, plan, reader, prefix, model, sources, scales, kv_scales, lines = match_folder(
-        folder, quantization, dtype, input_scales
-    )
-    if lines:
+    match = match_folder(folder, quantization, dtype, input_scales, 1 if mesh is None else mesh.size)
+    if lines := match.disagreements:
         warnings.warn(f"{folder}: {len(lines)} modules are not as the config says: {some(lines)}", stacklevel=2)
 
-    count = sum(len(source.tensors) for source in sources.values())
+    count = sum(len(source.tensors) for source in match.sources.values())
     with (
         tqdm(total=count, unit="tensor", desc="loading", disable=count < _PROGRESS_FROM) as progress,
         ThreadPoolExecutor(_THREADS) as pool,
     ):
-        for path, source in sources.items():
-            owner = at(model, path[:-1])
+        for path, source in match.sources.items():
+            owner = at(match.model, path[:-1])
             split = P(EP_AXIS) if isinstance(owner, MoEBlock) and path[-1] in ("w13", "w2") else P()
             sharding = None if mesh is None else NamedSharding(mesh, split)
             arrays = {field: _fill(leaf, sharding, pool) for field, leaf in source.leaves.items()}
-            _set(model, path, arrays, scales.get(path))
-            _quantize_now(model, path, plan, source, prefix)
-            reader.forget_pages()
+            _set(match.model, path, arrays, match.methods[path], match.scales.get(path))
+            match.reader.forget_pages()
             progress.update(len(source.tensors))
-    for block, path in _blocks(model):
-        name, source = f"{module_name(path, prefix)}.experts", sources[(*path, "w13")]
-        activations = activations_of(plan, source, name)
-        if mesh is not None or "" not in source.leaves or activations != "bf16":  # packs what is NVFP4
-            block.configure(ExpertSettings(mesh=mesh, activation_format=activations))
-        if (largest := scales.get((*path, "w13"))) is not None:
-            block.set_input_scales(jnp.float32(largest), jnp.asarray(scales[(*path, "w2")], jnp.float32))
-        if plan.method(name).online and source.stored == "bf16":
-            block.quantize_experts()
-    for name, (layer, attribute) in kv_scales.items():
-        scale = jnp.float32(stored.positive_scales(reader, name).reshape(()))
-        setattr(model.layers[layer].self_attn, attribute, nnx.Variable(scale))
-    return model, config
+    for block, path in _blocks(match.model):
+        _set_up_experts(match, block, path, mesh)
+    for name, (layer, attribute) in match.kv_scales.items():
+        scale = jnp.float32(stored.positive_scales(match.reader, name).reshape(()))
+        setattr(match.model.layers[layer].self_attn, attribute, nnx.Variable(scale))
+    return match.model, match.config
 
 
 # --- arrays ---
@@ -139,41 +129,45 @@ def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def _set(model: Any, path: ParamPath, arrays: dict[str, jax.Array], input_scale: Any) -> None:
-    """Gives a parameter its value; a linear layer that is stored quantized becomes one of another class."""
+def _set(model: Any, path: ParamPath, arrays: dict[str, jax.Array], method: Method, input_scale: Any) -> None:
+    """Gives a parameter its value; a linear layer that is quantized, or is to be, becomes one of another class."""
     owner = at(model, path[:-1])
+    if isinstance(owner, MoEBlock):
+        getattr(owner, str(path[-1])).set_value(NVFP4Tensor(**arrays) if "global_scale" in arrays else arrays[""])
+        return
     if "" in arrays:
         getattr(owner, str(path[-1])).set_value(arrays[""])
-    elif isinstance(owner, MoEBlock):
-        getattr(owner, str(path[-1])).set_value(NVFP4Tensor(**arrays))
-    elif "global_scale" in arrays:
+        if not method.online:
+            return
+        make = BlockFP8Linear.from_linear if method.format == "block_wise_fp8" else NVFP4Linear.from_linear
+        made = make(owner)
+    elif method.format == "nvfp4":
         scale = None if input_scale is None else jnp.float32(input_scale)
-        # Without an entry in the scales the activations are plain.
-        made = NVFP4Linear(NVFP4Tensor(**arrays), dtype=owner.dtype, input_scale=scale)
-        _replace(model, path[:-1], made)
+        made = NVFP4Linear(
+            NVFP4Tensor(**arrays), dtype=owner.dtype, activation_format=method.activations, input_scale=scale
+        )
     else:
-        _replace(model, path[:-1], BlockFP8Linear(BlockFP8Weights(**arrays), dtype=owner.dtype))
+        made = BlockFP8Linear(BlockFP8Weights(**arrays), dtype=owner.dtype)
+    setattr(at(model, path[:-2]), str(path[-2]), made)
 
 
-def _quantize_now(model: Any, path: ParamPath, plan: QuantizationPlan, source: stored.Source, prefix: str) -> None:
-    """Plain linear layers that the plan quantizes, once each; weights of other classes are what they are."""
-    owner = at(model, path[:-1])
-    method = plan.method(module_name(path[:-1], prefix))
-    if source.stored in ("modelopt", "compressed_tensors") and isinstance(owner, NVFP4Linear):
-        owner.activation_format = activations_of(plan, source, module_name(path[:-1], prefix))
-    if not (isinstance(owner, Linear) and path[-1] == "weight" and method.online):
-        return
-    if method.format == "nvfp4" and owner.weight.shape[1] % BLOCK_SIZE:
-        name = module_name(path[:-1], prefix)
-        raise ValueError(f"{name}: K = {owner.weight.shape[1]} is no multiple of {BLOCK_SIZE}, as NVFP4 needs")
-    make = BlockFP8Linear.from_linear if method.format == "block_wise_fp8" else NVFP4Linear.from_linear
-    _replace(model, path[:-1], make(owner))
+def _set_up_experts(match: Match, block: MoEBlock, path: ParamPath, mesh: Mesh | None) -> None:
+    """Settings, activation scales and weights that are quantized now, of a block whose parameters have their values."""
+    of_1, of_2 = (match.methods[(*path, name)] for name in ("w13", "w2"))
+    if mesh is not None or "nvfp4" in (of_1.format, of_2.format):  # packs what is NVFP4
+        block.configure(
+            ExpertSettings(mesh=mesh, activation_format_1=of_1.activations, activation_format_2=of_2.activations)
+        )
+    scale_1, scale_2 = (match.scales.get((*path, name)) for name in ("w13", "w2"))
+    if scale_1 is not None or scale_2 is not None:
+        block.set_input_scales(
+            None if scale_1 is None else jnp.float32(scale_1),
+            None if scale_2 is None else jnp.asarray(scale_2, jnp.float32),
+        )
+    if of_1.online or of_2.online:
+        block.quantize_experts()
 
 
 def _blocks(model: Any) -> list[tuple[MoEBlock, ParamPath]]:
     found: list[tuple[Any, Any]] = list(nnx.iter_graph(model))
     return [(node, path) for path, node in found if isinstance(node, MoEBlock)]
-
-
-def _replace(model: Any, path: ParamPath, module: Any) -> None:
-    setattr(at(model, path[:-1]), str(path[-1]), module)

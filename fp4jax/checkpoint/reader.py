@@ -4,6 +4,7 @@ The safetensors library checks each file's header against its size; the data is 
 library's numpy side does not know FP8.
 """
 
+import functools
 import json
 import math
 import mmap
@@ -13,6 +14,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
+
+from fp4jax.checkpoint.kept_scales import kept_in
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -43,7 +46,11 @@ class Reader:
         index = folder / INDEX_NAME
         weight_map = _read_weight_map(index) if index.is_file() else None
         files = [WEIGHTS_NAME] if weight_map is None else sorted(set(weight_map.values()))
-        headers = {file: _read_header(folder / file, weight_map is not None) for file in files}
+        self._metadata: list[Any] = []
+        headers = {}
+        for file in files:
+            headers[file], metadata = _read_header(folder / file, weight_map is not None)
+            self._metadata.append(metadata)
         self._entries: dict[str, _Entry] = {}
         for file, header in headers.items():
             for name, entry in header.items():
@@ -62,6 +69,11 @@ class Reader:
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
+
+    @functools.cached_property
+    def kept_scales(self) -> dict[str, list[Any]]:
+        """What the metadata of all files keep of scales, by the name of their tensor: see `kept_scales`."""
+        return {name: kept for metadata in self._metadata for name, kept in kept_in(metadata).get("scales", {}).items()}
 
     def names(self) -> set[str]:
         """Of all tensors."""
@@ -131,7 +143,8 @@ def _read_weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _read_header(file: Path, listed: bool) -> dict[str, _Entry]:
+def _read_header(file: Path, listed: bool) -> tuple[dict[str, _Entry], dict[str, str] | None]:
+    """-> the tensors of a file and its metadata."""
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist" + (f", but {INDEX_NAME} names it" if listed else ""))
     try:
@@ -142,8 +155,9 @@ def _read_header(file: Path, listed: bool) -> dict[str, _Entry]:
     with file.open("rb") as content:
         size = int.from_bytes(content.read(8), "little")
         header: dict[str, Any] = json.loads(content.read(size))
-    return {
+    metadata = header.pop("__metadata__", None)
+    entries = {
         name: _Entry(file, tuple(entry["shape"]), entry["dtype"], 8 + size + entry["data_offsets"][0])
         for name, entry in header.items()
-        if name != "__metadata__"
     }
+    return entries, metadata

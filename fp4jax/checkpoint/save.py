@@ -10,12 +10,11 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
+from fp4jax.checkpoint.folder_config import CONFIG_NAME
 from fp4jax.checkpoint.names import tensor_slots
 from fp4jax.checkpoint.reader import INDEX_NAME, WEIGHTS_NAME
 from fp4jax.nvfp4 import NVFP4Tensor
 from fp4jax.packed_weights import PackedWeights
-
-CONFIG_NAME = "config.json"
 
 
 def model_params(model: nnx.Module) -> dict[Any, nnx.Param]:

@@ -25,8 +25,9 @@ _FORMS = {
 
 
 class Names(NamedTuple):
-    """Of the tensors of one stacked parameter; `stored` as in `stored.stored_as`."""
+    """Of the tensors of one stacked parameter; base: what they have in common; `stored` as in `stored.stored_as`."""
 
+    base: str
     stored: str
     weight: str
     block_scale: str
@@ -39,7 +40,7 @@ def names_of(reader: Reader, base: str) -> Names | None:
     for end, (kind, *scales) in _FORMS.items():
         if base + end in reader:
             plain = kind == "modelopt" and reader.dtype(base + end) in stored.FLOATS
-            return Names("bf16" if plain else kind, base + end, *(base + scale for scale in scales))
+            return Names(base, "bf16" if plain else kind, base + end, *(base + scale for scale in scales))
     return None
 
 
@@ -60,12 +61,14 @@ def source(
 ) -> stored.Source:
     """Of one parameter [E, N, K] that consists of `halves` projections; every array by ranges of experts."""
     experts, n, k = shape
+    if names.stored != "bf16":
+        stored.check_nvfp4_width(f"{reader.folder}: {names.weight}", k)
 
     def tensor(name, columns, dtypes):
         return stored.Tensor(name, (experts, columns, n) if transposed else (experts, n, columns), dtypes)
 
-    def leaf(columns, kind, load):
-        return stored.Leaf((experts, n, columns), kind, [stored.Part(load, None, 0, experts)])
+    def leaf(columns, kind, load, check=None):
+        return stored.Leaf((experts, n, columns), kind, [stored.Part(load, None, 0, experts, check)])
 
     def read(name, rows):
         values = reader.read(name, rows)
@@ -73,7 +76,7 @@ def source(
 
     if names.stored == "bf16":
         load = lambda rows=slice(None): read(names.weight, rows).astype(dtype, copy=False)  # noqa: E731
-        return stored.Source("bf16", [tensor(names.weight, k, stored.FLOATS)], {"": leaf(k, dtype, load)})
+        return stored.Source("bf16", [tensor(names.weight, k, stored.FLOATS)], {"": leaf(k, dtype, load)}, [names.base])
 
     def block_scale(rows=slice(None)):
         stored.check_block_scales(reader, names.block_scale, reader.read(names.block_scale, rows))
@@ -94,24 +97,19 @@ def source(
     ]
     leaves = {
         "qdata": leaf(k // 2, np.uint8, lambda rows=slice(None): read(names.weight, rows)),
-        "block_scale": leaf(k // BLOCK_SIZE, ml_dtypes.float8_e4m3fn, block_scale),
+        "block_scale": leaf(k // BLOCK_SIZE, ml_dtypes.float8_e4m3fn, block_scale, block_scale),
         "global_scale": stored.Leaf(
-            (experts, scale_rows, 1), np.float32, [stored.Part(global_scale, None, 0, experts)]
+            (experts, scale_rows, 1), np.float32, [stored.Part(global_scale, None, 0, experts, global_scale)]
         ),
     }
-    return stored.Source(names.stored, tensors, leaves)
+    return stored.Source(names.stored, tensors, leaves, [names.base])
 
 
-def input_scales(reader: Reader, names: Names, experts: int, halves: int) -> list[float | None]:
-    """Decode scales of all experts, of gate and up the larger; not checked. [None]: the folder has none."""
-    if names.input_scale not in reader:
-        return [None]
+def input_scales(reader: Reader, names: Names, experts: int, halves: int) -> np.ndarray:
+    """Activation scales [E, 1], or [E, halves] where projections have own ones: decode direction, f32, not checked."""
     found = reader.shape(names.input_scale)
     reader.check(names.input_scale, _scale_shape(found, experts, halves), ("F32",))
-    values = _per_expert(reader.read(names.input_scale), experts)
-    with np.errstate(divide="ignore"):
-        decoded = values if names.stored == "modelopt" else np.float32(1) / values
-    return decoded.max(axis=1).tolist()
+    return _per_expert(stored.decoded(reader, names.stored, names.input_scale), experts)
 
 
 def _scale_shape(found: tuple[int, ...], experts: int, halves: int) -> tuple[int, ...]:

@@ -6,10 +6,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from fp4jax.checkpoint.folder_config import CONFIG_NAME, QUANT_CONFIG_NAME
 from fp4jax.checkpoint.layouts import Described
-from fp4jax.checkpoint.match import QUANT_CONFIG_NAME
 from fp4jax.checkpoint.reader import INDEX_NAME, WEIGHTS_NAME
-from fp4jax.checkpoint.save import CONFIG_NAME
 from fp4jax.checkpoint.tensor_file import write_text
 
 _WORK = ".unfinished"

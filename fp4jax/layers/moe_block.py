@@ -70,7 +70,8 @@ class ExpertSettings:
     """
 
     differentiable: bool = False
-    activation_format: Literal["nvfp4", "bf16"] = "bf16"
+    activation_format_1: Literal["nvfp4", "bf16"] | None = None
+    activation_format_2: Literal["nvfp4", "bf16"] | None = None
     wire_format: Literal["nvfp4", "fp8", "bf16"] = "bf16"
     form: Literal["per_peer", "per_slot"] = "per_peer"
     layout: Literal["masked", "contiguous"] = "masked"
@@ -81,16 +82,18 @@ class ExpertSettings:
     implementation: str | None = None
 
     def __post_init__(self) -> None:
-        if self.activation_format not in ("nvfp4", "bf16"):
-            raise ValueError(f"activation_format must be 'nvfp4' or 'bf16', got {self.activation_format!r}")
+        for name in ("activation_format_1", "activation_format_2"):
+            if getattr(self, name) not in (None, *moe.ACTIVATION_FORMATS):
+                raise ValueError(f"{name} must be None, 'nvfp4' or 'bf16', got {getattr(self, name)!r}")
         if self.mesh is not None:
             object.__setattr__(self, "mesh", expert_mesh(self.mesh))
         if self.low_latency and self.mesh is None:
             raise ValueError("low_latency=True is about tokens that cross a mesh, and there is none")
-        if self.differentiable and (self.mesh is not None or self.activation_format != "bf16"):
+        formats = self.activation_format_1, self.activation_format_2
+        if self.differentiable and (self.mesh is not None or "nvfp4" in formats):
             raise ValueError(
-                "differentiable=True runs on one device with activation_format='bf16', "
-                f"got mesh={self.mesh} and activation_format={self.activation_format!r}"
+                "differentiable=True runs on one device with activations in bf16, "
+                f"got mesh={self.mesh} and activation formats {formats}"
             )
 
 
@@ -209,12 +212,11 @@ class MoEBlock(nnx.Module):
         w13, w2 = self.w13.get_value(), self.w2.get_value()
         settings = self.settings
         if settings.differentiable:
-            if _is_quantized(w13):
+            if _is_quantized(w13) or _is_quantized(w2):
                 raise ValueError(f"{self.path}: differentiable=True needs plain expert weights; these are NVFP4")
             y = moe.dense_moe(x, *route, w13.astype(self.dtype), w2.astype(self.dtype))
             return y.astype(self.dtype), moe.MoEStats(jnp.int32(0))
-        if not _is_quantized(w13):
-            w13, w2 = w13.astype(self.dtype), w2.astype(self.dtype)
+        w13, w2 = (w if _is_quantized(w) else w.astype(self.dtype) for w in (w13, w2))
         weights = moe.MoEWeights(
             w13,
             w2,
@@ -226,8 +228,8 @@ class MoEBlock(nnx.Module):
             wire_format=settings.wire_format,
             form=settings.form,
             layout=settings.layout,
-            activation_format_1=settings.activation_format,
-            activation_format_2=settings.activation_format,
+            activation_format_1=settings.activation_format_1,
+            activation_format_2=settings.activation_format_2,
             capacity=settings.capacity,
             pair_capacity=settings.pair_capacity,
             axis_name=None if settings.mesh is None else EP_AXIS,
@@ -267,24 +269,24 @@ class MoEBlock(nnx.Module):
         return [param for param in (self.w13, self.w2, self.input_scale_2) if param is not None]
 
     def quantize_experts(self, *, four_over_six: bool = False) -> None:
-        """Replace the expert weights by NVFP4 with one global scale per expert and projection (gate and up apart)."""
-        w13 = self.w13.get_value()
-        if _is_quantized(w13):
+        """Replace plain expert weights by NVFP4 with one global scale per expert and projection (gate and up apart).
+
+        Raises:
+          ValueError: the weights of both GEMMs are NVFP4 already.
+        """
+        w13, w2 = self.w13.get_value(), self.w2.get_value()
+        if _is_quantized(w13) and _is_quantized(w2):
             raise ValueError(f"{self.path}: the experts are quantized already")
-        half = w13.shape[1] // 2
-        gate, up, down = (
-            nvfp4.quantize(w, global_scale="per_expert", four_over_six=four_over_six)
-            for w in (w13[:, :half], w13[:, half:], self.w2.get_value())
-        )
-        scale = jnp.concatenate([jnp.broadcast_to(t.global_scale, (w13.shape[0], half, 1)) for t in (gate, up)], axis=1)
-        self.w13.set_value(
-            NVFP4Tensor(
-                jnp.concatenate([gate.qdata, up.qdata], axis=1),
-                jnp.concatenate([gate.block_scale, up.block_scale], axis=1),
-                scale,
-            )
-        )
-        self.w2.set_value(down)
+        quantize = partial(nvfp4.quantize, global_scale="per_expert", four_over_six=four_over_six)
+        if not _is_quantized(w13):
+            half = w13.shape[1] // 2
+            gate, up = quantize(w13[:, :half]), quantize(w13[:, half:])
+            scales = [jnp.broadcast_to(t.global_scale, (w13.shape[0], half, 1)) for t in (gate, up)]
+            codes_and_blocks = [(t.qdata, t.block_scale) for t in (gate, up)]
+            parts = [*zip(*codes_and_blocks, strict=True), scales]
+            self.w13.set_value(NVFP4Tensor(*(jnp.concatenate(part, axis=1) for part in parts)))
+        if not _is_quantized(w2):
+            self.w2.set_value(quantize(w2))
         self._pack_or_unpack()
 
     def calibrate(
@@ -295,7 +297,7 @@ class MoEBlock(nnx.Module):
         all_tokens: an expert's amax is over every token, routed to it or not; a NaN is reported as such.
         """
         w13, w2 = self.w13.get_value(), self.w2.get_value()
-        if _is_quantized(w13):
+        if _is_quantized(w13) or _is_quantized(w2):
             raise ValueError(f"{self.path}: calibrate before quantize_experts, with plain expert weights")
         rows = x.reshape(-1, x.shape[-1])
         route, _ = self._route(rows)
@@ -322,28 +324,34 @@ class MoEBlock(nnx.Module):
         """Static activation scales (decode direction): one for GEMM 1, one per expert for GEMM 2; None: per token.
 
         Raises:
-          ValueError: naming the tensor, when one of the two is missing or a scale is zero, negative or not finite.
+          ValueError: naming the tensor, when one of the two is missing for NVFP4 weights, or a scale is zero, negative
+            or not finite.
         """
-        if input_scale_1 is None and input_scale_2 is None:
-            self.input_scale_1 = self.input_scale_2 = nnx.data(None)
-            return
-        if input_scale_1 is None or input_scale_2 is None:
-            name = "input_scale_1" if input_scale_1 is None else "input_scale_2"
-            raise ValueError(f"{self.path}.experts.{name} is missing while the other input scale is given")
-        for name, value in (("input_scale_1", input_scale_1), ("input_scale_2", input_scale_2)):
+        given = {"input_scale_1": input_scale_1, "input_scale_2": input_scale_2}
+        weights = {"input_scale_1": self.w13, "input_scale_2": self.w2}
+        missing = [name for name, value in given.items() if value is None and _is_quantized(weights[name].get_value())]
+        if missing and any(value is not None for value in given.values()):
+            raise ValueError(f"{self.path}.experts.{missing[0]} is missing while the other input scale is given")
+        for name, value in given.items():
+            if value is None:
+                continue
             flat = np.atleast_1d(np.asarray(value, np.float32))
             bad = np.flatnonzero(~(np.isfinite(flat) & (flat > 0)))
             if bad.size:
                 where = f"[{bad[0]}]" if flat.size > 1 else ""
                 raise ValueError(f"{self.path}.experts.{name}{where} = {flat[bad[0]]} must be positive and finite")
-        if input_scale_2.shape != (self.router_config.num_experts,):
+        if input_scale_2 is not None and input_scale_2.shape != (self.router_config.num_experts,):
             raise ValueError(
                 f"{self.path}.experts.input_scale_2 has shape {input_scale_2.shape}, "
                 f"expected ({self.router_config.num_experts},)"
             )
-        self.input_scale_1 = nnx.Param(jnp.asarray(input_scale_1, jnp.float32))
-        self.input_scale_2 = nnx.Param(jnp.asarray(input_scale_2, jnp.float32).reshape(-1, 1, 1))
-        self.configure(self.settings)
+        self.input_scale_1 = self.input_scale_2 = nnx.data(None)
+        if input_scale_1 is not None:
+            self.input_scale_1 = nnx.Param(jnp.asarray(input_scale_1, jnp.float32))
+        if input_scale_2 is not None:
+            self.input_scale_2 = nnx.Param(jnp.asarray(input_scale_2, jnp.float32).reshape(-1, 1, 1))
+        if input_scale_1 is not None or input_scale_2 is not None:
+            self.configure(self.settings)
 
 
 def runs_on_kernel(dtype: Any, implementation: str | None = None) -> bool:

@@ -1,0 +1,95 @@
+"""What each parameter of a folder runs as, by its tensors and the plan, and the activation scales that it gets."""
+
+import numpy as np
+
+from fp4jax.checkpoint import stacked, stored
+from fp4jax.checkpoint.layouts import NAMES
+from fp4jax.checkpoint.names import Path as ParamPath, projections_of, stacked_name
+from fp4jax.checkpoint.reader import Reader
+from fp4jax.nvfp4 import BLOCK_SIZE, GLOBAL_SCALE_RANGE
+from fp4jax.quant_methods import BF16, FP8_EXPERTS, FP8_STORED, Method, QuantizationPlan, shortened
+
+
+def method_of(plan: QuantizationPlan, source: stored.Source, path: ParamPath, shape: tuple[int, ...]) -> Method:
+    """What a linear layer's weight, or the stacked weights of experts, run as; other parameters are plain.
+
+    The tensors say how it is stored. The plan says what plain weights become, and what the activations of quantized
+    ones are; where its lists do not know the layer, those of the plan's other layers.
+
+    Raises:
+      ValueError: naming the layer, for what the config says of it and is not supported.
+    """
+    if not source.modules:
+        return BF16
+    name, experts = source.modules[0], stacked_name(path) is not None
+    methods = list(dict.fromkeys(plan.method(module) for module in _asked_for(plan, source, experts)))
+    if source.stored in NAMES:
+        found = [method for method in methods if method.format == "nvfp4"]
+        if len({(method.activations, method.input_scales) for method in found}) > 1:
+            raise ValueError(
+                f"{shortened(source.modules)}: the experts of a layer must have activations of one kind, the config "
+                f"says {' and '.join(map(str, found))}"
+            )
+        found += [method for method in (plan.dense, plan.experts) if method.format == "nvfp4"]
+        chosen = found[0] if found else Method("nvfp4", source.stored, "nvfp4")
+        return Method("nvfp4", source.stored, chosen.activations, "stored" if chosen.online else chosen.input_scales)
+    if source.stored == "block_wise_fp8":
+        found = [method for method in (*methods, plan.dense) if method.format == "block_wise_fp8"]
+        return FP8_EXPERTS if "" in source.leaves else found[0] if found and not found[0].online else FP8_STORED
+    method = methods[0]
+    if not method.online:
+        return BF16
+    if method.format == "nvfp4" and shape[-1] % BLOCK_SIZE:
+        stored.check_nvfp4_width(name, shape[-1])
+    return method
+
+
+def _asked_for(plan: QuantizationPlan, source: stored.Source, experts: bool) -> list[str]:
+    """The modules to ask the plan for: all of them only where it has entries for single ones."""
+    if not experts or plan.layers:
+        return source.modules
+    container = source.modules[0].split(".experts.")[0]
+    return [f"{container}.experts"]
+
+
+def activation_scales(
+    reader: Reader, source: stored.Source, path: ParamPath, prefix: str, shape: tuple[int, ...]
+) -> float | list[float]:
+    """The stored scales of NVFP4 activations, decode direction: w13 the largest of all experts, w2 one per expert.
+
+    A linear layer has one of its own.
+
+    Raises:
+      ValueError: naming file, tensor and what it holds, for a scale that is missing or cannot be used.
+    """
+    base = stacked_name(path, prefix)
+    names = None if base is None else stacked.names_of(reader, base)
+    if names is not None:
+        _check_usable(reader, names.input_scale)
+        each = stacked.input_scales(reader, names, shape[0], len(projections_of(path))).max(axis=1)
+    else:
+        each = np.array([_one_scale(reader, module) for module in source.modules])
+    return each.tolist() if base is not None and path[-1] == "w2" else float(each.max())
+
+
+def _one_scale(reader: Reader, module: str) -> np.float32:
+    layout = stored.stored_as(reader, module) or "modelopt"
+    name = f"{module}.{NAMES[layout].input_scale}"
+    _check_usable(reader, name)
+    reader.check(name, reader.shape(name) if reader.shape(name) in ((), (1,)) else (), ("F32",))
+    return np.float32(stored.decoded(reader, layout, name).reshape(()))
+
+
+def _check_usable(reader: Reader, name: str) -> None:
+    """Raises for scales of activations that are not there, not positive or not finite; reciprocals have one range."""
+    if name not in reader:
+        raise ValueError(
+            f"{reader.folder}: {name} is missing; layers with NVFP4 activations need it (input_scales='per_token': not)"
+        )
+    values = reader.read(name).astype(np.float32)
+    low, high = GLOBAL_SCALE_RANGE
+    bad = values[~((values >= low) & (values <= high))]
+    if bad.size:
+        raise ValueError(
+            f"{reader.file_of(name)}: tensor {name} = {bad.flat[0]} must be positive and finite, within [2^-100, 2^100]"
+        )
