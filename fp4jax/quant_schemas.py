@@ -116,8 +116,9 @@ def _read_modelopt(config: Mapping[str, Any]) -> QuantizationPlan:
 
 
 def _modelopt_layer(name: str, entry: Any) -> Method | Refusal:
-    algo = entry.get("quant_algo") if isinstance(entry, Mapping) else entry
-    size = entry.get("group_size") if isinstance(entry, Mapping) else None
+    """One entry of quantized_layers; `dynamic` and `scale_fmt` are what `checkpoint.save_model` adds where needed."""
+    entry = entry if isinstance(entry, Mapping) else {"quant_algo": entry}
+    algo, size = entry.get("quant_algo"), entry.get("group_size")
     if not isinstance(algo, str) or algo not in (*_QUANT_ALGOS, *_FP8_ALGOS):
         supported = ", ".join((*_QUANT_ALGOS, *_FP8_ALGOS))
         return Refusal(f"quantized_layers: {name} has quant_algo={algo!r}; supported: {supported}")
@@ -126,8 +127,9 @@ def _modelopt_layer(name: str, entry: Any) -> Method | Refusal:
         only = " or ".join(str(s) for s in sizes if s is not None) or "none"
         return Refusal(f"quantized_layers: {name} has quant_algo={algo!r} with group_size={size!r}; supported: {only}")
     if algo in _FP8_ALGOS:
-        return FP8_EXPERTS if ".experts" in name else FP8_STORED
-    return Method("nvfp4", "modelopt", _QUANT_ALGOS[algo])
+        stored = FP8_STORED_UE8M0 if entry.get("scale_fmt") == "ue8m0" else FP8_STORED
+        return FP8_EXPERTS if ".experts" in name else stored
+    return Method("nvfp4", "modelopt", _QUANT_ALGOS[algo], "per_token" if entry.get("dynamic") is True else "stored")
 
 
 # --- compressed-tensors ---

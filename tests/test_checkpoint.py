@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from tensor_files import read_tensors
 
 from fp4jax.checkpoint import load_model, save_model
-from fp4jax.checkpoint.save import model_params
+from fp4jax.checkpoint.match import model_params
 from fp4jax.models import Qwen3Moe, Qwen3MoeConfig, configure_experts, quantize_experts
 
 pytestmark = pytest.mark.usefixtures("quick_compile")

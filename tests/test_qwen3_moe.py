@@ -14,8 +14,8 @@ from safetensors.numpy import load_file
 
 from configs import qwen3_30b_a3b
 from fp4jax.checkpoint import load_model, save_model
+from fp4jax.checkpoint.match import model_params
 from fp4jax.checkpoint.names import tensor_slots
-from fp4jax.checkpoint.save import model_params
 from fp4jax.layers import ExpertSettings
 from fp4jax.models import Qwen3Moe, Qwen3MoeConfig, configure_experts, generate, quantize_experts, set_input_scales
 from fp4jax.models.decoder import KVCache

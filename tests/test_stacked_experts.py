@@ -10,8 +10,8 @@ from test_quantized_checkpoints import EXPERTS, WEIGHT_ONLY, make_folder, plain_
 
 from fp4jax.checkpoint import load_model, save_model
 from fp4jax.checkpoint.inspect import inspect_folder
+from fp4jax.checkpoint.match import model_params
 from fp4jax.checkpoint.reader import Reader
-from fp4jax.checkpoint.save import model_params
 
 __all__ = ["make_folder", "plain_folder"]  # fixtures
 

@@ -22,7 +22,6 @@ from fp4jax.checkpoint.names import (
 )
 from fp4jax.checkpoint.reader import Reader, some
 from fp4jax.checkpoint.run_as import activation_scales, method_of
-from fp4jax.checkpoint.save import model_params
 from fp4jax.layers import Linear
 from fp4jax.quant_methods import Method, QuantizationPlan, disagreements
 
@@ -105,6 +104,12 @@ def examine_folder(
             problems.append(str(error))
     lines = [] if problems else _check_plan(reader, plan, sources, prefix)
     return Match(config, plan, reader, prefix, model, sources, methods, scales, kv_scales, lines, problems)
+
+
+def model_params(model: nnx.Module) -> dict[Any, nnx.Param]:
+    """Path -> parameter of a model; the experts' activation scales, which are not weights, left out."""
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {path: param for path, param in flat if not str(path[-1]).startswith("input_scale")}
 
 
 def at(model: Any, path: ParamPath) -> Any:

@@ -62,10 +62,10 @@ def header_bytes(entries: Mapping[str, Any], metadata: Mapping[str, str] | None)
 class TensorFile:
     """A file of tensors of `specs`, written in any order; use as a context. Complete on leaving, or not there at all.
 
-    The widest types come first, so that every tensor is aligned.
+    The widest types come first, so that every tensor is aligned. metadata: beside what other tools want to see.
     """
 
-    def __init__(self, file: Path, specs: Mapping[str, Spec]):
+    def __init__(self, file: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str] | None = None):
         self._file, self._part, self._specs = file, part_of(file), dict(specs)
         self._missing = set(specs)
         wide = sorted(specs, key=lambda name: (-np.dtype(DTYPES[specs[name].dtype]).itemsize, name))
@@ -77,7 +77,7 @@ class TensorFile:
                 "shape": list(specs[name].shape),
                 "data_offsets": [start, end],
             }
-        header = header_bytes(entries, {"format": "pt"})
+        header = header_bytes(entries, {"format": "pt", **(metadata or {})})
         self._starts = {name: len(header) + entry["data_offsets"][0] for name, entry in entries.items()}
         self._out = self._part.open("wb")
         self._out.write(header)
