@@ -2,8 +2,9 @@
 
     y[t, n] = sum over blocks g of K:  (x8[t, g] . w8[n, g]) * (x_scale[t, g] * w_scale[n / 128, g])
 
-Scales are amax / 448 in f32, multiplied to decode (the `weight_scale_inv` of checkpoints in DeepSeek's layout). The dot
-of a block is exact in its products and summed in f32; blocks are added in f32 in the order of K.
+Scales are amax / 448 in f32, multiplied to decode (the `weight_scale_inv` of checkpoints in DeepSeek's layout), those
+of x optionally raised to a power of two. The dot of a block is exact in its products and summed in f32; blocks are
+added in f32 in the order of K.
 """
 
 import dataclasses
@@ -80,9 +81,17 @@ def dequantize_blocks(w: BlockFP8Weights, dtype: Any = jnp.bfloat16) -> Float[Ar
 
 
 def block_fp8_matmul(
-    x: Float[Array, "t k"], w: BlockFP8Weights, *, out_dtype: Any = jnp.bfloat16, implementation: str | None = None
+    x: Float[Array, "t k"],
+    w: BlockFP8Weights,
+    *,
+    out_dtype: Any = jnp.bfloat16,
+    power_of_two_scales: bool = False,
+    implementation: str | None = None,
 ) -> Float[Array, "t n"]:
     """x [T, K], quantized here per token and group of 128, times w^T -> [T, N], rounded once.
+
+    power_of_two_scales: the scales of x are 2^ceil(log2(amax / 448)), what checkpoints call `scale_fmt: ue8m0`; w is
+    taken as it is.
 
     Raises:
       ValueError, TypeError: shapes or dtypes that do not fit.
@@ -92,20 +101,21 @@ def block_fp8_matmul(
     if x.ndim != 2 or x.shape[1] != w.shape[1]:
         raise ValueError(f"block_fp8_matmul: x {x.shape} does not fit w {w.shape}; [T, K] and [N, K]")
     problem = quantize_fp8.check_config(x) or fp8_config.shape_problem(x.shape[0], w.shape[0], w.shape[1], out_dtype)
+    options = dict(out_dtype=out_dtype, power_of_two_scales=power_of_two_scales)
     return run_implementation(
         "block_fp8_matmul", implementation, (x, w), problem=problem,
-        xla=Call.of(_matmul_xla, out_dtype=out_dtype), mosaic_gpu=Call.of(_matmul_kernel, out_dtype=out_dtype),
+        xla=Call.of(_matmul_xla, **options), mosaic_gpu=Call.of(_matmul_kernel, **options),
     )  # fmt: skip
 
 
-def _matmul_kernel(x, w, *, out_dtype):
-    values, scales = quantize_fp8.quantize(x)
+def _matmul_kernel(x, w, *, out_dtype, power_of_two_scales):
+    values, scales = quantize_fp8.quantize(x, power_of_two_scales=power_of_two_scales)
     return fp8_gemm.gemm(values, w.qdata, scales, w.block_scale, out_dtype=out_dtype)
 
 
-def _matmul_xla(x, w, *, out_dtype):
+def _matmul_xla(x, w, *, out_dtype, power_of_two_scales):
     """One dot per block of K; e4m3 values are exact in bf16."""
-    x, x_scale = to_fp8(x)
+    x, x_scale = to_fp8(x, power_of_two_scales=power_of_two_scales)
     tokens, n = x.shape[0], w.shape[0]
     groups = x_scale.shape[1]
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, UInt8
 
 from fp4jax.nvfp4 import NVFP4Tensor
 from fp4jax.rounding import E4M3_MAX, div_rn, round_to_e4m3
+from pallas_kernels.quantize_fp8 import power_of_two
 from pallas_kernels.row_makers import FP8_GROUP
 
 WIRE_FORMATS = ("nvfp4", "fp8", "bf16")
@@ -25,8 +26,12 @@ def from_fp8(x: Float[Array, "rows h"], scales: Float[Array, "rows groups"]) -> 
     return lax.optimization_barrier((x.astype(jnp.float32) * wide).astype(jnp.bfloat16))
 
 
-def to_fp8(x: Float[Array, "t h"]) -> tuple[Float[Array, "t h"], Float[Array, "t groups"]]:
+def to_fp8(
+    x: Float[Array, "t h"], *, power_of_two_scales: bool = False
+) -> tuple[Float[Array, "t h"], Float[Array, "t groups"]]:
     """x [T, H] -> e4m3 [T, H], f32 [T, ceil(H/128)]: scale = amax of the group / 448, 1 for a group of zeros.
+
+    power_of_two_scales: scale = 2^ceil(log2(amax / 448)), what checkpoints call `scale_fmt: ue8m0`.
 
     A NaN makes its whole group NaN.
     """
@@ -38,6 +43,8 @@ def to_fp8(x: Float[Array, "t h"]) -> tuple[Float[Array, "t h"], Float[Array, "t
     amax = lax.bitcast_convert_type(jnp.max(magnitudes, axis=-1), jnp.float32)
     # Below, amax / 448 would be subnormal, which CPUs flush to zero; such a group is zero to e4m3 with scale 1.
     scales = jnp.where(amax < E4M3_MAX * 2.0**-126, np.float32(1), div_rn(amax, np.float32(E4M3_MAX)))
+    if power_of_two_scales:
+        scales = power_of_two(scales)
     values = round_to_e4m3(div_rn(wide, scales[..., None]))
     return values.reshape(tokens, groups * FP8_GROUP)[:, :hidden], scales
 

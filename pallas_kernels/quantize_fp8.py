@@ -22,6 +22,7 @@ from pallas_kernels.schedule import H100_SMS
 FP8_GROUP = BLOCK  # values that share a scale
 LANES_OF_GROUP = FP8_GROUP // BLOCK_SIZE
 _F32_TINY = np.float32(np.finfo(np.float32).tiny)
+_MANTISSA = np.int32(2**23 - 1)  # the bits of one in f32
 _BLOCKS_PER_LANE = 4  # in flight, where there are enough of them for all SMs
 
 
@@ -34,8 +35,10 @@ def check_config(x: Any) -> str | None:
     return None
 
 
-def quantize(x: jax.Array, *, interpret: Any = None) -> tuple[jax.Array, jax.Array]:
+def quantize(x: jax.Array, *, power_of_two_scales: bool = False, interpret: Any = None) -> tuple[jax.Array, jax.Array]:
     """x [T, K] -> e4m3 [T, K], scales f32 [ceil(K / 128), T rounded up to 4]; those beyond T are not written.
+
+    power_of_two_scales: see `power_of_two`.
 
     Raises:
       NotImplementedError: what `check_config` returns.
@@ -57,7 +60,7 @@ def quantize(x: jax.Array, *, interpret: Any = None) -> tuple[jax.Array, jax.Arr
             items.append((row, column, (row < rows) & (column < blocks)))
         loaded = [load_values(x_ref, x.dtype, row * blocks + column, valid) for row, column, valid in items]
         for (row, column, valid), values in zip(items, loaded, strict=True):
-            words, scale = encode(values, LANES_OF_GROUP)
+            words, scale = encode(values, LANES_OF_GROUP, power_of_two_scales)
             lanes.scatter(values_ref, row * blocks + column, words, where=valid)
             at = (column >> LANES_OF_GROUP.bit_length() - 1) * columns + row
             lanes.scatter(scales_ref, at, [as_u32(scale)], where=valid & ((column & (LANES_OF_GROUP - 1)) == 0))
@@ -70,11 +73,26 @@ def quantize(x: jax.Array, *, interpret: Any = None) -> tuple[jax.Array, jax.Arr
     return launch.kernel(body, out_type, grid=grid, interpret=interpret)(x)
 
 
-def encode(values: Sequence[jax.Array], lanes_of_group: int) -> tuple[list[jax.Array], jax.Array]:
+def encode(
+    values: Sequence[jax.Array], lanes_of_group: int, power_of_two_scales: bool = False
+) -> tuple[list[jax.Array], jax.Array]:
     """16 f32 of every lane, groups of neighbouring lanes -> 4 words of e4m3 and the scale of the lane's group."""
     bits = [lax.bitcast_convert_type(jnp.abs(v), jnp.int32) for v in values]  # ordered alike, NaN on top
     amax = lanes.largest_of_neighbours(functools.reduce(jnp.maximum, bits), lanes_of_group)
     amax = lax.bitcast_convert_type(amax, jnp.float32)
     scale = jnp.where(amax < E4M3_MAX * _F32_TINY, np.float32(1), lane_math.div_rn(amax, E4M3_MAX))
+    if power_of_two_scales:
+        scale = power_of_two(scale)
     quotients = [lane_math.div_rn(v, scale) for v in values]
     return [lane_math.pack_e4m3(quotients[j : j + 4]) for j in range(0, BLOCK_SIZE, 4)], scale
+
+
+def power_of_two(scale: jax.Array) -> jax.Array:
+    """Positive normal f32 -> the smallest power of two that is not below it, from its bits; NaN and Inf stay.
+
+    Of a correctly rounded amax / 448 it makes 2^ceil(log2(amax / 448)) exactly: the division rounds nothing to a power
+    of two, as the f32 next to 1.75 * 2^n, divided by 1.75, is more than half an ulp away from 2^n.
+    """
+    bits = lax.bitcast_convert_type(scale, jnp.int32)
+    above = lax.bitcast_convert_type((bits + _MANTISSA) & ~_MANTISSA, jnp.float32)  # a mantissa carries over
+    return jnp.where(scale != scale, scale, above)

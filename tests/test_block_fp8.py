@@ -21,9 +21,14 @@ from fp4jax.wire_formats import to_fp8
 from pallas_kernels import fp8_config, fp8_gemm, lanes, quantize_fp8
 from pallas_kernels.fp8_config import TuningConfig
 
+POWERS = np.ldexp(1.0, np.arange(-126, 128))
 
-def quantized(values, block):
-    """Values and f32 scales of blocks of a matrix, in numpy: amax / 448 and division in f32."""
+
+def quantized(values, block, power_of_two_scales=False):
+    """Values and f32 scales of blocks of a matrix, in numpy: amax / 448 and division in f32.
+
+    power_of_two_scales: the first power whose 448-fold, exact in float64, reaches amax.
+    """
     rows, columns = (-(-size // b) for size, b in zip(values.shape, block, strict=True))
     codes, scales = np.zeros(values.shape, ml_dtypes.float8_e4m3fn), np.ones((rows, columns), np.float32)
     for i in range(rows):
@@ -32,6 +37,8 @@ def quantized(values, block):
             amax = np.abs(values[place]).max()
             if amax > 0:
                 scales[i, j] = np.float32(amax) / np.float32(448)
+                if power_of_two_scales:
+                    scales[i, j] = POWERS[np.searchsorted(448 * POWERS, np.float64(amax))]
             codes[place] = np.clip(values[place].astype(np.float32) / scales[i, j], -448, 448)
     return codes, scales
 
@@ -52,6 +59,22 @@ def test_block_is_what_configs_say():
     assert FP8_BLOCK == (BLOCK, BLOCK)
 
 
+def around_powers(rng, dtype):
+    """Rows of two groups whose amax is 448 * 2^n or its neighbour below or above in the dtype; one group is zeros.
+
+    From n = -116 on a subnormal value, which CPUs flush, is zero to e4m3 anyway.
+    """
+    edges = np.asarray(448 * 2.0 ** np.array([-116, -60, -1, 0, 1, 60, 118]), dtype)
+    amax = np.concatenate(
+        [edges, np.nextafter(edges, dtype(0)), np.nextafter(edges, dtype(np.inf)), np.zeros(1, dtype)]
+    )
+    x = rng.uniform(-0.9, 0.9, (len(amax), 208))
+    x[:, 7], x[:, 140] = 1, -1
+    x[:, :BLOCK] *= amax[:, None]
+    x[:, BLOCK:] *= amax[::-1, None]
+    return np.asarray(x, dtype)
+
+
 @pytest.mark.parametrize(("n", "k"), [(128, 128), (256, 384), (1, 1), (130, 200), (64, 300), (300, 64)])
 @pytest.mark.parametrize("jit", [False, True])
 def test_weights_have_the_bits_of_numpy(rng, n, k, jit):
@@ -63,14 +86,42 @@ def test_weights_have_the_bits_of_numpy(rng, n, k, jit):
     np.testing.assert_allclose(dequantize_blocks(got, jnp.float32), decoded(codes, scales, FP8_BLOCK), rtol=1e-6)
 
 
-@hypothesis.given(tokens=st.integers(1, 40), n=st.integers(1, 300), k=st.integers(1, 400), seed=st.integers(0, 99))
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float32])
+def test_power_of_two_scales_have_the_bits_of_numpy(rng, dtype, jit):
+    x = around_powers(rng, dtype)
+    encode = functools.partial(to_fp8, power_of_two_scales=True)
+    values, scales = (jax.jit(encode) if jit else encode)(jnp.asarray(x))
+    expected_values, expected_scales = quantized(x.astype(np.float32), (1, BLOCK), power_of_two_scales=True)
+    np.testing.assert_array_equal(np.asarray(scales), expected_scales)
+    np.testing.assert_array_equal(np.asarray(values).view(np.uint8), expected_values.view(np.uint8))
+    assert (np.frexp(np.asarray(scales))[0] == 0.5).all()  # powers of two
+
+
+def test_power_of_two_scales_of_what_is_no_number_and_of_what_is_too_small():
+    smallest = np.float32(448 * 2.0**-126)
+    x = jnp.asarray([[smallest], [np.nextafter(smallest, np.float32(0))], [0], [np.nan], [-np.inf]], jnp.float32)
+    _, scales = to_fp8(x, power_of_two_scales=True)
+    np.testing.assert_array_equal(np.asarray(scales)[:3, 0], np.float32([2.0**-126, 1, 1]))
+    assert not np.isfinite(np.asarray(scales)[3:]).any()
+
+
+@hypothesis.given(
+    tokens=st.integers(1, 40),
+    n=st.integers(1, 300),
+    k=st.integers(1, 400),
+    seed=st.integers(0, 99),
+    power=st.booleans(),
+)
 @hypothesis.settings(max_examples=3)
-def test_product(tokens, n, k, seed):
+def test_product(tokens, n, k, seed, power):
     rng = np.random.default_rng(seed)
     x, w = np.asarray(rng.standard_normal((tokens, k)) * 3, jnp.bfloat16), weights(rng, n, k)
     w = w.astype(np.float32) + 0.01  # the block of zeros would let a lost block pass
-    got = block_fp8_matmul(jnp.asarray(x), quantize_blocks(jnp.asarray(w)), out_dtype=jnp.float32)
-    x_exact = decoded(*quantized(x.astype(np.float32), (1, BLOCK)), (1, BLOCK))
+    got = block_fp8_matmul(
+        jnp.asarray(x), quantize_blocks(jnp.asarray(w)), out_dtype=jnp.float32, power_of_two_scales=power
+    )
+    x_exact = decoded(*quantized(x.astype(np.float32), (1, BLOCK), power), (1, BLOCK))
     exact = x_exact @ decoded(*quantized(w, FP8_BLOCK), FP8_BLOCK).T
     magnitude = np.abs(x_exact) @ np.abs(decoded(*quantized(w, FP8_BLOCK), FP8_BLOCK)).T
     assert (np.abs(np.asarray(got, np.float64) - exact) <= 1e-5 * magnitude + 1e-30).all()
@@ -94,15 +145,15 @@ def test_nan_in_a_weight_reaches_the_result(rng):
     assert np.isnan(y[:, 129]).all() and not np.isnan(y[:, :128]).any()
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_linear(rng, dtype):
+@pytest.mark.parametrize(("dtype", "power"), [(jnp.bfloat16, False), (jnp.float32, False), (jnp.float32, True)])
+def test_linear(rng, dtype, power):
     linear = Linear(300, 200, dtype=dtype, param_dtype=dtype, stddev=0.1, rngs=nnx.Rngs(0))
-    quantized_linear = BlockFP8Linear.from_linear(linear)
+    quantized_linear = BlockFP8Linear.from_linear(linear, power_of_two_scales=power)
     x = jnp.asarray(rng.standard_normal((2, 3, 300)), dtype)
     got = jax.jit(quantized_linear)(x)
     assert got.shape == (2, 3, 200) and got.dtype == dtype
     w = decoded(*quantized(np.asarray(linear.weight[...], np.float32), FP8_BLOCK), FP8_BLOCK)
-    rows = decoded(*quantized(np.asarray(x, np.float32).reshape(6, 300), (1, BLOCK)), (1, BLOCK))
+    rows = decoded(*quantized(np.asarray(x, np.float32).reshape(6, 300), (1, BLOCK), power), (1, BLOCK))
     assert calc_diff(got.reshape(6, 200), rows @ w.T) < (1e-5 if dtype == jnp.bfloat16 else 1e-12)
     assert calc_diff(got, linear(x)) < 3e-3  # what three bits of mantissa lose
 
@@ -182,6 +233,17 @@ def test_quantize_in_interpret_mode(rng, shape, dtype):
     np.testing.assert_array_equal(np.asarray(scales)[:, : shape[0]].T, np.asarray(expected_scales))
 
 
+def test_power_of_two_scales_in_interpret_mode(rng):
+    x = around_powers(rng, np.float32)[::3]
+    x[0, 20], x[1, 40] = np.nan, np.inf
+    values, scales = quantize_fp8.quantize(
+        jnp.asarray(x), power_of_two_scales=True, interpret=plgpu.InterpretGPUParams()
+    )
+    expected_values, expected_scales = to_fp8(jnp.asarray(x), power_of_two_scales=True)
+    check_codes(values, expected_values)
+    np.testing.assert_array_equal(np.asarray(scales)[:, : len(x)].T, np.asarray(expected_scales))
+
+
 @pytest.mark.parametrize("config", fp8_config.CONFIGS, ids=str)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_every_configuration_lowers_for_a_gpu(config, dtype):
@@ -196,8 +258,10 @@ def test_every_configuration_lowers_for_a_gpu(config, dtype):
 
 def test_the_product_runs_on_two_kernels_for_a_gpu():
     w = BlockFP8Weights(struct((264, 400), jnp.float8_e4m3fn), struct((3, 4), jnp.float32))
-    product = lambda x, w: block_fp8_matmul(x, w, implementation=None)  # noqa: E731
+    product = functools.partial(block_fp8_matmul, implementation=None)
     assert kernels_in(product, struct((100, 400), jnp.bfloat16), w) == 2
+    power = functools.partial(product, power_of_two_scales=True)
+    assert kernels_in(power, struct((100, 400), jnp.bfloat16), w) == 2
     odd = BlockFP8Weights(struct((260, 400), jnp.float8_e4m3fn), struct((3, 4), jnp.float32))  # N no multiple of 8
     assert kernels_in(product, struct((100, 400), jnp.bfloat16), odd) == 0
 
@@ -282,3 +346,16 @@ def test_product_on_a_gpu(rng, tokens, n, k):
     values, scales = quantize_fp8.quantize(x)
     check_codes(values, to_fp8(x)[0])
     np.testing.assert_array_equal(np.asarray(scales)[:, :tokens].T, np.asarray(to_fp8(x)[1]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float32])
+def test_power_of_two_scales_on_a_gpu(rng, dtype):
+    """Kernel and XLA against numpy."""
+    x = around_powers(rng, dtype)
+    expected_values, expected_scales = quantized(x.astype(np.float32), (1, BLOCK), power_of_two_scales=True)
+    values, scales = jax.jit(functools.partial(quantize_fp8.quantize, power_of_two_scales=True))(x)
+    on_xla = jax.jit(functools.partial(to_fp8, power_of_two_scales=True))(x)
+    for found_values, found_scales in ((values, np.asarray(scales)[:, : len(x)].T), on_xla):
+        check_codes(found_values, expected_values)
+        np.testing.assert_array_equal(np.asarray(found_scales), expected_scales)

@@ -128,20 +128,27 @@ class NVFP4Linear(nnx.Module):
 
 
 class BlockFP8Linear(nnx.Module):
-    """y = x W^T with W in FP8 blocks of 128 x 128, and x quantized per token in groups of 128: see `block_fp8`."""
+    """y = x W^T with W in FP8 blocks of 128 x 128, and x quantized per token in groups of 128: see `block_fp8`.
 
-    def __init__(self, weight: BlockFP8Weights, *, dtype: Any):
+    power_of_two_scales: those of x, as checkpoints with `scale_fmt: ue8m0` want them.
+    """
+
+    def __init__(self, weight: BlockFP8Weights, *, dtype: Any, power_of_two_scales: bool = False):
         self.dtype = jnp.dtype(dtype)
+        self.power_of_two_scales = power_of_two_scales
         self.weight = nnx.Param(weight)
 
     @classmethod
-    def from_linear(cls, linear: Linear) -> "BlockFP8Linear":
-        """Quantize a linear's weight."""
-        return cls(quantize_blocks(linear.weight[...]), dtype=linear.dtype)
+    def from_linear(cls, linear: Linear, **kwargs: Any) -> "BlockFP8Linear":
+        """Quantize a linear's weight; keyword arguments go to the constructor."""
+        return cls(quantize_blocks(linear.weight[...]), dtype=linear.dtype, **kwargs)
 
     def __call__(self, x: Float[Array, "... K"]) -> Float[Array, "... N"]:
         rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
-        return block_fp8_matmul(rows, self.weight.get_value(), out_dtype=self.dtype).reshape(*x.shape[:-1], -1)
+        y = block_fp8_matmul(
+            rows, self.weight.get_value(), out_dtype=self.dtype, power_of_two_scales=self.power_of_two_scales
+        )
+        return y.reshape(*x.shape[:-1], -1)
 
 
 class RMSNorm(nnx.Module):
