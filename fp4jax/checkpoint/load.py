@@ -147,7 +147,8 @@ def _set(model: Any, path: ParamPath, arrays: dict[str, jax.Array], method: Meth
             NVFP4Tensor(**arrays), dtype=owner.dtype, activation_format=method.activations, input_scale=scale
         )
     else:
-        made = BlockFP8Linear(BlockFP8Weights(**arrays), dtype=owner.dtype)
+        powers = method.activations == "fp8_ue8m0"
+        made = BlockFP8Linear(BlockFP8Weights(**arrays), dtype=owner.dtype, power_of_two_scales=powers)
     setattr(at(model, path[:-2]), str(path[-2]), made)
 
 
