@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from fp4jax.implementations import Call, run_implementation
-from fp4jax.rounding import E4M3_MAX, div_rn, round_to_e4m3
+from fp4jax.rounding import E4M3_MAX, div_rn, largest_magnitude, round_to_e4m3
 from fp4jax.wire_formats import to_fp8
 from pallas_kernels import fp8_config, fp8_gemm, quantize_fp8
 from pallas_kernels.fp8_config import BLOCK as BLOCK
@@ -62,11 +62,10 @@ def scale_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 def quantize_blocks(w: Float[Array, "n k"]) -> BlockFP8Weights:
     """scale = amax of the block / 448 (1 for a block of zeros), values rounded to nearest, ties to even.
 
-    A NaN makes its block NaN.
+    A NaN or Inf makes its block NaN once decoded.
     """
     blocks = _blocks(w.astype(jnp.float32))
-    amax = jnp.max(jnp.abs(blocks), axis=(1, 3))
-    amax = jnp.where(jnp.isnan(blocks).any(axis=(1, 3)), jnp.nan, amax)
+    amax = largest_magnitude(blocks, axis=(1, 3))
     scale = jnp.where(amax < E4M3_MAX * 2.0**-126, np.float32(1), div_rn(amax, np.float32(E4M3_MAX)))
     values = round_to_e4m3(div_rn(blocks, scale[:, None, :, None]))
     (rows, columns), (n, k) = scale.shape, w.shape

@@ -167,7 +167,9 @@ def dense_moe(
     y = jnp.einsum("eti,ehi->eth", (silu(gate) * up).astype(x.dtype), w2.astype(x.dtype), precision=precision)
     chosen = topk_ids[..., None] == jnp.arange(w13.shape[0])
     mixing = jnp.sum(jnp.where(chosen, topk_weights[..., None], 0), axis=1)
-    mixed = jnp.einsum("te,eth->th", mixing, y.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+    # An expert that was not chosen may have made Inf or NaN of a token, and times 0 that is NaN.
+    y = jnp.where(jnp.any(chosen, axis=1).T[..., None], y.astype(jnp.float32), 0)
+    mixed = jnp.einsum("te,eth->th", mixing, y, precision=lax.Precision.HIGHEST)
     return mixed.astype(x.dtype)
 
 

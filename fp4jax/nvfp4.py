@@ -17,7 +17,7 @@ from jax.experimental import checkify
 from jaxtyping import Array, Float, Int, UInt8
 
 from fp4jax.implementations import Call, run_implementation
-from fp4jax.rounding import E4M3_MAX, div_rn, flush_subnormals, round_to_e2m1, round_to_e4m3
+from fp4jax.rounding import E4M3_MAX, div_rn, flush_subnormals, largest_magnitude, round_to_e2m1, round_to_e4m3
 from pallas_kernels import quantize as quantize_kernel
 
 BLOCK_SIZE = 16
@@ -110,8 +110,9 @@ def quantize(
     reproduce those tools byte for byte. `four_over_six` stores each block at the better of scale amax/6 and amax/4
     (squared error).
 
-    Inputs below 2^-126 count as signed zero. A NaN makes its block's scale NaN; an Inf saturates its block at 448 x 6.
-    Both are counted in `QuantStats.nonfinite`, and neither enters a computed global scale.
+    Inputs below 2^-126 count as signed zero. A NaN or Inf makes its block's scale NaN (0x7F) and the block's codes
+    zero, so that whatever the row is multiplied by is NaN. Both are counted in `QuantStats.nonfinite`, and neither
+    enters a computed global scale.
 
     Args:
       x: bf16, f16 or f32.
@@ -194,13 +195,15 @@ def _quantize_xla(x, masked_m, scale, encode_scale, *, dialect, four_over_six, r
     del masked_m  # invalid rows may hold anything
     x32 = flush_subnormals(x.astype(jnp.float32))
     blocks = x32.reshape(*x.shape[:-1], x.shape[-1] // BLOCK_SIZE, BLOCK_SIZE)
-    block_amax = jnp.max(jnp.abs(blocks), axis=-1)
+    block_amax = largest_magnitude(blocks, axis=-1)
+    block_amax = jnp.where(block_amax <= _F32_MAX, block_amax, np.float32(np.nan))  # and with it the block's scale
     if dialect == "exact":
         codes, block_scale, raw = _encode_exact(blocks, block_amax, scale, four_over_six)
     elif dialect == "modelopt":
         codes, block_scale, raw = _encode_modelopt(blocks, block_amax, scale)
     else:
         codes, block_scale, raw = _encode_compressed_tensors(blocks, block_amax, encode_scale)
+    codes = jnp.where(jnp.isnan(block_amax)[..., None], jnp.zeros_like(codes), codes)
     quantized = NVFP4Tensor(pack_codes(codes.reshape(x.shape)), block_scale, scale)
     return (quantized, (block_amax, raw)) if return_stats else quantized
 

@@ -1,4 +1,4 @@
-"""Rounding that gives the same bits on every backend, eager and under jit: division, e4m3, e2m1, subnormals.
+"""Rounding and maxima that give the same bits on every backend, eager and under jit.
 
 XLA may rewrite float arithmetic in ways that change the last bit; each helper names the rewrite that it prevents.
 """
@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, UInt8
 E4M3_MAX = 448.0
 _F32_TINY = np.float32(np.finfo(np.float32).tiny)
 _SIGN_BIT = np.uint32(1 << 31)
+_MAGNITUDE_BITS = np.int32(0x7FFFFFFF)
 
 
 def div_rn(a: Float[Array, "..."] | np.float32, b: Float[Array, "..."] | np.float32) -> Float[Array, "..."]:
@@ -30,12 +31,13 @@ def div_rn(a: Float[Array, "..."] | np.float32, b: Float[Array, "..."] | np.floa
 
 
 def round_to_e4m3(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """f32 -> float8_e4m3fn, nearest even, saturating at +-448; NaN stays NaN.
+    """f32 -> float8_e4m3fn, nearest even, saturating at +-448; every NaN becomes 0x7F.
 
     The plain cast gives NaN beyond 464, and XLA:GPU drops the rounding of f32 -> e4m3 -> f32 under jit without the
     barrier.
     """
-    return lax.optimization_barrier(jnp.clip(x, -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn))
+    clipped = jnp.where(jnp.isnan(x), np.float32(np.nan), jnp.clip(x, -E4M3_MAX, E4M3_MAX))
+    return lax.optimization_barrier(clipped.astype(jnp.float8_e4m3fn))
 
 
 def round_to_e2m1(x: Float[Array, "..."]) -> UInt8[Array, "..."]:
@@ -44,6 +46,16 @@ def round_to_e2m1(x: Float[Array, "..."]) -> UInt8[Array, "..."]:
     # Midpoints between neighbours; a tie goes up only where the upper code is even.
     code = (a > 0.25).astype(jnp.uint8) + (a >= 0.75) + (a > 1.25) + (a >= 1.75) + (a > 2.5) + (a >= 3.5) + (a > 5.0)
     return code | ((lax.bitcast_convert_type(x, jnp.uint32) >> 28).astype(jnp.uint8) & 8)
+
+
+def largest_magnitude(x: Float[Array, "..."], axis: int | tuple[int, ...] | None = None) -> Float[Array, "..."]:
+    """Largest |x| over `axis` (None: over all) in f32, 0 of no values; NaN where there is one.
+
+    Magnitudes are ordered like their bits, Inf and then NaN on top. XLA:CPU's maximum of floats over a short axis loses
+    NaNs from some thousand elements on.
+    """
+    bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32) & _MAGNITUDE_BITS
+    return lax.bitcast_convert_type(jnp.max(bits, axis=axis, initial=0), jnp.float32)
 
 
 def flush_subnormals(x: Float[Array, "..."]) -> Float[Array, "..."]:

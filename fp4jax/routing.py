@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 Scoring = Literal["softmax", "sigmoid"]
@@ -62,6 +63,8 @@ def route(
     the `topk_groups` best groups can be chosen; a group counts as the sum of its two best biased scores.
     `renormalize` divides the chosen weights by their sum, before `routed_scaling_factor` multiplies them.
 
+    A token one of whose scores is NaN goes to the first experts that can be chosen, with weights NaN.
+
     Raises:
       ValueError: for impossible counts, an unknown scoring, or a bias that does not fit the logits.
     """
@@ -72,13 +75,17 @@ def route(
     logits = logits.astype(jnp.float32)
     scores = jax.nn.softmax(logits, axis=-1) if scoring == "softmax" else jax.nn.sigmoid(logits)
     choice = scores if correction_bias is None else scores + correction_bias.astype(jnp.float32)
+    # How NaN compares depends on the device: no choice is left to it, and no score beside it may hide it.
+    spoiled = jnp.any(jnp.isnan(scores), axis=1, keepdims=True)
+    choice = jnp.where(spoiled, jnp.zeros_like(choice), choice)
     if num_groups > 1:
         choice = _mask_groups(choice, num_groups, topk_groups)
     _, topk_ids = jax.lax.top_k(choice, top_k)
     weights = jnp.take_along_axis(scores, topk_ids, axis=1)
     if renormalize:
         weights = weights / jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), _MIN_WEIGHT_SUM)
-    return Routing(topk_ids, weights * routed_scaling_factor)
+    weights = jnp.where(spoiled, np.float32(np.nan), weights * routed_scaling_factor)
+    return Routing(topk_ids, weights)
 
 
 def _mask_groups(choice: jax.Array, num_groups: int, topk_groups: int) -> jax.Array:

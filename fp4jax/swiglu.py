@@ -80,7 +80,7 @@ def _swiglu_kernel(gate_up, masked_m, scale, *, mode, out):
 
 
 def silu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """x * sigmoid(x) in f32, within 4 ulp of float64 wherever the result is a normal number."""
+    """x * sigmoid(x) in f32, within 4 ulp of float64 wherever the result is a normal number; NaN for -Inf."""
     # exp(-x) overflows below -88 while silu is still a normal number down to -91: there sigmoid(x) = exp(x), taken as a
     # square so that no factor is subnormal.
     root = jnp.exp(jnp.minimum(x, -80) * 0.5)

@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float, UInt8
 
 from fp4jax.nvfp4 import NVFP4Tensor
-from fp4jax.rounding import E4M3_MAX, div_rn, round_to_e4m3
+from fp4jax.rounding import E4M3_MAX, div_rn, largest_magnitude, round_to_e4m3
 from pallas_kernels.quantize_fp8 import power_of_two
 from pallas_kernels.row_makers import FP8_GROUP
 
@@ -31,16 +31,13 @@ def to_fp8(
 ) -> tuple[Float[Array, "t h"], Float[Array, "t groups"]]:
     """x [T, H] -> e4m3 [T, H], f32 [T, ceil(H/128)]: scale = amax of the group / 448, 1 for a group of zeros.
 
-    power_of_two_scales: scale = 2^ceil(log2(amax / 448)), what checkpoints call `scale_fmt: ue8m0`.
-
-    A NaN makes its whole group NaN.
+    power_of_two_scales: scale = 2^ceil(log2(amax / 448)), what checkpoints call `scale_fmt: ue8m0`. A NaN or Inf makes
+    its whole group NaN once decoded.
     """
     tokens, hidden = x.shape
     groups = -(-hidden // FP8_GROUP)
     wide = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, groups * FP8_GROUP - hidden))).reshape(tokens, groups, FP8_GROUP)
-    # As integers magnitudes are ordered alike, with NaN on top: XLA:CPU's maximum of floats loses some NaNs.
-    magnitudes = lax.bitcast_convert_type(jnp.abs(wide), jnp.int32)
-    amax = lax.bitcast_convert_type(jnp.max(magnitudes, axis=-1), jnp.float32)
+    amax = largest_magnitude(wide, axis=-1)
     # Below, amax / 448 would be subnormal, which CPUs flush to zero; such a group is zero to e4m3 with scale 1.
     scales = jnp.where(amax < E4M3_MAX * 2.0**-126, np.float32(1), div_rn(amax, np.float32(E4M3_MAX)))
     if power_of_two_scales:

@@ -56,10 +56,11 @@ def computed_scale(amax: jax.Array, divisor: float) -> jax.Array:
 
 
 def block_amax(values: Sequence[jax.Array]) -> jax.Array:
-    """Largest magnitude; below 2^-126 it counts as 0. NaN wins over everything."""
+    """Largest magnitude; below 2^-126 it counts as 0. NaN where a value is NaN or Inf."""
     amax = jnp.abs(values[0])
     for v in values[1:]:
-        amax = jnp.maximum(amax, jnp.abs(v))
+        amax = jnp.maximum(amax, jnp.abs(v))  # max.NaN: NaN wins over everything
+    amax = jnp.where(amax <= _F32_MAX, amax, np.float32(np.nan))
     return jnp.where(amax < _F32_TINY, np.float32(0), amax)
 
 
@@ -82,7 +83,7 @@ def _encode_candidate(values, amax, scales, factor):
     multiplier = jnp.minimum(lane_math.div_rn(1.0, lane_math.mul_rn(scale, scales.inverse)), _F32_MAX)
     multiplier = jnp.where(amax == 0, np.float32(0), multiplier)
     codes = [round_to_e2m1(lane_math.abs_mul_flush(v, multiplier)) for v in values]
-    # The codes of a block with a NaN are not specified; zero is what XLA's implementation gives.
+    # A block with a NaN or Inf, whose scale is NaN, has codes of zero in every implementation.
     kept = jnp.where(scale == scale, np.uint32(0xFFFFFFFF), np.uint32(0))
     return Encoded((_pack(codes[:8], values[:8]) & kept, _pack(codes[8:], values[8:]) & kept), scale_byte, codes, scale)
 

@@ -77,7 +77,8 @@ def encode(
     values: Sequence[jax.Array], lanes_of_group: int, power_of_two_scales: bool = False
 ) -> tuple[list[jax.Array], jax.Array]:
     """16 f32 of every lane, groups of neighbouring lanes -> 4 words of e4m3 and the scale of the lane's group."""
-    bits = [lax.bitcast_convert_type(jnp.abs(v), jnp.int32) for v in values]  # ordered alike, NaN on top
+    # Bits of magnitudes are ordered like them, Inf and then NaN on top.
+    bits = [lax.bitcast_convert_type(v, jnp.int32) & np.int32(0x7FFFFFFF) for v in values]
     amax = lanes.largest_of_neighbours(functools.reduce(jnp.maximum, bits), lanes_of_group)
     amax = lax.bitcast_convert_type(amax, jnp.float32)
     scale = jnp.where(amax < E4M3_MAX * _F32_TINY, np.float32(1), lane_math.div_rn(amax, E4M3_MAX))

@@ -6,8 +6,8 @@ beyond masked_m are neither read nor written.
 
 silu(x) = x / (1 + e^-x), within 4 ulp of float64 wherever the result is a normal number. Gates are bf16 values, so
 with log2(e) = high + low, high of 16 bits, x high is exact: e^-x = 2^(-x high) (1 - x low ln 2 + ..), and rounding the
-exponent costs nothing. Blocks with a gate below -80, where e^-x leaves the range, or with an Inf are done again in a
-branch that is hardly ever taken: there silu(x) = x e^(x + 80) e^-80.
+exponent costs nothing. Blocks with a gate below -80, where e^-x leaves the range, or with a product that is not finite
+are done again in a branch that is hardly ever taken: there silu(x) = x e^(x + 80) e^-80. silu(-Inf) is NaN, not 0.
 """
 
 from collections.abc import Sequence
@@ -168,7 +168,7 @@ def store_products(
 
 
 def swiglu(gate_words: Sequence[jax.Array], up_words: Sequence[jax.Array]) -> tuple[list[jax.Array], jax.Array]:
-    """From 8 words of two bf16 each: the 16 products silu(gate) * up in f32, and their amax."""
+    """From 8 words of two bf16 each: the 16 products silu(gate) * up in f32, and their amax (`block_amax`)."""
     gates, ups = unpack_bf16(gate_words), unpack_bf16(up_words)
     values = [lane_math.mul_rn(silu(g), u) for g, u in zip(gates, ups, strict=True)]
     amax = block_amax(values)

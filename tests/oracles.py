@@ -96,6 +96,13 @@ def _blocks(x):
     return blocks, np.abs(blocks).max(-1)
 
 
+def _packed(blocks, codes, scale_bytes):
+    """-> (packed codes, scale bytes); a block with a NaN or Inf has the scale NaN, 0x7F, and codes of zero."""
+    finite = np.isfinite(blocks).all(-1)
+    codes = np.where(finite[..., None], codes, 0)
+    return pack(codes.reshape(*codes.shape[:-2], -1)), np.where(finite, scale_bytes, 0x7F).astype(np.uint8)
+
+
 def _row_scales(global_scale, x_shape):
     """Global scale () or [..., 1] -> f32 [..., Kb] (one per block)."""
     return np.broadcast_to(np.asarray(global_scale, F32), (*x_shape[:-1], x_shape[-1] // BLOCK))
@@ -116,7 +123,7 @@ def quantize_exact(x, global_scale):
     with np.errstate(all="ignore"):
         blocks, amax = _blocks(x)
         codes, scale_bytes, _ = _exact_candidate(blocks, amax, _row_scales(global_scale, np.shape(x)), 1 / 6)
-    return pack(codes.reshape(np.shape(x))), scale_bytes
+    return _packed(blocks, codes, scale_bytes)
 
 
 def quantize_stats(x, global_scale, valid=True):
@@ -124,7 +131,9 @@ def quantize_stats(x, global_scale, valid=True):
     with np.errstate(all="ignore"):
         blocks, amax = _blocks(x)
         _, scale_bytes, raw = _exact_candidate(blocks, amax, _row_scales(global_scale, np.shape(x)), 1 / 6)
-        saturated, zero, nonfinite = raw > 464, (amax > 0) & (scale_bytes == 0), ~np.isfinite(np.asarray(x, F32))
+        finite = np.isfinite(blocks).all(-1)  # other blocks neither saturate nor underflow
+        saturated, zero = finite & (raw > 464), finite & (amax > 0) & (scale_bytes == 0)
+        nonfinite = ~np.isfinite(np.asarray(x, F32))
     return tuple(np.where(valid, flags, False) for flags in (saturated, zero, nonfinite))
 
 
@@ -135,8 +144,7 @@ def quantize_four_over_six(x, global_scale):
         g = _row_scales(global_scale, np.shape(x))
         six, four = (_exact_candidate(blocks, amax, g, factor) for factor in (1 / 6, 1 / 4))
         wins = _squared_error(blocks, *four[:2], g) < _squared_error(blocks, *six[:2], g)
-    codes, scale_bytes = np.where(wins[..., None], four[0], six[0]), np.where(wins, four[1], six[1])
-    return pack(codes.reshape(np.shape(x))), scale_bytes
+    return _packed(blocks, np.where(wins[..., None], four[0], six[0]), np.where(wins, four[1], six[1]))
 
 
 def _squared_error(blocks, codes, scale_bytes, g):
@@ -164,7 +172,7 @@ def quantize_modelopt(x, s2):
         scale_bytes = np.where(amax == 0, np.uint8(0x38), scale_bytes)  # 0x38 = 1.0
         divisor = decode_e4m3(scale_bytes).astype(F32) * s2
         codes = _round_e2m1_signed_by(blocks, blocks / divisor[..., None])
-    return pack(codes.reshape(np.shape(x))), scale_bytes
+    return _packed(blocks, codes, scale_bytes)
 
 
 def quantize_compressed_tensors(x, gs):
@@ -176,7 +184,7 @@ def quantize_compressed_tensors(x, gs):
         scale_bytes = np.where(scale_bytes == 0, np.uint8(0x20), scale_bytes)  # 0x20 = 0.125
         divisor = decode_e4m3(scale_bytes).astype(F32) / gs
         codes = _round_e2m1_signed_by(blocks, blocks / divisor[..., None])
-    return pack(codes.reshape(np.shape(x))), scale_bytes
+    return _packed(blocks, codes, scale_bytes)
 
 
 def computed_scale(x, axis=None, divisor=2688.0, valid=True):

@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 import oracles
 from fp4jax import nvfp4
+from fp4jax.swiglu import swiglu_quantize
 from pallas_kernels import lanes, nvfp4_codec
 from pallas_kernels.swiglu_quantize import swiglu
 
@@ -71,9 +73,8 @@ def test_decode_word_of_every_code_and_scale():
     values = [v for w in qdata.view(np.uint32).T for v in nvfp4_codec.decode_word(jnp.asarray(w), value)]
     expected = oracles.dequantize(qdata, scale[:, None])
     np.testing.assert_array_equal(np.stack(values, -1), expected)
-    finite = scale & 127 != 127
     packed = np.stack(nvfp4_codec.pack_exact_bf16(values), -1).view(np.uint16)  # exact: no bit may be lost
-    np.testing.assert_array_equal((packed.astype(np.uint32) << 16).view(F32)[finite], expected[finite].astype(F32))
+    np.testing.assert_array_equal((packed.astype(np.uint32) << 16).view(F32), expected.astype(F32))  # NaN of NaN scales
 
 
 @functools.partial(jax.jit, static_argnames="four_over_six")
@@ -122,7 +123,26 @@ def test_silu_of_inf_and_nan():
     ones = [jnp.full(4, 0x3F803F80, jnp.uint32)] * 8
     low, high = (np.asarray(v) for v in swiglu(words, ones)[0][:2])
     assert low[0] == np.inf and np.isnan(low[1]) and low[2] == 0
-    assert np.isnan(high[3]) or high[3] == 0
+    assert np.isnan(high[3])
+
+
+def test_swiglu_of_gates_and_ups_that_are_not_finite(rng):
+    """One of 16 gates or ups, in every place; with finite partners, zeros and each other."""
+    bad = np.array([np.nan, -np.nan, np.inf, -np.inf], F32)
+    pairs = [(b, u) for b in bad for u in (1.5, -2, 0, *bad)] + [(g, b) for b in bad for g in (1.5, -2, -90, 0)]
+    gates, ups = (np.tile(rng.standard_normal((len(pairs), 1, 16)), (1, 16, 1)) for _ in range(2))
+    for i, pair in enumerate(pairs):
+        gates[i, range(16), range(16)], ups[i, range(16), range(16)] = pair
+    gates, ups = (jnp.asarray(a.reshape(-1, 16), jnp.bfloat16) for a in (gates, ups))
+    words = [list(lax.bitcast_convert_type(a.reshape(-1, 8, 2), jnp.uint32).T) for a in (gates, ups)]
+    values, amax = swiglu(*words)
+    gate_up = jnp.concatenate([gates, ups], axis=1)
+    expected = swiglu_quantize(gate_up, None, global_scale=None, out="bf16", implementation="xla")
+    expected = np.asarray(expected, F32)
+    got = np.asarray(jnp.stack(values, -1).astype(jnp.bfloat16), F32)
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(expected))
+    np.testing.assert_array_equal(got[np.isinf(expected)], expected[np.isinf(expected)])
+    assert (~np.isfinite(got)).any(1).all() and np.isnan(amax).all()
 
 
 @pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
@@ -136,3 +156,6 @@ def test_a_block_with_nan_or_inf_has_the_bits_of_the_xla_quantizer(bad, four_ove
     encoded = nvfp4_codec.encode_block(values, nvfp4_codec.block_amax(values), scales, four_over_six)
     np.testing.assert_array_equal(encoded.scale_byte, np.asarray(expected.block_scale)[:, 0].view(np.uint8))
     np.testing.assert_array_equal(np.stack(encoded.words, -1).view(np.uint8), np.asarray(expected.qdata))
+    assert (np.asarray(encoded.scale_byte) == 0x7F).all() and not np.stack(encoded.words).any()
+    decoded = np.stack(nvfp4_codec.decoded_bf16(encoded, values), -1).view(np.uint16)
+    assert np.isnan((decoded.astype(np.uint32) << 16).view(F32)).all()

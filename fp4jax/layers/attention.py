@@ -47,7 +47,7 @@ def attention(
 ) -> Float[Array, "B S heads V"]:
     """Causal grouped-query attention: a query at position p ([S] or [B, S]) sees keys 0..p; softmax in float32.
 
-    scale: of the scores, None: 1 / sqrt(D).
+    scale: of the scores, None: 1 / sqrt(D). A key or value that is not finite spoils the queries that see it only.
     """
     batch, length, heads, dim = q.shape
     kv_heads = k.shape[1]
@@ -58,11 +58,19 @@ def attention(
     product = partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
     flat = lambda a: a.reshape(batch * kv_heads, -1, a.shape[-1])  # noqa: E731
     scores = product("xqd,xkd->xqk", flat(grouped), flat(k)).reshape(*grouped.shape[:-1], -1)
-    visible = jnp.arange(k.shape[2]) <= positions.reshape(-1, 1, 1, length, 1)
+    positions = positions.reshape(-1, 1, 1, length, 1)
+    visible = jnp.arange(k.shape[2]) <= positions
     scores = jnp.where(visible, scores * (dim**-0.5 if scale is None else scale), -jnp.inf)
     probabilities = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    # Values of places that a query does not see are multiplied by 0, and 0 * NaN is NaN: those that are not finite are
+    # taken out, and the queries from the first of them on made NaN.
+    finite = jnp.all(jnp.isfinite(v), axis=-1)
+    v = jnp.where(finite[..., None], v, jnp.zeros_like(v))
     out = product("xqk,xkd->xqd", flat(probabilities), flat(v)).astype(q.dtype)
-    out = out.reshape(batch, kv_heads, heads // kv_heads, length, -1).transpose(0, 3, 1, 2, 4)
+    out = out.reshape(batch, kv_heads, heads // kv_heads, length, -1)
+    first_spoiled = jnp.min(jnp.where(finite, k.shape[2], jnp.arange(k.shape[2])), axis=-1)
+    out = jnp.where(first_spoiled[:, :, None, None, None] <= positions, jnp.asarray(jnp.nan, out.dtype), out)
+    out = out.transpose(0, 3, 1, 2, 4)
     return out.reshape(batch, length, heads, -1)
 
 

@@ -17,6 +17,7 @@ from fp4jax.block_fp8 import BlockFP8Weights, block_fp8_matmul, quantize_blocks
 from fp4jax.grouped_gemm import contiguous_grouped_gemm
 from fp4jax.nvfp4 import NVFP4Tensor
 from fp4jax.packed_weights import PackedWeights, packed_if
+from fp4jax.rounding import largest_magnitude
 
 
 def exact_precision(dtype: Any) -> jax.lax.Precision | None:
@@ -42,9 +43,8 @@ def dot(
 
 
 def largest(x: Float[Array, "..."], where: Any = True) -> Float[Array, ""]:
-    """Largest magnitude in float32, at least 0; NaN where there is one, which a maximum alone may drop on CPUs."""
-    magnitude = jnp.where(where, jnp.abs(x.astype(jnp.float32)), 0.0)
-    return jnp.where(jnp.any(jnp.isnan(magnitude)), jnp.nan, jnp.max(magnitude, initial=0.0))
+    """Largest magnitude in float32 of the values `where` holds, at least 0; NaN where there is one."""
+    return largest_magnitude(jnp.where(where, x, jnp.zeros_like(x)))
 
 
 def normal_param(rngs: nnx.Rngs, shape: tuple[int, ...], stddev: float, dtype: Any) -> nnx.Param:
