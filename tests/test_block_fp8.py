@@ -225,7 +225,7 @@ def test_gemm_in_interpret_mode(rng, shape, config):
 )
 def test_quantize_in_interpret_mode(rng, shape, dtype):
     x = rng.standard_normal(shape) * np.exp2(rng.integers(-60, 60, (shape[0], 1)))
-    x[0, :16], x[-1, 16:32], x[1, 0] = 0, np.inf, np.nan
+    x[0, :16], x[-1, 16:32], x[1, 0], x[2, 5] = 0, np.inf, -np.nan, -np.inf
     x = jnp.asarray(x, dtype)
     values, scales = quantize_fp8.quantize(x, interpret=plgpu.InterpretGPUParams())
     expected_values, expected_scales = to_fp8(x)

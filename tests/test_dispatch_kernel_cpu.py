@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec as P, use_abstract_mesh
+from poisoned_tokens import poison
 
 import oracles
 from cuda_lowering import H100, struct
@@ -121,6 +122,33 @@ def test_fp8_rows_have_the_bits_of_xla(rng, hidden, dtype):
         np.testing.assert_array_equal(got, right)
         np.testing.assert_array_equal(np.signbit(got) & ~np.isnan(got), np.signbit(right) & ~np.isnan(right))
     assert np.isnan(np.asarray(values, np.float32)).sum() == 1 + min(128, hidden - 256)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", ["per_token", 0.01])
+def test_nvfp4_rows_with_nan_and_inf_have_the_bits_of_the_oracle(rng, scale):
+    x, _, _ = poison(rng.standard_normal((17, 64)))
+    x = x[[0, 1, 6, 11, 12, 16]]
+    maker = row_maker([jnp.asarray(x)], scale if scale == "per_token" else jnp.float32(scale))
+    operands, sent = maker.operands, maker.sent
+
+    def body(*refs):
+        sources, outs, scratch = refs[: len(operands)], refs[len(operands) : -1], refs[-1]
+        for row in range(len(x)):
+            loaded = maker.load(sources, jnp.int32(row), jnp.bool_(True))
+            for single in maker.store(sources, loaded, outs[:2], jnp.int32(row), scratch):
+                lanes.scatter(outs[2], lanes.splat(row, jnp.int32), [single], where=lanes.lane_index() == 0)
+
+    out = tuple(struct((len(x), s.shape[1]), s.dtype) for s in sent)
+    scratch = [plgpu.SMEM((4,), jnp.int32)]
+    kernel = launch.kernel(body, out, grid=1, scratch_types=scratch, interpret=plgpu.InterpretGPUParams())
+    qdata, scales, *singles = kernel(*operands)
+    g = oracles.computed_scale(x, -1) if scale == "per_token" else np.float32(scale)
+    expected = oracles.quantize_exact(x, g)
+    np.testing.assert_array_equal(qdata, expected[0])
+    np.testing.assert_array_equal(np.asarray(scales).view(np.uint8), expected[1])
+    if singles:
+        np.testing.assert_array_equal(singles[0], g)
 
 
 # --- lowering for CUDA ---

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec as P, use_abstract_mesh
+from poisoned_tokens import poison
 
 import oracles
 from cuda_lowering import H100, H100_MESH, kernels_in, lowered_text, struct
@@ -80,6 +81,32 @@ def test_quantize_masked(mode, rng, interpret):
         np.testing.assert_array_equal(np.asarray(row_scale)[valid], given[valid])
 
 
+@pytest.mark.parametrize(
+    ("mode", "dtype", "four_over_six"),
+    [
+        ("per_token", jnp.float32, False),
+        pytest.param(0.01, jnp.bfloat16, False, marks=pytest.mark.slow),
+        pytest.param(0.01, jnp.bfloat16, True, marks=pytest.mark.slow),
+    ],
+)
+def test_quantize_nan_and_inf(mode, dtype, four_over_six, rng, interpret):
+    x, _, rows = poison(oracles.round_bf16(rng.standard_normal((17, 48)).astype(np.float32)))
+    g = oracles.computed_scale(x, -1) if mode == "per_token" else np.float32(mode)
+    qdata, scales, row_scale = quantize_kernel.quantize(
+        jnp.asarray(x, dtype),
+        mode if mode == "per_token" else jnp.float32(mode),
+        four_over_six=four_over_six,
+        config=TINY,
+        interpret=interpret,
+    )
+    expected = (oracles.quantize_four_over_six if four_over_six else oracles.quantize_exact)(x, g)
+    np.testing.assert_array_equal(qdata, expected[0])
+    np.testing.assert_array_equal(scale_bytes(scales), expected[1])
+    np.testing.assert_array_equal((scale_bytes(scales) == 0x7F).any(1), rows)
+    if mode == "per_token":
+        np.testing.assert_array_equal(row_scale, g)
+
+
 @pytest.mark.slow
 def test_quantize_swizzled_with_zero_pads(rng, interpret):
     x = np.asarray(bf16(rng.standard_normal((2, 5, 48))).astype(jnp.float32))
@@ -133,6 +160,29 @@ def test_swiglu(out, per_token, rng, interpret):
         return
     np.testing.assert_array_equal(np.asarray(result[0])[valid], qdata[valid])
     np.testing.assert_array_equal(scale_bytes(result[1])[valid], scales[valid])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("out", "scale"), [("nvfp4_as_bf16", "per_token"), ("nvfp4", 0.01), ("bf16", None)])
+def test_swiglu_of_nan_and_inf(out, scale, rng, interpret):
+    """In the gates, in the ups, in both: as XLA has it, scales of rows are those of the finite products."""
+    halves = [poison(rng.standard_normal((17, 32)))[0] for _ in range(2)]
+    halves[0][1:9], halves[1][9:13] = rng.standard_normal((8, 32)), -2
+    gate_up = bf16(np.concatenate(halves, axis=1))
+    given = jnp.float32(scale) if isinstance(scale, float) else scale
+    got = swiglu_kernel.swiglu_quantize(gate_up, None, given, out=out, config=TINY, interpret=interpret)
+    expected = swiglu_quantize(gate_up, None, global_scale=given, out=out, implementation="xla")
+    if out == "nvfp4":
+        np.testing.assert_array_equal(got[0], expected.qdata)
+        np.testing.assert_array_equal(scale_bytes(got[1]), scale_bytes(expected.block_scale))
+        return
+    expected, row_scale = expected if scale == "per_token" else (expected, None)
+    if scale == "per_token":
+        np.testing.assert_allclose(got[1], row_scale, rtol=1e-6)  # silu: 4 ulp
+    got, expected = (np.asarray(v, np.float32) for v in (got[0], expected))
+    np.testing.assert_allclose(got, expected, rtol=2**-7 if out == "bf16" else 1e-6)  # NaN and Inf in the same places
+    bad = ~np.isfinite(got)
+    assert bad[1:].any(1).all() and not bad[0].any()
 
 
 # --- permute ---
@@ -228,6 +278,7 @@ def test_scatter_rows(dtype, width, routing, rng, interpret):
 def test_scatter_decoded_rows(routing, rng, interpret):
     _, (row_map, _, _, source) = routing
     qdata, scales = rng.integers(0, 256, (6, 16)).astype(np.uint8), rng.integers(0, 127, (6, 2)).astype(np.uint8)
+    scales[0, 1], scales[5, 0], qdata[0, 8:] = 0x7F, 0xFF, 0x80  # NaN, of zeros too
     out = permute_kernels.scatter_decoded_rows(
         jnp.asarray(qdata),
         jnp.asarray(scales).view(jnp.float8_e4m3fn),
@@ -269,6 +320,10 @@ def test_depermute(dtype, routing, rng, interpret):
     _, (row_map, _, _, _) = routing
     y = np.asarray(jnp.asarray(rng.standard_normal((16, 24)), dtype).astype(jnp.float32))
     weights = np.where(row_map >= 0, rng.random(row_map.shape), np.nan).astype(np.float32)
+    if dtype == jnp.float32:
+        used = row_map[row_map >= 0]
+        y = y.copy()
+        y[used[0], 5], y[used[1], 6] = np.nan, -np.inf
     expected = oracles.depermute(y, row_map, weights)
     out = permute_kernels.depermute_combine(
         jnp.asarray(y, dtype), jnp.asarray(row_map, jnp.int32), jnp.asarray(weights), interpret=interpret
