@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from poisoned_tokens import check_outputs, poison
 
 import oracles
 from fp4jax.gemm_swiglu import grouped_gemm_swiglu
@@ -184,6 +185,32 @@ def test_a_nan_scale_reaches_its_row_only():
     out = masked_grouped_gemm(x, pack_weights(w), jnp.asarray([9]), implementation="mosaic_gpu")
     nan = np.isnan(np.asarray(out[0].astype(jnp.float32)))
     assert nan[:, 77].all() and nan.sum() == 9
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("contiguous", [False, True])
+def test_a_row_with_nan_or_inf_changes_no_other(contiguous, fused):
+    """Also where SwiGLU is in the epilogue: every block of a spoiled row has the scale NaN and codes of zero."""
+    rng = np.random.default_rng(3)
+    w, _ = nvfp4_weights(rng, 3, 256, 192, True)
+    packed, (poisoned, zeroed, rows) = pack_weights(w), poison(bf16_values(rng, (300, 192)))
+    counts = jnp.full(3, 100, jnp.int32)
+    lead = (300,) if contiguous else (3, 100)
+    results = []
+    for x in (poisoned, zeroed):
+        x = jnp.asarray(x, jnp.bfloat16).reshape(*lead, 192)
+        if fused:
+            t = grouped_gemm_swiglu(x, packed, counts, global_scale=jnp.float32(0.01), implementation="mosaic_gpu")
+            results.append([np.asarray(a).view(np.uint8).reshape(300, -1) for a in (t.qdata, t.block_scale)])
+        else:
+            gemm = contiguous_grouped_gemm if contiguous else masked_grouped_gemm
+            results.append(np.asarray(gemm(x, packed, counts, implementation="mosaic_gpu")).reshape(300, -1))
+    if not fused:
+        check_outputs(*results, rows)
+        return
+    assert not results[0][0][rows].any() and (results[0][1][rows] == 0x7F).all()
+    for got, clean in zip(*results, strict=True):
+        np.testing.assert_array_equal(got[~rows], clean[~rows])
 
 
 @pytest.fixture(scope="module")

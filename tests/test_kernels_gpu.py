@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from poisoned_tokens import check_outputs, poison as spoiled_rows
 
 import oracles
 from fp4jax.moe import MoEConfig, MoEWeights, moe_layer
@@ -147,6 +148,25 @@ def test_quantize_beyond_four_gigabytes_of_offsets():
     assert bool(jnp.all(scales.view(jnp.uint8) == jnp.asarray(expected[1])))
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize(
+    ("mode", "layout", "four_over_six"),
+    [(0.01, "linear", False), (0.01, "swizzled", False), (0.01, "linear", True), ("per_token", "linear", False)],
+)
+def test_quantize_nan_and_inf(mode, layout, four_over_six, dtype, rng):
+    x, _, rows = spoiled_rows(bf16_values(rng, (300, 256)))
+    g = oracles.computed_scale(x, -1) if mode == "per_token" else np.float32(mode)
+    given = mode if mode == "per_token" else jnp.float32(mode)
+    qdata, scales, row_scale = run_quantize(jnp.asarray(x, dtype), given, layout=layout, four_over_six=four_over_six)
+    expected = (oracles.quantize_four_over_six if four_over_six else oracles.quantize_exact)(x, g)
+    np.testing.assert_array_equal(np.asarray(qdata), expected[0])
+    wanted = expected[1] if layout == "linear" else oracles.swizzle(expected[1][None])
+    np.testing.assert_array_equal(as_bytes(scales).ravel(), wanted.ravel())
+    np.testing.assert_array_equal((expected[1] == 0x7F).any(1), rows)
+    if mode == "per_token":
+        np.testing.assert_array_equal(np.asarray(row_scale), g)
+
+
 def test_quantize_under_vmap(rng):
     x = bf16_values(rng, (3, 40, 64))
     t = jax.jit(jax.vmap(lambda x: quantize(x, global_scale="per_token", **KERNEL)))(jnp.asarray(x))
@@ -161,6 +181,33 @@ def test_quantize_under_vmap(rng):
 
 def _mismatch(got, expected):
     return np.mean(np.asarray(got) != expected)
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_swiglu_of_nan_and_inf(per_token, rng):
+    """In the gates, in the ups, in both: the same places as XLA's, in every form of the result."""
+    gates, ups = (spoiled_rows(rng.standard_normal((300, 128)))[0] for _ in range(2))
+    gates[1:9], ups[9:13] = rng.standard_normal((8, 128)), -2
+    x = jnp.asarray(np.concatenate([gates, ups], axis=1), jnp.bfloat16)
+    found = {}
+    for implementation in ("mosaic_gpu", "xla"):
+        for out in ("nvfp4", "nvfp4_as_bf16", "bf16"):
+            run = functools.partial(swiglu_quantize, out=out, implementation=implementation)
+            run = functools.partial(run, global_scale="per_token" if per_token else jnp.float32(0.01))
+            found[implementation, out] = jax.tree.leaves(jax.jit(lambda x, run=run: run(x, None))(x))
+    for out in ("nvfp4", "nvfp4_as_bf16", "bf16"):
+        ours, theirs = found["mosaic_gpu", out], found["xla", out]
+        if out == "nvfp4":
+            spoiled = as_bytes(theirs[1]) == 0x7F
+            np.testing.assert_array_equal(as_bytes(ours[1]) == 0x7F, spoiled)
+            assert not np.asarray(ours[0]).reshape(*spoiled.shape, 8)[spoiled].any()
+            np.testing.assert_array_equal(spoiled.any(1), (np.arange(300) > 0) & (np.arange(300) < 17))
+        else:
+            ours_f32, theirs_f32 = (np.asarray(a[0].astype(jnp.float32)) for a in (ours, theirs))
+            np.testing.assert_array_equal(np.isnan(ours_f32), np.isnan(theirs_f32))
+            np.testing.assert_array_equal(np.isinf(ours_f32), np.isinf(theirs_f32))
+        if per_token and out != "bf16":
+            np.testing.assert_allclose(np.asarray(ours[-1]), np.asarray(theirs[-1]), rtol=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(9))
@@ -346,6 +393,34 @@ def test_metadata_of_few_routes_is_that_of_many(tokens, k, experts, capacity, rn
 
 
 # --- the layer that they were made for ---
+
+
+@pytest.mark.parametrize("static_scale", [False, True])
+@pytest.mark.parametrize(
+    ("formats", "layout"), [("nvfp4 nvfp4", "masked"), ("nvfp4 bf16", "contiguous"), ("bf16 bf16", "contiguous")]
+)
+def test_a_token_with_nan_or_inf_has_no_finite_output(formats, layout, static_scale, rng):
+    tokens, k, experts, hidden, intermediate = 300, 2, 8, 256, 128
+    poisoned, zeroed, rows = spoiled_rows(rng.standard_normal((tokens, hidden)))
+    ids = jnp.asarray(np.argsort(rng.random((tokens, experts)), axis=1)[:, :k].astype(np.int32)).at[200].set(-1)
+    poisoned[200] = np.nan  # a token without experts stays zero
+    packed = MoEWeights(
+        *(
+            pack_weights(quantize(jnp.asarray(rng.standard_normal(shape), jnp.float32), global_scale="per_expert"))
+            for shape in ((experts, 2 * intermediate, hidden), (experts, hidden, intermediate))
+        )
+    )
+    if static_scale:
+        packed = packed._replace(
+            input_scale_1=jnp.float32(0.002), input_scale_2=jnp.full((experts, 1, 1), 0.5, jnp.float32)
+        )
+    first, second = formats.split()
+    config = MoEConfig(num_experts=experts, layout=layout, activation_format_1=first, activation_format_2=second)
+    layer = jax.jit(lambda x: moe_layer(x, ids, jnp.ones((tokens, k)), packed, config)[0])
+    y, clean = (np.asarray(layer(jnp.asarray(x, jnp.bfloat16))) for x in (poisoned, zeroed))
+    assert not y[200].astype(np.float32).any()
+    keep = np.arange(tokens) != 200
+    check_outputs(y[keep], clean[keep], rows[keep])
 
 
 @pytest.mark.parametrize("layout", ["masked", "contiguous"])

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec as P
+from poisoned_tokens import check_outputs, poison
 
 import oracles
 from fp4jax import all_to_all
@@ -321,6 +322,48 @@ def test_the_layer_has_the_bits_of_one_device(make_mesh, rng, devices, wire):
         assert np.linalg.norm(got.astype(np.float64) - alone) < 5e-3 * np.linalg.norm(alone)
         difference = np.linalg.norm(got.astype(np.float64) - reference.astype(np.float64))
         assert difference < 1e-2 * np.linalg.norm(alone)
+
+
+@pytest.mark.parametrize("devices", DEVICES)
+@pytest.mark.parametrize("implementation", [None, XLA])
+@pytest.mark.parametrize(("wire", "form"), [("nvfp4", "per_peer"), ("fp8", "per_slot"), ("bf16", "per_peer")])
+def test_a_token_with_nan_or_inf_spoils_no_other(make_mesh, rng, devices, implementation, wire, form):
+    experts, hidden, k, tokens = 8, 256, 2, 40 * devices
+    poisoned, zeroed, rows = poison(rng.standard_normal((tokens, hidden)), step=2 * devices)  # on every device
+    ids = jnp.asarray(make_ids(rng, "random", 1, tokens, k, experts)[0])
+    w13, w2 = (
+        jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((experts, 256, hidden), (experts, hidden, 128))
+    )
+    packed = MoEWeights(*(pack_weights(quantize(w, global_scale="per_expert")) for w in (w13, w2)))
+    specs = jax.tree.map(lambda _: EP, packed)
+    config = MoEConfig(
+        num_experts=experts, axis_name="ep", form=form, wire_format=wire, implementation=implementation,
+        activation_format_1="bf16" if wire == "bf16" else "nvfp4",
+    )  # fmt: skip
+    fn = sharded(make_mesh(devices), lambda *a: moe_layer(*a, config)[0], (EP, EP, EP, specs))
+    outputs = (fn(jnp.asarray(x, jnp.bfloat16), ids, jnp.ones((tokens, k)), packed) for x in (poisoned, zeroed))
+    check_outputs(*outputs, rows)
+
+
+@pytest.mark.parametrize("devices", DEVICES)
+@pytest.mark.parametrize("implementation", [KERNEL, XLA])
+def test_the_agreed_scale_and_the_bits_of_spoiled_tokens(make_mesh, rng, devices, implementation):
+    """The scale is that of all devices' finite values; a NaN or Inf arrives as the scale byte NaN and codes of zero."""
+    tokens, hidden = 20 * devices, 256
+    x, _, _ = poison(oracles.round_bf16(rng.standard_normal((tokens, hidden)).astype(np.float32)), step=devices)
+    ids = jnp.tile(jnp.arange(devices, dtype=jnp.int32), (tokens, 1))  # every token to every device
+
+    def body(x, ids):
+        d = dispatch(x, ids, jnp.ones(ids.shape), num_experts=devices, implementation=implementation)
+        return d.x.qdata, d.x.block_scale, d.x.global_scale[None]
+
+    received = jax.device_get(sharded(make_mesh(devices), body)(jnp.asarray(x, jnp.bfloat16), ids))
+    g = oracles.computed_scale(x)
+    np.testing.assert_array_equal(received[2], np.full(devices, g))
+    for got, expected in zip(received, oracles.quantize_exact(x, g), strict=False):
+        np.testing.assert_array_equal(
+            bits(got).reshape(devices, tokens, -1), np.broadcast_to(expected, (devices, *expected.shape))
+        )
 
 
 if __name__ == "__main__":
