@@ -44,7 +44,8 @@ def list_files(folder: str | Path | None = None) -> tuple[Path, list[str]]:
         raise ValueError("--corpus: the name of a folder must not be empty")
     root = Path(sysconfig.get_path("stdlib") if folder is None else folder).resolve()
     if not root.is_dir():
-        raise ValueError(f"--corpus={folder}: no such folder")
+        what = "this is a file, not a folder" if root.exists() else "no such folder"
+        raise ValueError(f"--corpus={folder}: {what}; give a folder of text, or none for Python's own library")
     pattern = "*.py" if folder is None else "*"
     names = [path.relative_to(root).as_posix() for path in root.rglob(pattern) if path.is_file()]
     if folder is None:

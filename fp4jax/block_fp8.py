@@ -18,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from fp4jax.implementations import Call, run_implementation
+from fp4jax.operands import check_array, check_type, summary
 from fp4jax.rounding import E4M3_MAX, div_rn, largest_magnitude, round_to_e4m3
 from fp4jax.wire_formats import to_fp8
 from pallas_kernels import fp8_config, fp8_gemm, quantize_fp8
@@ -40,11 +41,15 @@ class BlockFP8Weights:
         """[N, K]."""
         return self.qdata.shape
 
+    def __repr__(self) -> str:
+        return summary(self, f"e4m3 in blocks of {BLOCK} x {BLOCK}")
+
     def validate(self) -> "BlockFP8Weights":
         """Returns self; raises TypeError or ValueError naming the leaf whose dtype or shape does not fit."""
         for name, dtype in (("qdata", jnp.float8_e4m3fn), ("block_scale", jnp.float32)):
-            if getattr(self, name).dtype != dtype:
-                raise TypeError(f"BlockFP8Weights.{name} must be {jnp.dtype(dtype)}, got {getattr(self, name).dtype}")
+            found = getattr(getattr(self, name), "dtype", None)
+            if found != dtype:
+                raise TypeError(f"BlockFP8Weights.{name} must be {jnp.dtype(dtype)}, got {found}")
         if self.qdata.ndim != 2 or self.block_scale.shape != scale_shape(self.shape):
             raise ValueError(
                 f"BlockFP8Weights: qdata {self.shape} needs block_scale {scale_shape(self.shape)}, "
@@ -64,6 +69,9 @@ def quantize_blocks(w: Float[Array, "n k"]) -> BlockFP8Weights:
 
     A NaN or Inf makes its block NaN once decoded.
     """
+    check_array("quantize_blocks: w", w, jnp.floating)
+    if w.ndim != 2:
+        raise ValueError(f"quantize_blocks: w must be [N, K], got {w.shape}")
     blocks = _blocks(w.astype(jnp.float32))
     amax = largest_magnitude(blocks, axis=(1, 3))
     scale = jnp.where(amax < E4M3_MAX * 2.0**-126, np.float32(1), div_rn(amax, np.float32(E4M3_MAX)))
@@ -74,6 +82,7 @@ def quantize_blocks(w: Float[Array, "n k"]) -> BlockFP8Weights:
 
 def dequantize_blocks(w: BlockFP8Weights, dtype: Any = jnp.bfloat16) -> Float[Array, "n k"]:
     """qdata x block_scale, rounded once."""
+    check_type("dequantize_blocks: w", w, BlockFP8Weights, "`quantize_blocks` makes one of an array")
     n, k = w.shape
     wide = jnp.repeat(jnp.repeat(w.block_scale, BLOCK, axis=0)[:n], BLOCK, axis=1)[:, :k]
     return (w.qdata.astype(jnp.float32) * wide).astype(dtype)
@@ -96,6 +105,8 @@ def block_fp8_matmul(
       ValueError, TypeError: shapes or dtypes that do not fit.
       NotImplementedError: a named implementation that does not exist.
     """
+    check_array("block_fp8_matmul: x", x, jnp.floating)
+    check_type("block_fp8_matmul: w", w, BlockFP8Weights, "`quantize_blocks` makes one of an array")
     w.validate()
     if x.ndim != 2 or x.shape[1] != w.shape[1]:
         raise ValueError(f"block_fp8_matmul: x {x.shape} does not fit w {w.shape}; [T, K] and [N, K]")

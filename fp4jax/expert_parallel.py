@@ -21,6 +21,7 @@ from fp4jax.hlo_collectives import WireBytes, wire_bytes
 from fp4jax.implementations import Call, has_hopper_gpu, multiprocessors, peers_problem, run_implementation
 from fp4jax.low_latency import ReceiveBuffers
 from fp4jax.nvfp4 import NVFP4Tensor, as_scale, tensor_scale
+from fp4jax.operands import axis_size, check_array, check_routes, check_type
 from fp4jax.wire_formats import WIRE_FORMATS, from_fp8, from_wire, wire_arrays
 from pallas_kernels import combine as combine_kernels, dispatch as dispatch_kernels, push_combine
 from pallas_kernels.dispatch import Routes
@@ -89,10 +90,10 @@ def dispatch(
     through one all_to_all elsewhere.
 
     Raises:
-      ValueError, TypeError: shapes, dtypes or options that do not fit.
+      ValueError, TypeError: shapes, dtypes or options that do not fit, or no shard_map with this axis.
       NotImplementedError: "mosaic_gpu" was named and cannot serve the call; the message says why.
     """
-    devices = lax.axis_size(axis_name)
+    devices = axis_size("dispatch", axis_name)
     _check_dispatch_args(
         x, topk_ids, topk_weights, num_experts, devices, form, wire_format, pair_capacity, global_scale
     )
@@ -172,7 +173,9 @@ def combine(
       NotImplementedError: "mosaic_gpu" was named and cannot serve the call; the message says why.
       ValueError: weights missing for the per-slot form, given for the per-peer form, or shapes that do not fit.
     """
-    devices = lax.axis_size(axis_name)
+    devices = axis_size("combine", axis_name)
+    check_array("combine: y", y, jnp.floating)
+    check_type("combine: dispatched", dispatched, Dispatched, "`dispatch` returns one")
     send_map, rows = dispatched.send_map, dispatched.local_ids.shape[0]
     if y.ndim != 2 or y.shape[0] != rows:
         raise ValueError(f"combine: y must be [{rows}, H], one row per received row, got {y.shape}")
@@ -208,7 +211,9 @@ def combine_into_buffers(
       NotImplementedError: the kernel cannot serve the call; the message says why.
       ValueError: no buffers, weights missing or too many, or shapes that do not fit.
     """
-    op, devices, y = "combine_into_buffers", lax.axis_size(axis_name), y.reshape(-1, y.shape[-1])
+    op = "combine_into_buffers"
+    check_array(f"{op}: y", y, jnp.floating)
+    devices, y = axis_size(op, axis_name), y.reshape(-1, y.shape[-1])
     if dispatched.buffers is None:
         raise ValueError(f"{op}: the dispatch had no buffers")
     if row_map.shape != dispatched.local_ids.shape:
@@ -230,6 +235,7 @@ def _home_weights(op, dispatched, topk_weights, devices):
         if send_map.shape[1] != devices:
             raise ValueError(f"{op}: the per-slot form needs topk_weights {send_map.shape}")
         return jnp.ones(send_map.shape, jnp.float32)
+    check_array(f"{op}: topk_weights", topk_weights, jnp.floating)
     if topk_weights.shape != send_map.shape or ids.shape[1] != 1:
         raise ValueError(
             f"{op}: topk_weights {topk_weights.shape} belong to the per-slot form with send_map of the same shape, "
@@ -240,6 +246,8 @@ def _home_weights(op, dispatched, topk_weights, devices):
 
 def agree_global_scale(scale: Float[Array, "..."], axis_name: str | None = None) -> Float[Array, ""]:
     """One global scale for the whole mesh axis: the maximum over all given scales of all devices, f32 ()."""
+    if axis_name is not None:
+        axis_size("agree_global_scale", axis_name)
     agreed = jnp.max(jnp.asarray(scale, jnp.float32))
     return agreed if axis_name is None else lax.pmax(agreed, axis_name)
 
@@ -253,13 +261,11 @@ def _check_dispatch_args(
         raise ValueError(f"dispatch: wire_format={wire_format!r} is unknown; choose one of {WIRE_FORMATS}")
     if num_experts < 1 or num_experts % devices:
         raise ValueError(f"dispatch: num_experts={num_experts} must be a positive multiple of the {devices} devices")
-    if len(x.shape) != 2 or topk_ids.shape != topk_weights.shape or topk_ids.shape[:1] != x.shape[:1]:
-        raise ValueError(
-            f"dispatch: x must be [T, H], topk_ids and topk_weights [T, k]; "
-            f"got {x.shape}, {topk_ids.shape}, {topk_weights.shape}"
-        )
-    if topk_ids.dtype not in (jnp.int32, jnp.int64):
-        raise TypeError(f"dispatch: topk_ids must be int32 or int64, got {topk_ids.dtype}")
+    if not isinstance(x, NVFP4Tensor):
+        check_array("dispatch: x", x, jnp.floating)
+    if len(x.shape) != 2:
+        raise ValueError(f"dispatch: x must be [T, H], one row per token, got {x.shape}")
+    check_routes("dispatch", x.shape[0], topk_ids, topk_weights)
     if pair_capacity is not None and pair_capacity < 1:
         raise ValueError(f"dispatch: pair_capacity must be at least 1, got {pair_capacity}")
     if isinstance(x, NVFP4Tensor):

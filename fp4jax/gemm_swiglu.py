@@ -23,6 +23,7 @@ from fp4jax.grouped_gemm import (
 )
 from fp4jax.implementations import Call, run_implementation
 from fp4jax.nvfp4 import NVFP4Tensor, as_scale
+from fp4jax.operands import check_array
 from fp4jax.swiglu import OUTPUTS, swiglu_quantize
 from pallas_kernels import masked_gemm
 
@@ -56,6 +57,8 @@ def grouped_gemm_swiglu(
       ValueError, TypeError: shapes or dtypes that do not fit.
       NotImplementedError: a named implementation that cannot do it.
     """
+    if not isinstance(x, NVFP4Tensor):
+        check_array("grouped_gemm_swiglu: x", x)
     rank = len(x.shape)
     check_operands("grouped_gemm_swiglu", x, w13, counts, x_scale, expected_m, ndim=rank if rank in (2, 3) else 3)
     if out not in OUTPUTS:

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from fp4jax.implementations import Call, run_implementation
 from fp4jax.nvfp4 import NVFP4Tensor, check_scale_shape, decode_blocks
+from fp4jax.operands import check_array, check_unsharded
 from fp4jax.packed_weights import PackedWeights, pack_weights, unpack_weights
 from pallas_kernels import gemm_choice, gemm_config, masked_gemm, weight_layout
 
@@ -232,11 +233,16 @@ def _varying_like(value, tree):
 
 def check_operands(op, x, w, sizes, x_scale, expected_m, ndim):
     """Raises ValueError or TypeError where the operands do not fit."""
+    if isinstance(x, PackedWeights):
+        raise TypeError(f"{op}: x must be an NVFP4Tensor or an array, got {x}; only weights are packed")
     for name, t in (("x", x), ("w", w)):
         if isinstance(t, NVFP4Tensor | PackedWeights):
             t.validate()
-        elif t.dtype not in (jnp.bfloat16, jnp.float32):
+            continue
+        check_array(f"{op}: {name}", t)
+        if t.dtype not in (jnp.bfloat16, jnp.float32):
             raise TypeError(f"{op}: {name} must be an NVFP4Tensor, bfloat16 or float32, got {t.dtype}")
+    check_array(f"{op}: counts", sizes)
     if len(x.shape) != ndim or len(w.shape) != 3 or x.shape[-1] != w.shape[-1] or sizes.shape != w.shape[:1]:
         raise ValueError(f"{op}: shapes do not fit: x {x.shape}, w {w.shape} (must be [E, N, K]), counts {sizes.shape}")
     if ndim == 3 and x.shape[0] != w.shape[0]:
@@ -246,6 +252,8 @@ def check_operands(op, x, w, sizes, x_scale, expected_m, ndim):
     if isinstance(x, NVFP4Tensor) and x_scale is not None:
         raise ValueError(f"{op}: x_scale is for a plain x; an NVFP4Tensor carries its own global_scale")
     if x_scale is not None:
+        if not isinstance(x_scale, float):
+            check_array(f"{op}: x_scale", x_scale)
         check_scale_shape(f"{op}: x_scale", jnp.shape(x_scale), x.shape)
     if sizes.dtype not in (jnp.int32, jnp.int64):
         raise TypeError(f"{op}: counts must be int32 or int64, got {sizes.dtype}")
@@ -253,3 +261,4 @@ def check_operands(op, x, w, sizes, x_scale, expected_m, ndim):
         raise TypeError(f"{op}: expected_m is a static hint, an int or None, got {expected_m!r}")
     if expected_m is not None and expected_m < 0:
         raise ValueError(f"{op}: expected_m must not be negative, got {expected_m}")
+    check_unsharded(op, x, w, sizes, x_scale)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -15,6 +16,7 @@ from fp4jax.grouped_gemm import contiguous_grouped_gemm, masked_grouped_gemm
 from fp4jax.implementations import IMPLEMENTATIONS
 from fp4jax.low_latency import ReceiveBuffers
 from fp4jax.nvfp4 import NVFP4Tensor, quantize
+from fp4jax.operands import axis_size, check_array, check_routes, check_type, check_unsharded, described
 from fp4jax.packed_weights import PackedWeights
 from fp4jax.permute import depermute_combine, permute_to_contiguous, permute_to_masked
 from fp4jax.swiglu import silu
@@ -85,9 +87,15 @@ class MoEConfig:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"MoEConfig: {name}={getattr(self, name)!r} is unknown; choose one of {choices}")
+        if not isinstance(self.axis_name, str | None):
+            raise TypeError(f"MoEConfig: axis_name must be the name of one mesh axis or None, got {self.axis_name!r}")
         for name in ("num_experts", "capacity", "pair_capacity"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if name != "num_experts" and value is None:
+                continue
+            if not isinstance(value, int | np.integer):
+                raise TypeError(f"MoEConfig: {name} must be an int, got {described(value)}")
+            if value < 1:
                 raise ValueError(f"MoEConfig: {name} must be at least 1, got {value}")
 
 
@@ -102,9 +110,10 @@ def moe_layer(
     """y[t] = sum over slots j of topk_weights[t, j] * expert_{topk_ids[t, j]}(x[t]); expert(x) = w2 (silu(gate) * up).
 
     x bf16 (or f32: then the GEMMs round to f32). With `config.axis_name`, called inside shard_map with this device's
-    tokens, routing and local experts; buffers: see `expert_parallel.dispatch`. Raises ValueError where weights and
-    config do not fit.
+    tokens, routing and local experts; buffers: see `expert_parallel.dispatch`. Raises ValueError or TypeError for
+    arguments of another kind, shape or dtype, and where weights and config do not fit.
     """
+    _check_arguments(x, topk_ids, topk_weights, weights, config)
     _check_weights(x, weights, config)
     config = _with_formats(config, weights)
     if x.shape[0] == 0:  # on every device, as shapes are the same there: no device waits for another's collective
@@ -233,8 +242,28 @@ def _with_formats(config, weights):
     return config
 
 
+def _check_arguments(x, topk_ids, topk_weights, weights, config):
+    op = "moe_layer"
+    check_type(f"{op}: config", config, MoEConfig, "e.g. MoEConfig(num_experts=8)")
+    check_type(f"{op}: weights", weights, MoEWeights, "MoEWeights(w13, w2) makes one")
+    check_array(f"{op}: x", x, jnp.floating)
+    if x.ndim != 2:
+        raise ValueError(f"{op}: x must be [T, H], one row per token, got {x.shape}; x.reshape(-1, H) makes rows")
+    check_routes(op, x.shape[0], topk_ids, topk_weights)
+    for name, w in (("w13", weights.w13), ("w2", weights.w2)):
+        if isinstance(w, NVFP4Tensor | PackedWeights):
+            w.validate()
+        else:
+            check_array(f"{op}: {name}", w, jnp.floating)
+    if not isinstance(weights.input_scale_1, float | None):
+        check_array(f"{op}: input_scale_1", weights.input_scale_1, jnp.floating)
+    if weights.input_scale_2 is not None:
+        check_array(f"{op}: input_scale_2", weights.input_scale_2, jnp.floating)
+    check_unsharded(op, x, topk_ids, topk_weights, weights)
+
+
 def _check_weights(x, weights, config):
-    devices = 1 if config.axis_name is None else lax.axis_size(config.axis_name)
+    devices = 1 if config.axis_name is None else axis_size("moe_layer", config.axis_name)
     w13, w2 = weights.w13.shape, weights.w2.shape
     hidden = x.shape[-1]
     if len(w13) != 3 or len(w2) != 3 or w13[2] != hidden or w2 != (w13[0], hidden, w13[1] // 2) or w13[1] % 2:

@@ -17,6 +17,7 @@ from jax.experimental import checkify
 from jaxtyping import Array, Float, Int, UInt8
 
 from fp4jax.implementations import Call, run_implementation
+from fp4jax.operands import axis_size, check_array, check_type, summary
 from fp4jax.rounding import E4M3_MAX, div_rn, flush_subnormals, largest_magnitude, round_to_e2m1, round_to_e4m3
 from pallas_kernels import quantize as quantize_kernel
 
@@ -59,6 +60,9 @@ class NVFP4Tensor:
     def ndim(self) -> int:
         """Logical rank."""
         return self.qdata.ndim
+
+    def __repr__(self) -> str:
+        return summary(self, "nvfp4", "global_scale")
 
     def validate(self) -> "NVFP4Tensor":
         """Returns self; raises TypeError or ValueError naming the first leaf whose dtype or shape does not fit."""
@@ -163,6 +167,8 @@ def quantize(
 
 def dequantize(t: NVFP4Tensor, dtype: Any = jnp.bfloat16) -> Float[Array, "..."]:
     """code x block_scale (exact) x global_scale in f32, then one rounding to `dtype`; shape [..., K]."""
+    check_type("dequantize: t", t, NVFP4Tensor, "`quantize` makes one of an array, `unpack_weights` of PackedWeights")
+    t.validate()
     return (decode_blocks(t.qdata, t.block_scale, jnp.float32) * t.global_scale).astype(dtype)
 
 
@@ -304,6 +310,8 @@ def _scale_from(amax, divide):
 
 def as_scale(global_scale: Any, shape: tuple[int, ...]) -> Float[Array, "..."]:
     """A given global scale as f32, checked against a tensor of `shape`; concrete values must be in range."""
+    if not isinstance(global_scale, int | float):
+        check_array("quantize: global_scale", global_scale)
     scale = jnp.asarray(global_scale)
     if not jnp.issubdtype(scale.dtype, jnp.floating):
         raise TypeError(f"quantize: global_scale must be float32, got {scale.dtype}")
@@ -341,6 +349,7 @@ def _count(x, block_amax, raw, valid, axes):
 
 
 def _check_quantize_args(x, global_scale, masked_m, axis_name, dialect, four_over_six):
+    check_array("quantize: x", x)
     if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise TypeError(f"quantize: x must be bfloat16, float16 or float32, got {x.dtype}")
     if x.ndim == 0 or x.shape[-1] == 0 or x.shape[-1] % BLOCK_SIZE:
@@ -355,5 +364,9 @@ def _check_quantize_args(x, global_scale, masked_m, axis_name, dialect, four_ove
         raise ValueError(f"quantize: global_scale='per_expert' needs x [E, M, K], got shape {x.shape}")
     if axis_name is not None and global_scale is not None:
         raise ValueError("quantize: axis_name only goes with global_scale=None (a scale agreed across devices)")
+    if axis_name is not None:
+        axis_size("quantize", axis_name)
+    if masked_m is not None:
+        check_array("quantize: masked_m", masked_m, jnp.integer)
     if masked_m is not None and (x.ndim != 3 or masked_m.shape != x.shape[:1]):
         raise ValueError(f"quantize: masked_m {masked_m.shape} needs x [E, M, K] with the same E, got {x.shape}")

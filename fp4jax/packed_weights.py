@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fp4jax.nvfp4 import BLOCK_SIZE, NVFP4Tensor, pack_codes, unpack
+from fp4jax.operands import check_type, check_unsharded, summary
 from pallas_kernels import weight_layout
 
 
@@ -35,11 +36,15 @@ class PackedWeights:
         """Logical rank."""
         return len(self.shape)
 
+    def __repr__(self) -> str:
+        return summary(self, "nvfp4 packed", "global_scale")
+
     def validate(self) -> "PackedWeights":
         """Returns self; raises TypeError or ValueError naming the leaf whose dtype or shape does not fit."""
         for name, dtype in (("words", jnp.uint32), ("global_scale", jnp.float32)):
-            if getattr(self, name).dtype != dtype:
-                raise TypeError(f"PackedWeights.{name} must be {jnp.dtype(dtype)}, got {getattr(self, name).dtype}")
+            found = getattr(getattr(self, name), "dtype", None)
+            if found != dtype:
+                raise TypeError(f"PackedWeights.{name} must be {jnp.dtype(dtype)}, got {found}")
         if self.words.ndim != 5 or self.words.shape[3:] != (weight_layout.WORDS, weight_layout.TILE):
             raise ValueError(f"PackedWeights.words must be [E, N/64, K/64, 9, 64], got {self.words.shape}")
         experts, n, _ = self.shape
@@ -60,7 +65,9 @@ def pack_weights(w: NVFP4Tensor) -> PackedWeights:
     Raises:
       ValueError, TypeError: shapes or dtypes that do not fit.
     """
+    check_type("pack_weights: w", w, NVFP4Tensor, "`quantize(w, global_scale='per_expert')` makes one of an array")
     w.validate()
+    check_unsharded("pack_weights", w)
     if problem := weight_layout.check_shape(w.shape):
         raise ValueError(f"pack_weights: {problem}")
     if w.global_scale.ndim != 3 or w.global_scale.shape[0] != w.shape[0]:
@@ -71,6 +78,8 @@ def pack_weights(w: NVFP4Tensor) -> PackedWeights:
 
 def unpack_weights(packed: PackedWeights) -> NVFP4Tensor:
     """The inverse of `pack_weights`, for any leading axes (one expert's slice has none)."""
+    check_type("unpack_weights: packed", packed, PackedWeights, "`pack_weights` makes one of an NVFP4Tensor")
+    check_unsharded("unpack_weights", packed)
     codes, scale_bytes = _unpack(packed.words)
     block_scale = lax.bitcast_convert_type(scale_bytes, jnp.float8_e4m3fn)
     return NVFP4Tensor(pack_codes(codes), block_scale, packed.global_scale)

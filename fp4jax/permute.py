@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from fp4jax import scale_layout as scale_layouts
 from fp4jax.implementations import Call, run_implementation
-from fp4jax.nvfp4 import BLOCK_SIZE, decode_blocks
+from fp4jax.nvfp4 import BLOCK_SIZE, NVFP4Tensor, decode_blocks
+from fp4jax.operands import check_array, check_routes, check_unsharded
 from pallas_kernels import permute as permute_kernels, route_metadata as metadata_kernels
 
 
@@ -133,14 +134,19 @@ def depermute_combine(
     y: [E, M, H] or [rows, H]. Each product is rounded to f32 before it is added and the sum is rounded once to y's
     dtype. A slot of -1 adds exactly nothing, whatever its weight; a token without slots is zero.
     """
+    op = "depermute_combine"
+    check_array(f"{op}: y", y, jnp.floating)
+    check_array(f"{op}: row_map", row_map, jnp.integer)
+    check_array(f"{op}: topk_weights", topk_weights, jnp.floating)
     if y.ndim not in (2, 3) or row_map.shape != topk_weights.shape:
         raise ValueError(
-            f"depermute_combine: y must be [E, M, H] or [rows, H] and row_map and topk_weights [T, k]; "
+            f"{op}: y must be [E, M, H] or [rows, H] and row_map and topk_weights [T, k]; "
             f"got {y.shape}, {row_map.shape}, {topk_weights.shape}"
         )
+    check_unsharded(op, y, row_map, topk_weights)
     rows = y.reshape(-1, y.shape[-1])
     return run_implementation(
-        "depermute_combine",
+        op,
         implementation,
         (rows, row_map, topk_weights),
         xla=Call.of(_combine_xla),
@@ -287,17 +293,22 @@ def _lay_out(scales, layout):
 
 
 def _check_args(op, x, scales, topk_ids, row_scale, num_experts, scale_layout, decode):
+    if isinstance(x, NVFP4Tensor):
+        raise TypeError(f"{op}: give x.qdata and x.block_scale as x and scales, with decode=True for bf16; got {x}")
+    for name, value in (("x", x), ("scales", scales), ("row_scale", row_scale)):
+        if name == "x" or value is not None:
+            check_array(f"{op}: {name}", value)
+    if x.ndim != 2:
+        raise ValueError(f"{op}: x must be [T, Hx], one row per token, got {x.shape}")
     tokens = x.shape[0]
-    if topk_ids.ndim != 2 or topk_ids.shape[0] != tokens or topk_ids.shape[1] < 1:
-        raise ValueError(f"{op}: topk_ids must be [T, k] with T = {tokens} and k >= 1, got {topk_ids.shape}")
-    if topk_ids.dtype not in (jnp.int32, jnp.int64):
-        raise TypeError(f"{op}: topk_ids must be int32 or int64, got {topk_ids.dtype}")
+    check_routes(op, tokens, topk_ids)
+    check_unsharded(op, x, scales, topk_ids, row_scale)
     if num_experts < 1:
         raise ValueError(f"{op}: num_experts must be at least 1, got {num_experts}")
     if scale_layout not in scale_layouts.SCALE_LAYOUTS:
         raise ValueError(f"{op}: scale_layout={scale_layout!r} is unknown; choose {scale_layouts.SCALE_LAYOUTS}")
-    if scales is not None and scales.shape[0] != tokens:
-        raise ValueError(f"{op}: scales must have T = {tokens} rows, got {scales.shape}")
+    if scales is not None and (scales.ndim != 2 or scales.shape[0] != tokens):
+        raise ValueError(f"{op}: scales must be [T, S] with T = {tokens}, got {scales.shape}")
     if scale_layout == "swizzled" and scales is not None and scales.dtype.itemsize != 1:
         raise TypeError(f"{op}: the swizzled layout is for one-byte scales, got {scales.dtype}")
     if row_scale is not None and row_scale.shape != (tokens, 1):

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from fp4jax.operands import check_array
+
 Scoring = Literal["softmax", "sigmoid"]
 
 # A row whose selected scores all underflow gets weights 0 instead of 0/0.
@@ -68,6 +70,11 @@ def route(
     Raises:
       ValueError: for impossible counts, an unknown scoring, or a bias that does not fit the logits.
     """
+    check_array("route: logits", logits, jnp.floating)
+    if logits.ndim != 2:
+        raise ValueError(f"route: logits must be [T, E], got {logits.shape}")
+    if correction_bias is not None:
+        check_array("route: correction_bias", correction_bias)
     num_experts = logits.shape[1]
     check_routing(num_experts, top_k=top_k, scoring=scoring, num_groups=num_groups, topk_groups=topk_groups)
     if correction_bias is not None and correction_bias.shape != (num_experts,):

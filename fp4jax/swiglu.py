@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from fp4jax.implementations import Call, run_implementation
 from fp4jax.nvfp4 import BLOCK_SIZE, NVFP4Tensor, as_scale, decode_blocks, quantize
+from fp4jax.operands import check_array
 from pallas_kernels import swiglu_quantize as swiglu_kernel
 
 OUTPUTS = ("nvfp4", "nvfp4_as_bf16", "bf16")
@@ -37,6 +38,9 @@ def swiglu_quantize(
     """
     if out not in OUTPUTS:
         raise ValueError(f"swiglu_quantize: out={out!r} is unknown; choose one of {OUTPUTS}")
+    check_array("swiglu_quantize: gate_up", gate_up, jnp.floating)
+    if masked_m is not None:
+        check_array("swiglu_quantize: masked_m", masked_m, jnp.integer)
     if gate_up.ndim != (2 if masked_m is None else 3) or gate_up.shape[-1] % 2:
         raise ValueError(
             f"swiglu_quantize: gate_up must be [E, M, 2I] with masked_m or [rows, 2I] without, got {gate_up.shape}"

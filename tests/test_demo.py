@@ -102,6 +102,7 @@ def test_demo_refuses_bad_flags():
         {
             ("--model=/does/not/exist",): "--model=/does/not/exist holds no config.json",
             ("--corpus=/does/not/exist",): "no such folder",
+            (f"--corpus={__file__}",): "this is a file, not a folder",
             ("--windows=0",): "--windows",
             ("--temperature=-1",): "--temperature",
             ("--prompt=",): "--prompt must not be empty",

@@ -16,6 +16,7 @@ OURS = ("fp4jax", "pallas_kernels", "configs", "experiments", "tests")
 LAYERS = (
     {
         "rounding",
+        "operands",
         "implementations",
         "hlo_collectives",
         "quant_methods",

@@ -20,6 +20,7 @@ from fp4jax import implementations, moe, nvfp4, routing
 from fp4jax.layers.dense import MLP, Linear, exact_precision, largest, normal_param
 from fp4jax.low_latency import ReceiveBuffers
 from fp4jax.nvfp4 import NVFP4Tensor
+from fp4jax.operands import check_type
 from fp4jax.packed_weights import PackedWeights, arrange_experts
 
 EP_AXIS = "ep"
@@ -52,8 +53,9 @@ def expert_mesh(mesh: Mesh) -> Mesh:
     """The mesh with Auto axes, whatever they were (`jax.make_mesh` makes Explicit ones): experts run in shard_map.
 
     Raises:
-      ValueError: for other axes than the one named "ep".
+      ValueError, TypeError: for other axes than the one named "ep", or what is no mesh of devices.
     """
+    check_type("mesh", mesh, Mesh, f"`jax.make_mesh((devices,), ({EP_AXIS!r},))` makes one")
     if mesh.axis_names != (EP_AXIS,):
         raise ValueError(f"the mesh of the experts must have the one axis {EP_AXIS!r}, got {mesh.axis_names}")
     return Mesh(mesh.devices, mesh.axis_names)

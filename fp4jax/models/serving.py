@@ -14,6 +14,7 @@ from jaxtyping import Array, Int
 
 from fp4jax.layers.moe_block import ExpertAmax, MoEBlock, expert_mesh
 from fp4jax.nvfp4 import E2M1_MAX, E4M3_MAX
+from fp4jax.operands import check_array
 
 _AMAX_PER_SCALE = np.float32(E2M1_MAX * E4M3_MAX)  # the value that code 6 with block scale 448 stands for
 
@@ -53,7 +54,14 @@ def quantize_experts(
     Calibrated: amax / 2688 over the sample, one scale per layer for GEMM 1 and one per expert for GEMM 2; an expert
     that no token of the sample visits takes its layer's largest. Without a sample each token gets its own scale when it
     comes.
+
+    Raises:
+      TypeError, ValueError: a sample that is not an integer array [B, S].
     """
+    if sample_ids is not None:
+        check_array("quantize_experts: sample_ids", sample_ids, jnp.integer)
+        if sample_ids.ndim != 2:
+            raise ValueError(f"quantize_experts: sample_ids must be [B, S], got {sample_ids.shape}")
     calibration = None if sample_ids is None else _calibrate(*nnx.split(model), sample_ids)
     for index, block in enumerate(model.moe_blocks()):
         block.quantize_experts(four_over_six=four_over_six)
