@@ -28,7 +28,7 @@ def rope(
 
     Pairs are (x[i], x[i + D/2]), or, interleaved, (x[2i], x[2i + 1]).
     """
-    angle = positions[..., None, None].astype(jnp.float32) * frequency
+    angle = positions.reshape(-1, x.shape[1], 1, 1).astype(jnp.float32) * frequency.reshape(1, 1, 1, -1)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     wide = x.astype(jnp.float32)
     first, second = (wide[..., ::2], wide[..., 1::2]) if interleaved else jnp.split(wide, 2, axis=-1)
@@ -59,7 +59,8 @@ def attention(
     flat = lambda a: a.reshape(batch * kv_heads, -1, a.shape[-1])  # noqa: E731
     scores = product("xqd,xkd->xqk", flat(grouped), flat(k)).reshape(*grouped.shape[:-1], -1)
     positions = positions.reshape(-1, 1, 1, length, 1)
-    visible = jnp.arange(k.shape[2]) <= positions
+    places = jnp.arange(k.shape[2], dtype=positions.dtype).reshape(1, 1, 1, 1, -1)
+    visible = places <= positions
     scores = jnp.where(visible, scores * (dim**-0.5 if scale is None else scale), -jnp.inf)
     probabilities = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
     # Values of places that a query does not see are multiplied by 0, and 0 * NaN is NaN: those that are not finite are
@@ -68,7 +69,7 @@ def attention(
     v = jnp.where(finite[..., None], v, jnp.zeros_like(v))
     out = product("xqk,xkd->xqd", flat(probabilities), flat(v)).astype(q.dtype)
     out = out.reshape(batch, kv_heads, heads // kv_heads, length, -1)
-    first_spoiled = jnp.min(jnp.where(finite, k.shape[2], jnp.arange(k.shape[2])), axis=-1)
+    first_spoiled = jnp.min(jnp.where(finite, k.shape[2], places.reshape(1, 1, -1)), axis=-1)
     out = jnp.where(first_spoiled[:, :, None, None, None] <= positions, jnp.asarray(jnp.nan, out.dtype), out)
     out = out.transpose(0, 3, 1, 2, 4)
     return out.reshape(batch, length, heads, -1)
@@ -108,7 +109,7 @@ class Attention(nnx.Module):
         self, x: jax.Array, start: jax.Array, cache: tuple[jax.Array, jax.Array] | None
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         q, k, v = (p(x).reshape(*x.shape[:2], -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
-        positions = start[..., None] + jnp.arange(x.shape[1], dtype=jnp.int32)
+        positions = positions_from(start, x.shape[1])
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         frequency = rope_frequency(self.theta, self.head_dim)
@@ -116,13 +117,26 @@ class Attention(nnx.Module):
         k, v = (jnp.swapaxes(part, 1, 2) for part in (k, v))  # heads first, as batched products want the long part
         if cache is not None:
             k, v = cache = (write_cache(cache[0], k, start), write_cache(cache[1], v, start))
-            # Places beyond the newest token may hold anything: their weight is 0, and 0 * NaN must not reach a sum.
-            v = jnp.where((jnp.arange(v.shape[2]) <= positions[..., -1:])[..., None, :, None], v, 0)
+            v = clear_beyond(v, positions)
         out = attention(q, k, v, positions)
         return self.o_proj(out.reshape(*x.shape[:2], -1)), cache
 
 
+def positions_from(start: jax.Array, length: int) -> jax.Array:
+    """Positions of `length` tokens from `start` on, i32 [1, length], or [B, length] where each sequence has its own."""
+    return start.reshape(-1, 1) + jnp.arange(length, dtype=jnp.int32)[None, :]
+
+
+def clear_beyond(values: jax.Array, positions: jax.Array) -> jax.Array:
+    """Cached values [B, heads, length, D] with zeros beyond the newest position.
+
+    These places may hold anything: their weight is 0, and 0 * NaN must not reach a sum.
+    """
+    place = jnp.arange(values.shape[2], dtype=jnp.int32).reshape(1, 1, -1, 1)
+    return jnp.where(place <= positions[:, -1].reshape(-1, 1, 1, 1), values, 0)
+
+
 def write_cache(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
     """[B, heads, S, D] into [B, heads, length, D] from position `start` on, [] for all sequences or one each, [B]."""
-    write = lambda old, new, start: jax.lax.dynamic_update_slice(old, new, (0, start, 0))  # noqa: E731
+    write = lambda old, new, start: jax.lax.dynamic_update_slice_in_dim(old, new, start, 1)  # noqa: E731
     return jax.vmap(write, in_axes=(0, 0, 0 if start.ndim else None))(cache, new.astype(cache.dtype), start)

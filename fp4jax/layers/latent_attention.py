@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from fp4jax.layers.attention import attention, rope, rope_frequency, write_cache
+from fp4jax.layers.attention import attention, clear_beyond, positions_from, rope, rope_frequency, write_cache
 from fp4jax.layers.dense import Linear, RMSNorm
 
 
@@ -115,7 +115,7 @@ class LatentAttention(nnx.Module):
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """x [B, S, H]; the cache holds latents [B, 1, length, rank] and rotated keys [B, 1, length, rope dim]."""
         batch, length, _ = x.shape
-        positions = start[..., None] + jnp.arange(length, dtype=jnp.int32)
+        positions = positions_from(start, length)
         q = self.q_proj(x) if self.q_proj is not None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         q = q.reshape(batch, length, self.num_heads, self.nope + self.rotated)
         q = jnp.concatenate([q[..., : self.nope], self._rotate(q[..., self.nope :], positions)], axis=-1)
@@ -124,8 +124,7 @@ class LatentAttention(nnx.Module):
         shared = jnp.swapaxes(self._rotate(both[..., None, self.rank :], positions), 1, 2)
         if cache is not None:
             latent, shared = cache = (write_cache(cache[0], latent, start), write_cache(cache[1], shared, start))
-            # Places beyond the newest token may hold anything, and their values are multiplied by 0.
-            latent = jnp.where((jnp.arange(latent.shape[2]) <= positions[..., -1:])[..., None, :, None], latent, 0)
+            latent = clear_beyond(latent, positions)
         kv = self.kv_b_proj(latent[:, 0]).reshape(batch, -1, self.num_heads, self.nope + self.v_dim).swapaxes(1, 2)
         shared = jnp.broadcast_to(shared, (batch, self.num_heads, *shared.shape[2:]))
         k = jnp.concatenate([kv[..., : self.nope], shared.astype(kv.dtype)], axis=-1)
