@@ -3,6 +3,9 @@
 XLA may rewrite float arithmetic in ways that change the last bit; each helper names the rewrite that it prevents.
 """
 
+import functools
+import operator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,7 +47,8 @@ def round_to_e2m1(x: Float[Array, "..."]) -> UInt8[Array, "..."]:
     """f32 -> e2m1 code 0..15 (u8): nearest, ties to the even code, saturating at +-6; the sign of zero is kept."""
     a = jnp.abs(x)
     # Midpoints between neighbours; a tie goes up only where the upper code is even.
-    code = (a > 0.25).astype(jnp.uint8) + (a >= 0.75) + (a > 1.25) + (a >= 1.75) + (a > 2.5) + (a >= 3.5) + (a > 5.0)
+    passed = (a > 0.25, a >= 0.75, a > 1.25, a >= 1.75, a > 2.5, a >= 3.5, a > 5.0)
+    code = functools.reduce(operator.add, (midpoint.astype(jnp.uint8) for midpoint in passed))
     return code | ((lax.bitcast_convert_type(x, jnp.uint32) >> 28).astype(jnp.uint8) & 8)
 
 
