@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from fp4jax.implementations import Call, has_hopper_gpu, run_implementation
-from fp4jax.nvfp4 import quantize
+from fp4jax.nvfp4 import quantize, valid_rows
 from fp4jax.permute import depermute_combine, permute_to_masked
 from fp4jax.wire_formats import from_bytes, to_bytes, wire_arrays
 from pallas_kernels import dispatch as dispatch_kernels
@@ -97,8 +97,8 @@ def _pack_xla(parts, scale, ids, topk_weights, *, routes, encode, widths, implem
     peer = jnp.where(valid, ids // routes.local_experts, -1)
     rows = [*parts, ids]
     if routes.form == "per_peer":
-        ranks = jnp.arange(routes.devices, dtype=jnp.int32)
-        destination = jnp.where(jnp.any(peer[:, :, None] == ranks, axis=1), ranks, -1)
+        ranks = jnp.arange(routes.devices, dtype=jnp.int32)[None, :]
+        destination = jnp.where(jnp.any(peer[:, :, None] == ranks[None], axis=1), ranks, -1)
         rows.append(topk_weights)
     else:  # every route is a row of its own; its weight stays at home
         destination = peer.reshape(-1, 1)
@@ -109,7 +109,7 @@ def _pack_xla(parts, scale, ids, topk_weights, *, routes, encode, widths, implem
         payload, None, destination, num_experts=routes.devices, capacity=routes.capacity, implementation=implementation
     )
     # 0xFF in every pad: ids become -1 and floats NaN, so that nothing can come to depend on a pad unnoticed.
-    filled = (jnp.arange(routes.capacity) < sent.masked_m[:, None])[..., None]
+    filled = valid_rows(sent.masked_m, routes.capacity)[..., None]
     payload = jnp.where(filled, sent.x, jnp.uint8(0xFF))
     send_map = sent.row_map.reshape(ids.shape[0], routes.columns)
     if len(widths) == 1:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import checkify
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from fp4jax.implementations import Call, run_implementation
 from fp4jax.operands import axis_size, check_array, check_type, summary
@@ -132,7 +132,7 @@ def quantize(
       ValueError, TypeError: shapes, dtypes, options or a concrete global scale outside [2^-100, 2^100].
     """
     _check_quantize_args(x, global_scale, masked_m, axis_name, dialect, four_over_six)
-    valid = None if masked_m is None else (jnp.arange(x.shape[1]) < masked_m[:, None])[..., None]
+    valid = None if masked_m is None else valid_rows(masked_m, x.shape[1])[..., None]
     per_token = isinstance(global_scale, str) and global_scale == "per_token"
     divisor = np.float32(_AMAX_DIVISOR_FOUR_OVER_SIX if four_over_six else _AMAX_DIVISOR)
     if global_scale is None or isinstance(global_scale, str):
@@ -157,12 +157,20 @@ def quantize(
         checkify.check(
             jnp.all((scale >= low) & (scale <= high)), "quantize: a global_scale lies outside [2^-100, 2^100]"
         )
-        checkify.check(jnp.all(finite), "quantize: {n} input elements are NaN or Inf", n=jnp.sum(~finite))
+        checkify.check(
+            jnp.all(finite), "quantize: {n} input elements are NaN or Inf", n=jnp.sum(~finite, dtype=jnp.int32)
+        )
     if return_stats:
         quantized, (block_amax, raw) = quantized
         per_expert = x.ndim == 3 and (masked_m is not None or scale.shape == (x.shape[0], 1, 1))
         return quantized, _count(x, block_amax, raw, valid, axes=(1, 2) if per_expert else None)
     return quantized
+
+
+def valid_rows(masked_m: Int[Array, " e"], rows: int) -> Bool[Array, "e m"]:
+    """Of a masked layout [E, M, ..] with M = `rows`: which rows are valid."""
+    counts = jnp.asarray(masked_m)[:, None]
+    return jnp.arange(rows, dtype=counts.dtype)[None, :] < counts
 
 
 def dequantize(t: NVFP4Tensor, dtype: Any = jnp.bfloat16) -> Float[Array, "..."]:
