@@ -107,10 +107,10 @@ def gemm_xla(x, w, counts, x_scale, *, out_dtype):
     *lead, _ = x.shape
     if len(lead) == 2:
         starts = jnp.arange(lead[0], dtype=jnp.int32) * lead[1]
-        sizes = jnp.clip(counts, 0, lead[1])
+        sizes = jnp.clip(counts, 0, lead[1]).astype(jnp.int32)
     else:
-        ends = jnp.minimum(jnp.cumsum(jnp.clip(counts, 0, lead[0])), lead[0])
-        starts = jnp.concatenate([jnp.zeros(1, ends.dtype), ends[:-1]])
+        ends = jnp.minimum(jnp.cumsum(jnp.clip(counts, 0, lead[0]).astype(jnp.int32)), lead[0])
+        starts = jnp.concatenate([jnp.zeros(1, jnp.int32), ends[:-1]])
         sizes = ends - starts
     rows = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), _operand(x))
     out = _multiply_rows(rows, _row_scale(x, x_scale, lead), w, starts, sizes, out_dtype)

@@ -201,7 +201,7 @@ def _permute_xla(x, scales, topk_ids, row_scale, *, target):
     group, rank, counts, bad = _rank_in_expert(topk_ids, target.num_experts)
     if target.capacity is None:
         start = jnp.cumsum(counts) - counts
-        row = jnp.append(start, 0)[group] + rank
+        row = jnp.pad(start, (0, 1))[group] + rank
         fits, filled = row < target.num_rows, jnp.clip(target.num_rows - start, 0, counts)
     else:
         row, fits, filled = group * target.capacity + rank, rank < target.capacity, jnp.minimum(counts, target.capacity)
@@ -232,7 +232,7 @@ def _permute_kernels(x, scales, topk_ids, row_scale, *, target):
 def _arrange_by_kernel(scales, meta, target):
     if target.capacity is not None:
         return permute_kernels.arrange_scales(scales, meta.source, meta.filled, target.capacity, target.scale_layout)
-    filled = jnp.sum(meta.filled).reshape(1)
+    filled = jnp.sum(meta.filled, dtype=jnp.int32).reshape(1)
     return permute_kernels.arrange_scales(scales, meta.source, filled, target.num_rows, target.scale_layout)[0]
 
 
