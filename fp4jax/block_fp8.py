@@ -136,7 +136,7 @@ def _matmul_xla(x, w, *, out_dtype, power_of_two_scales):
     def add(total, group):
         x, w, x_scale, w_scale = group
         product = lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-        return total + product * (x_scale[:, None] * jnp.repeat(w_scale, BLOCK)[:n]), None
+        return total + product * (x_scale[:, None] * jnp.repeat(w_scale, BLOCK)[None, :n]), None
 
     per_group = grouped(x), grouped(w.qdata), x_scale.T, w.block_scale.T
     total = jnp.zeros((tokens, n), jnp.float32)

@@ -174,7 +174,8 @@ def dense_moe(
     gate_up = jnp.einsum("th,enh->etn", x, w13.astype(x.dtype), precision=precision)
     gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
     y = jnp.einsum("eti,ehi->eth", (silu(gate) * up).astype(x.dtype), w2.astype(x.dtype), precision=precision)
-    chosen = topk_ids[..., None] == jnp.arange(w13.shape[0])
+    ids = jnp.asarray(topk_ids)[..., None]
+    chosen = ids == jnp.arange(w13.shape[0], dtype=ids.dtype)[None, None, :]
     mixing = jnp.sum(jnp.where(chosen, topk_weights[..., None], 0), axis=1)
     # An expert that was not chosen may have made Inf or NaN of a token, and times 0 that is NaN.
     y = jnp.where(jnp.any(chosen, axis=1).T[..., None], y.astype(jnp.float32), 0)
@@ -225,7 +226,8 @@ def _scale_of_row(scale, group_sizes, num_rows):
     if scale is None:
         return None
     ends = jnp.cumsum(group_sizes)
-    expert = jnp.searchsorted(ends, jnp.arange(num_rows), side="right", method="compare_all")  # one kernel, no loop
+    row = jnp.arange(num_rows, dtype=ends.dtype)
+    expert = jnp.searchsorted(ends, row, side="right", method="compare_all")  # one kernel, no loop
     return scale.reshape(-1)[jnp.minimum(expert, scale.shape[0] - 1)][:, None]
 
 

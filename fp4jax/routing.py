@@ -81,7 +81,7 @@ def route(
         raise ValueError(f"correction_bias has shape {correction_bias.shape}, expected ({num_experts},)")
     logits = logits.astype(jnp.float32)
     scores = jax.nn.softmax(logits, axis=-1) if scoring == "softmax" else jax.nn.sigmoid(logits)
-    choice = scores if correction_bias is None else scores + correction_bias.astype(jnp.float32)
+    choice = scores if correction_bias is None else scores + correction_bias.astype(jnp.float32)[None, :]
     # How NaN compares depends on the device: no choice is left to it, and no score beside it may hide it.
     spoiled = jnp.any(jnp.isnan(scores), axis=1, keepdims=True)
     choice = jnp.where(spoiled, jnp.zeros_like(choice), choice)

@@ -103,7 +103,7 @@ class NVFP4Linear(nnx.Module):
         weight = self.weight.get_value()
         if isinstance(weight, PackedWeights):
             return self._on_kernel(x, weight)
-        scale = weight.global_scale if weight.global_scale.ndim == 0 else weight.global_scale[:, 0]
+        scale = weight.global_scale.T  # [], or one for every column of the result
         rows = self._rows(x)
         if isinstance(rows, NVFP4Tensor):
             quantized = rows
@@ -162,7 +162,8 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "... H"]) -> Float[Array, "... H"]:
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-        return (x * self.weight[...].astype(jnp.float32)).astype(self.dtype)
+        weight = jnp.broadcast_to(self.weight[...].astype(jnp.float32), x.shape)
+        return (x * weight).astype(self.dtype)
 
 
 class MLP(nnx.Module):

@@ -319,7 +319,7 @@ class MoEBlock(nnx.Module):
             return y + jnp.where(hit, weight * out, 0), amax
 
         zeros = jnp.zeros((rows.shape[0], w2.shape[1]), jnp.float32)
-        y, amax_2 = jax.lax.scan(add_expert, zeros, (jnp.arange(w13.shape[0]), w13, w2))
+        y, amax_2 = jax.lax.scan(add_expert, zeros, (jnp.arange(w13.shape[0], dtype=jnp.int32), w13, w2))
         return self._finish(y.astype(self.dtype), rows).reshape(x.shape), ExpertAmax(largest(hidden), amax_2)
 
     def set_input_scales(self, input_scale_1: Float[Array, ""] | None, input_scale_2: Float[Array, "E"] | None) -> None:

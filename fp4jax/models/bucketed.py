@@ -220,7 +220,7 @@ def _embed(weights, ids, *, structure):
 
 
 def _layer(weights, x, start, cache, *, structure, num_tokens):
-    valid = jnp.arange(x.shape[1]) < num_tokens
+    valid = jnp.arange(x.shape[1], dtype=jnp.int32) < num_tokens
     x, cache, _ = structure.module(weights)(x, start, cache, functools.partial(MoEBlock.__call__, valid=valid))
     return x, cache
 
@@ -233,7 +233,7 @@ def _head(weights, x, *, structure, num_tokens):
 def _decode(weights, last, lengths, cache, *, structure, num_tokens):
     """One token for every request, from position `lengths` of its own."""
     model = structure.module(weights)
-    valid = jnp.arange(last.shape[0]) < num_tokens
+    valid = jnp.arange(last.shape[0], dtype=jnp.int32) < num_tokens
     x, kept = model.embed_tokens(last[:, None]), []
     buffers = ReceiveBuffers() if _is_low_latency(model) else None
     for layer, old in zip(model.layers, cache, strict=True):
