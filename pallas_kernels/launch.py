@@ -39,7 +39,7 @@ def kernel(
     threads: dict[str, Any] = {} if warpgroups == 1 else dict(num_threads=warpgroups, thread_name="warpgroup")
     if cluster > 1:
         threads |= dict(cluster=(cluster,), cluster_names=("cluster",))
-    call = plgpu.kernel(
+    traced_call = plgpu.kernel(
         traced,
         out_type=out_type,
         scratch_types=scratch_types,
@@ -53,6 +53,11 @@ def kernel(
             skip_device_barrier=not device_barrier,
         ),
     )
+
+    def call(*operands: Any) -> Any:
+        # With jax_enable_x64 too indices are 32 bits wide, and the kernel is the same program.
+        with jax.enable_x64(False):
+            return traced_call(*operands)
 
     @jax.custom_batching.custom_vmap
     def within_grid_limit(*operands: jax.Array) -> Any:
