@@ -55,7 +55,7 @@ def kernel(
     )
 
     def call(*operands: Any) -> Any:
-        # With jax_enable_x64 too indices are 32 bits wide, and the kernel is the same program.
+        # Indices are 32 bits wide, with jax_enable_x64 too.
         with jax.enable_x64(False):
             return traced_call(*operands)
 
