@@ -141,7 +141,7 @@ def test_a_row_depends_on_itself_only(rng):
 
 def test_nan_in_a_weight_reaches_the_result(rng):
     w = jnp.asarray(weights(rng, 130, 130).astype(np.float32)).at[129, 129].set(jnp.nan)
-    y = np.asarray(block_fp8_matmul(jnp.ones((2, 130)), quantize_blocks(w)), np.float32)
+    y = np.asarray(block_fp8_matmul(jnp.ones((2, 130), jnp.float32), quantize_blocks(w)), np.float32)
     assert np.isnan(y[:, 129]).all() and not np.isnan(y[:, :128]).any()
 
 
@@ -161,11 +161,21 @@ def test_linear(rng, dtype, power):
 @pytest.mark.parametrize(
     ("x", "w", "error", "message"),
     [
-        ((2, 64), BlockFP8Weights(jnp.zeros((8, 32), jnp.float8_e4m3fn), jnp.ones((1, 1))), ValueError, "does not fit"),
-        ((2, 64), BlockFP8Weights(jnp.zeros((8, 64)), jnp.ones((1, 1))), TypeError, "qdata must be float8_e4m3fn"),
         (
             (2, 64),
-            BlockFP8Weights(jnp.zeros((8, 64), jnp.float8_e4m3fn), jnp.ones((2, 1))),
+            BlockFP8Weights(jnp.zeros((8, 32), jnp.float8_e4m3fn), jnp.ones((1, 1), jnp.float32)),
+            ValueError,
+            "does not fit",
+        ),
+        (
+            (2, 64),
+            BlockFP8Weights(jnp.zeros((8, 64), jnp.float32), jnp.ones((1, 1), jnp.float32)),
+            TypeError,
+            "qdata must be float8_e4m3fn",
+        ),
+        (
+            (2, 64),
+            BlockFP8Weights(jnp.zeros((8, 64), jnp.float8_e4m3fn), jnp.ones((2, 1), jnp.float32)),
             ValueError,
             r"got \(2, 1\)",
         ),
@@ -173,13 +183,13 @@ def test_linear(rng, dtype, power):
 )
 def test_refusals(x, w, error, message):
     with pytest.raises(error, match=message):
-        block_fp8_matmul(jnp.zeros(x), w)
+        block_fp8_matmul(jnp.zeros(x, jnp.float32), w)
 
 
 def test_a_named_implementation_never_falls_back():
-    w = quantize_blocks(jnp.ones((8, 64)))
+    w = quantize_blocks(jnp.ones((8, 64), jnp.float32))
     with pytest.raises(NotImplementedError, match="mosaic_gpu"):
-        block_fp8_matmul(jnp.ones((2, 64)), w, implementation="mosaic_gpu")
+        block_fp8_matmul(jnp.ones((2, 64), jnp.float32), w, implementation="mosaic_gpu")
 
 
 # --- the kernels ---

@@ -118,7 +118,7 @@ def test_free_places_of_a_batch_take_no_capacity(rng):
     """Rows for one token, two places of which one is free."""
     model = Qwen3Moe(dataclasses.replace(CONFIG, num_hidden_layers=1, mlp_only_layers=()), rngs=nnx.Rngs(2))
     prompt = [int(rng.integers(97))]
-    answer = np.asarray(generate(model, jnp.asarray([prompt]), max_new_tokens=8))[0, 1:].tolist()
+    answer = np.asarray(generate(model, jnp.asarray([prompt], jnp.int32), max_new_tokens=8))[0, 1:].tolist()
     configure_experts(model, layout="contiguous", capacity=2)
     served = BucketedModel(model, buckets=(1,), batch_buckets=(2,), max_length=40)
     assert served.generate([prompt], 8) == [answer]
@@ -133,7 +133,7 @@ def test_tokens_that_are_not_valid_take_no_capacity(rng):
     assert int(aux.dropped) == 0
     _, aux = block(x)
     assert int(aux.dropped) == 8
-    y, aux = block(x.at[:4].set(jnp.nan), jnp.arange(6) >= 4)
+    y, aux = block(x.at[:4].set(jnp.nan), jnp.arange(6, dtype=jnp.int32) >= 4)
     assert int(aux.dropped) == 0
     np.testing.assert_array_equal(np.asarray(y)[4:], np.asarray(few))
     np.testing.assert_array_equal(np.asarray(y)[:4], 0)

@@ -142,7 +142,7 @@ def test_computed_global_scales(how):
 @pytest.mark.parametrize("dialect, zero_scale", [("exact", 0), ("modelopt", 0x38), ("compressed_tensors", 0x20)])
 def test_all_zero_tensor(dialect, zero_scale, how):
     # amax 0: the global scale is 1 (compressed-tensors does the same; ModelOpt divides 0 by 0 there).
-    t = _QUANTIZE[how](jnp.zeros((2, 32)), dialect=dialect)
+    t = _QUANTIZE[how](jnp.zeros((2, 32), jnp.float32), dialect=dialect)
     assert float(t.global_scale) == 1.0
     assert (np.asarray(t.block_scale).view(np.uint8) == zero_scale).all() and not np.asarray(t.qdata).any()
 

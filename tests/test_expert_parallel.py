@@ -102,7 +102,7 @@ def test_dispatch_and_combine_against_loops(make_mesh, rng, form, devices, pair_
 @pytest.mark.parametrize("scale", [None, "per_token", 0.01])
 def test_no_tokens_at_all(make_mesh, form, scale):
     def body(x, ids):
-        d = dispatch(x, ids, jnp.ones(ids.shape), num_experts=4, form=form, global_scale=scale)
+        d = dispatch(x, ids, jnp.ones(ids.shape, jnp.float32), num_experts=4, form=form, global_scale=scale)
         return d.send_map, d.local_ids, d.dropped[None]
 
     x, ids = jnp.zeros((0, 32), jnp.bfloat16), jnp.zeros((0, 2), jnp.int32)
@@ -121,7 +121,7 @@ def test_nvfp4_payload_is_what_the_sender_quantized(make_mesh, rng, scale_mode):
 
     def body(x, ids):
         scale = jnp.float32(given) if scale_mode == "static" else given
-        d = dispatch(x, ids, jnp.ones(ids.shape), num_experts=4, global_scale=scale)
+        d = dispatch(x, ids, jnp.ones(ids.shape, jnp.float32), num_experts=4, global_scale=scale)
         return d.x if d.x.global_scale.ndim else NVFP4Tensor(d.x.qdata, d.x.block_scale, d.x.global_scale.reshape(1, 1))
 
     got = sharded(make_mesh(devices), body)(x, ids)
@@ -142,7 +142,7 @@ def test_fp8_wire_against_numpy(make_mesh, rng):
 
     def body(x):
         ids = jnp.zeros((x.shape[0], 1), jnp.int32)
-        d = dispatch(x, ids, jnp.ones(ids.shape), num_experts=2, wire_format="fp8")
+        d = dispatch(x, ids, jnp.ones(ids.shape, jnp.float32), num_experts=2, wire_format="fp8")
         return (*d.x, from_fp8(*d.x))
 
     values, scales, decoded = sharded(make_mesh(2), body)(x)
@@ -166,7 +166,7 @@ def test_fp8_of_nearly_zero_groups_is_finite(make_mesh):
 
     def body(x):
         ids = jnp.zeros((x.shape[0], 1), jnp.int32)
-        return from_fp8(*dispatch(x, ids, jnp.ones(ids.shape), num_experts=1, wire_format="fp8").x)
+        return from_fp8(*dispatch(x, ids, jnp.ones(ids.shape, jnp.float32), num_experts=1, wire_format="fp8").x)
 
     decoded = np.asarray(sharded(make_mesh(1), body)(jnp.asarray(x)), np.float64)
     np.testing.assert_allclose(decoded, x, rtol=2.0**-4, atol=448 * 2.0**-126)
@@ -273,7 +273,7 @@ def test_wire_format_does_not_change_the_result_with_per_token_scales(make_mesh,
 
 
 def test_agreed_scale_is_the_maximum_over_all_devices(make_mesh):
-    scales = jnp.arange(1.0, 9.0).reshape(8, 1, 1)
+    scales = jnp.arange(1.0, 9.0, dtype=jnp.float32).reshape(8, 1, 1)
     agreed = sharded(make_mesh(4), lambda s: agree_global_scale(s, "ep").reshape(1))(scales)
     assert (np.asarray(agreed) == 8).all()
 
@@ -382,7 +382,7 @@ def test_checked_ops_report_the_device_under_shard_map(make_mesh):
         return permute_to_masked(q.qdata, q.block_scale, ids, num_experts=2, capacity=4, checked=True).masked_m
 
     run = jax.jit(checkify.checkify(jax.shard_map(body, mesh=make_mesh(4), in_specs=EP, out_specs=EP)))
-    x, ids = jnp.ones((16, 32)), jnp.zeros((16, 1), jnp.int32)
+    x, ids = jnp.ones((16, 32), jnp.float32), jnp.zeros((16, 1), jnp.int32)
     assert run(x, ids)[0].get() is None
     assert "index 2: quantize: 1 input elements are NaN or Inf" in run(x.at[9, 3].set(jnp.nan), ids)[0].get()
     assert "index 0: permute_to_masked: 1 routes have a bad id" in run(x, ids.at[3].set(7))[0].get()
@@ -466,7 +466,7 @@ def test_wire_bytes_is_zero_on_one_device(make_mesh, layer):
 )
 def test_dispatch_refuses(make_mesh, options, message):
     def body(x, ids):
-        return dispatch(x, ids, jnp.ones(ids.shape), **options).local_ids
+        return dispatch(x, ids, jnp.ones(ids.shape, jnp.float32), **options).local_ids
 
     with pytest.raises(ValueError, match=message):
         sharded(make_mesh(2), body)(jnp.ones((4, 32), jnp.bfloat16), jnp.zeros((4, 1), jnp.int32))
@@ -474,7 +474,7 @@ def test_dispatch_refuses(make_mesh, options, message):
 
 def test_dispatch_names_an_implementation_that_does_not_exist(make_mesh):
     def body(x, ids):
-        return dispatch(x, ids, jnp.ones(ids.shape), num_experts=8, implementation="mosaic_gpu").local_ids
+        return dispatch(x, ids, jnp.ones(ids.shape, jnp.float32), num_experts=8, implementation="mosaic_gpu").local_ids
 
     with pytest.raises(NotImplementedError, match="mosaic_gpu"):
         sharded(make_mesh(2), body)(jnp.ones((4, 32), jnp.bfloat16), jnp.zeros((4, 1), jnp.int32))
@@ -482,12 +482,12 @@ def test_dispatch_names_an_implementation_that_does_not_exist(make_mesh):
 
 def test_combine_refuses_the_wrong_form(make_mesh):
     def per_slot_without_weights(x, ids):
-        d = dispatch(x, ids, jnp.ones(ids.shape), num_experts=8, form="per_slot")
+        d = dispatch(x, ids, jnp.ones(ids.shape, jnp.float32), num_experts=8, form="per_slot")
         return combine(dequantize(d.x), d)
 
     def per_peer_with_weights(x, ids):
-        d = dispatch(x, ids, jnp.ones(ids.shape), num_experts=8)
-        return combine(dequantize(d.x), d, topk_weights=jnp.ones(ids.shape))
+        d = dispatch(x, ids, jnp.ones(ids.shape, jnp.float32), num_experts=8)
+        return combine(dequantize(d.x), d, topk_weights=jnp.ones(ids.shape, jnp.float32))
 
     args = jnp.ones((4, 32), jnp.bfloat16), jnp.zeros((4, 3), jnp.int32)
     with pytest.raises(ValueError, match="per-slot form needs topk_weights"):

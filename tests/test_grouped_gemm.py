@@ -222,7 +222,7 @@ def _weights(e=E, n=N, k=K, scale_shape=None):
     return NVFP4Tensor(
         _zeros((e, n, k // 2), jnp.uint8),
         _zeros((e, n, k // 16), jnp.float8_e4m3fn),
-        jnp.ones((e, 1, 1) if scale_shape is None else scale_shape),
+        jnp.ones((e, 1, 1) if scale_shape is None else scale_shape, jnp.float32),
     )
 
 
@@ -239,9 +239,9 @@ def _weights(e=E, n=N, k=K, scale_shape=None):
         ({"w": _weights(scale_shape=(E, 1, K))}, r"global_scale.*\(4, 1, 128\)"),
         ({"w": _zeros((E, N, K), jnp.uint8)}, "u(int)?8"),
         ({"masked_m": jnp.zeros(3, jnp.int32)}, "3"),
-        ({"x_scale": jnp.ones(E)}, r"\(4,\)"),
-        ({"x_scale": jnp.ones((E, M, 2))}, r"x_scale.*\(4, 40, 2\)"),
-        ({"x": _weights(n=M), "x_scale": jnp.ones(())}, "x_scale"),
+        ({"x_scale": jnp.ones(E, jnp.float32)}, r"\(4,\)"),
+        ({"x_scale": jnp.ones((E, M, 2), jnp.float32)}, r"x_scale.*\(4, 40, 2\)"),
+        ({"x": _weights(n=M), "x_scale": jnp.ones((), jnp.float32)}, "x_scale"),
         ({"expected_m": -1}, "-1"),
         ({"implementation": "tpu"}, "tpu"),
     ],

@@ -62,7 +62,7 @@ def test_attention(rng, dtype, batch, length, places, heads, kv_heads, dim, v_di
         jnp.asarray(rng.standard_normal(shape), dtype)
         for shape in ((batch, length, heads, dim), (batch, kv_heads, places, dim), (batch, kv_heads, places, v_dim))
     )
-    positions = jnp.arange(places - length, places)
+    positions = jnp.arange(places - length, places, dtype=jnp.int32)
     got = jax.jit(attention)(q, k, v, jnp.broadcast_to(positions, (batch, length)) if length == 1 else positions)
     wide_q, wide_k, wide_v = (np.asarray(a, np.float64) for a in (q, k, v))
     expected = np.zeros((batch, length, heads, v_dim))
@@ -93,7 +93,7 @@ def test_linear_sums_in_float32(rows):
     """In bfloat16 the sum would stop at 256; libraries take another way for one row."""
     linear = Linear(4096, 3, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, stddev=1.0, rngs=nnx.Rngs(0))
     linear.weight[...] = jnp.ones((3, 4096), jnp.bfloat16)
-    np.testing.assert_array_equal(np.asarray(jax.jit(linear)(jnp.ones((rows, 4096))), np.float64), 4096.0)
+    np.testing.assert_array_equal(np.asarray(jax.jit(linear)(jnp.ones((rows, 4096), jnp.float32)), np.float64), 4096.0)
 
 
 @pytest.mark.parametrize("magnitude", [1e-4, 1.0, 1e4])
@@ -176,7 +176,7 @@ def test_nvfp4_linear_on_a_gpu(rng, activation_format, tokens, n, k):
 
 
 def test_nvfp4_linear_refuses(rng):
-    weight = nvfp4.quantize(jnp.ones((2, 32, 64)), global_scale="per_expert")
+    weight = nvfp4.quantize(jnp.ones((2, 32, 64), jnp.float32), global_scale="per_expert")
     with pytest.raises(ValueError, match=r"one weight \[N, K\], got shape \(2, 32, 64\)"):
         NVFP4Linear(weight, dtype="float32")
 
@@ -221,7 +221,9 @@ def test_moe_block_equals_the_reference(rng, parts, differentiable):
 def test_correction_bias_is_a_parameter(rng):
     router = RoutingConfig(EXPERTS, 2, scoring="sigmoid", correction_bias=True, num_groups=4, topk_groups=2)
     block, x = make_block(router), tokens(rng)
-    block.correction_bias.set_value(jnp.full(EXPERTS, -5.0).at[6:].set(5.0))  # group 3 always wins, with both experts
+    block.correction_bias.set_value(
+        jnp.full(EXPERTS, -5.0, jnp.float32).at[6:].set(5.0)
+    )  # group 3 always wins, with both experts
     scores = sigmoid(f64(x) @ f64(block.gate.weight[...]).T)[:, 6:]
     ids = np.tile([6, 7], (TOKENS, 1))
     expected = _block_reference(block, x, ids, scores / scores.sum(axis=1, keepdims=True))
@@ -308,7 +310,7 @@ def test_calibration_reports_the_inputs_of_both_gemms(rng):
         block.calibrate(x)
 
 
-_GOOD = (jnp.float32(0.01), jnp.full(EXPERTS, 0.02))
+_GOOD = (jnp.float32(0.01), jnp.full(EXPERTS, 0.02, jnp.float32))
 
 
 @pytest.mark.parametrize(

@@ -272,12 +272,15 @@ def test_config_refusals_name_the_value(fields, message):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda w: w._replace(w13=jnp.zeros((E, 2 * I, 64))), r"\(6, 128, 64\)"),
-        (lambda w: w._replace(w13=jnp.zeros((E, 2 * I + 1, H))), r"\(6, 129, 128\)"),
-        (lambda w: w._replace(w2=jnp.zeros((E, H, 2 * I))), r"\(6, 128, 128\)"),
-        (lambda w: w._replace(w2=jnp.zeros((E - 1, H, I))), r"\(5, 128, 64\)"),
-        (lambda w: w._replace(w13=jnp.zeros((4, 2 * I, H)), w2=jnp.zeros((4, H, I))), r"4.*6"),
-        (lambda w: w._replace(input_scale_2=jnp.ones(E)), r"\(6,\)"),
+        (lambda w: w._replace(w13=jnp.zeros((E, 2 * I, 64), jnp.float32)), r"\(6, 128, 64\)"),
+        (lambda w: w._replace(w13=jnp.zeros((E, 2 * I + 1, H), jnp.float32)), r"\(6, 129, 128\)"),
+        (lambda w: w._replace(w2=jnp.zeros((E, H, 2 * I), jnp.float32)), r"\(6, 128, 128\)"),
+        (lambda w: w._replace(w2=jnp.zeros((E - 1, H, I), jnp.float32)), r"\(5, 128, 64\)"),
+        (
+            lambda w: w._replace(w13=jnp.zeros((4, 2 * I, H), jnp.float32), w2=jnp.zeros((4, H, I), jnp.float32)),
+            r"4.*6",
+        ),
+        (lambda w: w._replace(input_scale_2=jnp.ones(E, jnp.float32)), r"\(6,\)"),
     ],
 )
 def test_weight_refusals_name_the_shape(change, message, batch, rng):

@@ -381,7 +381,7 @@ def test_checked_raises_eagerly_and_under_jit(bad, global_scale, message):
     assert message in error.get()
     with pytest.raises(checkify.JaxRuntimeError, match=message):
         error.throw()
-    error, _ = checked(jnp.ones((2, 16)), global_scale=jnp.float32(1))
+    error, _ = checked(jnp.ones((2, 16), jnp.float32), global_scale=jnp.float32(1))
     assert error.get() is None
 
 

@@ -104,7 +104,9 @@ def test_what_unpack_does_not_give_back_has_the_same_values(rng):
 
 def test_nan_scales_stay_nan():
     w = NVFP4Tensor(
-        jnp.full((1, 64, 32), 0x22, jnp.uint8), jnp.full((1, 64, 4), jnp.nan, jnp.float8_e4m3fn), jnp.ones((1, 1, 1))
+        jnp.full((1, 64, 32), 0x22, jnp.uint8),
+        jnp.full((1, 64, 4), jnp.nan, jnp.float8_e4m3fn),
+        jnp.ones((1, 1, 1), jnp.float32),
     )
     packed = pack_weights(w)
     stored = int(packed.words[0, 0, 0, 8, 0]) & 0xFF
@@ -159,7 +161,9 @@ def test_the_layer_takes_packed_weights_sharded_over_ep(rng, make_mesh):
 def test_pack_refuses(shape, g, message):
     experts, n, k = shape
     w = NVFP4Tensor(
-        jnp.zeros((experts, n, k // 2), jnp.uint8), jnp.ones((experts, n, k // 16), jnp.float8_e4m3fn), jnp.ones(g)
+        jnp.zeros((experts, n, k // 2), jnp.uint8),
+        jnp.ones((experts, n, k // 16), jnp.float8_e4m3fn),
+        jnp.ones(g, jnp.float32),
     )
     with pytest.raises(ValueError, match=message):
         pack_weights(w)
@@ -171,6 +175,6 @@ def test_validate_names_the_leaf(rng):
     with pytest.raises(TypeError, match="words"):
         PackedWeights(packed.words.astype(jnp.int32), packed.global_scale).validate()
     with pytest.raises(ValueError, match="global_scale"):
-        PackedWeights(packed.words, jnp.ones((E, 3, 1))).validate()
+        PackedWeights(packed.words, jnp.ones((E, 3, 1), jnp.float32)).validate()
     with pytest.raises(ValueError, match="words"):
         PackedWeights(packed.words[:, 0], packed.global_scale).validate()

@@ -141,7 +141,7 @@ def test_int64_ids_beyond_32_bits_are_dropped_not_wrapped():
     "how, layout", [("eager", "swizzled"), ("jit", "linear"), ("jit", "m_major"), ("jit", "swizzled")]
 )
 def test_no_tokens(layout, how):
-    x, scales, row_scale = jnp.zeros((0, 32), jnp.uint8), np.zeros((0, 4), np.uint8), jnp.zeros((0, 1))
+    x, scales, row_scale = jnp.zeros((0, 32), jnp.uint8), np.zeros((0, 4), np.uint8), jnp.zeros((0, 1), jnp.float32)
     masked, contiguous = (
         (_masked, _contiguous) if how == "jit" else (permute.permute_to_masked, permute.permute_to_contiguous)
     )
@@ -153,7 +153,7 @@ def test_no_tokens(layout, how):
         assert not _bytes(p.scales).any()
     p = contiguous(x, _e4m3(scales), ids, row_scale=row_scale, num_experts=E, scale_layout="linear")
     assert p.x.shape == (0, 32) and not np.asarray(p.group_sizes).any() and int(p.dropped) == 0
-    out = permute.depermute_combine(jnp.zeros((E, 8, 16)), ids, jnp.zeros((0, 4)))
+    out = permute.depermute_combine(jnp.zeros((E, 8, 16), jnp.float32), ids, jnp.zeros((0, 4), jnp.float32))
     assert out.shape == (0, 16)
 
 

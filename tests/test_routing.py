@@ -108,8 +108,8 @@ def _is_close_call(scores, groups, settings):
 
 
 def test_bias_selects_and_does_not_weigh():
-    logits = jnp.array([[2.0, 1.0, 0.0, -1.0]])
-    bias = jnp.array([0.0, 0.0, 0.0, 5.0])
+    logits = jnp.array([[2.0, 1.0, 0.0, -1.0]], jnp.float32)
+    bias = jnp.array([0.0, 0.0, 0.0, 5.0], jnp.float32)
     found = route(logits, top_k=1, scoring="sigmoid", renormalize=False, correction_bias=bias)
     assert found.topk_ids.tolist() == [[3]]
     np.testing.assert_allclose(found.topk_weights, [[1 / (1 + math.e)]], rtol=RTOL)
@@ -118,10 +118,10 @@ def test_bias_selects_and_does_not_weigh():
 def test_negative_scores_still_beat_masked_groups():
     """With every biased score negative, a mask of 0 would win over the experts of the chosen group."""
     found = route(
-        jnp.zeros((1, 8)),
+        jnp.zeros((1, 8), jnp.float32),
         top_k=2,
         scoring="sigmoid",
-        correction_bias=-1.0 - jnp.arange(8) / 8,
+        correction_bias=-1.0 - jnp.arange(8, dtype=jnp.float32) / 8,
         num_groups=4,
         topk_groups=1,
     )
@@ -130,7 +130,7 @@ def test_negative_scores_still_beat_masked_groups():
 
 @pytest.mark.parametrize("groups", [1, 4])
 def test_ties_go_to_the_lower_index(groups):
-    found = route(jnp.zeros((3, 32)), top_k=5, num_groups=groups, topk_groups=groups)
+    found = route(jnp.zeros((3, 32), jnp.float32), top_k=5, num_groups=groups, topk_groups=groups)
     assert found.topk_ids.tolist() == [[0, 1, 2, 3, 4]] * 3
 
 
@@ -141,7 +141,7 @@ def test_bfloat16_logits_are_scored_in_float32():
 
 
 def test_underflowing_scores_give_zero_weights_not_nan():
-    found = route(jnp.full((1, 4), -200.0), top_k=2, scoring="sigmoid")
+    found = route(jnp.full((1, 4), -200.0, jnp.float32), top_k=2, scoring="sigmoid")
     assert found.topk_weights.tolist() == [[0.0, 0.0]]
 
 
@@ -153,8 +153,8 @@ def test_same_choice_under_jit(rng):
 
 
 def test_balance_loss_is_one_when_even_and_grows_with_skew():
-    logits = jnp.eye(4) * 3
-    even = load_balance_loss(logits, jnp.arange(4)[:, None])
+    logits = jnp.eye(4, dtype=jnp.float32) * 3
+    even = load_balance_loss(logits, jnp.arange(4, dtype=jnp.int32)[:, None])
     np.testing.assert_allclose(even, 1.0, rtol=RTOL)
     skewed = load_balance_loss(jnp.tile(jnp.array([[30.0, 0, 0, 0]]), (4, 1)), jnp.zeros((4, 1), jnp.int32))
     np.testing.assert_allclose(skewed, 4.0, rtol=RTOL)
@@ -189,4 +189,4 @@ def test_impossible_settings_are_refused(settings, message):
             check_routing(16, **settings)
         return
     with pytest.raises(ValueError, match=message):
-        route(jnp.zeros((1, 16)), **settings)
+        route(jnp.zeros((1, 16), jnp.float32), **settings)

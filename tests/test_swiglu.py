@@ -169,7 +169,7 @@ def test_computed_scales_ignore_poisoned_pads(rng):
         ((E, M, 33), COUNTS, {}, r"\(4, 64, 33\)"),
         ((E, M, 48), COUNTS, {}, r"16.*\(4, 64, 48\)"),
         ((E, M, 2 * I), COUNTS[:3], {}, "3"),
-        ((E, M, 2 * I), COUNTS, {"global_scale": jnp.ones((E, 1))}, r"\(4, 1\)"),
+        ((E, M, 2 * I), COUNTS, {"global_scale": jnp.ones((E, 1), jnp.float32)}, r"\(4, 1\)"),
         ((E, M, 2 * I), COUNTS, {"global_scale": 2.0**-120}, r"2\^-100"),
         ((E, M, 2 * I), COUNTS, {"implementation": "triton"}, "triton"),
     ],
