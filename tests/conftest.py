@@ -116,6 +116,18 @@ def on_the_cpu():
         yield
 
 
+@pytest.fixture(params=["plain", pytest.param("interpreted", marks=pytest.mark.slow)])
+def run_kernels(request):
+    """What a kernel takes as `interpret`: it runs as plain arithmetic, and slowly in interpret mode."""
+    from plain_lanes import plain_kernels
+
+    if request.param == "interpreted":
+        yield request.getfixturevalue("interpret")
+        return
+    with plain_kernels():
+        yield None
+
+
 @pytest.fixture
 def interpret():
     """Interpret mode whose race detector must stay silent. An exception inside a kernel leaves state behind."""

@@ -1,4 +1,4 @@
-"""The kernels of expert parallelism without GPUs: where rows go (in interpret mode), lowering for CUDA, refusals."""
+"""The kernels of expert parallelism without GPUs: where rows go, lowering for CUDA, refusals."""
 
 import dataclasses
 import re
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("on_the_cpu")
 # --- where rows go ---
 
 
-def plan_in_interpret_mode(ids, routes, config, interpret, counted):
+def plan_by_kernel(ids, routes, config, interpret, counted):
     """-> (map [T, columns], what every block holds of it, rows of all tokens per device)."""
     plan = RowPlan(routes, config)
     operands = [jnp.asarray(ids)]
@@ -57,18 +57,17 @@ def plan_in_interpret_mode(ids, routes, config, interpret, counted):
     return [np.asarray(a) for a in got], plan
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("form", ["per_peer", "per_slot"])
 @pytest.mark.parametrize(
     ("tokens", "k", "devices", "blocks", "capacity", "counted"),
     [(37, 2, 3, 2, 9, False), (19, 3, 2, 2, None, True)],
 )
-def test_rows_are_those_of_plain_loops(rng, interpret, form, tokens, k, devices, blocks, capacity, counted):
+def test_rows_are_those_of_plain_loops(rng, run_kernels, form, tokens, k, devices, blocks, capacity, counted):
     experts = 2 * devices
     ids = rng.integers(-1, experts + 1, (tokens, k)).astype(np.int32)
     capacity = capacity or (tokens if form == "per_peer" else tokens * k)
     routes = Routes(tokens, k, devices, 2, capacity, form)
-    (got, table, totals), plan = plan_in_interpret_mode(ids, routes, TuningConfig(blocks), interpret, counted)
+    (got, table, totals), plan = plan_by_kernel(ids, routes, TuningConfig(blocks), run_kernels, counted)
     _, expected, _ = oracles.reference_dispatch(ids[None].repeat(devices, 0), devices, experts, form, capacity)
     np.testing.assert_array_equal(got, expected[0])
     for block in range(blocks):

@@ -107,12 +107,11 @@ def test_quantize_nan_and_inf(mode, dtype, four_over_six, rng, interpret):
         np.testing.assert_array_equal(row_scale, g)
 
 
-@pytest.mark.slow
-def test_quantize_swizzled_with_zero_pads(rng, interpret):
+def test_quantize_swizzled_with_zero_pads(rng, run_kernels):
     x = np.asarray(bf16(rng.standard_normal((2, 5, 48))).astype(jnp.float32))
     masked_m = np.array([5, 2], np.int32)
     _, scales, _ = quantize_kernel.quantize(
-        bf16(x), jnp.float32(0.01), jnp.asarray(masked_m), scale_layout="swizzled", config=TINY, interpret=interpret
+        bf16(x), jnp.float32(0.01), jnp.asarray(masked_m), scale_layout="swizzled", config=TINY, interpret=run_kernels
     )
     linear = oracles.quantize_exact(x, np.float32(0.01))[1]
     linear[np.arange(5) >= masked_m[:, None]] = 0
@@ -208,22 +207,20 @@ def _metadata(ids, experts, capacity, interpret):
     )
 
 
-@pytest.mark.slow
-def test_metadata_masked(routing, interpret):
+def test_metadata_masked(routing, run_kernels):
     ids, (row_map, masked_m, dropped, source) = routing
-    meta = _metadata(ids, 4, 4, interpret)
+    meta = _metadata(ids, 4, 4, run_kernels)
     np.testing.assert_array_equal(meta.row_map, row_map)
     np.testing.assert_array_equal(np.minimum(meta.counts, 4), masked_m)
     assert int(meta.bad) + np.maximum(np.asarray(meta.counts) - 4, 0).sum() == dropped
     assert {key: int(meta.source[key[0] * 4 + key[1]]) for key in source} == source
 
 
-@pytest.mark.slow
-def test_metadata_of_several_chunks_and_many_experts(rng, interpret):
+def test_metadata_of_several_chunks_and_many_experts(rng, run_kernels):
     ids = rng.integers(-1, 131, (12, 4)).astype(np.int32)  # 131 columns: more than one tile of 128 lanes
     ids[3] = 7
     row_map, masked_m, _, _ = oracles.permute_masked(ids, 130, 3)
-    meta = _metadata(ids, 130, 3, interpret)
+    meta = _metadata(ids, 130, 3, run_kernels)
     np.testing.assert_array_equal(meta.row_map, row_map)
     np.testing.assert_array_equal(np.minimum(meta.counts, 3), masked_m)
 
@@ -239,12 +236,7 @@ def test_metadata_contiguous(routing, interpret):
     assert sizes.sum() == min(9, np.asarray(meta.counts).sum())
 
 
-@pytest.mark.parametrize("capacity", [None, 3])
-@pytest.mark.parametrize(
-    ("tokens", "k", "experts"),
-    [pytest.param(1, 3, 5, marks=pytest.mark.slow), (70, 2, 4), pytest.param(12, 3, 131, marks=pytest.mark.slow)],
-)
-def test_metadata_of_few_routes(tokens, k, experts, capacity, rng, interpret):
+def check_metadata_of_few_routes(tokens, k, experts, capacity, rng, interpret):
     """One kernel: several chunks, ids that are no experts, more experts than lanes, full experts, rows that run out."""
     ids = rng.integers(-1, experts + 1, (tokens, k)).astype(np.int32)
     ids[tokens // 2] = experts - 1
@@ -262,6 +254,17 @@ def test_metadata_of_few_routes(tokens, k, experts, capacity, rng, interpret):
     np.testing.assert_array_equal(meta.counts, [(ids == e).sum() for e in range(experts)])
     assert int(meta.bad) == ((ids < -1) | (ids >= experts)).sum() > 0
     assert int(meta.bad) + (np.asarray(meta.counts) - np.asarray(meta.filled)).sum() == dropped
+
+
+@pytest.mark.parametrize("capacity", [None, 3])
+@pytest.mark.parametrize(("tokens", "k", "experts"), [(1, 3, 5), (12, 3, 131)])
+def test_metadata_of_few_routes(tokens, k, experts, capacity, rng, run_kernels):
+    check_metadata_of_few_routes(tokens, k, experts, capacity, rng, run_kernels)
+
+
+@pytest.mark.parametrize("capacity", [None, 3])
+def test_metadata_of_few_routes_in_several_chunks(capacity, rng, interpret):
+    check_metadata_of_few_routes(70, 2, 4, capacity, rng, interpret)
 
 
 @pytest.mark.parametrize("dtype, width", [(np.uint8, 7), (np.uint8, 32), (jnp.bfloat16, 5), (np.float32, 1)])
@@ -292,9 +295,8 @@ def test_scatter_decoded_rows(routing, rng, interpret):
         np.testing.assert_array_equal(np.asarray(out, np.float64)[e * 4 + r], expected[token])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout, columns", [("m_major", 3), ("m_major", 8), ("swizzled", 3)])
-def test_arrange_scales(layout, columns, routing, rng, interpret):
+def test_arrange_scales(layout, columns, routing, rng, run_kernels):
     ids = np.minimum(routing[0], 1)  # two experts: the interpreter takes seconds per block
     _, masked_m, _, source = oracles.permute_masked(ids, 2, 4)
     scales = rng.integers(1, 255, (6, columns)).astype(np.uint8)
@@ -309,7 +311,7 @@ def test_arrange_scales(layout, columns, routing, rng, interpret):
         jnp.asarray(masked_m, jnp.int32),
         4,
         layout,
-        interpret=interpret,
+        interpret=run_kernels,
     )
     expected = linear.transpose(0, 2, 1).ravel() if layout == "m_major" else oracles.swizzle(linear)
     np.testing.assert_array_equal(scale_bytes(out).ravel(), expected)
@@ -354,11 +356,10 @@ def test_many_routes_take_two_kernels():
         assert kernels_in(call, struct((70, 4), jnp.int64)) == 1
 
 
-@pytest.mark.slow
-def test_ids_of_64_bits_do_not_wrap_into_experts(interpret):
+def test_ids_of_64_bits_do_not_wrap_into_experts(run_kernels):
     with jax.enable_x64():
         ids = jnp.array([[1, 2**32 + 1], [-(2**32), -1], [0, 2**32 - 1]], jnp.int64)
-        meta = metadata_kernels.route_metadata(ids, 4, capacity=2, num_rows=8, interpret=interpret)
+        meta = metadata_kernels.route_metadata(ids, 4, capacity=2, num_rows=8, interpret=run_kernels)
     np.testing.assert_array_equal(meta.row_map, [[2, -1], [-1, -1], [0, -1]])
     np.testing.assert_array_equal(meta.filled, [1, 1, 0, 0])
     assert int(meta.bad) == 3
