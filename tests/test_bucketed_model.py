@@ -29,7 +29,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def served(model, quick_compile):
-    found = BucketedModel(model, buckets=BUCKETS, batch_buckets=(1, 3), max_length=80)
+    found = BucketedModel(model, buckets=BUCKETS, batch_buckets=(1, 3), max_length=70)
     found.warm_up(progress=False)
     return found
 
@@ -44,14 +44,27 @@ def test_layers_of_one_kind_share_executables(served):
     assert len(served.embed.stats.seconds) == len(served.head.stats.seconds) == len(BUCKETS)
 
 
-@pytest.mark.parametrize("tokens", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 8, 9)), 41])
+@pytest.mark.parametrize("tokens", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 8, 9)), 41, 66])
 def test_prefill_gives_the_logits_of_the_whole_sequence(model, served, rng, tokens):
-    """In one bucket, in a full one, and in chunks; padding and what a cache holds behind the tokens do not count."""
+    """In one bucket, in a full one, and in chunks; padding and what a cache holds behind the tokens do not count.
+
+    With 66 tokens the last chunk's pads reach beyond max_length.
+    """
     ids = rng.integers(0, 97, tokens).tolist()
     found = served.prefill(ids)
     expected = logits_of(model, ids)[-1]
     assert found.length == tokens
     np.testing.assert_allclose(np.asarray(found.logits)[0], expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+
+
+def test_a_cache_has_room_for_the_pads_of_the_largest_bucket(rng):
+    """The last chunk has 3 tokens of 16: its pads end at 32, behind the 20 tokens that a request may have."""
+    model = Qwen3Moe(dataclasses.replace(CONFIG, num_hidden_layers=1, mlp_only_layers=(0,)), rngs=nnx.Rngs(3))
+    served = BucketedModel(model, buckets=(2, 16), batch_buckets=(1,), max_length=20)
+    ids = rng.integers(0, 97, 19).tolist()
+    expected = logits_of(model, ids)[-1]
+    found = np.asarray(served.prefill(ids).logits)[0]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
 def check_greedy(model, prompt, answer, margin):
@@ -143,12 +156,12 @@ def test_tokens_that_are_not_valid_take_no_capacity(rng):
     ("call", "message"),
     [
         (lambda s: s.prefill([]), "prompt of 0 tokens"),
-        (lambda s: s.prefill([1] * 80), r"prompt of 80 tokens; 1..79"),
+        (lambda s: s.prefill([1] * 70), r"prompt of 70 tokens; 1..69"),
         (lambda s: s.prefill([1, 97]), r"from 0 to 96, got \[ *1 97\]"),
         (lambda s: s.prefill([-1]), "from 0 to 96"),
         (lambda s: s.generate([], 1), "1 to 3 prompts, got 0"),
         (lambda s: s.generate([[1]] * 4, 1), "1 to 3 prompts, got 4"),
-        (lambda s: s.generate([[1] * 70], 11), "81 tokens with 11 new ones"),
+        (lambda s: s.generate([[1] * 60], 11), "71 tokens with 11 new ones"),
         (lambda s: s.generate([[1]], 0), "0 new ones"),
     ],
 )

@@ -89,6 +89,16 @@ def test_served_in_buckets():
         assert clear.sum() >= 2 and (np.asarray(answer)[clear] == rows.argmax(-1)[clear]).all()
 
 
+@pytest.mark.parametrize(
+    ("first", "freq", "expected"),
+    [(0, 1, [1, 1, 1, 1]), (0, 2, [1, 0, 1, 0]), (1, 2, [0, 0, 1, 0]), (3, 1, [0, 0, 0, 1]), (2, 3, [0, 0, 0, 1])],
+)
+def test_which_layers_have_experts(first, freq, expected):
+    """From `first_k_dense_replace` on those whose index is a multiple of `moe_layer_freq`."""
+    config = dataclasses.replace(CONFIG, num_hidden_layers=4, first_k_dense_replace=first, moe_layer_freq=freq)
+    assert [config.is_moe_layer(layer) for layer in range(4)] == [bool(e) for e in expected]
+
+
 def test_published_config_and_names(tmp_path):
     """config.json as it is published for 671B, but for what only training reads."""
     published = {

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 from refusals import check_refusals
 
+from experiments.corpus import load_corpus
 from fp4jax.checkpoint import save_model
 from fp4jax.models.qwen3_moe import Qwen3Moe, Qwen3MoeConfig
 
@@ -112,6 +113,37 @@ def test_demo_refuses_bad_flags():
             ("--wire=int8",): "Unknown command line flag 'wire'",
         },
     )
+
+
+_FIRST_MEASUREMENT = """
+import json, sys
+from absl import app
+from experiments import demo
+
+def measure(variant, folder, text, calibration, settings):
+    print(json.dumps([text.tolist(), calibration.tolist()]))
+    sys.exit()
+
+demo.measure = measure
+app.run(demo.main, ["demo", *sys.argv[1:]])
+"""
+
+
+def test_demo_calibrates_on_training_text_only(tmp_path):
+    """What is measured is the text held out, of which calibration sees nothing."""
+    for i in range(8):
+        (tmp_path / f"{i}.txt").write_text("")
+    held_out = load_corpus(tmp_path).held_out_files  # chosen by the names
+    for i in range(8):
+        (tmp_path / f"{i}.txt").write_text(("h" if f"{i}.txt" in held_out else "t") * 300)
+    command = [sys.executable, "-c", _FIRST_MEASUREMENT, f"--corpus={tmp_path}", f"--output_dir={tmp_path / 'out'}"]
+    command += ["--config.demo.sequence_length=16", "--windows=4", "--config.demo.calibration_windows=6"]
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    text, calibration = (np.array(a) for a in json.loads(done.stdout.splitlines()[-1]))
+    assert text.shape == (4, 17) and set(text.ravel().tolist()) <= {ord("h"), 0}
+    assert calibration.shape == (6, 16) and set(calibration.ravel().tolist()) <= {ord("t"), 0}
 
 
 def test_demo_help():

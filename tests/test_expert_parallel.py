@@ -49,17 +49,18 @@ def test_dispatch_and_combine_against_loops(make_mesh, rng, form, devices, pair_
     x = jnp.asarray(rng.standard_normal((devices * tokens, hidden)), jnp.bfloat16)
     capacity = pair_capacity or (tokens if form == "per_peer" else tokens * k)
     rows = rng.standard_normal((devices, devices * capacity, hidden)).astype(np.float32)
-    y = jnp.asarray(rows.reshape(-1, hidden), jnp.bfloat16)
+    y = jnp.asarray(rows.reshape(-1, hidden))  # f32: bf16 would hide in which order they are added
 
     def body(x, ids, weights, y):
         d = dispatch(
             x, ids, weights, num_experts=num_experts, form=form, wire_format="bf16", pair_capacity=pair_capacity
         )
         d = d._replace(dropped=d.dropped[None])
-        return d, combine(y, d, topk_weights=weights if form == "per_slot" else None)
+        home = weights if form == "per_slot" else None
+        return d, [combine(rows, d, topk_weights=home) for rows in (y, y.astype(jnp.bfloat16))]
 
     flat_ids, flat_weights = (jnp.asarray(a.reshape(devices * tokens, k)) for a in (ids, weights))
-    d, out = sharded(make_mesh(devices), body)(x, flat_ids, flat_weights, y)
+    d, (out, narrow) = sharded(make_mesh(devices), body)(x, flat_ids, flat_weights, y)
 
     received, send_map, dropped = oracles.reference_dispatch(ids, devices, num_experts, form, capacity)
     assert np.array_equal(np.asarray(d.dropped), dropped)
@@ -85,17 +86,38 @@ def test_dispatch_and_combine_against_loops(make_mesh, rng, form, devices, pair_
                 assert got_ids[receiver, row, j] == expected
                 assert j not in slots or got_weights[receiver, row, j] == weights[sender, t, j]
 
-    # The way back: products rounded to f32, added in slot or rank order, rounded once to bf16.
-    y_np = np.asarray(y, np.float32).reshape(devices, devices, capacity, hidden)  # [expert side, sender, C, H]
-    out = np.asarray(out, np.float32).reshape(devices, tokens, hidden)
+    # The way back: products rounded to f32, added in slot or rank order; bf16 rows are rounded once, after that.
+    y_np = rows.reshape(devices, devices, capacity, hidden)  # [expert side, sender, C, H]
+    narrow_np = oracles.round_bf16(y_np)
+    out, narrow = (np.asarray(a, np.float32).reshape(devices, tokens, hidden) for a in (out, narrow))
     for sender in range(devices):
         for t in range(tokens):
-            total = np.zeros(hidden, np.float32)
-            for s, row in enumerate(send_map[sender, t]):
-                if row >= 0:
-                    weight = weights[sender, t, s] if form == "per_slot" else np.float32(1)
-                    total = total + y_np[row // capacity, sender, row % capacity] * weight
-            assert np.array_equal(out[sender, t], np.asarray(jnp.asarray(total, jnp.bfloat16), np.float32))
+            for found, returned, finish in ((out, y_np, np.float32), (narrow, narrow_np, oracles.round_bf16)):
+                total = np.zeros(hidden, np.float32)
+                for s, row in enumerate(send_map[sender, t]):
+                    if row >= 0:
+                        weight = weights[sender, t, s] if form == "per_slot" else np.float32(1)
+                        total = total + returned[row // capacity, sender, row % capacity] * weight
+                assert np.array_equal(found[sender, t], finish(total))
+
+
+@pytest.mark.parametrize("form", ["per_peer", "per_slot"])
+def test_ids_of_64_bits_do_not_wrap_into_experts(make_mesh, form):
+    """They are dropped and counted, and nothing of theirs arrives."""
+    bad = [2**32, 2**32 + 3, -(2**32) + 1, 2**63 - 1]
+
+    def body(x, ids):
+        d = dispatch(x, ids, jnp.ones(ids.shape, jnp.float32), num_experts=4, form=form, wire_format="bf16")
+        return d.local_ids, d.send_map, d.dropped[None]
+
+    with jax.enable_x64():
+        ids = jnp.array([[2, bad[0]], [bad[1], bad[2]], [bad[3], -1], [0, 3]], jnp.int64)
+        local_ids, send_map, dropped = sharded(make_mesh(2), body)(jnp.ones((4, 32), jnp.bfloat16), ids)
+    assert np.asarray(dropped).tolist() == [3, 1]
+    here = np.asarray(local_ids)
+    assert sorted(here[here >= 0].tolist()) == [0, 0, 1]  # expert 0 of device 0, experts 2 and 3 of device 1
+    expected = {"per_peer": [[-1, 2], [-1, -1], [-1, -1], [0, 2]], "per_slot": [[4, -1], [-1, -1], [-1, -1], [0, 4]]}
+    assert np.asarray(send_map).tolist() == expected[form]
 
 
 @pytest.mark.parametrize("form", ["per_peer", "per_slot"])

@@ -118,6 +118,21 @@ def test_silu_of_every_bf16_within_4_ulp():
     assert np.abs(got[~normal]).max() <= oracles.F32_TINY
 
 
+@pytest.mark.parametrize("gate", [-87.5, -88.0, -88.5, -100.0])
+def test_one_far_gate_in_any_place_of_a_block(gate):
+    """1 / (1 + e^88) is no normal number: the block is done again, wherever of the 16 the gate stands."""
+    gates = np.ones((16, 16), F32)
+    np.fill_diagonal(gates, gate)
+    bits = gates.view(np.uint32) >> 16
+    words, twos = jnp.asarray(bits[:, 0::2] | bits[:, 1::2] << 16), [jnp.full(16, 0x40004000, jnp.uint32)] * 8
+    values, amax = swiglu(list(words.T), twos)
+    found, expected = np.stack(values, -1).astype(np.float64), 2 * oracles.silu(gates)
+    normal = np.abs(expected) >= oracles.F32_TINY
+    np.testing.assert_allclose(found[normal], expected[normal], rtol=2.0**-21)  # 4 ulp
+    assert normal.all() or gate < -91
+    np.testing.assert_array_equal(amax, found.max(axis=1))
+
+
 def test_silu_of_inf_and_nan():
     words = [jnp.asarray([0x00007F80, 0x00007FC0, 0x00000000, 0xFF800000], jnp.uint32)] * 8  # inf, NaN, 0, -inf
     ones = [jnp.full(4, 0x3F803F80, jnp.uint32)] * 8

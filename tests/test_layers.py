@@ -381,6 +381,16 @@ def test_tokens_that_do_not_divide_and_drops_are_reported(rng, make_mesh):
     assert int(aux.dropped) == sum(max(count - 1, 0) for count in np.bincount(ids.ravel(), minlength=EXPERTS)) > 0
 
 
+def test_what_fills_up_a_mesh_goes_to_no_expert(rng, make_mesh):
+    """One token on 4 devices: every expert has a row for it, and none for what fills up the others."""
+    block, x = make_block(), tokens(rng, count=1)
+    whole, _ = block(x)
+    block.configure(ExpertSettings(mesh=make_mesh(4), wire_format="bf16", capacity=1))
+    y, aux = block(x)
+    assert y.shape == x.shape and int(aux.dropped) == 0
+    assert calc_diff(y, whole) < 1e-4  # the wire rounds float32 to bf16
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

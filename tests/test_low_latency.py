@@ -12,6 +12,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec a
 from test_multigpu import DEVICES, EP, watchdog  # noqa: F401
 
 from cuda_lowering import H100, struct
+from fp4jax import low_latency
 from fp4jax.expert_parallel import combine, combine_into_buffers, dispatch
 from fp4jax.implementations import multiprocessors as seen
 from fp4jax.layers import ExpertSettings
@@ -89,6 +90,23 @@ def test_a_dispatch_changes_one_set_and_the_counters_in_place(form, wire, arrays
     assert text.count("@mosaic_gpu_v2") >= 4
     assert text.count("stablehlo.output_operand_alias") == 2 * (arrays + 1 + 2)
     assert "all_to_all" not in text
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+def test_two_sets_take_turns():
+    """What call n stores stays where it is until call n + 2; only the first call waits for a barrier."""
+    arrays, seen = low_latency.KeptArrays(), []
+    for call in range(1, 6):
+        turn = low_latency._Turn(arrays, [struct((2, 3), jnp.int32)], 4, "dispatch")
+        turn.now[0][...] = jnp.full((2, 3), call)
+        turn.kept[-1][...] += 1
+        seen.append((arrays.turn, turn.first))
+        received, arrays = turn.end()
+        np.testing.assert_array_equal(received[0], np.full((2, 3), call))
+        held = {int(np.asarray(some[0])[0, 0]) for some in arrays.sets}
+        assert call in held and (call == 1 or held == {call - 1, call})
+    assert seen == [(0, True), (1, False), (2, False), (1, False), (2, False)]
+    np.testing.assert_array_equal(arrays.counters, np.full(arrays.counters.shape, 5))
 
 
 @pytest.mark.usefixtures("on_the_cpu")

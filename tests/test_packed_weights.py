@@ -16,6 +16,7 @@ from fp4jax.grouped_gemm import (
 )
 from fp4jax.moe import MoEConfig, MoEWeights, moe_layer
 from fp4jax.nvfp4 import NVFP4Tensor, quantize
+from pallas_kernels import fragments
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -72,6 +73,56 @@ def test_the_documented_masks_decode_every_code_and_scale(rng):
     for e, n, k in np.ndindex(E, N // 64, K // 64):
         found = _decode_like_the_kernel(np.asarray(packed.words[e, n, k]))
         np.testing.assert_array_equal(found, expected[e, 64 * n : 64 * n + 64, 64 * k : 64 * k + 64])
+
+
+def _products(a, b):
+    """mul.bf16x2 on words of two bf16, whose products need no rounding: float64 [.., 2]."""
+    return np.stack([_bf16(a >> 16 * half & 0xFFFF) * _bf16(b >> 16 * half & 0xFFFF) for half in (0, 1)], -1)
+
+
+_PTX = {
+    "prmt.b32": lambda a, b, selector: sum(
+        ((b << 32 | a) >> 8 * (selector >> 4 * i & 7) & 0xFF) << 8 * i for i in range(4)
+    ),
+    "mad.lo.u32": lambda a, b, c: a * b + c,
+    "and.b32": lambda a, b: a & b,
+    "shl.b32": lambda a, b: a << b,
+    "shr.u32": lambda a, b: a >> b,
+    "lop3.b32": lambda a, b, c, table: (a & b) | c,  # of table 0xEA
+    "mul.bf16x2": _products,
+}
+
+
+def _run_ptx(text, registers):
+    """Instructions on registers {name: int64 array}, in the order in which they stand."""
+    for line in text.strip("{} \n").replace("\n", " ").split(";"):
+        name, _, arguments = line.strip().partition(" ")
+        if name in ("", ".reg"):
+            continue
+        target, *operands = (a.strip() for a in arguments.split(","))
+        if name == "lop3.b32":
+            assert operands[-1] == "0xEA"
+        values = [registers[o] if o in registers else np.int64(int(o, 0)) for o in operands]
+        found = _PTX[name](*values)
+        registers[target] = found if found.dtype.kind == "f" else found & 0xFFFFFFFF
+    return registers
+
+
+def test_the_instructions_of_the_kernel_decode_every_code_and_scale(rng):
+    """What the GPU runs, instruction by instruction, for all threads of a warpgroup at once."""
+    w, qdata, scales = _weights(rng, (1, 64, 64))
+    assert set(oracles.unpack(qdata).ravel().tolist()) == set(range(16)) and len(np.unique(scales)) > 100
+    tile = np.asarray(pack_weights(w).words[0, 0, 0]).astype(np.int64)
+    thread = np.arange(128)
+    row, q = 16 * (thread // 32) + thread % 32 // 4, thread % 4
+    found = np.full((64, 64), np.nan)
+    for i in range(4):
+        codes = tile[:8].ravel()[4 * thread + i]
+        inputs = {"$4": codes, "$5": tile[8, row], "$6": tile[8, row + 8]}
+        results = _run_ptx(fragments._DECODE_SLICE.format(i=i), inputs)
+        for r, b in np.ndindex(4, 2):
+            found[row + 8 * (r % 2), 16 * i + 8 * (r // 2) + 2 * q + b] = results[f"${r}"][:, b]
+    np.testing.assert_array_equal(found * fragments.DECODE_FACTOR, oracles.dequantize(qdata, scales)[0])
 
 
 def test_products_are_exact_in_bf16(rng):

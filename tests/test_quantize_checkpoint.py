@@ -132,6 +132,19 @@ def test_tensors_are_exactly_those_of_the_contract(tmp_path, recipe, dtype):
     assert (shared > 0) == recipe.shared_scales  # some projections take the other's scale
 
 
+def test_the_first_projections_of_latent_attention_share_a_scale(tmp_path):
+    """They have the same input, and serving systems multiply them as one; the ones behind them have inputs apart."""
+    dense = dict(num_hidden_layers=1, first_k_dense_replace=1, q_lora_rank=32)
+    make_source(tmp_path / "in", test_deepseek_v3.make_model, **dense)
+    quantize_folder(tmp_path / "in", tmp_path / "out", IDS, Recipe(quantize_dense=True))
+    before, after, attention = tensors_of(tmp_path / "in"), tensors_of(tmp_path / "out"), "model.layers.0.self_attn."
+    names = ("q_a_proj", "kv_a_proj_with_mqa", "q_b_proj", "kv_b_proj", "o_proj")
+    scales = {n: np.abs(before[f"{attention}{n}.weight"].astype(F32)).max() / F32(2688) for n in names}
+    assert len(set(scales.values())) == len(names)
+    scales["q_a_proj"] = scales["kv_a_proj_with_mqa"] = max(scales["q_a_proj"], scales["kv_a_proj_with_mqa"])
+    assert {n: after[f"{attention}{n}.weight_scale_2"] for n in names} == scales
+
+
 @pytest.mark.parametrize("layout", ENDS)
 def test_files_open_with_the_plain_libraries(source, tmp_path, layout):
     (tmp_path / "in").mkdir()

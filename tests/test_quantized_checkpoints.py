@@ -156,6 +156,25 @@ def test_activation_scales(make_folder, kind):
     assert per_token.layers[0].mlp.settings.activation_format_1 == "nvfp4"
 
 
+@pytest.mark.parametrize(("attention", "experts"), [("NVFP4", "W4A16_NVFP4"), ("W4A16_NVFP4", "NVFP4")])
+def test_layers_of_a_mixed_checkpoint_keep_their_own_activations(make_folder, attention, experts):
+    algos = {"model.layers.0.self_attn.q_proj": attention, "model.layers.0.mlp.experts": experts}
+    layers = {name: {"quant_algo": algo, "group_size": 16} for name, algo in algos.items()}
+    config = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
+    chosen = lambda name: name.startswith(tuple(layers))  # noqa: E731
+    folder, _ = make_folder("modelopt", chosen, config)
+    layer = load_model(folder)[0].layers[0]
+    formats = {"NVFP4": "nvfp4", "W4A16_NVFP4": "bf16"}
+    assert layer.self_attn.q_proj.activation_format == formats[attention]
+    assert layer.mlp.settings.activation_format == formats[experts]
+    assert (layer.self_attn.q_proj.input_scale is not None) == (attention == "NVFP4")
+    assert (layer.mlp.input_scale_1 is not None) == (experts == "NVFP4")
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 32)), jnp.bfloat16)
+    plain = NVFP4Linear(layer.self_attn.q_proj.weight.get_value(), dtype=jnp.bfloat16, activation_format="bf16")
+    same = np.array_equal(np.asarray(layer.self_attn.q_proj(x)), np.asarray(plain(x)))
+    assert same == (attention == "W4A16_NVFP4")
+
+
 def test_gate_and_up_keep_their_own_scales(make_folder):
     folder, _ = make_folder("modelopt", config=WEIGHT_ONLY["modelopt"])
     tensors = read_tensors(folder / "model.safetensors")

@@ -124,6 +124,16 @@ def test_sampling_is_reproducible_and_follows_temperature():
     assert hot > warm
 
 
+def test_sampling_draws_a_new_key_every_step():
+    """Nearly uniform draws from 96 tokens: with one key for two steps these would nearly always be equal."""
+    model, prompt = make_model(num_hidden_layers=1, mlp_only_layers=(0,)), sample_ids(4, 3)
+    drawn = np.asarray(generate(model, prompt, max_new_tokens=16, temperature=100.0))[:, 3:]
+    assert all(len(np.unique(row)) >= 10 for row in drawn)
+    for step in range(15):
+        assert (drawn[:, step] != drawn[:, step + 1]).any()
+    assert len(np.unique(drawn[:, 0])) > 1  # requests of a batch draw apart too
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -6,12 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file
 
 from configs import tiny_lm
 from experiments import corpus
+from experiments.evaluation import evaluate
+from fp4jax.layers.moe_block import MoEAux
+from fp4jax.models.decoder import Output
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -131,3 +136,25 @@ def test_windows_predict_every_byte_once():
     assert corpus.windows(data, 5, limit=2).tolist() == [found[0].tolist(), found[3].tolist()]
     with pytest.raises(ValueError, match="23 bytes"):
         corpus.windows(data, 23)
+
+
+class Bigrams(nnx.Module):
+    """A byte's logits are a row of a table; one route is lost in every call."""
+
+    def __init__(self, logits):
+        self.logits = nnx.Param(jnp.asarray(logits, jnp.float32))
+
+    def forward(self, ids):
+        return Output(self.logits[...][ids], None, MoEAux(jnp.int32(1), jnp.float32(0)))
+
+
+def test_bits_per_byte_are_those_of_the_predicted_bytes(rng):
+    """A window of 6 bytes predicts 5; the last of two batches is half full."""
+    windows = rng.integers(0, 256, (3, 6)).astype(np.uint8)
+    assert evaluate(Bigrams(np.zeros((256, 256))), windows, 2).bits_per_byte == pytest.approx(8, rel=1e-6)
+    logits = rng.standard_normal((256, 256)) * 3
+    found = evaluate(Bigrams(logits), windows, 2)
+    log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    expected = -log_p[windows[:, :-1], windows[:, 1:]].mean() / np.log(2)
+    assert found.bits_per_byte == pytest.approx(expected, rel=1e-5)
+    assert found.dropped == 2
