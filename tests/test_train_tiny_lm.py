@@ -2,19 +2,26 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from refusals import check_refusals
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from configs import tiny_lm
-from experiments import corpus
+from experiments import corpus, training
+from experiments.config_flag import find_config
 from experiments.evaluation import evaluate
+from experiments.run_limits import RunLimits, Stopped
+from experiments.training_checks import check_config, check_lengths
 from fp4jax.layers.moe_block import MoEAux
 from fp4jax.models.decoder import Output
 
@@ -41,13 +48,45 @@ _MICRO = {
 }
 
 
-def _train(output_dir, text, *extra, expect=0):
+def _start(output_dir, text, *extra):
+    """The script in a folder that is not the project's."""
     command = [sys.executable, "-m", "experiments.train_tiny_lm", "--config=configs/tiny_lm.py", f"--corpus={text}"]
     command += [f"--output_dir={output_dir}", *(f"--config.{k}={v}" for k, v in _MICRO.items()), *extra]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == expect, done.stderr[-4000:]
-    return done.stdout + done.stderr
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=text, env=environment, text=True, **pipes)
+
+
+def _train(output_dir, text, *extra, expect=0):
+    process = _start(output_dir, text, *extra)
+    printed, errors = process.communicate(timeout=240)
+    assert process.returncode == expect, errors[-4000:]
+    return printed + errors
+
+
+def _config(**changes):
+    config = tiny_lm.get_config()
+    config.update_from_flattened_dict({**_MICRO, **{name.replace("__", "."): v for name, v in changes.items()}})
+    return config
+
+
+class _StopsAt(RunLimits):
+    """Stops when so many steps have been awaited, or inside the next evaluation where it is "evaluation"."""
+
+    def __init__(self, when):
+        super().__init__()
+        self.when, self.steps = when, 0
+
+    def wait(self, done):
+        if self.steps == self.when:
+            raise Stopped("the test", 0)
+        super().wait(done)
+        self.steps += 1
+
+    def apart(self, work):
+        if self.when == "evaluation" and self.steps:
+            raise Stopped("the test", 0)
+        return work()
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +100,8 @@ def text(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_loss_falls_and_a_resumed_run_equals_an_uninterrupted_one(tmp_path, text):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
+def test_loss_falls_and_another_run_is_refused_the_state(tmp_path, text):
+    whole = tmp_path / "whole"
     printed = _train(whole, text)
     assert "bits per byte in bfloat16" in printed
     log = json.loads((whole / "train_log.json").read_text())["log"]
@@ -72,19 +111,92 @@ def test_loss_falls_and_a_resumed_run_equals_an_uninterrupted_one(tmp_path, text
     assert log[1]["held_out_bits_per_byte"] < log[0]["held_out_bits_per_byte"]
     assert (whole / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
 
-    _train(parts, text, "--max_minutes=0")
-    assert not (parts / "model.safetensors").exists()
-    assert "continuing" in _train(parts, text, "--resume=always")
-    for file in ("model.safetensors", "state/state.safetensors"):
-        first, second = load_file(whole / file), load_file(parts / file)
-        assert first.keys() == second.keys()
-        for name in first:
-            assert first[name].tobytes() == second[name].tobytes(), name
-    resumed_log = json.loads((parts / "train_log.json").read_text())["log"]
-    assert resumed_log == log
-
-    refused = _train(parts, text, "--config.train.learning_rate=0.5", expect=1)
+    refused = _train(whole, text, "--config.train.learning_rate=0.5", expect=1)
     assert "train.learning_rate=0.01" in refused and "0.5" in refused and "--resume=never" in refused
+
+    assert f"{whole}/state/state.safetensors" in _train(whole, text, "--resume=always")  # nothing is left to do
+
+
+def _run_in_parts(folder, text, stops):
+    for when in stops:
+        run = training.Training(_config(), text, folder / "state.safetensors", _StopsAt(when))
+        if run.state_path.exists():
+            run.restore()
+        try:
+            training.train(run, folder)
+        except Stopped:
+            assert when is not None
+    return json.loads((folder / "train_log.json").read_text())
+
+
+def test_a_run_in_parts_has_the_bits_of_a_whole_one(tmp_path, text):
+    """Stopped after seven steps of twenty, and again in the evaluation after ten."""
+    words, whole, parts = corpus.load_corpus(text), tmp_path / "whole", tmp_path / "parts"
+    log = _run_in_parts(whole, words, [None])
+    assert [entry["step"] for entry in log["log"]] == [10, 20]
+    assert all("held_out_bits_per_byte" in entry for entry in log["log"])
+    assert _run_in_parts(parts, words, [7, "evaluation", None]) == log
+    first, second = (load_file(folder / "state.safetensors") for folder in (whole, parts))
+    assert first.keys() == second.keys()
+    for name in first:
+        assert first[name].tobytes() == second[name].tobytes(), name
+
+
+def test_time_limit_holds_through_compiling_steps_and_saving(tmp_path, text):
+    """A hundred thousand steps in three seconds, from before the model is made to after the plot is."""
+    with RunLimits(minutes=3 / 60) as limits:
+        config = _config(train__steps=100_000, train__checkpoint_every=100_000, train__eval_every=100_000)
+        run = training.Training(config, corpus.load_corpus(text), tmp_path / "state.safetensors", limits)
+        with pytest.raises(Stopped, match=r"--max_minutes=0.05"):
+            training.train(run, tmp_path)
+        assert limits.elapsed() < 13  # a busy machine makes a model and a plot slowly
+    assert (tmp_path / "loss_curve.png").exists()
+    with safe_open(tmp_path / "state.safetensors", framework="numpy") as file:
+        assert file.get_tensor(".step") == run.step
+        assert len(json.loads(file.metadata()["losses"])) == run.step % 10
+
+
+def test_work_that_outlasts_the_limit_is_left():
+    with RunLimits(minutes=0.2 / 60) as limits, pytest.raises(Stopped):
+        limits.apart(lambda: time.sleep(30))
+    assert limits.elapsed() < 10
+    assert RunLimits().apart(lambda: 7) == 7
+    with pytest.raises(KeyError, match="inside"):
+        RunLimits().apart(lambda: {}["inside"])
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_is_answered_at_the_next_check(number, status):
+    before = signal.getsignal(signal.SIGINT)
+    with RunLimits() as limits:
+        limits.check()
+        os.kill(os.getpid(), number)
+        with pytest.raises(Stopped, match=signal.Signals(number).name) as stop:
+            limits.wait(lambda: False)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL  # one more ends the process
+        limits.wait(lambda: True)
+    assert stop.value.status == status
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_exits(tmp_path, text, number, status):
+    many = ("--config.train.steps=1000000", "--config.train.eval_every=1000000")
+    process = _start(tmp_path, text, *many, "--resume=never")
+    state = tmp_path / "state" / "state.safetensors"
+    while not state.exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(number)
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == status, errors[-4000:]
+    (line,) = printed.splitlines()
+    assert line.startswith(f"stopped by {signal.Signals(number).name} at step ") and str(state) in line
+    command = line.split("go on with: ")[1]
+    assert "experiments.train_tiny_lm" in command and command.endswith("--resume=never --resume=auto")
+    with safe_open(state, framework="numpy") as file:
+        assert f"at step {file.get_tensor('.step')} of 1000000" in line
+    assert not list(state.parent.glob("*.part"))
 
 
 def test_committed_configuration_fits_the_clone():
@@ -103,14 +215,80 @@ def test_committed_configuration_fits_the_clone():
     ("flag", "message"),
     [
         ("--config.train.steps=15", "train.steps=15"),
-        pytest.param("--config.train.steps_per_call=0", "train.steps_per_call=0", marks=pytest.mark.slow),
         pytest.param("--config.train.sequence_length=100000", "bytes do not fill one window", marks=pytest.mark.slow),
-        pytest.param("--corpus=/no/such", "/no/such", marks=pytest.mark.slow),
-        ("--corpus=", "must not be empty"),
     ],
 )
-def test_bad_values_are_named(tmp_path, text, flag, message):
+def test_bad_values_of_the_config_are_named(tmp_path, text, flag, message):
     assert message in _train(tmp_path, text, flag, expect=1)
+
+
+def test_bad_flags_are_named(tmp_path, text):
+    (tmp_path / "file").write_text("")
+    check_refusals(
+        "train_tiny_lm",
+        {
+            ("--corpus=/no/such",): "/no/such",
+            ("--corpus=",): "must not be empty",
+            ("--max_minutes=0",): "--max_minutes=0.0 must be a positive number",
+            ("--max_minutes=nan",): "--max_minutes=nan must be a positive number",
+            (f"--corpus={text}", "--output_dir=/proc/here"): "--output_dir=/proc/here",
+            (f"--output_dir={tmp_path}", f"--workdir={tmp_path}/file"): f"--workdir={tmp_path}/file",
+            (f"--output_dir={tmp_path}", "--resume=always"): "state.safetensors does not exist",
+            ("--config=configs/none.py",): "there is no file configs/none.py",
+            ("stray",): "unexpected arguments",
+        },
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("train.steps", 0),
+        ("train.steps", 15),
+        ("train.steps_per_call", 0),
+        ("train.eval_every", 15),
+        ("train.checkpoint_every", -10),
+        ("train.batch_size", 0),
+        ("train.sequence_length", 0),
+        ("train.eval_batch_size", 0),
+        ("train.learning_rate", -0.1),
+        ("train.learning_rate", float("nan")),
+        ("train.final_learning_rate", float("inf")),
+        ("train.clip_norm", 0.0),
+        ("train.weight_decay", -1.0),
+        ("train.balance_loss_weight", float("nan")),
+        ("train.warmup_steps", 20),
+        ("train.warmup_steps", -1),
+        ("train.compute_dtype", "float8"),
+        ("model.vocab_size", 255),
+        ("model.hidden_size", 0),
+    ],
+)
+def test_numbers_that_cannot_work_are_refused(name, value):
+    check_config(_config())
+    config = _config()
+    config.update_from_flattened_dict({name: value})
+    with pytest.raises(ValueError, match=rf"{name.removeprefix('model.')}\b.*{value}"):
+        check_config(config)
+
+
+def test_sequences_that_do_not_fit_are_refused(text):
+    words = corpus.load_corpus(text)
+    check_lengths(_config(), words)
+    with pytest.raises(ValueError, match=r"train.sequence_length=3000, held-out text: \d+ bytes do not fill"):
+        check_lengths(_config(train__sequence_length=3000), words)
+    with pytest.raises(ValueError, match=r"train.sequence_length=65 exceeds model.max_position_embeddings=64"):
+        check_lengths(_config(train__sequence_length=65, model__max_position_embeddings=64), words)
+
+
+def test_config_is_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_config("configs/tiny_lm.py:part") == f"{ROOT}/configs/tiny_lm.py:part"
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "tiny_lm.py").write_text("")
+    assert find_config("configs/tiny_lm.py") == "configs/tiny_lm.py"
+    with pytest.raises(ValueError, match=r"there is no file configs/none.py in"):
+        find_config("configs/none.py")
 
 
 def test_split_depends_on_the_name_only(text):
