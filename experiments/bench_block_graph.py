@@ -91,18 +91,23 @@ def main(argv):
     bucket_planner.save_plan(plan, folder / "plan.json")
     rows = plan_rows(calls, plan)
     print(plan_table(rows))
-    variants: dict[str, BucketedModel] = {}
     keep = KEEP_GRAPHS if gpu else None
+    made_with: dict[str, dict[str, Any]] = {}
     if options.enabled:
-        variants["graph"] = make(buckets=options.buckets, compiler_options=keep)
-        variants["graph, no command buffers"] = make(buckets=options.buckets, compiler_options=_NO_COMMAND_BUFFERS)
-        variants["padded to the largest"] = make(buckets=options.buckets[-1:], compiler_options=keep)
+        made_with["graph"] = dict(buckets=options.buckets, compiler_options=keep)
+        made_with["graph, no command buffers"] = dict(buckets=options.buckets, compiler_options=_NO_COMMAND_BUFFERS)
+        made_with["padded to the largest"] = dict(buckets=options.buckets[-1:], compiler_options=keep)
         rows += start_rows(options.buckets, batches)
-    variants["exact"] = make(buckets=sorted(set(tokens)), compiler_options=keep)
-    for name, variant in variants.items():
-        warm_up(variant, options.debug and name != "exact")
+    made_with["exact"] = dict(buckets=sorted(set(tokens)), compiler_options=keep)
+    variants: dict[str, BucketedModel] = {}
+    failures: dict[tuple[str, str], str] = {}
+    for name, settings in made_with.items():
+        with benchmarking.noting_out_of_memory(failures, (name, "compiling")):
+            variant = make(**settings)
+            warm_up(variant, options.debug and name != "exact")
+            variants[name] = variant
     timelines: dict[str, list[Kernel]] = {}
-    rows += block_rows(variants, tokens, batches, timelines)
+    rows += failed_rows(failures, 0) + block_rows(variants, tokens, batches, timelines)
     benchmarking.save_results(folder / "bench_block_graph.json", "bench_block_graph", rows, inputs=_INPUTS)
     print(block_table(rows))
     plot(rows, folder / "bench_block_graph.png")
@@ -148,12 +153,15 @@ def block_rows(
     counts = [(n, False) for n in tokens] + [(n, True) for n in batches]
     for number, decode in tqdm(counts, unit="count"):
         calls: dict[tuple[str, str], tuple[int, Callable[[], Any]]] = {}
+        failures: dict[tuple[str, str], str] = {}
         for name, served in variants.items():
             if decode and name in ("padded to the largest", "exact"):
                 continue
-            found = decode_calls(served, number) if decode else prefill_calls(served, number)
-            calls |= {(name, block): call for block, call in found.items()}
-        times = wall_us({key: call for key, (_, call) in calls.items()})
+            with benchmarking.noting_out_of_memory(failures, (name, "decode step" if decode else "prefill")):
+                found = decode_calls(served, number) if decode else prefill_calls(served, number)
+                calls |= {(name, block): call for block, call in found.items()}
+        times = wall_us(calls, failures)
+        rows += failed_rows(failures, number)
         for (name, block), (bucket, call) in calls.items():
             row: dict[str, Any] = {
                 "part": "blocks", "block": block, "variant": name, "tokens": number, "bucket": bucket,
@@ -167,6 +175,14 @@ def block_rows(
                     timelines[f"{name}, {number} requests"] = kernels[-2 * len(kernels) // _CALLS :]
             rows.append(row)
     return rows
+
+
+def failed_rows(failures: dict[tuple[str, str], str], tokens: int) -> list[dict[str, Any]]:
+    """Rows without a time: of the (variant, block) that ran out of memory."""
+    return [
+        {"part": "blocks", "block": block, "variant": name, "tokens": tokens, "bucket": 0, "us": None, "error": error}
+        for (name, block), error in failures.items()
+    ]
 
 
 def prefill_calls(served: BucketedModel, tokens: int) -> dict[str, tuple[int, Callable[[], Any]]]:
@@ -200,24 +216,35 @@ def decode_calls(served: BucketedModel, number: int) -> dict[str, tuple[int, Cal
     return {"decode step": (size, run)}
 
 
-def wall_us(calls: dict[Any, Callable[[], Any]]) -> dict[Any, dict[str, float]]:
-    """Per name: us per call, and us until it returns, of runs of calls that follow each other.
+def wall_us(calls: dict[Any, tuple[int, Callable[[], Any]]], failures: dict[Any, str]) -> dict[Any, dict[str, float]]:
+    """Per name -> (bucket, call): us per call, and us until it returns, of runs of calls that follow each other.
 
     Medians over --repeats rounds, in which all take turns, after one that is not timed: a host that is busy for a
-    while slows all of them. Where both numbers are the same, the device waited for the host.
+    while slows all of them. Where both numbers are the same, the device waited for the host. A call that runs out of
+    memory is noted in `failures` and removed from `calls`.
     """
     wall: dict[Any, list[float]] = {name: [] for name in calls}
     host: dict[Any, list[float]] = {name: [] for name in calls}
     for _ in range(_REPEATS.value + 1):
-        for name, call in calls.items():
-            start, result = time.perf_counter(), None
-            for _ in range(_CALLS):
-                result = call()
-            host[name].append(1e6 * (time.perf_counter() - start) / _CALLS)
-            jax.block_until_ready(result)
-            wall[name].append(1e6 * (time.perf_counter() - start) / _CALLS)
+        for name in list(calls):
+            with benchmarking.noting_out_of_memory(failures, name):
+                until_return, until_result = _call_us(calls[name][1])
+                host[name].append(until_return)
+                wall[name].append(until_result)
+            if name in failures:
+                del calls[name]
     median = lambda times: round(float(np.median(times[1:])), 1)  # noqa: E731
     return {name: {"us": median(wall[name]), "host_us": median(host[name])} for name in calls}
+
+
+def _call_us(call: Callable[[], Any]) -> tuple[float, float]:
+    """Microseconds per call until the last of several returns, and until its result is there."""
+    start, result = time.perf_counter(), None
+    for _ in range(_CALLS):
+        result = call()
+    until_return = 1e6 * (time.perf_counter() - start) / _CALLS
+    jax.block_until_ready(result)
+    return until_return, 1e6 * (time.perf_counter() - start) / _CALLS
 
 
 def block_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -226,6 +253,10 @@ def block_table(rows: Sequence[dict[str, Any]]) -> str:
     lines = [f"{'block':<14}{'tokens':>7}{'bucket':>7}{columns}  variant"]
     for r in (r for r in rows if r["part"] == "blocks"):
         kernels = f"{'':>24}"
+        if r["us"] is None:
+            reason = r["error"].partition(":")[0]
+            lines.append(f"{r['block']:<14}{r['tokens']:>7}{'':>7}{reason:>21}{kernels}  {r['variant']}")
+            continue
         if "kernel_us" in r:
             of = f"{r['kernels_in_graphs']:.0f} of {r['kernels_outside'] + r['kernels_in_graphs']:.0f}"
             kernels = f"{r['kernel_us']:>13.1f}{of:>11}"
@@ -304,7 +335,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.5), width_ratios=(3, 1))
-    blocks = [r for r in rows if r["part"] == "blocks"]
+    blocks = [r for r in rows if r["part"] == "blocks" and r["us"] is not None]
     groups = list(dict.fromkeys((r["block"], r["tokens"]) for r in blocks))
     variants = list(dict.fromkeys(r["variant"] for r in blocks))
     for i, variant in enumerate(variants):
@@ -313,7 +344,8 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         left.bar(place, [some[key] for key in groups if key in some], 0.18, label=variant)
     left.set_xticks(range(len(groups)), [f"{block}, {n}" for block, n in groups], fontsize=7, rotation=45, ha="right")
     left.set(yscale="log", ylabel="us per call", title="calls that follow each other")
-    left.legend(fontsize=8)
+    left.set_ylim(top=2 * max((r["us"] for r in blocks), default=1))  # room for the legend
+    left.legend(fontsize=8, ncols=len(variants), loc="upper left")
     plans = [r for r in rows if r["part"] == "plans"]
     right.bar([r["plan"] for r in plans], [100 * (1 - r["tokens"] / r["padded"]) for r in plans])
     right.set(ylabel="% of the rows", title="padding")

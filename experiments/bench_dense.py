@@ -123,18 +123,27 @@ def run_cell(
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Rows of one shape and number of tokens, and a line of text for every wrong result."""
     x = jax.random.normal(jax.random.key(tokens), (tokens, k), jnp.bfloat16)
-    compiled = benchmarking.compile_all(
-        {name: benchmarking.rotated(*call) for name, call in functions(x, weights).items()}
-    )
-    exact = {form: expected(form, x, weights) for form in ("bf16", "block_fp8", "nvfp4 w4a16", "nvfp4 w4a4")}
-    errors, wrong = {}, []
+    failures: dict[str, str] = {}
+    jobs = {}
+    for name, call in functions(x, weights).items():
+        with benchmarking.noting_out_of_memory(failures, name):
+            jobs[name] = benchmarking.rotated(*call)
+    compiled = benchmarking.compile_all(jobs, failures)
+    del jobs
+    errors: dict[str, Any] = {}
+    wrong = []
     for name, call in list(compiled.items()):
-        reference = exact[name.removesuffix(" gemm")]
-        errors[name] = float(_difference(benchmarking.first_result(*call), reference))
-        if not errors[name] <= _MAX_ERROR:
+        with benchmarking.noting_out_of_memory(failures, name):
+            reference = expected(name.removesuffix(" gemm"), x, weights)
+            errors[name] = float(_difference(benchmarking.first_result(*call), reference))
+        if name in failures:
+            del compiled[name]
+        elif not errors[name] <= _MAX_ERROR:
             wrong.append(f"{name} {k}x{n} T={tokens}: error {errors[name]:.2e}, allowed is {_MAX_ERROR}")
             del compiled[name]
-    us = benchmarking.interleaved_us(compiled, rounds=_ROUNDS.value)
+    us: dict[str, float | None] = {**benchmarking.interleaved_us(compiled, rounds=_ROUNDS.value, failures=failures)}
+    us |= dict.fromkeys(failures)
+    errors |= failures
     rows = []
     for name, time in us.items():
         per_weight = 2 if name == "bf16" else 1 if "fp8" in name else 0.5625
@@ -149,7 +158,8 @@ def run_cell(
         )  # fmt: skip
         if "fp8" in name:  # its tensor cores are twice as fast
             floor = max(rows[-1]["floor_us"] / 2, ceilings.floor_us(per_weight * n * k))
-            rows[-1] |= {"floor_us": round(floor, 3), "percent_of_floor": round(100 * floor / time, 1)}
+            percent = None if time is None else round(100 * floor / time, 1)
+            rows[-1] |= {"floor_us": round(floor, 3), "percent_of_floor": percent}
     return rows, wrong
 
 

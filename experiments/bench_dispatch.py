@@ -139,25 +139,30 @@ def run_cell(cell: Cell, formats: list[str], names: list[str]) -> list[dict[str,
     unrolled = 12 if cell.tokens <= 512 else 8 if cell.tokens <= 8192 else 4
 
     def timed(*args):
-        chain = ChainedSteps(mesh, *args, unrolled=unrolled, about_us=25 + cell.tokens / 20)
-        return chain.us(_REPEATS.value)
+        failures: dict[str, str] = {}
+        with benchmarking.noting_out_of_memory(failures, "error"):
+            chain = ChainedSteps(mesh, *args, unrolled=unrolled, about_us=25 + cell.tokens / 20)
+            return {"us": round(chain.us(_REPEATS.value), 2)}
+        return {"us": None, **failures}
 
     if cell.ranks == 1:  # nobody to store to
         names = [name for name in names if name in ("nccl", "xla")]
     rows = []
 
-    def add(op, implementation, wire, us, baseline=None):
+    def add(op, implementation, wire, times, baseline=None):
         row_bytes = {"nvfp4": 9 / 16, "fp8": 1 + 1 / 32, "bf16": 2}[wire] * cell.hidden
         # Kernels of ours send the rows that there are, an all_to_all the whole buffers.
         sent = copies * cell.tokens if implementation in ("mosaic_gpu", "low_latency") else received
-        away = sent * row_bytes * (cell.ranks - 1) / cell.ranks
+        away, us = sent * row_bytes * (cell.ranks - 1) / cell.ranks, times["us"]
         row = {
             "op": op, "implementation": implementation, "wire_format": wire, "ranks": cell.ranks, "T": cell.tokens,
             "routing": cell.routing, "form": cell.form, "H": cell.hidden, "experts": cell.experts,
-            "top_k": cell.top_k, "us": round(us, 2), "bytes_out": round(away), "gbps_out": round(away / us / 1e3, 1),
+            "top_k": cell.top_k, **times, "bytes_out": round(away),
+            "gbps_out": None if us is None else round(away / us / 1e3, 1),
             "baseline": None, "baseline_us": None, "speedup": None,
         }  # fmt: skip
-        if baseline is not None and cell.form == "per_peer":  # per slot the buffers are R times what is sent
+        # Per slot the buffers are R times what is sent.
+        if None not in (baseline, us) and baseline["us"] is not None and cell.form == "per_peer":
             row |= baseline_columns(baseline, us)
         rows.append(row)
         return row
@@ -182,12 +187,13 @@ def baseline_columns(baseline: dict[str, Any], us: float) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """All rows as aligned text."""
-    lines = [f"{'':40}{'ranks':>6}{'T':>7}{'us':>10}{'GB/s out':>10}{'against bf16':>14}"]
+    lines = [f"{'':40}{'ranks':>6}{'T':>7}{'us':>14}{'GB/s out':>10}{'against bf16':>14}"]
     for r in rows:
         name = f"{r['op']}, {r['wire_format']}, {r['implementation']}, {r['routing']}"
         rate = "" if r["gbps_out"] is None else f"{r['gbps_out']:.0f}"
         ratio = "" if r["speedup"] is None else f"{r['speedup']:.2f}x"
-        lines.append(f"{name:40}{r['ranks']:>6}{r['T']:>7}{r['us']:>10.1f}{rate:>10}{ratio:>14}")
+        us = f"{r['us']:.1f}" if r["us"] is not None else r["error"].partition(":")[0]
+        lines.append(f"{name:40}{r['ranks']:>6}{r['T']:>7}{us:>14}{rate:>10}{ratio:>14}")
     return "\n".join(lines)
 
 
@@ -204,7 +210,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         for axis, op in zip(line, ("dispatch", "combine"), strict=True):
             of = (n, op, rows[0]["routing"])
             chosen = [r for r in rows if (r["ranks"], r["op"], r["routing"]) == of and r["speedup"] is not None]
-            for key in dict.fromkeys((r["wire_format"], r["implementation"]) for r in chosen):
+            chosen.sort(key=lambda r: r["T"])  # a file may hold the rows of several runs
+            keys = {(r["wire_format"], r["implementation"]) for r in chosen}
+            for key in sorted(keys, key=lambda key: (WIRE_FORMATS.index(key[0]), list(_STYLES).index(key[1]))):
                 some = [r for r in chosen if (r["wire_format"], r["implementation"]) == key]
                 style = {"color": f"C{WIRE_FORMATS.index(key[0])}", **_STYLES[key[1]]}
                 axis.plot([r["T"] for r in some], [r["speedup"] for r in some], label=", ".join(key), **style)

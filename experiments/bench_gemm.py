@@ -8,13 +8,15 @@ Shapes are ExKxN: E experts on the device with weights [N, K]; m is the mean num
 its task list on the device, inside the timing. Baselines run in turns with it: bf16 through a padded einsum (cuBLAS),
 lax.ragged_dot and JAX's Pallas ragged dot (one configuration each), and tokamax's int4 where it is installed. Before it
 is timed, a kernel must be within 3e-3 of f32 on dequantized weights with NaN in every pad, and SwiGLU in the epilogue
-must have the bits of the two ops. Writes bench_gemm.json and bench_gemm.png.
+must have the bits of the two ops. What runs out of memory has no time: its row says so, the others go on. Writes
+bench_gemm.json and bench_gemm.png.
 """
 
 import dataclasses
+import functools
 import itertools
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +96,8 @@ def main(argv):
     progress = tqdm(total=len(shapes) * len(cells), unit="cell")
     for distribution, (experts, k, n) in itertools.product(distributions, shapes):
         packed = gemm_cases.random_weights(experts, n, k)
-        dense = gemm_cases.densify(packed) if _BASELINES.value else None
+        make_dense = functools.cache(lambda packed=packed: jax.block_until_ready(gemm_cases.densify(packed)))
+        dense = make_dense if _BASELINES.value else None
         for m in [m for d, m in cells if d == distribution]:
             shape = GemmShape(experts, k, n, m, distribution)
             progress.set_description(f"{experts}x{k}x{n} m={m} {distribution}")
@@ -133,63 +136,100 @@ def run_cell(inputs: Inputs, ceilings: benchmarking.Ceilings) -> tuple[list[dict
         fused = gemm_cases.fused_functions(inputs, implementation, poisoned=False)
     others = gemm_cases.bf16_baselines(inputs, gpu)
     if gpu and _BASELINES.value and shape.distribution == "multinomial" and gemm_cases.has_tokamax(shape):
-        others["tokamax int4"] = gemm_cases.tokamax_int4(inputs)
-    calls, hot_copies = {**ours, **fused, **others}, 0
-    if shape.distribution == "one_hot" and gpu:
-        calls, hot_copies = gemm_cases.with_hot_expert_rotated(calls, shape), 8
-    compiled = benchmarking.compile_all({name: benchmarking.rotated(*call) for name, call in calls.items()})
-    errors, wrong = check(inputs, implementation, {name: compiled[name] for name in (*ours, *fused)}, hot_copies)
-    for name in wrong:
+        others["tokamax int4"] = lambda: gemm_cases.tokamax_int4(inputs)
+    hot_copies = 8 if shape.distribution == "one_hot" and gpu else 0
+    failures: dict[str, str] = {}
+    compiled = compile_calls({**_as_made(ours), **_as_made(fused), **others}, shape, hot_copies, failures)
+    mine = {name: compiled[name] for name in (*ours, *fused) if name in compiled}
+    errors, wrong = check(inputs, implementation, mine, hot_copies, failures)
+    del mine
+    for name in (*wrong, *(name for name in failures if name in compiled)):
         del compiled[name]
-    us = benchmarking.interleaved_us(compiled, rounds=_ROUNDS.value)
-    us = {name: time / max(1, hot_copies) for name, time in us.items()}
-    bf16 = {name: us[name] for name in others if name.endswith("bf16")}
-    fastest = min(bf16, key=lambda name: bf16[name]) if bf16 else None
-    rows = []
-    for name, time in us.items():
-        common = dict(num_bytes=shape.num_bytes, flops=shape.flops, ceilings=ceilings, error=errors.get(name))
-        if name in ours:
-            row = benchmarking.result_row(
-                name, implementation, shape.as_dict(), time, baseline=fastest,
-                baseline_us=None if fastest is None else bf16[fastest], **common,
-            )  # fmt: skip
-            row["weight_gbps"] = round(shape.weight_bytes / time / 1e3, 1)
-            row["fp4_peer_us"] = quoted_us(FP4_PEER_MS, shape)
-            row["prototype_us"] = quoted_us(PROTOTYPE_MS, shape)
-        elif name in fused:
-            common["num_bytes"] = gemm_cases.fused_bytes(shape, name)
-            row = benchmarking.result_row(
-                f"grouped_gemm_swiglu {name}", implementation, shape.as_dict(), time, baseline="masked_grouped_gemm",
-                baseline_us=us.get("masked_grouped_gemm"), **common,
-            )  # fmt: skip
-        else:
-            if name in bf16:
-                common["num_bytes"] = shape.num_bytes_bf16
-            row = benchmarking.result_row("grouped_gemm", name, shape.as_dict(), time, **common)
-        rows.append(row)
+    us: dict[str, float | None] = {
+        name: time / max(1, hot_copies)
+        for name, time in benchmarking.interleaved_us(compiled, rounds=_ROUNDS.value, failures=failures).items()
+    }
+    bf16 = {name: time for name, time in us.items() if name in others and name.endswith("bf16")}
+    us |= dict.fromkeys(failures)
+    errors |= failures
+    rows = [make_row(name, shape, ours, fused, us, bf16, errors.get(name), ceilings) for name in us]
     return rows, [f"{name} {shape.as_dict()}: {text}" for name, text in wrong.items()]
 
 
+def make_row(
+    name: str,
+    shape: GemmShape,
+    ours: gemm_cases.Calls,
+    fused: gemm_cases.Calls,
+    us: dict[str, float | None],
+    bf16: dict[str, Any],
+    error: float | str | None,
+    ceilings: benchmarking.Ceilings,
+) -> dict[str, Any]:
+    """What is written of one function: of ours and the fused ones beside the fastest in bf16 and the GEMM alone."""
+    implementation, time = "mosaic_gpu" if benchmarking.on_gpu() else "xla", us[name]
+    common: dict[str, Any] = dict(num_bytes=shape.num_bytes, flops=shape.flops, ceilings=ceilings, error=error)
+    if name in ours:
+        fastest = min(bf16, key=lambda name: bf16[name]) if bf16 else None
+        row = benchmarking.result_row(
+            name, implementation, shape.as_dict(), time, baseline=fastest,
+            baseline_us=None if fastest is None else bf16[fastest], **common,
+        )  # fmt: skip
+        row["weight_gbps"] = None if time is None else round(shape.weight_bytes / time / 1e3, 1)
+        row["fp4_peer_us"] = quoted_us(FP4_PEER_MS, shape)
+        row["prototype_us"] = quoted_us(PROTOTYPE_MS, shape)
+        return row
+    if name in fused:
+        common["num_bytes"] = gemm_cases.fused_bytes(shape, name)
+        return benchmarking.result_row(
+            f"grouped_gemm_swiglu {name}", implementation, shape.as_dict(), time, baseline="masked_grouped_gemm",
+            baseline_us=us.get("masked_grouped_gemm"), **common,
+        )  # fmt: skip
+    if name.endswith("bf16"):
+        common["num_bytes"] = shape.num_bytes_bf16
+    return benchmarking.result_row("grouped_gemm", name, shape.as_dict(), time, **common)
+
+
+def _as_made(calls: gemm_cases.Calls) -> dict[str, Callable[[], gemm_cases.Call]]:
+    return {name: lambda call=call: call for name, call in calls.items()}
+
+
+def compile_calls(
+    makers: dict[str, Callable[[], gemm_cases.Call]], shape: GemmShape, hot_copies: int, failures: dict[str, str]
+) -> dict[str, Any]:
+    """Name -> compiled function, its arguments and repeats; what does not fit the memory is noted in `failures`."""
+    jobs = {}
+    for name, make in makers.items():
+        with benchmarking.noting_out_of_memory(failures, name):
+            call = make()
+            if hot_copies:
+                call = gemm_cases.with_hot_expert_rotated({name: call}, shape, hot_copies)[name]
+            jobs[name] = jax.block_until_ready(benchmarking.rotated(*call))
+    return benchmarking.compile_all(jobs, failures)
+
+
 def check(
-    inputs: Inputs, implementation: str, compiled: dict[str, Any], hot_copies: int
-) -> tuple[dict[str, float], dict[str, str]]:
+    inputs: Inputs, implementation: str, compiled: dict[str, Any], hot_copies: int, failures: dict[str, str]
+) -> tuple[dict[str, Any], dict[str, str]]:
     """With NaN in the pads: errors of our ops (fused: share of values that differ), and what is wrong with which."""
-    errors, wrong = {}, {}
+    errors: dict[str, Any] = {}
+    wrong = {}
     plain = gemm_cases.our_functions(inputs, implementation, poisoned=True)
     for name, (function, args, repeats) in compiled.items():
-        if hot_copies:  # the contiguous form only, which has no pads here
-            errors[name] = relative_error(benchmarking.first_result(function, args, repeats)[0], inputs)
-            limit = _MAX_ERROR
-        elif name in plain:
-            errors[name] = relative_error(_call(function, plain[name][1], repeats), inputs)
-            limit = _MAX_ERROR
-        else:
-            apart, given = gemm_cases.fused_functions(inputs, implementation, poisoned=True, fused=False)[name]
-            valid = jnp.arange(inputs.shape.capacity) < inputs.counts[:, None]
-            result = _call(function, given, repeats)
-            errors[name], limit = float(benchmarking.mismatch(result, jax.jit(apart)(*given), valid)), 0
-        if not errors[name] <= limit:
-            wrong[name] = f"error {errors[name]:.2e}, allowed is {limit}"
+        limit = _MAX_ERROR if hot_copies or name in plain else 0
+        with benchmarking.noting_out_of_memory(failures, name):
+            if hot_copies:  # the contiguous form only, which has no pads here
+                error = relative_error(benchmarking.first_result(function, args, repeats)[0], inputs)
+            elif name in plain:
+                error = relative_error(_call(function, plain[name][1], repeats), inputs)
+            else:
+                apart, given = gemm_cases.fused_functions(inputs, implementation, poisoned=True, fused=False)[name]
+                valid = jnp.arange(inputs.shape.capacity) < inputs.counts[:, None]
+                result = _call(function, given, repeats)
+                error = float(benchmarking.mismatch(result, jax.jit(apart)(*given), valid))
+            errors[name] = error
+            if not error <= limit:
+                wrong[name] = f"error {error:.2e}, allowed is {limit}"
     return errors, wrong
 
 
@@ -202,7 +242,7 @@ def ratios(rows: list[dict[str, Any]]) -> str:
     """Weight bandwidth and speed against what is quoted, as text; empty where nothing is."""
     lines = []
     for r in rows:
-        if r.get("fp4_peer_us"):
+        if r.get("fp4_peer_us") and r["us"] is not None:
             s, prototype = r["shape"], r["prototype_us"]
             lines.append(
                 f"{r['op']:24} {s['E']}x{s['K']}x{s['N']} m={s['m']:<5} {r['weight_gbps']:6.0f} GB/s of weights, "
@@ -311,7 +351,7 @@ def sweep(shapes: list[tuple[int, int, int]], rows_per_expert: list[int]) -> Non
 
 
 def plot(rows: list[dict[str, Any]], ceilings: benchmarking.Ceilings, path: Path) -> None:
-    """Roofline: TFLOP/s over FLOP per byte, one colour per shape; ours filled, the fastest bf16 hollow."""
+    """Roofline: TFLOP/s over FLOP per byte, one colour per shape; ours in circles, the fastest bf16 in squares."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -319,6 +359,7 @@ def plot(rows: list[dict[str, Any]], ceilings: benchmarking.Ceilings, path: Path
 
     figure, axis = plt.subplots(figsize=(8, 5))
     ours = [r for r in rows if r["op"] == "masked_grouped_gemm" and r["shape"]["distribution"] == "multinomial"]
+    ours = [r for r in ours if r["us"] is not None]
     shapes = sorted({(r["shape"]["E"], r["shape"]["K"], r["shape"]["N"]) for r in ours})
     for colour, key in zip(itertools.cycle(plt.rcParams["axes.prop_cycle"].by_key()["color"]), shapes, strict=False):
         chosen = [r for r in ours if (r["shape"]["E"], r["shape"]["K"], r["shape"]["N"]) == key]
@@ -328,14 +369,14 @@ def plot(rows: list[dict[str, Any]], ceilings: benchmarking.Ceilings, path: Path
         axis.plot(intensity, [r["tflops"] for r in chosen], "o-", color=colour, label="E={} K={} N={}".format(*key))
         based = [(GemmShape(*key, r["shape"]["m"]), r) for r in chosen if r["baseline_us"]]
         axis.plot(
-            [s.flops / s.num_bytes_bf16 for s, _ in based], [s.flops / r["baseline_us"] / 1e6 for s, r in based], "o--",
-            color=colour, markerfacecolor="none", linewidth=0.8,
+            [s.flops / s.num_bytes_bf16 for s, _ in based], [s.flops / r["baseline_us"] / 1e6 for s, r in based], "s--",
+            color=colour, markersize=3.5, linewidth=0.8, zorder=1,
         )  # fmt: skip
     intensity = np.geomspace(0.5, 4000, 100)
     roof = np.minimum(intensity * ceilings.copy_bytes_per_s, ceilings.bf16_flops) / 1e12
     axis.plot(intensity, roof, color="black", linewidth=1, label="roofline (measured copy, measured bf16 matmul)")
     axis.set(xscale="log", yscale="log", xlabel="FLOP per byte (weights, x and result once)", ylabel="TFLOP/s")
-    axis.set_title("Grouped GEMM, NVFP4 weights (filled) and fastest bf16 (hollow)")
+    axis.set_title("Grouped GEMM, NVFP4 weights (circles) and fastest bf16 (squares)")
     axis.legend(fontsize=8)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)

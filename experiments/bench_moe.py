@@ -85,49 +85,56 @@ def main(argv):
 
 
 def run_cell(shape: moe_cases.Shape, wire: str, layers: list[str], ceilings) -> list[dict[str, Any]]:
-    """A row for every layer of one shape."""
-    make_mesh = functools.partial(jax.make_mesh, devices=jax.devices()[: shape.ranks])
-    mesh = make_mesh((shape.ranks,), ("ep",), axis_types=(AxisType.Auto,))
-    # With a second axis the kernels that store to peers stand back: what several hosts do.
-    two_axes = make_mesh((1, shape.ranks), ("host", "ep"), axis_types=(AxisType.Auto,) * 2)
-    weights = moe_cases.make_weights(shape, mesh, with_dense=any(name.startswith("bf16") for name in layers))
-    x, ids, topk_weights = moe_cases.make_tokens(shape, mesh)
-    rows, us = [], {}
+    """A row for every layer of one shape; one that ran out of memory has no time, and an error that says so."""
+    rows = []
     for name in layers:
         quantized = name.startswith("nvfp4")
-        if quantized:
-            layer, experts = moe_cases.nvfp4_layer(shape, wire), weights.packed
-        else:
-            layer, experts = moe_cases.bf16_layer(shape, own=name == "bf16"), weights.dense
-        on = two_axes if name.endswith("nccl") else mesh
         floors = moe_cases.floors_us(shape, wire if quantized else "bf16", ceilings, quantized=quantized)
-        step = functools.partial(moe_cases.layer_step, layer=layer)
-        state = (np.zeros(shape.ranks, np.int32), ReceiveBuffers() if name.endswith("low latency") else None)
-        make_chain = functools.partial(
-            ChainedSteps, on, step, state, (x, ids, topk_weights, experts), unrolled=2, about_us=sum(floors.values())
-        )
-        chain = make_chain()
-        us[name] = chain.us(_REPEATS.value)
-        exchanged = [a.bytes for a in wire_bytes(chain.compiled).all_to_alls]
         row = {
-            "layer": name, "wire_format": wire if quantized else "bf16", **shape._asdict(), "us": round(us[name], 1),
+            "layer": name, "wire_format": wire if quantized else "bf16", **shape._asdict(), "us": None,
             "floor_us": round(sum(floors.values()), 1), "floors_us": {k: round(v, 2) for k, v in floors.items()},
-            "all_to_all_bytes": exchanged[: len(exchanged) // chain.steps],
         }  # fmt: skip
-        if _PROFILE.value:
-            if options := compiler_options():  # a program whose kernels a profile can tell apart
-                chain = make_chain(compiler_options=options)
-            stages = stage_times(chain.compiled, chain.run, moe_cases.STAGES, repeats=1)
-            per_layer = jax.process_count() / chain.steps  # a profile sees the devices of its process
-            row["stages_us"] = {stage: round(time * per_layer, 2) for stage, time in stages.items()}
-        rows.append(row)
-    for row in rows:
+        failures: dict[str, str] = {}
+        with benchmarking.noting_out_of_memory(failures, "error"):
+            row |= measure_layer(shape, wire, name, about_us=sum(floors.values()))
+        rows.append(row | failures)
+    timed = {row["layer"]: row for row in rows if row["us"] is not None}
+    for row in timed.values():
         for name in ("bf16", "bf16 jax"):
-            if row["layer"].startswith("nvfp4") and name in us:
-                other = next(r for r in rows if r["layer"] == name)
-                row[f"against {name}"] = round(other["us"] / row["us"], 2)
-                row["against bf16, floors"] = round(other["floor_us"] / row["floor_us"], 2)
+            if row["layer"].startswith("nvfp4") and name in timed:
+                row[f"against {name}"] = round(timed[name]["us"] / row["us"], 2)
+                row["against bf16, floors"] = round(timed[name]["floor_us"] / row["floor_us"], 2)
     return rows
+
+
+def measure_layer(shape: moe_cases.Shape, wire: str, name: str, *, about_us: float) -> dict[str, Any]:
+    """Columns of the row of one layer: microseconds, bytes of its collectives, and its stages where they are asked."""
+    # With a second axis the kernels that store to peers stand back: what several hosts do.
+    axes = {"host": 1, "ep": shape.ranks} if name.endswith("nccl") else {"ep": shape.ranks}
+    make_mesh = functools.partial(jax.make_mesh, devices=jax.devices()[: shape.ranks])
+    mesh = make_mesh((shape.ranks,), ("ep",), axis_types=(AxisType.Auto,))
+    on = make_mesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
+    quantized = name.startswith("nvfp4")
+    weights = moe_cases.make_weights(shape, mesh, with_dense=not quantized)
+    if quantized:
+        layer, experts = moe_cases.nvfp4_layer(shape, wire), weights.packed
+    else:
+        layer, experts = moe_cases.bf16_layer(shape, own=name == "bf16"), weights.dense
+    step = functools.partial(moe_cases.layer_step, layer=layer)
+    state = (np.zeros(shape.ranks, np.int32), ReceiveBuffers() if name.endswith("low latency") else None)
+    operands = (*moe_cases.make_tokens(shape, mesh), experts)
+    make_chain = functools.partial(ChainedSteps, on, step, state, operands, unrolled=2, about_us=about_us)
+    chain = make_chain()
+    found: dict[str, Any] = {"us": round(chain.us(_REPEATS.value), 1)}
+    exchanged = [a.bytes for a in wire_bytes(chain.compiled).all_to_alls]
+    found["all_to_all_bytes"] = exchanged[: len(exchanged) // chain.steps]
+    if _PROFILE.value:
+        if options := compiler_options():  # a program whose kernels a profile can tell apart
+            chain = make_chain(compiler_options=options)
+        stages = stage_times(chain.compiled, chain.run, moe_cases.STAGES, repeats=1)
+        per_layer = jax.process_count() / chain.steps  # a profile sees the devices of its process
+        found["stages_us"] = {stage: round(time * per_layer, 2) for stage, time in stages.items()}
+    return found
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -136,8 +143,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [head + f"{'bf16':>8}{'bf16 jax':>10}{'floors':>8}"]
     ratio = lambda r, key: f"{r[key]:.2f}x" if key in r else ""  # noqa: E731
     for r in rows:
+        us = f"{r['us']:.1f}" if r["us"] is not None else r["error"].partition(":")[0]
         lines.append(
-            f"{r['model']:<14}{r['ranks']:>5}{r['tokens']:>7}  {r['layer']:<12}{r['us']:>10.1f}{r['floor_us']:>9.1f}"
+            f"{r['model']:<14}{r['ranks']:>5}{r['tokens']:>7}  {r['layer']:<12}{us:>10}{r['floor_us']:>9.1f}"
             f"{ratio(r, 'against bf16'):>8}{ratio(r, 'against bf16 jax'):>10}{ratio(r, 'against bf16, floors'):>8}"
         )
         if "stages_us" in r:
@@ -152,7 +160,10 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    rows = [r for r in rows if r["us"] is not None]
     ranks = sorted({r["ranks"] for r in rows})
+    if not rows:
+        return
     figure, axes = plt.subplots(len(ranks), 1, figsize=(12, 4.5 * len(ranks)), squeeze=False)
     names = [name for name in LAYERS if any(r["layer"] == name for r in rows)]
     width = 0.8 / len(names)

@@ -81,14 +81,13 @@ class GemmShape:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Random data on the device. dense: the same weights in bf16 [E, N, K], or None; dense_kn: [E, K, N]."""
+    """Random data on the device. dense: makes the same weights in bf16 [E, N, K] and [E, K, N], once; or None."""
 
     shape: GemmShape
     packed: PackedWeights
     x_rows: jax.Array  # [rows, K], sorted by expert
     counts: jax.Array
-    dense: jax.Array | None
-    dense_kn: jax.Array | None
+    dense: Callable[[], tuple[jax.Array, jax.Array]] | None = None
 
     def x_masked(self, *, poisoned: bool) -> jax.Array:
         """The rows in the masked layout; pads hold NaN, or copies of rows (numbers, for timing)."""
@@ -125,13 +124,16 @@ def densify(packed: PackedWeights) -> tuple[jax.Array, jax.Array]:
     return lax.map(expert, packed)
 
 
-def make_inputs(shape: GemmShape, packed: PackedWeights, dense: tuple[jax.Array, jax.Array] | None = None) -> Inputs:
-    """Normal x; weights, packed and from `densify`, are shared by the shapes of one (E, K, N)."""
+def make_inputs(
+    shape: GemmShape, packed: PackedWeights, dense: Callable[[], tuple[jax.Array, jax.Array]] | None = None
+) -> Inputs:
+    """Normal x; weights, packed and what makes them dense, are shared by the shapes of one (E, K, N)."""
     make_x = jax.jit(lambda: jax.random.normal(jax.random.key(3), (shape.experts * shape.m, shape.k), jnp.bfloat16))
-    return Inputs(shape, packed, make_x(), jnp.asarray(shape.counts()), *(dense or (None, None)))
+    return Inputs(shape, packed, make_x(), jnp.asarray(shape.counts()), dense)
 
 
-Calls = dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]
+Call = tuple[Callable[..., Any], tuple[Any, ...]]  # a function and its arguments
+Calls = dict[str, Call]
 
 
 def our_functions(inputs: Inputs, implementation: str, *, poisoned: bool) -> Calls:
@@ -187,31 +189,34 @@ def with_hot_expert_rotated(calls: Calls, shape: GemmShape, copies: int = 8) -> 
     return {name: (rotate(function), (*args[:-1], rotated)) for name, (function, args) in calls.items()}
 
 
-def bf16_baselines(inputs: Inputs, gpu: bool) -> Calls:
-    """Unquantized weights through what JAX offers; the counts are the last argument where there are any."""
-    w, shape = inputs.dense, inputs.shape
-    if w is None:
+def bf16_baselines(inputs: Inputs, gpu: bool) -> dict[str, Callable[[], Call]]:
+    """Name -> what makes a call of unquantized weights through what JAX offers, counts last where it takes them.
+
+    Making a call allocates its weights and tokens, and may run out of memory.
+    """
+    dense, shape = inputs.dense, inputs.shape
+    if dense is None:
         return {}
-    found: Calls = {}
+    found: dict[str, Callable[[], Call]] = {}
     if shape.fits_masked and shape.distribution != "one_hot":
-        found["padded einsum bf16"] = (
+        found["padded einsum bf16"] = lambda: (
             lambda x, w: jnp.einsum("emk,enk->emn", x, w),
-            (inputs.x_masked(poisoned=False), w),
+            (inputs.x_masked(poisoned=False), dense()[0]),
         )
-    found["lax.ragged_dot bf16"] = (
+    found["lax.ragged_dot bf16"] = lambda: (
         lambda x, w, c: lax.ragged_dot(x, w, c, preferred_element_type=jnp.bfloat16),
-        (inputs.x_rows, inputs.dense_kn, inputs.counts),
+        (inputs.x_rows, dense()[1], inputs.counts),
     )
     if gpu:
         from jax.experimental.pallas.ops.gpu import ragged_dot_mgpu
 
         rows = 64 if shape.m <= 64 else 128
-        found["pallas ragged_dot bf16"] = (
+        found["pallas ragged_dot bf16"] = lambda: (
             lambda x, w, c: ragged_dot_mgpu.ragged_dot(
                 x, w, group_sizes=c, block_m=rows, block_n=128, block_k=64, max_concurrent_steps=5,
                 grid_block_n=4, transpose_rhs=True,
             ),
-            (inputs.x_rows, w, inputs.counts),
+            (inputs.x_rows, dense()[0], inputs.counts),
         )  # fmt: skip
     return found
 
@@ -221,7 +226,7 @@ def has_tokamax(shape: GemmShape) -> bool:
     return all(importlib.util.find_spec(name) for name in ("tokamax", "qwix")) and shape.k % 128 == 0
 
 
-def tokamax_int4(inputs: Inputs) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+def tokamax_int4(inputs: Inputs) -> Call:
     """Its ragged dot as it tunes itself, int4 weights with scales per 128: a peer in speed, not in values."""
     import tokamax  # pyrefly: ignore[missing-import]
     from qwix import QArray  # pyrefly: ignore[missing-import]

@@ -95,32 +95,40 @@ def make_tokens(shape: Shape, mesh: Mesh) -> tuple[jax.Array, jax.Array, jax.Arr
 
 
 def make_weights(shape: Shape, mesh: Mesh, *, with_dense: bool) -> Weights:
-    """Random, the same on every device; kept for the next shape of the same layer."""
-    key = (*shape._replace(tokens=0), with_dense)
+    """Random, the same on every device; kept for the next shape of the same layer, and for its dense weights."""
+    key = shape._replace(tokens=0)
     if key not in _made:
         _made.clear()
-        _made[key] = _make_weights(shape, mesh, with_dense)
+        gemm_1, gemm_2 = _local_weights(shape)
+        scale_2 = jnp.full((shape.local_experts, 1, 1), _ACTIVATION_SCALE, jnp.float32)
+        _made[key] = Weights(_everywhere((gemm_1, gemm_2, scale_2), shape, mesh), ())
+    if with_dense and not _made[key].dense:
+        dense = tuple(densify(w)[0] for w in _local_weights(shape))
+        _made[key] = _made[key]._replace(dense=jax.block_until_ready(_everywhere(dense, shape, mesh)))
     return _made[key]
 
 
-_made: dict[Any, Weights] = {}
+_made: dict[Shape, Weights] = {}
 
 
-def _make_weights(shape, mesh, with_dense):
-    sharding, local = NamedSharding(mesh, P("ep")), shape.local_experts
-
-    def everywhere(leaf):
-        whole = (shape.ranks * leaf.shape[0], *leaf.shape[1:])
-        mine = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
-        return jax.make_array_from_single_device_arrays(whole, sharding, [jax.device_put(leaf, d) for d in mine])
-
-    gemm_1 = random_weights(local, 2 * shape.intermediate, shape.hidden)
-    gemm_2 = random_weights(local, shape.hidden, shape.intermediate)
+def _local_weights(shape: Shape) -> tuple[PackedWeights, PackedWeights]:
+    """Those of one device."""
+    gemm_1 = random_weights(shape.local_experts, 2 * shape.intermediate, shape.hidden)
+    gemm_2 = random_weights(shape.local_experts, shape.hidden, shape.intermediate)
     # Random codes and scales are of size 5: scaled so that the layer neither grows nor shrinks its input much.
     gemm_1, gemm_2 = (PackedWeights(w.words, w.global_scale / (5 * w.shape[2] ** 0.5)) for w in (gemm_1, gemm_2))
-    dense = (densify(gemm_1)[0], densify(gemm_2)[0]) if with_dense else ()
-    packed = (gemm_1, gemm_2, jnp.full((local, 1, 1), _ACTIVATION_SCALE, jnp.float32))
-    return Weights(jax.tree.map(everywhere, packed), tuple(everywhere(w) for w in dense))
+    return gemm_1, gemm_2
+
+
+def _everywhere(local: Any, shape: Shape, mesh: Mesh) -> Any:
+    """Arrays sharded over `ep` that have the leaves of `local` on every device."""
+    mine = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+
+    def spread(leaf):
+        whole, parts = (shape.ranks * leaf.shape[0], *leaf.shape[1:]), [jax.device_put(leaf, d) for d in mine]
+        return jax.make_array_from_single_device_arrays(whole, NamedSharding(mesh, P("ep")), parts)
+
+    return jax.tree.map(spread, local)
 
 
 def nvfp4_layer(shape: Shape, wire_format: str):

@@ -8,7 +8,7 @@ def scaling_rows(rows: list[dict[str, Any]], link_gbps: float) -> list[dict[str,
     """One row per op, implementation, wire format, case, T and ranks: per token, and against fewer ranks."""
     found: dict[Any, dict[str, Any]] = {}
     for r in rows:
-        if r["routing"] != "random":
+        if r["routing"] != "random" or r["us"] is None:
             continue
         experts, top_k = r.get("experts", 64), r.get("top_k", 8)  # what files had before they said so
         case = f"top {top_k} of {experts}, H={r['H']}" + ("" if r["form"] == "per_peer" else f", {r['form']}")

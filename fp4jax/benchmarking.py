@@ -55,6 +55,21 @@ def count_compilations() -> Iterator[list[str]]:
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
+@contextlib.contextmanager
+def noting_out_of_memory(failures: dict[Any, str] | None, *names: Any) -> Iterator[None]:
+    """Where the device runs out of memory, the block inside ends, and `failures` says so of every name.
+
+    The exception is gone afterwards, and with it all that only the block held on the device. Every other error passes,
+    and so does this one where `failures` is None.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if failures is None or "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        failures.update(dict.fromkeys(names, f"out of memory: {str(error).splitlines()[0]}"))
+
+
 def on_gpu() -> bool:
     """Whether JAX's default device is a GPU."""
     return jax.devices()[0].platform == "gpu"
@@ -97,13 +112,23 @@ def rotated(fn: Callable[..., Any], args: Sequence[Any]) -> tuple[Callable[..., 
     return run, [copies], repeats
 
 
-def compile_all(jobs: dict[Any, tuple[Any, Any, int]]) -> dict[Any, tuple[Any, Any, int]]:
-    """Name -> (function, args, repeats) with every function compiled: lowered in turn, compiled in parallel."""
+def compile_all(
+    jobs: dict[Any, tuple[Any, Any, int]], failures: dict[Any, str] | None = None
+) -> dict[Any, tuple[Any, Any, int]]:
+    """Name -> (function, args, repeats) with every function compiled: lowered in turn, compiled in parallel.
+
+    A job that runs out of memory is noted in `failures` and left out; without that argument it raises.
+    """
+    compiled = {}
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         futures = {}
         for key, (fn, args, repeats) in jobs.items():
-            futures[key] = (pool.submit(jax.jit(fn).lower(*args).compile), args, repeats)
-        return {key: (future.result(), args, repeats) for key, (future, args, repeats) in futures.items()}
+            with noting_out_of_memory(failures, key):
+                futures[key] = (pool.submit(jax.jit(fn).lower(*args).compile), args, repeats)
+        for key, (future, args, repeats) in futures.items():
+            with noting_out_of_memory(failures, key):
+                compiled[key] = (future.result(), args, repeats)
+    return compiled
 
 
 def first_result(compiled: Any, args: Sequence[Any], repeats: int) -> Any:
@@ -128,13 +153,26 @@ def mismatch(a: Any, b: Any, valid: Any) -> jax.Array:
     return worst
 
 
-def interleaved_us(candidates: dict[str, tuple[Any, Sequence[Any], int]], *, rounds: int = 3) -> dict[str, float]:
-    """Median device time in microseconds of each name -> (compiled, args, repeats inside), measured in turns."""
-    times: dict[str, list[float]] = {name: [] for name in candidates}
+def interleaved_us(
+    candidates: dict[Any, tuple[Any, Sequence[Any], int]], *, rounds: int = 3, failures: dict[Any, str] | None = None
+) -> dict[Any, float]:
+    """Median device time in microseconds of each name -> (compiled, args, repeats inside), measured in turns.
+
+    A candidate that runs out of memory is noted in `failures`, removed from `candidates`, so that its inputs are free
+    for the others, and has no time; without that argument it raises.
+    """
+    times: dict[Any, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
-        for name, (compiled, args, repeats) in candidates.items():
-            times[name] += [us / repeats for us in device_us(compiled, args)]
-    return {name: statistics.median(t) for name, t in times.items()}
+        for name in list(candidates):
+            with noting_out_of_memory(failures, name):
+                times[name] += _us_per_repeat(*candidates[name])
+            if failures and name in failures:
+                del candidates[name]
+    return {name: statistics.median(times[name]) for name in candidates}
+
+
+def _us_per_repeat(compiled: Any, args: Sequence[Any], repeats: int) -> list[float]:
+    return [us / repeats for us in device_us(compiled, args)]
 
 
 def measure_ceilings(*, copy_mib: int | None = None, matmul: int | None = None) -> Ceilings:
@@ -152,46 +190,52 @@ def result_row(
     op: str,
     implementation: str,
     shape: dict[str, Any],
-    us: float,
+    us: float | None,
     *,
     num_bytes: float,
     flops: float = 0,
     ceilings: Ceilings,
     baseline: str | None = None,
     baseline_us: float | None = None,
-    error: float | None = None,
+    error: float | str | None = None,
 ) -> dict[str, Any]:
-    """One flat row: time, TFLOP/s, GB/s, floor and percent of it, and the ratio to a named baseline."""
+    """One flat row: time, TFLOP/s, GB/s, floor and percent of it, and the ratio to a named baseline.
+
+    error: of the result; or, where `us` is None, why there is no time.
+    """
     floor = ceilings.floor_us(num_bytes, flops)
     return {
         "op": op,
         "implementation": implementation,
         "shape": shape,
-        "us": round(us, 3),
-        "tflops": round(flops / us / 1e6, 2),
-        "gbps": round(num_bytes / us / 1e3, 1),
+        "us": None if us is None else round(us, 3),
+        "tflops": None if us is None else round(flops / us / 1e6, 2),
+        "gbps": None if us is None else round(num_bytes / us / 1e3, 1),
         "floor_us": round(floor, 3),
-        "percent_of_floor": round(100 * floor / us, 1),
+        "percent_of_floor": None if us is None else round(100 * floor / us, 1),
         "baseline": baseline,
         "baseline_us": None if baseline_us is None else round(baseline_us, 3),
-        "speedup": None if baseline_us is None else round(baseline_us / us, 2),
+        "speedup": None if us is None or baseline_us is None else round(baseline_us / us, 2),
         "error": error,
     }
 
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows as aligned text."""
+    """Rows as aligned text; one without a time says why."""
     head = ("op", "shape", "impl", "us", "GB/s", "TFLOP/s", "floor us", "% floor", "baseline", "x faster")
     lines = [head]
     for r in rows:
         shape = " ".join(f"{k}={v}" for k, v in r["shape"].items())
+        if r["us"] is None:
+            reason = str(r["error"]).partition(":")[0]
+            measured = (reason, "", "", f"{r['floor_us']:.1f}", "")
+        else:
+            measured = (
+                f"{r['us']:.1f}", f"{r['gbps']:.0f}", f"{r['tflops']:.0f}", f"{r['floor_us']:.1f}",
+                f"{r['percent_of_floor']:.0f}",
+            )  # fmt: skip
         ratio = "" if r["speedup"] is None else f"{r['speedup']:.2f}"
-        lines.append(
-            (
-                r["op"], shape, r["implementation"], f"{r['us']:.1f}", f"{r['gbps']:.0f}", f"{r['tflops']:.0f}",
-                f"{r['floor_us']:.1f}", f"{r['percent_of_floor']:.0f}", r["baseline"] or "", ratio,
-            )
-        )  # fmt: skip
+        lines.append((r["op"], shape, r["implementation"], *measured, r["baseline"] or "", ratio))
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     numeric = set(range(3, 8)) | {9}
     return "\n".join(
