@@ -58,7 +58,8 @@ _SWEEP_SHAPES = (
 
 
 def main(argv):
-    del argv
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     gpu = benchmarking.on_gpu()
     models = _MODELS.value or (list(MODELS) if gpu else ["qwen3-30b"])
     if unknown := set(models) - set(MODELS):

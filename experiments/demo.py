@@ -10,6 +10,7 @@ lets the quantized model write. Without GPUs the devices are virtual CPU devices
 import json
 import math
 import os
+import platform
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,9 +21,9 @@ import numpy as np
 from absl import app, flags
 from flax import nnx
 from jax.sharding import AxisType
-from ml_collections import config_flags
 from tqdm import tqdm
 
+from experiments.config_flag import define_config
 from experiments.corpus import load_corpus, windows
 from experiments.evaluation import evaluate
 from experiments.stage_times import compiler_options, stage_times
@@ -33,9 +34,7 @@ from fp4jax.models.serving import configure_experts, quantize_experts
 from fp4jax.routing import route
 
 _ROOT = Path(__file__).resolve().parent
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", str(_ROOT.parent / "configs" / "tiny_lm.py"), "Settings; the demo reads its `demo` section."
-)
+_CONFIG = define_config("configs/tiny_lm.py", "Settings; the demo reads its `demo` section.")
 _MODEL = flags.DEFINE_string(
     "model", str(_ROOT / "checkpoints" / "tiny_lm"), "Folder with config.json and safetensors."
 )
@@ -161,32 +160,46 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Bits per byte of every variant, and bytes per token of the widest dispatch, as one PNG."""
+def text_note(folder: str | None, digest: str) -> str:
+    """Which text the numbers are of, and whether README's are of the same."""
+    readme = json.loads((_ROOT / "results" / "cpu" / "demo.json").read_text())["inputs"]["corpus_digest"]
+    name = f"the standard library of Python {platform.python_version()}" if folder is None else f"--corpus={folder}"
+    same = "the text of README's table"
+    other = f"README's table is of another text, digest {readme[:12]}, and has other numbers"
+    return f"held-out text: {name}, digest {digest[:12]}; {same if digest == readme else other}"
+
+
+def plot(rows: list[dict[str, Any]], note: str, path: Path) -> None:
+    """How far every variant is from bf16, and bytes per token of the widest dispatch, as one PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(3, 2), layout="constrained")
-    names = [row["name"].replace(" wire", "\nwire") for row in rows]
-    values = [row["bits_per_byte"] for row in rows]
-    bars = left.barh(names, values, color=["tab:gray", *["tab:blue"] * (len(rows) - 1)])
-    left.bar_label(bars, fmt="%.4f", padding=3)
+    base, *others = rows
+    names = [row["name"].replace(" wire", "\nwire") for row in others]
+    changes = [100 * (row["bits_per_byte"] / base["bits_per_byte"] - 1) for row in others]
+    labels = [f"{c:+.2f}%  ({row['bits_per_byte']:.4f})" for c, row in zip(changes, others, strict=True)]
+    left.bar_label(left.barh(names, changes, color="tab:blue"), labels, padding=3)
+    left.axvline(0, color="black", linewidth=0.8)
     left.invert_yaxis()
-    left.set_xlim(0, max(values) * 1.18)
-    left.set(xlabel="held-out bits per byte (lower is better)", title="Quality")
+    left.margins(x=0.4)  # room for the labels
+    left.set_xlabel("held-out bits per byte against bf16, % (lower is better)")
+    left.set_title(f"Quality; bf16 has {base['bits_per_byte']:.4f} bits per byte")
     wired = [row for row in rows if row.get("wire", {}).get("dispatch")]
     position = np.arange(len(wired))
     for offset, key, label in ((-0.2, "wire_bf16", "bf16"), (0.2, "wire", "nvfp4")):
         heights = [row[key]["dispatch"] for row in wired]
         right.bar_label(right.bar(position + offset, heights, 0.38, label=label), fmt="%.0f")
     right.set_xticks(position, [f"ep={row['ep']}" for row in wired])
+    right.margins(y=0.1)
     right.set(ylabel="bytes per token and layer", title="Dispatch, leaving a device")
     if wired:
         right.legend(title="wire format", loc="upper left")
     else:
         right.text(0.5, 0.5, "one device: no wire", ha="center", transform=right.transAxes)
+    figure.supxlabel(note, fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -227,7 +240,8 @@ def main(argv: list[str]) -> None:
         for variant in progress:
             progress.set_description(variant.name)
             rows.append(measure(variant, _MODEL.value, text, calibration, settings))
-    print(table(rows))
+    note = text_note(_CORPUS.value, corpus.digest)
+    print(table(rows), note, sep="\n\n")
     left_out = [n for n in EP if n > len(jax.devices())]
     if left_out:
         print(f"ep={', '.join(map(str, left_out))} left out: JAX sees {len(jax.devices())} device(s)")
@@ -244,11 +258,11 @@ def main(argv: list[str]) -> None:
     report = {
         "experiment": "demo", "device": device, "num_devices": len(jax.devices()), "jax": jax.__version__,
         "inputs": {"model": Path(_MODEL.value).name, "corpus_digest": corpus.digest, "windows": len(text),
-                   "sequence_length": settings.sequence_length, "seed": _SEED.value},
+                   "sequence_length": settings.sequence_length, "seed": _SEED.value, "text": note},
         "rows": rows, "sample": sample,
     }  # fmt: skip
     (output / "demo.json").write_text(json.dumps(report, indent=1) + "\n")
-    plot(rows, output / "demo.png")
+    plot(rows, note, output / "demo.png")
     print(f"wrote {output / 'demo.json'} and {output / 'demo.png'}")
 
 

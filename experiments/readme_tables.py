@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from absl import app
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
 
@@ -234,7 +236,13 @@ def rewrite(text: str) -> str:
     return text
 
 
-if __name__ == "__main__":
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     readme = ROOT / "README.md"
     readme.write_text(rewrite(readme.read_text()))
     print(f"rewrote {', '.join(tables())} in {readme.name}")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -9,7 +9,10 @@ saved every config.train.checkpoint_every steps, and where a run is ended early:
 compiling, evaluating and saving, and by Ctrl-C or SIGTERM (exit status 130 or 143). The step that runs then is taken
 again later; a second Ctrl-C saves nothing.
 
-TIME_AND_MEMORY
+The whole run of configs/tiny_lm.py, 4000 steps of 64 x 512 bytes, is for an accelerator: two CPU cores need about half a
+minute per step, so more than a day, and 11 GiB. With config.train.batch_size=8 a step takes some 4 seconds and 2.2 GiB.
+Setting up and compiling take half a minute before the first step. Expect bits per byte to fall from 8, a uniform
+guess, to 1.05 on held-out files at the end.
 """
 
 import math

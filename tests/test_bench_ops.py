@@ -52,6 +52,7 @@ def test_bad_flags_name_the_value():
             ("--tokens=many",): "many",
             ("--tokens=0",): "positive",
             ("--ops=sort",): "route_metadata",
+            ("stray",): "unexpected arguments",
         },
     )
 

@@ -59,6 +59,9 @@ def test_demo_table_plot_and_json(report):
         assert row["dropped"] == 0
     assert (folder / "demo.png").read_bytes().startswith(b"\x89PNG")
     assert "continues the prompt" in printed
+    note = values["inputs"]["text"]
+    assert note in printed and values["inputs"]["corpus_digest"][:12] in note
+    assert "held-out text: --corpus=" in note and "README's table is of another text, digest " in note
     assert values["sample"].startswith("def read_lines")
 
 
@@ -110,6 +113,7 @@ def test_demo_refuses_bad_flags():
             ("--new_bytes=3000",): "--new_bytes=3000",
             ("--temperature=inf",): "--temperature=inf",
             ("stray",): "unexpected arguments",
+            ("--config=configs/none.py",): "there is no file configs/none.py",
             ("--wire=int8",): "Unknown command line flag 'wire'",
         },
     )

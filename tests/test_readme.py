@@ -1,7 +1,13 @@
 """README.md: its tables are those of the committed results, and its example runs."""
 
+import os
 import pathlib
 import re
+import shutil
+import subprocess
+import sys
+
+import pytest
 
 from experiments.readme_tables import rewrite
 
@@ -11,6 +17,17 @@ README = (ROOT / "README.md").read_text()
 
 def test_tables_are_generated_from_the_results():
     assert rewrite(README) == README
+
+
+@pytest.mark.parametrize(("argument", "said"), [("--help", "Rewrite the tables"), ("stray", "unexpected arguments")])
+def test_readme_is_written_only_when_nothing_else_is_asked(tmp_path, argument, said):
+    (tmp_path / "experiments").mkdir()
+    script = shutil.copy(ROOT / "experiments" / "readme_tables.py", tmp_path / "experiments")
+    (tmp_path / "README.md").write_text("no tables")
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, script, argument], env=env, capture_output=True, text=True, timeout=60)
+    assert said in done.stdout + done.stderr and "Traceback" not in done.stderr
+    assert (tmp_path / "README.md").read_text() == "no tables"
 
 
 def test_examples_run(capsys):
