@@ -162,7 +162,7 @@ def run_cell(cell: Cell, formats: list[str], names: list[str]) -> list[dict[str,
             "baseline": None, "baseline_us": None, "speedup": None,
         }  # fmt: skip
         # Per slot the buffers are R times what is sent.
-        if None not in (baseline, us) and baseline["us"] is not None and cell.form == "per_peer":
+        if us is not None and baseline is not None and baseline["us"] is not None and cell.form == "per_peer":
             row |= baseline_columns(baseline, us)
         rows.append(row)
         return row

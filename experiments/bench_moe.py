@@ -86,11 +86,11 @@ def main(argv):
 
 def run_cell(shape: moe_cases.Shape, wire: str, layers: list[str], ceilings) -> list[dict[str, Any]]:
     """A row for every layer of one shape; one that ran out of memory has no time, and an error that says so."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in layers:
         quantized = name.startswith("nvfp4")
         floors = moe_cases.floors_us(shape, wire if quantized else "bf16", ceilings, quantized=quantized)
-        row = {
+        row: dict[str, Any] = {
             "layer": name, "wire_format": wire if quantized else "bf16", **shape._asdict(), "us": None,
             "floor_us": round(sum(floors.values()), 1), "floors_us": {k: round(v, 2) for k, v in floors.items()},
         }  # fmt: skip

@@ -25,5 +25,5 @@ def define_config(default: str, description: str) -> flags.FlagHolder:
     holder = config_flags.DEFINE_config_file("config", str(ROOT / default), description)
     parser = flags.FLAGS[holder.name].parser
     parse = parser.parse
-    parser.parse = lambda name: parse(find_config(name))
+    parser.parse = lambda argument: parse(find_config(argument))
     return holder

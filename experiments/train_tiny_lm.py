@@ -1,7 +1,7 @@
 """Train the byte-level Mixture-of-Experts model of `make demo` on real text.
 
     python experiments/train_tiny_lm.py --output_dir=checkpoints/tiny_lm
-    python experiments/train_tiny_lm.py --max_minutes=30 --config.train.batch_size=8 --config.train.warmup_steps=20
+    python experiments/train_tiny_lm.py --max_minutes=30 --config.train.batch_size=8
 
 Writes a Hugging Face style folder (config.json, model.safetensors in bfloat16), train_log.json and loss_curve.png. The
 state of the run lives in --workdir; the same command continues an interrupted run, bit for bit on one machine. It is
@@ -9,10 +9,10 @@ saved every config.train.checkpoint_every steps, and where a run is ended early:
 compiling, evaluating and saving, and by Ctrl-C or SIGTERM (exit status 130 or 143). The step that runs then is taken
 again later; a second Ctrl-C saves nothing.
 
-The whole run of configs/tiny_lm.py, 4000 steps of 64 x 512 bytes, is for an accelerator: two CPU cores need about half a
-minute per step, so more than a day, and 11 GiB. With config.train.batch_size=8 a step takes some 4 seconds and 2.2 GiB.
-Setting up and compiling take half a minute before the first step. Expect bits per byte to fall from 8, a uniform
-guess, to 1.05 on held-out files at the end.
+The whole run of configs/tiny_lm.py, 4000 steps of 64 x 512 bytes, is for an accelerator: two CPU cores need about half
+a minute per step, more than a day in all, and 11 GiB. With config.train.batch_size=8 it is some 4 seconds per step and
+2.2 GiB. Setting up and compiling take up to half a minute before the first step. Expect bits per byte to fall from 8, a
+uniform guess, to 1.05 on held-out files at the end.
 """
 
 import math

@@ -96,7 +96,7 @@ class Training:
         self.held_out = windows(corpus.held_out, config.train.sequence_length)
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
         self.step, self.saved_step = 0, -1
-        self.in_flight: deque[tuple[TrainState, jax.Array]] = deque()
+        self.in_flight: deque[tuple[TrainState, Any]] = deque()
         device = jax.devices()[0].device_kind
         self.summary = {"parameters": self.parameters, "corpus_digest": corpus.digest, "device": device}
         logging.info(
@@ -121,7 +121,7 @@ class Training:
         """The program of one step."""
         return make_step(self.graphdef, self.optimizer, self.settings).lower(self.state, self.data).compile()
 
-    def start_step(self, program: jax.stages.Compiled) -> None:
+    def start_step(self, program: Any) -> None:
         """Put one more step into the device's queue."""
         last = self.in_flight[-1][0] if self.in_flight else self.state
         self.in_flight.append(program(last, self.data))

@@ -97,7 +97,7 @@ def test_a_baseline_without_memory_leaves_the_others_their_times(script):
     assert not wrong
     failed = [row for row in rows if row["us"] is None]
     assert len(failed) == _FAILED[script] < len(rows)
-    assert all(row["error"].startswith("out of memory: RESOURCE_EXHAUSTED") for row in failed)
+    assert all(row["error"].startswith("out of memory: ") for row in failed)
     assert all(row["us"] > 0 for row in rows if row not in failed)
     assert sum("out of memory" in line for line in table.splitlines()) == len(failed)
 
