@@ -33,7 +33,7 @@ from absl import app, flags
 from flax import nnx
 from tqdm import tqdm
 
-from experiments import block_report, flags as shared_flags
+from experiments import block_graph_flags, block_report, outputs, script
 from experiments.flag_values import integers
 from experiments.graph_kernels import KEEP_GRAPHS, Kernel, kernel_columns, profile_kernels
 from fp4jax import benchmarking, bucket_planner
@@ -49,7 +49,7 @@ _TRACE = flags.DEFINE_string("trace", None, "File with one token count per line,
 _MAX_BUCKETS = flags.DEFINE_integer("max_buckets", 5, "Of a plan.", lower_bound=1)
 _GRANULARITY = flags.DEFINE_integer("granularity", 8, "Buckets of a plan are multiples of it.", lower_bound=1)
 _ONLY_WARM_UP = flags.DEFINE_bool("only_warm_up", False, "Compile everything, print the seconds, and stop.")
-_OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Folder for JSON and PNG; default: output/bench_block_graph.")
+_OUTPUT_DIR = flags.DEFINE_string("output_dir", "output/bench_block_graph", "Folder for JSON and PNG.")
 
 _CALLS = 20  # one after the other, between two looks at the clock
 _NO_COMMAND_BUFFERS = {"xla_gpu_enable_command_buffer": ""}
@@ -62,8 +62,10 @@ _INPUTS = (
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    files = ("plan.json", "bench_block_graph.json", "bench_block_graph.png", "bench_block_graph_timeline.png")
+    folder = outputs.check_folder("output_dir", _OUTPUT_DIR.value, *files)
     gpu = benchmarking.on_gpu()
-    options = shared_flags.block_graph_options(buckets=bucket_planner.REFERENCE_BUCKETS if gpu else (8, 16))
+    options = block_graph_flags.block_graph_options(buckets=bucket_planner.REFERENCE_BUCKETS if gpu else (8, 16))
     tokens = integers("tokens", _TOKENS.value or ((1, 100, 300, 700, 1500) if gpu else (3, 12)))
     batches = integers("batch", _BATCH.value or ((1, 8) if gpu else (2,)))
     if options.enabled and max(tokens) > options.buckets[-1]:
@@ -73,10 +75,11 @@ def main(argv):
         plan = bucket_planner.plan_buckets(calls, _MAX_BUCKETS.value, granularity=_GRANULARITY.value)
     except (OSError, ValueError) as error:
         raise app.UsageError(f"--trace: {error}") from error
-    model = make_model(gpu, _LAYERS.value)
-    if 2 * max(options.buckets) > model.config.max_position_embeddings:
-        limit = model.config.max_position_embeddings // 2
+    config = model_config(gpu, _LAYERS.value)
+    if 2 * max(options.buckets) > config.max_position_embeddings:
+        limit = config.max_position_embeddings // 2
         raise app.UsageError(f"bucket sizes up to {limit} fit the model of the benchmark, got {max(options.buckets)}")
+    model = make_model(config)
     make = functools.partial(BucketedModel, model, batch_buckets=batches, max_length=2 * max(options.buckets))
     if _ONLY_WARM_UP.value:
         served = make(buckets=options.buckets)
@@ -86,7 +89,6 @@ def main(argv):
         seconds["compiling_s"] = round(sum(took.compiling for took in every), 2)
         print(json.dumps(seconds))
         return
-    folder = Path(_OUTPUT_DIR.value or "output/bench_block_graph")
     folder.mkdir(parents=True, exist_ok=True)
     bucket_planner.save_plan(plan, folder / "plan.json")
     rows = plan_rows(calls, plan)
@@ -116,15 +118,20 @@ def main(argv):
     print(f"wrote {folder}/bench_block_graph.json and bench_block_graph.png")
 
 
-def make_model(gpu: bool, layers: int) -> Qwen3Moe:
-    """Random weights."""
+def model_config(gpu: bool, layers: int) -> Qwen3MoeConfig:
+    """Of Qwen3-30B with a smaller vocabulary, or tiny."""
     shape: dict[str, Any] = dict(vocab_size=256, hidden_size=64, num_attention_heads=4, num_key_value_heads=2,
                                  head_dim=16, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32,
                                  dtype="float32")  # fmt: skip
     if gpu:
         shape = dict(vocab_size=32768, hidden_size=2048, num_attention_heads=32, num_key_value_heads=4, head_dim=128,
                      num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768)  # fmt: skip
-    model = Qwen3Moe(Qwen3MoeConfig(num_hidden_layers=layers, **shape), rngs=nnx.Rngs(0))
+    return Qwen3MoeConfig(num_hidden_layers=layers, **shape)
+
+
+def make_model(config: Qwen3MoeConfig) -> Qwen3Moe:
+    """Random weights, the experts in NVFP4."""
+    model = Qwen3Moe(config, rngs=nnx.Rngs(0))
     quantize_experts(model)
     configure_experts(model, activation_format_1="nvfp4", activation_format_2="nvfp4")
     return model
@@ -279,6 +286,7 @@ def start_rows(buckets: Sequence[int], batches: Sequence[int]) -> list[dict[str,
             **os.environ, "JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # this process has a part of the memory
+            "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
         }  # fmt: skip
         command = [
             sys.executable, __file__, "--only_warm_up", f"--layers={_LAYERS.value}",
@@ -374,4 +382,4 @@ def plot_timelines(timelines: dict[str, list[Kernel]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    script.run(main)

@@ -23,6 +23,7 @@ from absl import app, flags
 from jax import lax
 from tqdm import tqdm
 
+from experiments import outputs, script
 from experiments.flag_values import integers
 from fp4jax import benchmarking, nvfp4
 from fp4jax.block_fp8 import block_fp8_matmul, dequantize_blocks, quantize_blocks
@@ -33,7 +34,7 @@ from pallas_kernels import fp8_gemm, quantize_fp8
 _SHAPES = flags.DEFINE_list("shapes", None, "KxN of weights; default: dense layers of DeepSeek-V3 and Qwen3-30B.")
 _TOKENS = flags.DEFINE_list("tokens", None, "Rows; default: 1,16,128,512,1024,4096 (CPU: 16).")
 _ROUNDS = flags.DEFINE_integer("rounds", 2, "Rounds of 10 iterations per function, in turns.", lower_bound=1)
-_OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Folder for JSON and PNG; default: output/bench_dense.")
+_OUTPUT_DIR = flags.DEFINE_string("output_dir", "output/bench_dense", "Folder for JSON and PNG.")
 
 _DEFAULT_SHAPES = ("7168x4096", "16384x7168", "1536x24576", "2048x5120", "7168x576")
 _MAX_ERROR = 1e-5  # rounding results to bf16 makes about 2e-6
@@ -43,12 +44,12 @@ _INPUTS = "random normal bf16 activations and weights; inputs smaller than twice
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    folder = outputs.check_folder("output_dir", _OUTPUT_DIR.value, "bench_dense.json", "bench_dense.png")
     gpu = benchmarking.on_gpu()
     shapes = [_parse_shape(s) for s in _SHAPES.value or (_DEFAULT_SHAPES if gpu else ("128x128",))]
     tokens = integers("tokens", _TOKENS.value or ((1, 16, 128, 512, 1024, 4096) if gpu else (16,)))
     ceilings = benchmarking.measure_ceilings()
     print(f"copy {ceilings.copy_bytes_per_s / 1e12:.2f} TB/s, bf16 matmul {ceilings.bf16_flops / 1e12:.1f} TFLOP/s")
-    folder = Path(_OUTPUT_DIR.value or "output/bench_dense")
     rows: list[dict[str, Any]] = []
     wrong: list[str] = []
     for k, n in tqdm(shapes, unit="shape"):
@@ -208,4 +209,4 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    script.run(main)

@@ -31,6 +31,7 @@ from absl import app, flags
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from tqdm import tqdm
 
+from experiments import outputs, script
 from experiments.chained_steps import ChainedSteps
 from experiments.dispatch_cases import (
     Cell,
@@ -55,7 +56,7 @@ _ROUTINGS = flags.DEFINE_list("routings", None, "random, even; default: both.")
 _FORM = flags.DEFINE_enum("form", "per_peer", ["per_peer", "per_slot"], "What a row is: see fp4jax.dispatch.")
 _HIDDEN = flags.DEFINE_integer("hidden", None, "H; default: 7168 (CPU: 256).", lower_bound=32)
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed calls per cell, of which the median counts.", lower_bound=1)
-_OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Folder for JSON and PNG; default: output/bench_dispatch.")
+_OUTPUT_DIR = flags.DEFINE_string("output_dir", "output/bench_dispatch", "Folder for JSON and PNG.")
 
 _EXPERTS = flags.DEFINE_integer("experts", 64, "Experts of all devices together.", lower_bound=1)
 _TOP_K = flags.DEFINE_integer("top_k", 8, "Experts of a token; random routing.", lower_bound=1)
@@ -77,9 +78,9 @@ AXIS = P("ep")
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    folder = outputs.check_folder("output_dir", _OUTPUT_DIR.value, "bench_dispatch.json", "bench_dispatch.png")
     gpu = benchmarking.on_gpu()
     ranks = integers("ranks", _RANKS.value or [n for n in (2, 4, 8) if n <= jax.device_count()])
-    ranks = list(dict.fromkeys(ranks))
     if not ranks or max(ranks) > jax.device_count():
         asked = f"asked for {ranks}" if ranks else "of which there must be 2, or --ranks=1"
         raise app.UsageError(f"--ranks: JAX sees {jax.device_count()} devices, {asked}")
@@ -102,7 +103,6 @@ def main(argv):
         raise app.UsageError(f"--implementations={','.join(names)}: kernels need GPUs, without them there is xla")
     if ranks == [1] and not set(names) & {"nccl", "xla"}:
         raise app.UsageError("--ranks=1 has nobody to store to: --implementations=nccl or xla")
-    folder = Path(_OUTPUT_DIR.value or "output/bench_dispatch")
     rows: list[dict[str, Any]] = []
     cells = [
         Cell(n, t, routing, hidden, _FORM.value, experts, 1 if routing == "even" else top_k)
@@ -228,4 +228,4 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    script.run(main)

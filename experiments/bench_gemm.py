@@ -26,7 +26,7 @@ import numpy as np
 from absl import app, flags
 from tqdm import tqdm
 
-from experiments import gemm_cases
+from experiments import gemm_cases, outputs, script
 from experiments.gemm_cases import GemmShape, Inputs
 from fp4jax import benchmarking
 from fp4jax.grouped_gemm import unpack_weights
@@ -40,7 +40,7 @@ _DISTRIBUTIONS = flags.DEFINE_list("distributions", None, "Of the rows over the 
 _BASELINES = flags.DEFINE_bool("baselines", True, "Also time the other implementations.")
 _ROUNDS = flags.DEFINE_integer("rounds", 2, "Rounds of 10 iterations per implementation, in turns.", lower_bound=1)
 _SWEEP = flags.DEFINE_bool("sweep", False, "Time many configurations and rewrite the tuning table.")
-_OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Folder for JSON and PNG; default: output/bench_gemm.")
+_OUTPUT_DIR = flags.DEFINE_string("output_dir", "output/bench_gemm", "Folder for JSON and PNG.")
 
 _INPUTS = (
     "random codes, block scales of 2^-3 to 2^2.6, a global scale per row, normal bf16 x; multinomial rows with a fixed "
@@ -71,6 +71,7 @@ _PEER_M = (1, 4, 16, 64, 256, 1024)
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    folder = outputs.check_folder("output_dir", _OUTPUT_DIR.value, "bench_gemm.json", "bench_gemm.png")
     gpu = benchmarking.on_gpu()
     shapes = [_parse_shape(s) for s in _SHAPES.value or (_DEFAULT_SHAPES if gpu else ("4x128x128",))]
     try:
@@ -87,7 +88,6 @@ def main(argv):
         return
     ceilings = benchmarking.measure_ceilings()
     print(f"copy {ceilings.copy_bytes_per_s / 1e12:.2f} TB/s, bf16 matmul {ceilings.bf16_flops / 1e12:.1f} TFLOP/s")
-    folder = Path(_OUTPUT_DIR.value or "output/bench_gemm")
     rows, wrong = [], []
     cells = [
         (d, m) for d in distributions for m in rows_per_expert
@@ -384,4 +384,4 @@ def plot(rows: list[dict[str, Any]], ceilings: benchmarking.Ceilings, path: Path
 
 
 if __name__ == "__main__":
-    app.run(main)
+    script.run(main)

@@ -12,6 +12,7 @@ the kernel drops when it needs them. Writes bench_loading.json.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,16 +27,19 @@ from absl import app, flags
 from flax import nnx
 from tqdm import tqdm
 
+from experiments import outputs, script
+from experiments.flag_values import finite
 from experiments.synthetic_checkpoint import layers_for, write_checkpoint
 from fp4jax import benchmarking
 from fp4jax.checkpoint import load_model
+from fp4jax.checkpoint.match import match_folder
 
 _MODEL = flags.DEFINE_string("model", None, "Folder to load; default: a synthetic one is written and removed.")
 _GIGABYTES = flags.DEFINE_float(
     "gigabytes", 2.0, "Size of the synthetic folder, in layers of Qwen3-30B.", lower_bound=0.1
 )
 _ROUNDS = flags.DEFINE_integer("rounds", 2, "Loads per state of the page cache; the fastest counts.", lower_bound=1)
-_OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Folder for the JSON; default: output/bench_loading.")
+_OUTPUT_DIR = flags.DEFINE_string("output_dir", "output/bench_loading", "Folder for the JSON.")
 
 _SAMPLE_SECONDS = 0.002
 _ROOT = Path(__file__).parents[1]
@@ -45,16 +49,22 @@ _CHILD = "import json, sys; from experiments.bench_loading import measure; print
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    if _MODEL.value is not None and not Path(_MODEL.value).is_dir():
-        raise app.UsageError(f"--model: {_MODEL.value} is not a folder")
+    path = outputs.check_folder("output_dir", _OUTPUT_DIR.value, "bench_loading.json") / "bench_loading.json"
+    num_bytes = int(finite("gigabytes", _GIGABYTES.value) * 1e9)
+    if _MODEL.value is not None:
+        try:
+            match_folder(Path(_MODEL.value))
+        except (ValueError, OSError) as error:
+            raise app.UsageError(f"--model: {error}") from error
+    elif num_bytes > (free := shutil.disk_usage(tempfile.gettempdir()).free):
+        raise app.UsageError(f"--gigabytes={_GIGABYTES.value}: {tempfile.gettempdir()} has room for {free / 1e9:.1f}")
     with tempfile.TemporaryDirectory(prefix="bench_loading_") as temporary:
         folder, name = Path(_MODEL.value or temporary), _MODEL.value
         if name is None:
-            layers = layers_for(int(_GIGABYTES.value * 1e9))
+            layers = layers_for(num_bytes)
             write_checkpoint(folder, layers)
             name = f"{layers} layers of Qwen3-30B, NVFP4"
         rows = measure_all(folder, name)
-    path = Path(_OUTPUT_DIR.value or "output/bench_loading") / "bench_loading.json"
     inputs = "random codes and scales in ModelOpt's layout, sharded" if _MODEL.value is None else "a folder as it is"
     benchmarking.save_results(path, "bench_loading", rows, inputs=inputs)
     print("cache   seconds    GB/s   host memory, peak in MB: anonymous    files   (largest parameter: MB)")
@@ -155,4 +165,4 @@ def drop_from_cache(files: list[Path]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    script.run(main)

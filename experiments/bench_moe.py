@@ -27,7 +27,7 @@ from absl import app, flags
 from jax.sharding import AxisType
 from tqdm import tqdm
 
-from experiments import flags as shared_flags, moe_cases
+from experiments import moe_cases, outputs, process_flags, script, wire_flag
 from experiments.chained_steps import ChainedSteps
 from experiments.flag_values import choices, integers
 from experiments.stage_times import compiler_options, stage_times
@@ -41,7 +41,7 @@ LAYERS = ("nvfp4", "nvfp4 low latency", "nvfp4 nccl", "bf16", "bf16 jax")
 _LAYERS = flags.DEFINE_list("layers", None, f"Of {', '.join(LAYERS)}; default: all.")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed calls per layer, of which the median counts.", lower_bound=1)
 _PROFILE = flags.DEFINE_bool("profile", True, "Also measure the stages.")
-_OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Folder for JSON and PNG; default: output/bench_moe.")
+_OUTPUT_DIR = flags.DEFINE_string("output_dir", "output/bench_moe", "Folder for JSON and PNG.")
 
 _INPUTS = (
     "normal bf16 tokens, distinct experts per token drawn uniformly with a fixed seed, random 4-bit weights and the "
@@ -53,8 +53,9 @@ _INPUTS = (
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    shared_flags.join_processes()
-    wire = shared_flags.wire_format("nvfp4")
+    folder = outputs.check_folder("output_dir", _OUTPUT_DIR.value, "bench_moe.json", "bench_moe.png")
+    process_flags.join_processes()
+    wire = wire_flag.wire_format("nvfp4")
     gpu = benchmarking.on_gpu()
     models = choices("models", _MODELS.value, moe_cases.MODELS, moe_cases.MODELS[:-1] if gpu else ("tiny",))
     # Buffers that a program keeps need the kernels that store to peers.
@@ -67,8 +68,12 @@ def main(argv):
         raise app.UsageError(f"--ranks: needs 2 devices or more, JAX sees {jax.device_count()}, asked for {ranks}")
     if jax.process_count() > 1 and ranks != [jax.device_count()]:
         raise app.UsageError(f"--ranks: several processes use all their {jax.device_count()} devices, got {ranks}")
+    for n, model in itertools.product(ranks, models):
+        if (experts := moe_cases.make_shape(model, n, 1).experts) % n:
+            raise app.UsageError(f"--ranks={n} does not divide the {experts} experts of {model}")
+    if "nvfp4 low latency" in layers and "nvfp4 low latency" not in usual:
+        raise app.UsageError("--layers: 'nvfp4 low latency' needs kernels that store to peers, on GPUs of one process")
     ceilings = benchmarking.measure_ceilings()
-    folder = Path(_OUTPUT_DIR.value or "output/bench_moe")
     rows: list[dict[str, Any]] = []
     cells = list(itertools.product(ranks, models, tokens))
     progress = tqdm(cells, unit="cell", disable=jax.process_index() > 0)
@@ -188,4 +193,4 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    script.run(main)

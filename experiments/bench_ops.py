@@ -18,7 +18,9 @@ from typing import Any
 from absl import app, flags
 from tqdm import tqdm
 
-from experiments.op_cases import MODELS, Case, all_cases
+from experiments import outputs, script
+from experiments.flag_values import choices, integers
+from experiments.op_cases import MODELS, OPS, Case, all_cases
 from fp4jax import benchmarking
 from pallas_kernels import (
     permute as permute_kernels,
@@ -29,10 +31,10 @@ from pallas_kernels import (
 
 _MODELS = flags.DEFINE_list("models", None, f"Models, of {', '.join(MODELS)}; default: all (CPU: qwen3-30b).")
 _TOKENS = flags.DEFINE_list("tokens", None, "Token counts; default: 128,1024,4096,8192,16384 (CPU: 128).")
-_OPS = flags.DEFINE_list("ops", None, "Names of ops to run; default: all.")
+_OPS = flags.DEFINE_list("ops", None, f"Of {', '.join(OPS)}; default: all.")
 _ROUNDS = flags.DEFINE_integer("rounds", 2, "Rounds of 10 iterations per implementation, in turns.", lower_bound=1)
 _SWEEP = flags.DEFINE_bool("sweep", False, "Time every tuning configuration and rewrite the tuning table.")
-_OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Folder for JSON and PNG; default: output/bench_ops.")
+_OUTPUT_DIR = flags.DEFINE_string("output_dir", "output/bench_ops", "Folder for JSON and PNG.")
 
 _INPUTS = (
     "random: normal bf16 activations, random codes and scales, distinct experts per token drawn uniformly with a fixed "
@@ -60,29 +62,20 @@ _SWEEP_SHAPES = (
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    folder = outputs.check_folder("output_dir", _OUTPUT_DIR.value, "bench_ops.json", "bench_ops.png")
     gpu = benchmarking.on_gpu()
-    models = _MODELS.value or (list(MODELS) if gpu else ["qwen3-30b"])
-    if unknown := set(models) - set(MODELS):
-        raise app.UsageError(f"--models: {sorted(unknown)} unknown; choose of {list(MODELS)}")
-    try:
-        tokens = [int(t) for t in _TOKENS.value or ((128, 1024, 4096, 8192, 16384) if gpu else (128,))]
-    except ValueError as error:
-        raise app.UsageError(f"--tokens: {error}") from error
-    if min(tokens) < 1:
-        raise app.UsageError(f"--tokens must be positive, got {min(tokens)}")
+    models = choices("models", _MODELS.value, tuple(MODELS), tuple(MODELS) if gpu else ("qwen3-30b",))
+    tokens = integers("tokens", _TOKENS.value or ((128, 1024, 4096, 8192, 16384) if gpu else (128,)))
+    ops = choices("ops", _OPS.value, OPS, OPS)
     if _SWEEP.value:
+        outputs.check_file("sweep", str(tuning.TABLE))
         sweep()
         return
     ceilings = benchmarking.measure_ceilings()
     print(f"copy {ceilings.copy_bytes_per_s / 1e12:.2f} TB/s, bf16 matmul {ceilings.bf16_flops / 1e12:.1f} TFLOP/s")
-    folder = Path(_OUTPUT_DIR.value or "output/bench_ops")
     rows, wrong = [], []
     for name, count in tqdm(list(itertools.product(models, tokens)), desc="shapes", unit="shape"):
-        every = all_cases(name, count)
-        cases = [c for c in every if _OPS.value is None or c.op in _OPS.value]
-        if not cases:
-            raise app.UsageError(f"--ops: none of {_OPS.value} exists; choose of {[c.op for c in every]}")
-        found, bad = run_cases(cases, ceilings)
+        found, bad = run_cases([case for case in all_cases(name, count) if case.op in ops], ceilings)
         rows += found
         wrong += bad
         # After every shape, so that a run that is stopped leaves what it measured.
@@ -192,4 +185,4 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    script.run(main)

@@ -23,6 +23,7 @@ from flax import nnx
 from jax.sharding import AxisType
 from tqdm import tqdm
 
+from experiments import script
 from experiments.config_flag import define_config
 from experiments.corpus import load_corpus, windows
 from experiments.evaluation import evaluate
@@ -267,4 +268,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    script.run(main)

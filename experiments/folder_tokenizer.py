@@ -17,7 +17,12 @@ class ByteTokenizer:
 
 
 class FileTokenizer:
-    """A tokenizer.json."""
+    """A tokenizer.json: the same text gives the same tokens, all of them and no others.
+
+    Training and quantizing leave in the file how they cut and padded a batch, and at random took some merges for
+    missing (BPE's dropout); none of that concerns the text of a user. What the file adds to every text (a token at its
+    begin) is meant for the model, and stays.
+    """
 
     def __init__(self, path: Path):
         try:
@@ -28,6 +33,10 @@ class FileTokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises nothing narrower
             raise app.UsageError(f"{path} is not a tokenizer: {error}") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        if getattr(self._tokenizer.model, "dropout", None) is not None:
+            self._tokenizer.model.dropout = None
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text).ids

@@ -6,32 +6,41 @@
 
 Loads any folder that inspect_checkpoint.py says loads, with the tokenizer of its tokenizer.json (the `tokenizers`
 package; a model of at most 256 tokens without one reads bytes), and prints the continuation and tokens per second of
-prefill and decoding, compilation apart. --ep splits the experts over devices; --wire_format, or FD_DISPATCH_USE_FP4,
-says how tokens cross between them. Without sampling the model runs in blocks compiled ahead of time: --block_graph and
-its environment switches, see experiments/flags.py.
+prefill and decoding, compilation apart, where there are enough tokens to measure. --ep splits the experts over devices;
+--wire_format, or FD_DISPATCH_USE_FP4, says how tokens cross between them. Without sampling the model runs in blocks
+compiled ahead of time (--block_graph and its environment switches, see experiments/block_graph_flags.py), else as one
+program; the output says which.
 """
 
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from experiments import block_report, flags as shared_flags
+from experiments import block_graph_flags, block_report, outputs, rates, script, wire_flag
+from experiments.flag_values import finite
 from experiments.folder_tokenizer import tokenizer_of
+from experiments.text_files import check_text, read_text
 from fp4jax.checkpoint import load_model
-from fp4jax.checkpoint.folder_config import end_token_ids
+from fp4jax.checkpoint.folder_config import end_token_ids, read_config
 from fp4jax.models import BucketedModel, configure_experts, generate
 
-_MODEL = flags.DEFINE_string("model", None, "Folder in Hugging Face layout.", required=True)
-_PROMPT = flags.DEFINE_string("prompt", "The meaning of life is", "Text that the model continues.")
+_DEFAULT_PROMPT = "The meaning of life is"
+_MODEL = flags.DEFINE_string("model", None, "Folder in Hugging Face layout; required.", required=True)
+_PROMPT = flags.DEFINE_string("prompt", None, f"Text that the model continues; default: '{_DEFAULT_PROMPT}'.")
+_PROMPT_FILE = flags.DEFINE_string(
+    "prompt_file", None, "File with the text instead, taken whole, its last line end too; -: standard input."
+)
 _NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Tokens to generate.", lower_bound=1)
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token.", lower_bound=0)
-_SEED = flags.DEFINE_integer("seed", 0, "Of what is drawn.")
+_TEMPERATURE = flags.DEFINE_float(
+    "temperature", 0.0, "0 takes the likeliest token, more draws one: not in blocks.", lower_bound=0
+)
+_SEED = flags.DEFINE_integer("seed", 0, "Of what is drawn.", lower_bound=0, upper_bound=2**32 - 1)
 _QUANTIZATION = flags.DEFINE_string("quantization", None, "JSON or a method's name; default: as the folder is.")
 _EP = flags.DEFINE_integer("ep", 1, "Devices that the experts are split over.", lower_bound=1)
 _LOW_LATENCY = flags.DEFINE_bool(
@@ -41,47 +50,111 @@ _DTYPE = flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "What the mod
 _INPUT_SCALES = flags.DEFINE_enum(
     "input_scales", "stored", ["stored", "per_token"], "Of layers with NVFP4 activations."
 )
-_JSON = flags.DEFINE_string("json", None, "File for the text and the numbers.")
+_JSON = flags.DEFINE_string("json", None, "File for the text and the numbers; default: none is written.")
+
+
+class Request(NamedTuple):
+    """What is to be done, checked before any weight is read."""
+
+    folder: Path
+    tokenizer: Any
+    prompt: str
+    ids: list[int]
+    options: block_graph_flags.BlockGraphOptions  # enabled: whether it runs in blocks
+    wire_format: str | None  # None: one device, nothing crosses
+    ends: set[int]  # tokens that end a text
 
 
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    if _EP.value > len(jax.devices()):
-        raise app.UsageError(f"--ep={_EP.value}: JAX sees {len(jax.devices())} devices")
-    options = shared_flags.block_graph_options()
-    if _LOW_LATENCY.value and (_EP.value < 2 or not options.enabled or _TEMPERATURE.value > 0):
+    request = checked_request()
+    model = loaded_model(request)
+    run = in_blocks if request.options.enabled else at_once
+    answer, numbers = run(model, request.ids, request.options)
+    text = request.tokenizer.decode(until_end(answer, request.ends))
+    way = {
+        "ran": "in blocks compiled ahead of time" if request.options.enabled else "as one program",
+        "ep": _EP.value,
+        "wire_format": request.wire_format,
+    }
+    print(f"\n{request.prompt}{text}\n")
+    print(rates.as_text(way, numbers))
+    if _JSON.value:
+        report = {"prompt": request.prompt, "prompt_ids": request.ids, "text": text, "ids": answer, **way, **numbers}
+        Path(_JSON.value).write_text(json.dumps(report, indent=1) + "\n")
+
+
+def checked_request() -> Request:
+    """Of the flags and the small files of the folder.
+
+    Raises:
+      app.UsageError: for whatever would fail after the weights are loaded, or be ignored.
+    """
+    options, ep, wire_format = block_graph_flags.block_graph_options(), _EP.value, None
+    if finite("temperature", _TEMPERATURE.value) > 0:
+        if asked := block_graph_flags.flags_about_blocks():
+            raise app.UsageError(f"{' and '.join(asked)}: blocks take the likeliest token, not with --temperature")
+        options = options._replace(enabled=False)
+    if _LOW_LATENCY.value and (ep < 2 or not options.enabled):
         raise app.UsageError("--low_latency is about decode steps across devices: with --ep, in blocks, not sampled")
+    if ep > 1:
+        wire_format = wire_flag.wire_format("nvfp4")
+    elif wire_flag.WIRE_FORMAT.value is not None:
+        raise app.UsageError("--wire_format says how tokens cross between devices: with --ep")
+    if _JSON.value is not None:
+        outputs.check_file("json", _JSON.value)
+    prompt, source = prompt_of_flags()
     folder = Path(_MODEL.value)
-    mesh = jax.make_mesh((_EP.value,), ("ep",), devices=jax.devices()[: _EP.value]) if _EP.value > 1 else None
-    start = time.perf_counter()
+    try:
+        config, ends = read_config(folder, _DTYPE.value), end_token_ids(folder)
+    except (ValueError, OSError) as error:
+        raise app.UsageError(str(error)) from error
+    if ep > len(jax.devices()):
+        raise app.UsageError(f"--ep={ep}: JAX sees {len(jax.devices())} devices")
+    if config.num_experts % ep:
+        raise app.UsageError(f"--ep={ep} does not divide the model's {config.num_experts} experts")
+    tokenizer = tokenizer_of(folder, config)
+    ids = checked_ids(tokenizer, prompt, source, config)
+    return Request(folder, tokenizer, prompt, ids, options, wire_format, ends)
+
+
+def prompt_of_flags() -> tuple[str, str]:
+    """The prompt, and the flag that it comes from."""
+    if _PROMPT_FILE.value is None:
+        return check_text("prompt", _DEFAULT_PROMPT if _PROMPT.value is None else _PROMPT.value), "--prompt"
+    if _PROMPT.value is not None:
+        raise app.UsageError("--prompt and --prompt_file exclude each other")
+    return read_text("prompt_file", _PROMPT_FILE.value), "--prompt_file"
+
+
+def checked_ids(tokenizer: Any, prompt: str, source: str, config: Any) -> list[int]:
+    """Tokens of the prompt; app.UsageError where the model does not know them, or has no room for them and the new."""
+    ids, new = tokenizer.encode(prompt), _NEW_TOKENS.value
+    if not ids or max(ids) >= config.vocab_size:
+        raise app.UsageError(f"{source} has {len(ids)} tokens, up to {max(ids, default=0)}; the model knows "
+                             f"{config.vocab_size}")  # fmt: skip
+    if len(ids) + new > config.max_position_embeddings:
+        raise app.UsageError(f"{source}: {len(ids)} tokens and {new} new ones exceed max_position_embeddings="
+                             f"{config.max_position_embeddings}")  # fmt: skip
+    return ids
+
+
+def loaded_model(request: Request) -> Any:
+    """The model of the folder, its experts over --ep devices; says how long that took, and what its layers are."""
+    ep, start = _EP.value, time.perf_counter()
+    mesh = jax.make_mesh((ep,), ("ep",), devices=jax.devices()[:ep]) if ep > 1 else None
     try:
         model, config = load_model(
-            folder, mesh=mesh, quantization=_QUANTIZATION.value, dtype=_DTYPE.value, input_scales=_INPUT_SCALES.value
-        )
+            request.folder, mesh=mesh, quantization=_QUANTIZATION.value, dtype=_DTYPE.value,
+            input_scales=_INPUT_SCALES.value,
+        )  # fmt: skip
     except (ValueError, FileNotFoundError) as error:
         raise app.UsageError(str(error)) from error
     print(f"loaded in {time.perf_counter() - start:.1f} s: {config.to_hf()['model_type']}, {layer_kinds(model)}")
     if mesh is not None:
-        wire_format = shared_flags.wire_format("nvfp4")
-        configure_experts(model, wire_format=wire_format, low_latency=_LOW_LATENCY.value)
-    tokenizer = tokenizer_of(folder, config)
-    ids = tokenizer.encode(_PROMPT.value)
-    if not ids or max(ids) >= config.vocab_size:
-        raise app.UsageError(f"--prompt has {len(ids)} tokens, up to {max(ids, default=0)}; the model knows "
-                             f"{config.vocab_size}")  # fmt: skip
-    if len(ids) + _NEW_TOKENS.value > config.max_position_embeddings:
-        raise app.UsageError(f"{len(ids)} tokens and {_NEW_TOKENS.value} new ones exceed max_position_embeddings="
-                             f"{config.max_position_embeddings}")  # fmt: skip
-    run = in_blocks if options.enabled and _TEMPERATURE.value == 0 else at_once
-    answer, numbers = run(model, ids, options)
-    text = tokenizer.decode(until_end(answer, end_token_ids(folder)))
-    print(f"\n{_PROMPT.value}{text}\n")
-    print(f"prefill: {numbers['prefill_tokens_per_s']:.0f} tokens/s, decoding: "
-          f"{numbers['decode_tokens_per_s']:.1f} tokens/s, compiled in {numbers['compile_s']:.1f} s")  # fmt: skip
-    if _JSON.value:
-        report = {"prompt": _PROMPT.value, "prompt_ids": ids, "text": text, "ids": answer, **numbers}
-        Path(_JSON.value).write_text(json.dumps(report, indent=1) + "\n")
+        configure_experts(model, wire_format=request.wire_format, low_latency=_LOW_LATENCY.value)
+    return model
 
 
 def layer_kinds(model: Any) -> str:
@@ -98,8 +171,8 @@ def until_end(ids: list[int], ends: set[int]) -> list[int]:
 
 
 def in_blocks(
-    model: Any, ids: list[int], options: shared_flags.BlockGraphOptions
-) -> tuple[list[int], dict[str, float]]:
+    model: Any, ids: list[int], options: block_graph_flags.BlockGraphOptions
+) -> tuple[list[int], dict[str, Any]]:
     """Greedy, through executables of the token counts that this prompt needs."""
     largest = options.buckets[-1]
     chunks = {largest} if len(ids) > largest else set()
@@ -117,10 +190,11 @@ def in_blocks(
     prefill = time.perf_counter() - start
     start = time.perf_counter()
     answer = served.generate([ids], _NEW_TOKENS.value)[0]
-    return answer, numbers_of(ids, prefill, time.perf_counter() - start, compiled)
+    whole = time.perf_counter() - start
+    return answer, rates.of_run(len(ids), _NEW_TOKENS.value, prefill, whole, compiled)
 
 
-def at_once(model: Any, ids: list[int], options: Any) -> tuple[list[int], dict[str, float]]:
+def at_once(model: Any, ids: list[int], options: Any) -> tuple[list[int], dict[str, Any]]:
     """In one program for the whole text, with sampling."""
     del options
     prompt = jnp.asarray([ids], jnp.int32)
@@ -134,19 +208,9 @@ def at_once(model: Any, ids: list[int], options: Any) -> tuple[list[int], dict[s
     first = seconds(1)[1] + seconds(_NEW_TOKENS.value)[1]
     _, prefill = seconds(1)
     out, whole = seconds(_NEW_TOKENS.value)
-    return np.asarray(out)[0, len(ids) :].tolist(), numbers_of(ids, prefill, whole, first - prefill - whole)
-
-
-def numbers_of(ids: list[int], prefill: float, whole: float, compiled: float) -> dict[str, float]:
-    """Tokens per second; decoding is what is left of the whole without the prefill."""
-    decoding = max(whole - prefill, 1e-9)
-    steps = _NEW_TOKENS.value - 1
-    return {
-        "prefill_tokens_per_s": round(len(ids) / prefill, 1),
-        "decode_tokens_per_s": round(steps / decoding, 1) if steps else 0.0,
-        "compile_s": round(compiled, 2),
-    }
+    numbers = rates.of_run(len(ids), _NEW_TOKENS.value, prefill, whole, first - prefill - whole)
+    return np.asarray(out)[0, len(ids) :].tolist(), numbers
 
 
 if __name__ == "__main__":
-    app.run(main)
+    script.run(main)

@@ -11,20 +11,23 @@ from pathlib import Path
 
 from absl import app, flags
 
+from experiments import outputs, script
 from fp4jax.checkpoint.inspect import as_text, inspect_folder
 
-_MODEL = flags.DEFINE_string("model", None, "Folder in Hugging Face layout.", required=True)
+_MODEL = flags.DEFINE_string("model", None, "Folder in Hugging Face layout; required.", required=True)
 _QUANTIZATION = flags.DEFINE_string("quantization", None, "JSON, as for generate.py; default: as the folder is.")
 _EP = flags.DEFINE_integer("ep", 1, "Devices that the experts are split over.", lower_bound=1)
 _INPUT_SCALES = flags.DEFINE_enum(
     "input_scales", "stored", ["stored", "per_token"], "Of layers with NVFP4 activations."
 )
-_JSON = flags.DEFINE_string("json", None, "File for the report; -: print it instead of text.")
+_JSON = flags.DEFINE_string("json", None, "File for the report; -: print it instead of text; default: none is written.")
 
 
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    if _JSON.value not in (None, "-"):
+        outputs.check_file("json", _JSON.value)
     try:
         report = inspect_folder(
             _MODEL.value, quantization=_QUANTIZATION.value, ep=_EP.value, input_scales=_INPUT_SCALES.value
@@ -39,4 +42,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    script.run(main)

@@ -215,7 +215,14 @@ def permute_cases(name: str, model: Model, tokens: int) -> list[Case]:
     ]  # fmt: skip
 
 
+OPS = (
+    "quantize", "quantize_swizzled", "quantize_per_token", "swiglu_quantize", "swiglu_quantize_as_bf16",
+    "route_metadata", "permute_rows", "permute_rows_decoded", "permute", "permute_swizzled", "permute_decoded",
+    "depermute",
+)  # fmt: skip
+
+
 def all_cases(name: str, tokens: int) -> list[Case]:
-    """Every case of one model and token count."""
+    """Every case of one model and token count, in the order of OPS."""
     model = MODELS[name]
     return quantize_cases(name, model, tokens) + swiglu_cases(name, model, tokens) + permute_cases(name, model, tokens)

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from absl import app, flags
 
-from experiments.flag_values import integers
+from experiments import outputs, script
+from experiments.flag_values import finite, integers
 from experiments.scaling_report import plot, scaling_rows, table
 
 _RESULTS = flags.DEFINE_list(
@@ -29,6 +30,11 @@ _OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Folder for JSON and PNG; 
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    link_gbps = finite("link_gbps", _LINK_GBPS.value)
+    if not _RESULTS.value:
+        raise app.UsageError("--results names no file")
+    folder = str(Path(_RESULTS.value[0]).parent) if _OUTPUT_DIR.value is None else _OUTPUT_DIR.value
+    folder = outputs.check_folder("output_dir", folder, "scaling.json", "scaling.png")
     reports = []
     for name in _RESULTS.value:
         if not Path(name).is_file():
@@ -40,12 +46,11 @@ def main(argv):
         if not isinstance(report, dict) or report.get("experiment") != "bench_dispatch":
             raise app.UsageError(f"--results: {name} holds no results of bench_dispatch.py")
         reports.append(report)
-    rows = scaling_rows([r for report in reports for r in report["rows"]], _LINK_GBPS.value)
+    rows = scaling_rows([r for report in reports for r in report["rows"]], link_gbps)
     if tokens := integers("tokens", _TOKENS.value or []):
         rows = [r for r in rows if r["T"] in tokens]
     if not rows:
         raise app.UsageError("--results: no rows of random routing" + (f" with T in {tokens}" if tokens else ""))
-    folder = Path(_OUTPUT_DIR.value or Path(_RESULTS.value[0]).parent)
     folder.mkdir(parents=True, exist_ok=True)
     devices = sorted({str(report["device"]) for report in reports})
     report = {"experiment": "plot_scaling", "devices": devices, "rows": rows}
@@ -56,4 +61,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    script.run(main)

@@ -1,6 +1,6 @@
 """A checkpoint in NVFP4: python experiments/quantize_checkpoint.py --model=DIR --output=OUT --calibration=TEXT
 
-    python experiments/quantize_checkpoint.py --model=experiments/checkpoints/tiny_lm --output=/tmp/tiny_fp4 \
+    python experiments/quantize_checkpoint.py --model=experiments/checkpoints/tiny_lm --output=/tmp/tiny_fp4
         --calibration=experiments/corpus.py --sequence_length=256
     python experiments/quantize_checkpoint.py --model=/tmp/tiny_fp4 --output=/tmp/tiny_ct --layout=compressed_tensors
 
@@ -17,16 +17,18 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
+from experiments import outputs, script
 from experiments.folder_tokenizer import tokenizer_of
+from experiments.text_files import read_text
 from fp4jax.checkpoint.convert import convert_folder
 from fp4jax.checkpoint.layouts import NAMES, layout_of
 from fp4jax.checkpoint.match import match_folder
 from fp4jax.checkpoint.quantize import Recipe, quantize_folder
 from fp4jax.checkpoint.reader import Reader
 
-_MODEL = flags.DEFINE_string("model", None, "Folder in Hugging Face layout.", required=True)
+_MODEL = flags.DEFINE_string("model", None, "Folder in Hugging Face layout; required.", required=True)
 _OUTPUT = flags.DEFINE_string(
-    "output", None, "Folder to write: new, empty, or of a run that was stopped.", required=True
+    "output", None, "Folder to write: new, empty, or of a run that was stopped; required.", required=True
 )
 _LAYOUT = flags.DEFINE_enum("layout", "modelopt", list(NAMES), "Of the output.")
 _CALIBRATION = flags.DEFINE_string("calibration", None, "File of text for activation scales; needed to quantize.")
@@ -44,8 +46,9 @@ _CHARACTERS_PER_TOKEN = 8  # more than any tokenizer needs of ordinary text
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    output = outputs.check_folder("output", _OUTPUT.value)
     try:
-        run(Path(_MODEL.value), Path(_OUTPUT.value))
+        run(Path(_MODEL.value), output)
     except (ValueError, OSError) as error:
         raise app.UsageError(str(error)) from error
     print(f"{_OUTPUT.value} is complete")
@@ -67,21 +70,22 @@ def run(model: Path, output: Path) -> None:
         four_over_six=_FOUR_OVER_SIX.value,
         quantize_dense=_DENSE.value,
     )
-    ids = sample_ids(model, Path(_CALIBRATION.value))
+    ids = sample_ids(model, _CALIBRATION.value)
     print(f"calibrating on {ids.shape[0]} sequences of {ids.shape[1]} tokens")
     quantize_folder(model, output, ids, recipe)
 
 
-def sample_ids(model: Path, file: Path) -> np.ndarray:
+def sample_ids(model: Path, file: str) -> np.ndarray:
     """The first tokens of a text as sequences of one length, i32 [sequences, length]; a rest is left out."""
+    text = read_text("calibration", file, _CHARACTERS_PER_TOKEN * _TOKENS.value)
     config = match_folder(model).config
-    with file.open(encoding="utf-8", errors="replace") as text:
-        ids = tokenizer_of(model, config).encode(text.read(_CHARACTERS_PER_TOKEN * _TOKENS.value))[: _TOKENS.value]
-    if not ids:
-        raise ValueError(f"{file} has no text")
+    ids = tokenizer_of(model, config).encode(text)[: _TOKENS.value]
+    if not ids or max(ids) >= config.vocab_size:
+        raise ValueError(f"--calibration={file} has {len(ids)} tokens, up to {max(ids, default=0)}; the model knows "
+                         f"{config.vocab_size}")  # fmt: skip
     length = min(_LENGTH.value, config.max_position_embeddings, len(ids))
     return np.asarray(ids[: len(ids) // length * length], np.int32).reshape(-1, length)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    script.run(main)

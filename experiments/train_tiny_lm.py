@@ -25,6 +25,7 @@ from absl import app, flags
 from flax import nnx
 from ml_collections import ConfigDict
 
+from experiments import script
 from experiments.config_flag import define_config
 from experiments.corpus import Corpus, load_corpus
 from experiments.evaluation import evaluate
@@ -98,4 +99,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    script.run(main)

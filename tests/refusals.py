@@ -11,15 +11,15 @@ ROOT = Path(__file__).parent.parent
 
 _RUN_ALL = """
 import contextlib, importlib, io, json, sys
-from absl import app
 from absl.testing import flagsaver
+from experiments import script
 
-script, found = importlib.import_module(sys.argv[1]), []
+module, found = importlib.import_module(sys.argv[1]), []
 for line in json.loads(sys.argv[2]):
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), flagsaver.flagsaver():
         try:
-            app.run(script.main, [sys.argv[1], *line])
+            script.run(module.main, [sys.argv[1].replace(".", "/") + ".py", *line])
         except SystemExit as stop:
             status = stop.code
     found.append((status, said.getvalue()))
@@ -27,9 +27,9 @@ print(json.dumps(found))
 """
 
 
-def refusals(script: str, lines: Sequence[Sequence[str]]) -> list[tuple[int, str]]:
-    """Exit status and everything printed, per command line of `experiments/<script>.py`."""
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+def refusals(script: str, lines: Sequence[Sequence[str]], devices: int = 1) -> list[tuple[int, str]]:
+    """Exit status and everything printed, per command line of `experiments/<script>.py`, on CPU devices."""
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", _RUN_ALL, f"experiments.{script}", json.dumps(list(lines))]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -38,8 +38,11 @@ def refusals(script: str, lines: Sequence[Sequence[str]]) -> list[tuple[int, str
     return found
 
 
-def check_refusals(script: str, expected: dict[tuple[str, ...], str]) -> None:
-    """Every command line ends with a status that is not 0, and a message that contains this; no traceback."""
-    for (line, message), (status, said) in zip(expected.items(), refusals(script, list(expected)), strict=True):
-        assert status not in (0, None), (line, said)
-        assert message in said and "Traceback" not in said, (line, said)
+def check_refusals(script: str, expected: dict[tuple[str, ...], str], devices: int = 1) -> None:
+    """Every command line ends with status 1, a message that contains this, and one line about help; no traceback."""
+    for (line, message), (status, said) in zip(
+        expected.items(), refusals(script, list(expected), devices), strict=True
+    ):
+        assert status == 1 and message in said and "Traceback" not in said, (line, said)
+        assert said.splitlines()[-1] == f"python experiments/{script}.py --help explains the flags", (line, said)
+        assert "\n  --" not in said, (line, said)  # no list of flags

@@ -13,7 +13,7 @@ from absl import app, flags
 from absl.testing import flagsaver
 from refusals import check_refusals
 
-from experiments import flags as shared_flags
+from experiments import block_graph_flags
 from experiments.graph_kernels import KEEP_GRAPHS, Kernel, kernel_columns, profile_kernels
 from fp4jax.bucket_planner import parse_buckets
 
@@ -98,15 +98,15 @@ def test_flag_over_environment_over_default(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     flags.FLAGS.mark_as_parsed()
     with flagsaver.as_parsed():
-        assert shared_flags.block_graph_options(buckets=(3, 5)) == (True, (3, 5), False)
+        assert block_graph_flags.block_graph_options(buckets=(3, 5)) == (True, (3, 5), False)
         for name, value in zip(SWITCHES, ("false", "16, 32", "1"), strict=True):
             monkeypatch.setenv(name, value)
-        assert shared_flags.block_graph_options(buckets=(3, 5)) == (False, (16, 32), True)
+        assert block_graph_flags.block_graph_options(buckets=(3, 5)) == (False, (16, 32), True)
     (tmp_path / "plan.json").write_text('{"buckets": [7, 9]}')
     with flagsaver.as_parsed(
         block_graph="true", block_graph_sizes=str(tmp_path / "plan.json"), block_graph_debug="false"
     ):
-        assert shared_flags.block_graph_options(buckets=(3, 5)) == (True, (7, 9), False)
+        assert block_graph_flags.block_graph_options(buckets=(3, 5)) == (True, (7, 9), False)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_bad_values_of_the_environment_are_refused(monkeypatch, variable, value,
     flags.FLAGS.mark_as_parsed()
     monkeypatch.setenv(variable, value)
     with flagsaver.as_parsed(), pytest.raises(app.UsageError, match=message):
-        shared_flags.block_graph_options()
+        block_graph_flags.block_graph_options()
 
 
 def test_bad_flags_are_refused():

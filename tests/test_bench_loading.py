@@ -64,7 +64,7 @@ def test_how_many_layers():
 
 def test_refused_command_lines():
     check_refusals("bench_loading", {
-        ("--model=/nowhere",): "--model: /nowhere is not a folder",
+        ("--model=/nowhere",): "--model: /nowhere/config.json does not exist",
         ("--gigabytes=0",): "gigabytes",
         ("--rounds=0",): "rounds",
         ("now",): "unexpected arguments",

@@ -11,7 +11,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from experiments import dispatch_cases, flags as shared_flags
+from experiments import dispatch_cases, wire_flag
 from experiments.moe_cases import make_shape
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -62,9 +62,9 @@ def test_the_order(monkeypatch, given):
         monkeypatch.setenv("FD_DISPATCH_USE_FP4", given)
     flags.FLAGS.mark_as_parsed()
     with flagsaver.as_parsed():
-        assert shared_flags.wire_format("fp8") == ("fp8" if given is None else "bf16")
+        assert wire_flag.wire_format("fp8") == ("fp8" if given is None else "bf16")
     with flagsaver.as_parsed(wire_format="nvfp4"):
-        assert shared_flags.wire_format("fp8") == "nvfp4"
+        assert wire_flag.wire_format("fp8") == "nvfp4"
 
 
 def test_some_coordinator_flags_are_not_enough(tmp_path):

@@ -14,6 +14,7 @@ from test_quantized_checkpoints import EXPERTS, UP, WEIGHT_ONLY, make_folder, pl
 
 from fp4jax.checkpoint import load_model, save_model
 from fp4jax.checkpoint.inspect import as_text, inspect_folder
+from fp4jax.quant_config import plan_quantization
 
 __all__ = ["make_folder", "plain_folder"]  # fixtures
 
@@ -50,7 +51,8 @@ def test_counts(make_folder):
     scales = inspect_folder(folder)["scales"]
     assert scales["largest_block_scale"] == 448 and not scales["four_over_six"]
     assert scales["zero_block_scales"] == pytest.approx(1 / (8 * 16 * 2 + 4 * 32))
-    assert "are bf16" in as_text(report) and "factor: " in as_text(report)
+    said = " ".join(as_text(report).split())
+    assert "are bf16" in said and "factor: " in said
 
 
 @pytest.mark.parametrize("kind", ["modelopt", "compressed", "fp8"])
@@ -97,6 +99,50 @@ def test_what_does_not_load_is_said_not_to(make_folder, change):
     assert as_text(report).startswith(f"{folder}: DOES NOT LOAD")
     with pytest.raises(ValueError, match=r"extra|up_proj"):
         load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [
+        (0, "0.00 MiB"),
+        (3 * 2**18, "0.75 MiB"),
+        (2**30 // 100, "10.24 MiB"),
+        (2**30 // 100 + 1, "0.01 GiB"),
+        (5 * 2**29, "2.50 GiB"),
+    ],
+)
+def test_small_sizes_are_in_mib(num_bytes, text):
+    report = inspect_report(bytes_per_device={"experts": num_bytes, "other": 0, "ep": 4})
+    assert f"memory per device with ep=4: {text}, of which experts {text}" in as_text(report).splitlines()
+
+
+def inspect_report(**changes):
+    """A report on a folder without NVFP4 layers."""
+    report = {
+        "folder": "DIR", "loads": True, "problems": [], "model_type": "qwen3_moe", "plan": "experts: bf16",
+        "formats": {"bf16": 3}, "runs_as": {"bf16": 3}, "disagreements": [], "scales": {"layers": 0},
+        "bytes_per_device": {"experts": 0, "other": 0, "ep": 1},
+    }  # fmt: skip
+    return {**report, **changes}
+
+
+def test_no_line_is_endless_and_what_is_left_out_is_counted():
+    """The plan of a checkpoint with 94 layers, each of them named by the config."""
+    ignored = [f"model.layers.{i}.mlp.gate" for i in range(94)]
+    layers = {f"model.layers.{i}.self_attn.o_proj": {"quant_algo": "NVFP4", "group_size": 16} for i in range(94)}
+    config = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
+    plan = str(plan_quantization({**config, "ignore": ignored, "producer": {"name": "x"}}, None))
+    assert len(plan.splitlines()) > 94 and max(map(len, plan.splitlines())) > 2000
+    differ = [f"model.layers.{i}: the config says one thing and the tensors {'quite ' * 20}another" for i in range(30)]
+    text = as_text(inspect_report(plan=plan, disagreements=differ, problems=differ[:11], loads=False))
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 100 and len(lines) < 90
+    assert sum(line.startswith("config and tensors differ:") for line in lines) == 10 and "... and 20 more" in lines
+    assert sum(line.startswith("  problem: ") for line in lines) == 10 and "  ... and 1 more" in lines
+    joined = " ".join(text.split())
+    named = [name for name in ignored if f"{name}," in joined or f"{name} and" in joined]
+    assert named == ignored[:10] and f"{ignored[9]} and 84 more" in joined
+    assert f"... and {len(plan.splitlines()) - 1 - 10} more" in lines  # of the plan, whose last line is shown
 
 
 def test_the_script(make_folder, tmp_path_factory):

@@ -67,6 +67,11 @@ def model_and_config(folder: Path, dtype: str | None = None) -> tuple[Callable[.
     return model_class, config_class.from_hf(values if dtype is None else {**values, "dtype": dtype})
 
 
+def read_config(folder: Path, dtype: str | None = None) -> Any:
+    """The config of a folder's model, without a look at its tensors; arguments and errors as in `model_and_config`."""
+    return model_and_config(folder, dtype)[1]
+
+
 def quantization_plan(folder: Path, user: Mapping[str, Any] | str | None) -> QuantizationPlan:
     """The plan for a folder and a user's wishes, see `quant_config.plan_quantization`.
 

@@ -8,7 +8,8 @@ import collections
 import os
 import pathlib
 import re
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -33,6 +34,9 @@ _GLOBAL_SCALE = re.compile(rf"(.+[._])({'|'.join(_SCALES)})$")
 _FOUR_OVER_SIX_MAX = 384.0
 RATIOS = (1.0, 1.001, 1.1, 2.0, 10.0)  # edges of the histogram of gate and up scales; the last bin is open
 _PROGRESS_FROM = 1000
+# Of the text for people: the JSON has everything.
+_COLUMNS, _MOST_TEXTS, _MOST_ENTRIES = 100, 10, 10
+_LONG_LIST = re.compile(rf"(?:\S+, ){{{_MOST_ENTRIES},}}\S+")
 
 
 def inspect_folder(
@@ -164,24 +168,22 @@ def _ratio(gate: float, up: float) -> float:
 
 
 def as_text(report: Mapping[str, Any]) -> str:
-    """The report for people."""
+    """The report for people, in lines of about 100 columns."""
     lines = [f"{report['folder']}: {'loads' if report['loads'] else 'DOES NOT LOAD'}"]
-    lines += [f"  problem: {problem}" for problem in report["problems"]]
+    lines += _some([f"problem: {problem}" for problem in report["problems"]], "  ")
     if "plan" in report:
-        lines += [f"model: {report['model_type']}", *report["plan"].splitlines()]
+        plan = report["plan"].splitlines()
+        last = [line for line in plan if line.startswith(("as they are:", "note:"))]  # behind a line for every layer
+        lines += [f"model: {report['model_type']}", *_some([line for line in plan if line not in last]), *_some(last)]
         for title, key in (("parameters stored as", "formats"), ("parameters that run as", "runs_as")):
-            lines.append(f"{title}: " + ", ".join(f"{kind}: {count}" for kind, count in report[key].items()))
+            lines += _wrapped(f"{title}: " + ", ".join(f"{kind}: {count}" for kind, count in report[key].items()))
         size = report["bytes_per_device"]
-        whole = (size["experts"] + size["other"]) / 2**30
-        lines.append(
-            f"memory per device with ep={size['ep']}: {whole:.2f} GiB, of which experts {size['experts'] / 2**30:.2f}"
-        )
-        lines += [f"config and tensors differ: {line}" for line in report["disagreements"][:10]]
-        if len(report["disagreements"]) > 10:
-            lines.append(f"... and {len(report['disagreements']) - 10} more")
+        whole = _size_text(size["experts"] + size["other"])
+        lines.append(f"memory per device with ep={size['ep']}: {whole}, of which experts {_size_text(size['experts'])}")
+        lines += _some([f"config and tensors differ: {line}" for line in report["disagreements"]])
     scales = report["scales"]
     if scales["layers"]:
-        lines.append(
+        lines += _wrapped(
             f"NVFP4 layers: {scales['layers']}; block scales: {scales['zero_block_scales']:.2%} zero, largest "
             f"{scales['largest_block_scale']:g}{' (four-over-six)' if scales['four_over_six'] else ''}; "
             f"{scales['input_scales_missing']} input scales missing"
@@ -189,5 +191,33 @@ def as_text(report: Mapping[str, Any]) -> str:
         ratios = scales["gate_up_ratios"]
         if ratios["counts"]:
             bins = [f"{count} from {edge:g}" for edge, count in zip(ratios["edges"], ratios["counts"], strict=True)]
-            lines.append(f"gate and up scales differ by a factor: {', '.join(bins)}; largest {ratios['largest']:.3g}")
+            lines += _wrapped(
+                f"gate and up scales differ by a factor: {', '.join(bins)}; largest {ratios['largest']:.3g}"
+            )
     return "\n".join(lines)
+
+
+def _size_text(num_bytes: int) -> str:
+    """In GiB, or in MiB below a hundredth of one."""
+    gib = num_bytes / 2**30
+    return f"{gib:.2f} GiB" if gib >= 0.01 else f"{num_bytes / 2**20:.2f} MiB"
+
+
+def _some(texts: Sequence[str], indent: str = "") -> list[str]:
+    """The first of many texts in lines, and how many more there are."""
+    lines = [line for text in texts[:_MOST_TEXTS] for line in _wrapped(text, indent)]
+    return lines + ([f"{indent}... and {len(texts) - _MOST_TEXTS} more"] if len(texts) > _MOST_TEXTS else [])
+
+
+def _wrapped(text: str, indent: str = "") -> list[str]:
+    """The text in lines, of lists in it only the first entries; a name or path that is too long stays whole."""
+    text = _LONG_LIST.sub(_shortened, text)
+    return textwrap.wrap(
+        text, _COLUMNS, initial_indent=indent, subsequent_indent=indent + "    ", break_long_words=False,
+        break_on_hyphens=False,
+    )  # fmt: skip
+
+
+def _shortened(found: re.Match[str]) -> str:
+    entries = found[0].split(", ")
+    return f"{', '.join(entries[:_MOST_ENTRIES])} and {len(entries) - _MOST_ENTRIES} more"

@@ -1,0 +1,44 @@
+"""Whether a script will be able to write its results: checked before the work, not found out after it."""
+
+import os
+from pathlib import Path
+
+from absl import app
+
+
+def check_file(flag: str, name: str) -> Path:
+    """The file that a flag names.
+
+    Raises:
+      app.UsageError: it is a folder, its folder does not exist, or one of them may not be written.
+    """
+    path = Path(name)
+    if not name:
+        raise app.UsageError(f"--{flag} must not be empty")
+    if path.is_dir():
+        raise app.UsageError(f"--{flag}={name} is a folder; a file is written")
+    if not path.parent.is_dir():
+        raise app.UsageError(f"--{flag}={name}: there is no folder {path.parent}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise app.UsageError(f"--{flag}={name} may not be written")
+    return path
+
+
+def check_folder(flag: str, name: str, *files: str) -> Path:
+    """The folder that a flag names, with the files that will be written there; it may still have to be made.
+
+    Raises:
+      app.UsageError: it, or a folder above it, is a file or may not be written; or one of the files is a folder.
+    """
+    path = Path(name)
+    if not name:
+        raise app.UsageError(f"--{flag} must not be empty")
+    there = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
+    if not there.is_dir():
+        raise app.UsageError(f"--{flag}={name}: {there} is not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise app.UsageError(f"--{flag}={name}: nothing may be written to {there}")
+    for file in files:
+        if (path / file).exists():
+            check_file(flag, str(path / file))
+    return path

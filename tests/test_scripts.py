@@ -1,0 +1,119 @@
+"""What all scripts have in common: `--help`, short usage errors, no noise, nothing done before flags are parsed."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted(
+    path.stem for path in (ROOT / "experiments").glob("*.py") if re.search(r"^def main\(", path.read_text(), re.M)
+)
+LINES = (["--help"], ["--nonsense"], ["--help", "--nonsense"])
+
+# One process that imports what all scripts import, and a fork of it per script: a second each instead of four.
+_RUN_ALL = """
+import contextlib, importlib, io, json, os, sys
+import jax, fp4jax
+from experiments import script
+from jax._src import xla_bridge
+
+def run_lines(name, lines):
+    module, found = importlib.import_module(f"experiments.{name}"), []
+    for line in lines:
+        out, err, status = io.StringIO(), io.StringIO(), None
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                script.run(module.main, [f"experiments/{name}.py", *line])
+            except SystemExit as stop:
+                status = stop.code
+        found.append((status, out.getvalue(), err.getvalue()))
+    return {
+        "lines": found, "doc": module.__doc__, "devices": xla_bridge.backends_are_initialized(), "files": os.listdir(),
+        "modules": [n.removeprefix("experiments.") for n in sys.modules if n.startswith("experiments.")],
+    }
+
+scripts, lines = json.loads(sys.argv[1])
+for name in scripts:
+    read, write = os.pipe()
+    if (child := os.fork()) == 0:
+        os.close(read)
+        with open(write, "w") as pipe:
+            json.dump(run_lines(name, lines), pipe)
+        os._exit(0)
+    os.close(write)
+    with open(read) as pipe:
+        print(json.dumps([name, pipe.read()]))
+    os.waitpid(child, 0)
+"""
+
+
+def environment():
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """Script -> what it said to LINES, run in an empty folder."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _RUN_ALL, json.dumps([SCRIPTS, LINES])], env=environment(),
+        cwd=tmp_path_factory.mktemp("empty"), capture_output=True, text=True, timeout=250, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = dict(json.loads(line) for line in done.stdout.splitlines())
+    assert found.keys() == set(SCRIPTS) and all(found.values()), done.stderr
+    return {name: json.loads(answer) for name, answer in found.items()}
+
+
+def flags_in(module):
+    """Names that a module's source defines flags under."""
+    source = (ROOT / "experiments" / f"{module.replace('.', '/')}.py").read_text()
+    return set(re.findall(r"\bDEFINE_\w+\(\s*\"(\w+)\"", source))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_shows_every_flag_and_default_and_exits_with_0(answers, name):
+    status, out, err = answers[name]["lines"][0]
+    assert (status, err) == (0, "") and out.startswith(answers[name]["doc"].rstrip())
+    expected = set().union(*(flags_in(module) for module in answers[name]["modules"]))
+    shown = re.findall(r"^  --(?:\[no\])?(\w+)$", out, re.M)
+    assert len(shown) == len(set(shown)) and set(shown) == expected  # all of ours, and none of absl's
+    assert max(map(len, out.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_an_unknown_flag_is_a_message_and_a_line(answers, name):
+    status, out, err = answers[name]["lines"][1]
+    assert (status, out) == (1, "")
+    assert err.splitlines() == [
+        f"{name}.py: Unknown command line flag 'nonsense'",
+        f"python experiments/{name}.py --help explains the flags",
+    ]
+    assert answers[name]["lines"][2][0] == 0  # asking for help wins
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_nothing_is_written_or_started_before_the_flags_are_parsed(answers, name):
+    assert answers[name]["files"] == [] and not answers[name]["devices"]
+
+
+def test_defaults_are_shown(answers):
+    shown = " ".join(answers["generate"]["lines"][0][1].split())
+    assert "--max_new_tokens Tokens to generate. (a positive integer; default: 64)" in shown
+    assert "FD_DISPATCH_USE_FP4, else nvfp4" in shown and "--coordinator_address" not in shown
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_start_from_any_folder_and_as_modules(tmp_path, name):
+    for start in (str(ROOT / "experiments" / f"{name}.py"), f"-mexperiments.{name}"):
+        done = subprocess.run(
+            [sys.executable, start, "--help"], env=environment(), cwd=tmp_path, capture_output=True, text=True,
+            timeout=100, check=False,
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, "") and "  --" in done.stdout
+    assert list(tmp_path.iterdir()) == []
