@@ -46,7 +46,10 @@ def main(argv):
         if not isinstance(report, dict) or report.get("experiment") != "bench_dispatch":
             raise app.UsageError(f"--results: {name} holds no results of bench_dispatch.py")
         reports.append(report)
-    rows = scaling_rows([r for report in reports for r in report["rows"]], link_gbps)
+    try:
+        rows = scaling_rows([r for report in reports for r in report["rows"]], link_gbps)
+    except (KeyError, TypeError) as error:
+        raise app.UsageError(f"--results: rows are not as bench_dispatch.py writes them: {error!r}") from error
     if tokens := integers("tokens", _TOKENS.value or []):
         rows = [r for r in rows if r["T"] in tokens]
     if not rows:

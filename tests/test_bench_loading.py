@@ -66,6 +66,8 @@ def test_refused_command_lines():
     check_refusals("bench_loading", {
         ("--model=/nowhere",): "--model: /nowhere/config.json does not exist",
         ("--gigabytes=0",): "gigabytes",
+        ("--gigabytes=inf",): "--gigabytes=inf must be finite",
+        ("--gigabytes=1e9",): "has room for",
         ("--rounds=0",): "rounds",
         ("now",): "unexpected arguments",
     })  # fmt: skip

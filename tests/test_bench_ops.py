@@ -52,9 +52,14 @@ def test_bad_flags_name_the_value():
             ("--tokens=many",): "many",
             ("--tokens=0",): "positive",
             ("--ops=sort",): "route_metadata",
+            ("--ops=quantize,sort",): "['sort'] unknown",
             ("stray",): "unexpected arguments",
         },
     )
+
+
+def test_every_op_has_a_case():
+    assert [case.op for case in op_cases.all_cases("qwen3-30b", 2)] == list(op_cases.OPS)
 
 
 def test_mismatch_counts_valid_elements_only():

@@ -62,6 +62,8 @@ def test_refusals(tmp_path):
     empty.write_text(json.dumps({"experiment": "bench_dispatch", "device": "test", "rows": [row(2, 1.0)]}))
     text, sequence = tmp_path / "text.json", tmp_path / "list.json"
     text.write_text("no JSON")
+    rowless = tmp_path / "rowless.json"
+    rowless.write_text(json.dumps({"experiment": "bench_dispatch", "device": "test"}))
     sequence.write_text("[1]")
     check_refusals(
         "plot_scaling",
@@ -69,6 +71,9 @@ def test_refusals(tmp_path):
             (f"--results={text}",): "text.json is no JSON",
             (f"--results={sequence}",): "holds no results of bench_dispatch.py",
             (f"--results={empty}", "--link_gbps=0"): "--link_gbps=0",
+            (f"--results={empty}", "--link_gbps=inf"): "--link_gbps=inf must be finite",
+            (f"--results={rowless}",): "rows are not as bench_dispatch.py writes them: KeyError('rows')",
+            ("--results=",): "--results names no file",
             ("--results=/does/not/exist",): "there is no /does/not/exist",
             (f"--results={other}",): "holds no results of bench_dispatch.py",
             (f"--results={empty}", "--tokens=7"): "no rows of random routing with T in [7]",

@@ -13,12 +13,27 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(
     path.stem for path in (ROOT / "experiments").glob("*.py") if re.search(r"^def main\(", path.read_text(), re.M)
 )
-LINES = (["--help"], ["--nonsense"], ["--help", "--nonsense"])
+REQUIRED = {"generate": ["--model=a"], "inspect_checkpoint": ["--model=a"], "quantize_checkpoint": ["--model=a"]}
+OUTPUTS = {"generate": "json", "inspect_checkpoint": "json", "quantize_checkpoint": "output"}  # others: a folder
+# The two others have tests of their own for what they refuse.
+CHECKED = [name for name in SCRIPTS if name not in ("demo", "train_tiny_lm")]
+NOT_WRITABLE = "/dev/null/results"  # below a file: root may write everywhere else
+
+
+def lines_of(name):
+    """What a script is asked in turn: for help, with a flag that does not exist, both, an argument, a bad output."""
+    required, rest = REQUIRED.get(name, []), ["--output=b"] if name == "quantize_checkpoint" else []
+    lines = [["--help"], ["--nonsense"], ["--help", "--nonsense"], [*required, *rest, "stray"]]
+    if name in CHECKED:
+        lines.append([*required, f"--{OUTPUTS.get(name, 'output_dir')}={NOT_WRITABLE}"])
+    return lines
+
 
 # One process that imports what all scripts import, and a fork of it per script: a second each instead of four.
 _RUN_ALL = """
 import contextlib, importlib, io, json, os, sys
 import jax, fp4jax
+from absl.testing import flagsaver
 from experiments import script
 from jax._src import xla_bridge
 
@@ -26,7 +41,7 @@ def run_lines(name, lines):
     module, found = importlib.import_module(f"experiments.{name}"), []
     for line in lines:
         out, err, status = io.StringIO(), io.StringIO(), None
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), flagsaver.flagsaver():
             try:
                 script.run(module.main, [f"experiments/{name}.py", *line])
             except SystemExit as stop:
@@ -37,8 +52,7 @@ def run_lines(name, lines):
         "modules": [n.removeprefix("experiments.") for n in sys.modules if n.startswith("experiments.")],
     }
 
-scripts, lines = json.loads(sys.argv[1])
-for name in scripts:
+for name, lines in json.loads(sys.argv[1]).items():
     read, write = os.pipe()
     if (child := os.fork()) == 0:
         os.close(read)
@@ -58,9 +72,10 @@ def environment():
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
-    """Script -> what it said to LINES, run in an empty folder."""
+    """Script -> what it said to its lines, run in an empty folder."""
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", _RUN_ALL, json.dumps([SCRIPTS, LINES])], env=environment(),
+        [sys.executable, "-W", "ignore", "-c", _RUN_ALL, json.dumps({name: lines_of(name) for name in SCRIPTS})],
+        env=environment(),
         cwd=tmp_path_factory.mktemp("empty"), capture_output=True, text=True, timeout=250, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -94,6 +109,22 @@ def test_an_unknown_flag_is_a_message_and_a_line(answers, name):
         f"python experiments/{name}.py --help explains the flags",
     ]
     assert answers[name]["lines"][2][0] == 0  # asking for help wins
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_stray_arguments_are_a_message_and_a_line(answers, name):
+    status, out, err = answers[name]["lines"][3]
+    assert (status, out) == (1, "") and len(err.splitlines()) == 2
+    assert err.startswith(f"{name}.py: unexpected arguments") and "'stray'" in err.splitlines()[0]
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_a_place_that_cannot_be_written_is_found_before_any_work(answers, name):
+    status, out, err = answers[name]["lines"][4]
+    assert (status, out) == (1, "") and len(err.splitlines()) == 2
+    message = f"--{OUTPUTS.get(name, 'output_dir')}={NOT_WRITABLE}: "
+    assert err.startswith(f"{name}.py: {message}") and "/dev/null" in err.removeprefix(message)
+    assert not answers[name]["devices"]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
