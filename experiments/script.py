@@ -88,12 +88,17 @@ def _describe(flag: Any) -> str:
 
 
 def _silence_libraries() -> None:
-    """Hides what JAX and XLA say about the machine; a TF_CPP_MIN_LOG_LEVEL other than JAX's own shows all of XLA's."""
+    """Hides what libraries tell about themselves and the machine; a level that a user set for them is kept.
+
+    absl prints whatever any library logs as information. TF_CPP_MIN_LOG_LEVEL is for XLA's; 1 is what JAX sets itself.
+    """
+    for name, level in (("jax", logging.WARNING), ("jaxlib", logging.WARNING), ("matplotlib", logging.ERROR)):
+        if logging.getLogger(name).level == logging.NOTSET:
+            logging.getLogger(name).setLevel(level)
     logging.getLogger("jax._src.xla_bridge").addFilter(_is_no_noise)
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.WARNING)  # it tells that it builds its cache
     if "jax" in sys.modules and os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "1":
         with contextlib.suppress(ImportError, AttributeError):  # it has no public name
-            from jaxlib import utils
+            from jax._src.lib import utils
 
             utils.absl_set_min_log_level(2)  # errors
 

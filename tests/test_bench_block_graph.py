@@ -134,6 +134,8 @@ def test_bad_flags_are_refused():
             ("--tokens=0",): "--tokens must be positive",
             ("--trace=/does/not/exist",): "No such file",
             ("--max_buckets=0",): "--max_buckets",
+            ("--noblock_graph", "--block_graph_debug"): "--block_graph_debug and --noblock_graph contradict each other",
+            ("--block_graph_sizes=100000", "--tokens=1"): "bucket sizes up to",
             ("stray",): "unexpected arguments",
         },
     )

@@ -8,8 +8,9 @@ import sys
 
 import numpy as np
 import pytest
-from absl import flags
+from absl import app, flags
 from absl.testing import flagsaver
+from refusals import check_refusals
 
 from experiments import dispatch_cases, wire_flag
 from experiments.moe_cases import make_shape
@@ -48,10 +49,11 @@ def test_wire_bytes(tmp_path, environment, arguments, row_bytes):
     assert warned == ("FD_USE_NVFP4_COMM_QUANT" in environment)
 
 
-def test_a_value_that_is_no_boolean_is_refused(tmp_path):
-    result = run(tmp_path, FD_DISPATCH_USE_FP4="yes please")
-    assert result.returncode == 1
-    assert "FD_DISPATCH_USE_FP4='yes please' is not one of" in result.stderr + result.stdout
+def test_a_value_that_is_no_boolean_is_refused(monkeypatch):
+    flags.FLAGS.mark_as_parsed()
+    monkeypatch.setenv("FD_DISPATCH_USE_FP4", "yes please")
+    with flagsaver.as_parsed(), pytest.raises(app.UsageError, match="FD_DISPATCH_USE_FP4='yes please' is not one of"):
+        wire_flag.wire_format("nvfp4")
 
 
 @pytest.mark.parametrize("given", [None, "0"])
@@ -67,10 +69,21 @@ def test_the_order(monkeypatch, given):
         assert wire_flag.wire_format("fp8") == "nvfp4"
 
 
-def test_some_coordinator_flags_are_not_enough(tmp_path):
-    result = run(tmp_path, "--num_processes=2")
-    assert result.returncode == 1
-    assert "go together" in result.stderr + result.stdout
+def test_bench_moe_refuses_what_cannot_run():
+    processes = ("--coordinator_address=localhost:1", "--num_processes=2")
+    check_refusals(
+        "bench_moe",
+        {
+            ("--num_processes=2",): "go together",
+            (*processes, "--process_id=2"): "--process_id=2 must be below --num_processes=2",
+            ("--coordinator_address=localhost", "--num_processes=2", "--process_id=0"): "'localhost' is not host:port",
+            ("--ranks=3",): "--ranks=3 does not divide the 8 experts of tiny",
+            ("--ranks=4",): "JAX sees 3",
+            ("--layers=nvfp4 low latency",): "needs kernels that store to peers",
+            ("--models=gpt2",): "['gpt2'] unknown",
+        },
+        devices=3,
+    )
 
 
 @pytest.mark.slow

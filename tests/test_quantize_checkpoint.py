@@ -557,6 +557,8 @@ def test_bad_flags_are_refused(tmp_path, source):
     made, empty = tmp_path / "made", tmp_path / "empty.txt"
     quantize_folder(source, made, IDS)
     empty.write_text("")
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes("w1 é".encode("latin-1"))
     output = f"--output={tmp_path}/out"
     check_refusals(
         "quantize_checkpoint",
@@ -565,6 +567,9 @@ def test_bad_flags_are_refused(tmp_path, source):
             (f"--model={source}", output): "--calibration is missing",
             (f"--model={source}", output, f"--calibration={tmp_path}/none.txt"): "No such file",
             (f"--model={source}", output, f"--calibration={empty}"): "empty.txt has no text",
+            (f"--model={source}", output, f"--calibration={latin}"): "latin.txt is not UTF-8 text: byte 0xe9",
+            (f"--model={source}", output, f"--calibration={tmp_path}"): "cannot be read: Is a directory",
+            (f"--model={source}", f"--output={empty}"): f"--output={empty}: {empty} is not a folder",
             (f"--model={made}", output): "has the layout modelopt already",
             (f"--model={made}", output, f"--calibration={empty}"): "can only be converted",
             (f"--model={made}", f"--output={made}", "--layout=compressed_tensors"): "is the folder that is read",

@@ -138,6 +138,46 @@ def test_defaults_are_shown(answers):
     assert "FD_DISPATCH_USE_FP4, else nvfp4" in shown and "--coordinator_address" not in shown
 
 
+_TALK = """
+import logging, os, sys, warnings
+import jax, matplotlib.pyplot
+from absl import logging as absl_logging
+from experiments import script
+from jax._src import hardware_utils
+
+def main(argv):
+    jax.devices()
+    logging.getLogger("matplotlib.font_manager").info("generated new fontManager")
+    logging.getLogger("matplotlib.font_manager").warning("Matplotlib is building the font cache")
+    logging.getLogger("jax._src.xla_bridge").warning("CUDA backend failed to initialize")
+    absl_logging.info("step 1 of 2")
+    warnings.warn("our own")
+
+hardware_utils.has_visible_nvidia_gpu = lambda: True  # and no plugin for it
+if sys.argv[1] == "script":
+    script.run(main, ["x"])
+else:
+    from absl import app
+    app.run(main, ["x"])
+"""
+
+
+@pytest.mark.parametrize("start", ["script", pytest.param("absl", marks=pytest.mark.slow)])
+def test_libraries_do_not_talk_about_the_machine(tmp_path, start):
+    """But real warnings, and ours, are printed; through absl alone, the noise is there to be heard."""
+    env = {**environment(), "MPLCONFIGDIR": str(tmp_path)}
+    for name in ("JAX_PLATFORMS", "TF_CPP_MIN_LOG_LEVEL", "JAX_LOGGING_LEVEL"):
+        env.pop(name, None)
+    command = [sys.executable, "-c", _TALK, start]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    for kept in ("CUDA backend failed to initialize", "step 1 of 2", "UserWarning: our own"):
+        assert kept in done.stderr
+    heard = [n for n in ("Unable to initialize", "may be present", "fontManager", "font cache") if n in done.stderr]
+    # What JAX itself says depends on the plugins that are installed.
+    assert heard == [] if start == "script" else heard[-2:] == ["fontManager", "font cache"], done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_scripts_start_from_any_folder_and_as_modules(tmp_path, name):
