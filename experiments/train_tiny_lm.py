@@ -25,13 +25,13 @@ from absl import app, flags
 from flax import nnx
 from ml_collections import ConfigDict
 
-from experiments import script
+from experiments import outputs, script
 from experiments.config_flag import define_config
 from experiments.corpus import Corpus, load_corpus
 from experiments.evaluation import evaluate
 from experiments.run_limits import RunLimits, Stopped
 from experiments.training import Training, train
-from experiments.training_checks import check_config, check_lengths, writable_folder
+from experiments.training_checks import check_config, check_lengths
 from fp4jax.checkpoint import load_model, save_model
 from fp4jax.models.qwen3_moe import Qwen3MoeConfig
 
@@ -82,8 +82,8 @@ def main(argv: list[str]) -> None:
             check_lengths(config, corpus)
         except ValueError as error:
             raise app.UsageError(f"--corpus={_CORPUS.value}, --config: {error}") from error
-        output_dir = writable_folder("output_dir", _OUTPUT_DIR.value)
-        workdir = writable_folder("workdir", _WORKDIR.value) if _WORKDIR.value else output_dir / "state"
+        output_dir = outputs.check_folder("output_dir", _OUTPUT_DIR.value)
+        workdir = outputs.check_folder("workdir", _WORKDIR.value) if _WORKDIR.value else output_dir / "state"
         state_path = workdir / _STATE_NAME
         if _RESUME.value == "always" and not state_path.exists():
             raise app.UsageError(f"--resume=always, but {state_path} does not exist")

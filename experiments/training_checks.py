@@ -1,10 +1,7 @@
 """Settings of the training that cannot work, refused before anything is computed."""
 
 import math
-import tempfile
-from pathlib import Path
 
-from absl import app
 from ml_collections import ConfigDict
 
 from experiments.corpus import Corpus, windows
@@ -55,14 +52,3 @@ def check_lengths(config: ConfigDict, corpus: Corpus) -> None:
             raise ValueError(f"train.sequence_length={length}, {name} text: {error}") from error
     if length > positions:
         raise ValueError(f"train.sequence_length={length} exceeds model.max_position_embeddings={positions}")
-
-
-def writable_folder(flag: str, name: str | Path) -> Path:
-    """The folder, made where it does not exist; app.UsageError naming the flag where no file can be written there."""
-    try:
-        Path(name).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=name):
-            pass
-    except OSError as error:
-        raise app.UsageError(f"--{flag}={name}: no file can be written there: {error}") from error
-    return Path(name)

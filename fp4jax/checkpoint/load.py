@@ -143,9 +143,8 @@ def _set(model: Any, path: ParamPath, arrays: dict[str, jax.Array], method: Meth
         made = make(owner)
     elif method.format == "nvfp4":
         scale = None if input_scale is None else jnp.float32(input_scale)
-        made = NVFP4Linear(
-            NVFP4Tensor(**arrays), dtype=owner.dtype, activation_format=method.activations, input_scale=scale
-        )
+        options: dict[str, Any] = dict(activation_format=method.activations, input_scale=scale)
+        made = NVFP4Linear(NVFP4Tensor(**arrays), dtype=owner.dtype, **options)
     else:
         powers = method.activations == "fp8_ue8m0"
         made = BlockFP8Linear(BlockFP8Weights(**arrays), dtype=owner.dtype, power_of_two_scales=powers)
@@ -156,9 +155,8 @@ def _set_up_experts(match: Match, block: MoEBlock, path: ParamPath, mesh: Mesh |
     """Settings, activation scales and weights that are quantized now, of a block whose parameters have their values."""
     of_1, of_2 = (match.methods[(*path, name)] for name in ("w13", "w2"))
     if mesh is not None or "nvfp4" in (of_1.format, of_2.format):  # packs what is NVFP4
-        block.configure(
-            ExpertSettings(mesh=mesh, activation_format_1=of_1.activations, activation_format_2=of_2.activations)
-        )
+        formats: dict[str, Any] = dict(activation_format_1=of_1.activations, activation_format_2=of_2.activations)
+        block.configure(ExpertSettings(mesh=mesh, **formats))
     scale_1, scale_2 = (match.scales.get((*path, name)) for name in ("w13", "w2"))
     if scale_1 is not None or scale_2 is not None:
         block.set_input_scales(
