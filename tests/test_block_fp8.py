@@ -139,8 +139,9 @@ def test_a_row_depends_on_itself_only(rng):
     assert np.isnan(np.asarray(poisoned, np.float32)[3]).all()
 
 
-def test_nan_in_a_weight_reaches_the_result(rng):
-    w = jnp.asarray(weights(rng, 130, 130).astype(np.float32)).at[129, 129].set(jnp.nan)
+@pytest.mark.parametrize("bad", [np.nan, -np.inf])
+def test_nan_or_inf_in_a_weight_reaches_the_result(rng, bad):
+    w = jnp.asarray(weights(rng, 130, 130).astype(np.float32)).at[129, 129].set(bad)
     y = np.asarray(block_fp8_matmul(jnp.ones((2, 130), jnp.float32), quantize_blocks(w)), np.float32)
     assert np.isnan(y[:, 129]).all() and not np.isnan(y[:, :128]).any()
 
