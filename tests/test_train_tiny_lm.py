@@ -129,8 +129,13 @@ def _run_in_parts(folder, text, stops):
     return json.loads((folder / "train_log.json").read_text())
 
 
-def test_a_run_in_parts_has_the_bits_of_a_whole_one(tmp_path, text):
+@pytest.mark.parametrize("compiled", ["once", pytest.param("for every part", marks=pytest.mark.slow)])
+def test_a_run_in_parts_has_the_bits_of_a_whole_one(tmp_path, text, monkeypatch, compiled):
     """Stopped after seven steps of twenty, and again in the evaluation after ten."""
+    if compiled == "once":  # most of the time of this test
+        run = training.Training(_config(), corpus.load_corpus(text), tmp_path / "none", RunLimits())
+        program = run.compile()
+        monkeypatch.setattr(training.Training, "compile", lambda run: program)
     words, whole, parts = corpus.load_corpus(text), tmp_path / "whole", tmp_path / "parts"
     log = _run_in_parts(whole, words, [None])
     assert [entry["step"] for entry in log["log"]] == [10, 20]
