@@ -75,6 +75,15 @@ def around_powers(rng, dtype):
     return np.asarray(x, dtype)
 
 
+def test_blocks_of_nearly_zero_weights_are_zero():
+    """Their scale would be no normal number; from 448 * 2^-126 up it is one."""
+    w = np.zeros((1, 384), np.float32)
+    w[0, 0], w[0, 128], w[0, 256] = 1e-37, 448 * 2.0**-126, -447 * 2.0**-126
+    got = quantize_blocks(jnp.asarray(w))
+    np.testing.assert_array_equal(np.asarray(got.block_scale), np.array([[1, 2.0**-126, 1]], np.float32))
+    np.testing.assert_array_equal(np.asarray(got.qdata, np.float32), np.where(np.arange(384) == 128, 448, 0)[None])
+
+
 @pytest.mark.parametrize(("n", "k"), [(128, 128), (256, 384), (1, 1), (130, 200), (64, 300), (300, 64)])
 @pytest.mark.parametrize("jit", [False, True])
 def test_weights_have_the_bits_of_numpy(rng, n, k, jit):

@@ -485,6 +485,14 @@ def test_requests_during_a_warm_up_are_no_misses():
     assert graph.stats.misses == 1
 
 
+def test_a_second_warm_up_has_no_misses():
+    graph = block_graph(lambda x: x, buckets=(4,), in_axes=(0,))
+    for dtype in (np.float32, np.int32):
+        graph.warm_up(np.ones(1, dtype), progress=False)
+        graph(np.ones(2, dtype))
+    assert graph.stats.misses == 0
+
+
 def test_refused_shapes_leave_nothing():
     def fail(x):
         raise ValueError("no")

@@ -90,6 +90,18 @@ def test_served_in_buckets():
 
 
 @pytest.mark.parametrize(
+    ("trained", "beta_fast", "low", "high"),
+    [(2**20, 2000.0, 3, 11), (2**40, 1e9, 4, 15)],  # the second would end at 23, behind the last dimension
+)
+def test_the_ramp_of_yarn_ends_at_the_last_dimension(trained, beta_fast, low, high):
+    """Not at the last pair: 16 dimensions are 8 pairs."""
+    yarn = Yarn(factor=4.0, original_max_position_embeddings=trained, beta_fast=beta_fast, beta_slow=1.0)
+    slow = np.clip((np.arange(8) - low) / (high - low), 0, 1)
+    expected = 1e4 ** (-np.arange(8) / 8) * (1 - slow + slow / 4)
+    np.testing.assert_allclose(yarn.frequency(1e4, 16), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
     ("first", "freq", "expected"),
     [(0, 1, [1, 1, 1, 1]), (0, 2, [1, 0, 1, 0]), (1, 2, [0, 0, 1, 0]), (3, 1, [0, 0, 0, 1]), (2, 3, [0, 0, 0, 1])],
 )

@@ -61,11 +61,11 @@ def test_async_wrapped_in_a_computation_counts_once():
     assert wire_bytes(module(body, others)).total == 4 * 16 * 104
 
 
-def loop(trip_count):
+def loop(trip_count, more=""):
     others = (
         "%body (t: (s32[], u8[4,16,104])) -> (s32[], u8[4,16,104]) {\n"
         "  %t = (s32[], u8[4,16,104]{2,1,0}) parameter(0)\n  %p0 = u8[4,16,104]{2,1,0} get-tuple-element(%t), index=1\n"
-        f"{PLAIN}\n}}\n"
+        f"{PLAIN}{more}\n}}\n"
         "%condition (t: (s32[], u8[4,16,104])) -> pred[] {\n  ROOT %c = pred[] constant(false)\n}\n"
     )
     config = f', backend_config={{"known_trip_count":{{"n":"{trip_count}"}}}}' if trip_count else ""
@@ -74,7 +74,9 @@ def loop(trip_count):
 
 
 def test_loops_multiply_and_unknown_lengths_are_refused():
-    assert wire_bytes(loop(5)).total == 5 * 4 * 16 * 104
+    combined = f"\n  %r = f32[64]{{0}} all-reduce(%x), channel_id=4, {GROUPS}, to_apply=%region"
+    found = wire_bytes(loop(5, combined))
+    assert (found.total, found.scalar_bytes) == (5 * 4 * 16 * 104, 5 * 64 * 4)
     with pytest.raises(ValueError, match="loop of unknown length"):
         wire_bytes(loop(None))
 

@@ -488,6 +488,13 @@ def test_dead_experts_get_usable_scales(source, tmp_path):
     assert inspect_folder(tmp_path / "out")["loads"]
 
 
+@pytest.mark.parametrize(("amax", "scale"), [(1e-32, 2.0**-100), (1e35, 2.0**100), (2688.0, 1.0)])
+def test_scales_stay_within_what_can_be_loaded(amax, scale):
+    """Of weights and of inputs; compressed-tensors keeps the reciprocal."""
+    assert quantize._scale("w", F32(amax), 2688.0, "modelopt") == F32(scale)
+    assert quantize._scale("w", F32(amax), 2688.0, "compressed_tensors") == F32(1 / scale)
+
+
 # --- the script ---
 
 

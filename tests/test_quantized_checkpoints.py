@@ -175,6 +175,14 @@ def test_layers_of_a_mixed_checkpoint_keep_their_own_activations(make_folder, at
     assert same == (attention == "W4A16_NVFP4")
 
 
+def test_global_scales_at_both_ends_of_the_range_are_loaded(make_folder):
+    folder, _ = make_folder("modelopt", config=WEIGHT_ONLY["modelopt"])
+    ends = {0: np.float32(2.0**-100), 1: np.float32(2.0**100)}
+    edit(folder, lambda t: t.update({f"{EXPERTS}{e}.down_proj.weight_scale_2": np.array(s) for e, s in ends.items()}))
+    scales = np.asarray(load_model(folder)[0].layers[0].mlp.w2.get_value().global_scale)
+    assert {e: scales[e, 0, 0] for e in ends} == ends
+
+
 def test_gate_and_up_keep_their_own_scales(make_folder):
     folder, _ = make_folder("modelopt", config=WEIGHT_ONLY["modelopt"])
     tensors = read_tensors(folder / "model.safetensors")

@@ -16,7 +16,7 @@ from configs import qwen3_30b_a3b
 from fp4jax.checkpoint import load_model, save_model
 from fp4jax.checkpoint.match import model_params
 from fp4jax.checkpoint.names import tensor_slots
-from fp4jax.layers import ExpertSettings
+from fp4jax.layers import ExpertSettings, MoEBlock
 from fp4jax.models import Qwen3Moe, Qwen3MoeConfig, configure_experts, generate, quantize_experts, set_input_scales
 from fp4jax.models.decoder import KVCache
 
@@ -122,6 +122,16 @@ def test_sampling_is_reproducible_and_follows_temperature():
     np.testing.assert_array_equal(draw(1, 1e-4), generate(model, prompt, max_new_tokens=3))
     hot, warm = (len(np.unique(draw(1, t)[:, 4])) for t in (10.0, 0.5))
     assert hot > warm
+
+
+def test_reports_of_experts_are_summed_over_layers():
+    model, ids = make_model(), sample_ids(1, 6)
+    configure_experts(model, capacity=1)
+    both = nnx.jit(lambda model, ids: (model._decode(ids, None, MoEBlock.__call__)[2], model.forward(ids).aux))
+    reports, aux = both(model, ids)
+    assert len(reports) == 2 and all(int(report.dropped) > 0 for report in reports)
+    assert int(aux.dropped) == sum(int(report.dropped) for report in reports)
+    assert float(aux.balance_loss) == pytest.approx(sum(float(report.balance_loss) for report in reports), rel=1e-6)
 
 
 def test_sampling_draws_a_new_key_every_step():

@@ -160,12 +160,15 @@ def test_balance_loss_is_one_when_even_and_grows_with_skew():
     np.testing.assert_allclose(skewed, 4.0, rtol=RTOL)
 
 
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
 @given(logits=grids)
-def test_balance_loss_equals_the_reference(logits):
+def test_balance_loss_equals_the_reference(scoring, logits):
+    """Scores of every token add up to 1, sigmoids too."""
     ids, _ = reference(logits, 2)
-    scores = np.exp(np.float64(logits)) / np.exp(np.float64(logits)).sum(axis=1, keepdims=True)
+    scores = np.exp(np.float64(logits)) if scoring == "softmax" else 1 / (1 + np.exp(-np.float64(logits)))
+    scores /= scores.sum(axis=1, keepdims=True)
     share = np.bincount(ids.ravel(), minlength=EXPERTS) / ids.size
-    found = load_balance_loss(jnp.asarray(logits), jnp.asarray(ids))
+    found = load_balance_loss(jnp.asarray(logits), jnp.asarray(ids), scoring=scoring)
     np.testing.assert_allclose(found, EXPERTS * (share * scores.mean(axis=0)).sum(), rtol=1e-5)
 
 
