@@ -7,7 +7,9 @@
 Every load runs in a process of its own, once with the files in the page cache (warm) and once without (cold). Peaks are
 above what the process held before (imports, JAX), sampled every few milliseconds; on CPU devices the arrays of the
 model are subtracted too. Anonymous memory is what loading itself allocates; file pages are the mapped checkpoint, which
-the kernel drops when it needs them. Writes bench_loading.json.
+the kernel drops when it needs them. A second folder has the names of a large model and small tensors: 94 layers of 128
+experts and an entry of the config for each of their 36,096 projections; what it takes is checking. Writes
+bench_loading.json.
 """
 
 import json
@@ -29,7 +31,7 @@ from tqdm import tqdm
 
 from experiments import outputs, script
 from experiments.flag_values import finite
-from experiments.synthetic_checkpoint import layers_for, write_checkpoint
+from experiments.synthetic_checkpoint import Shape, layers_for, write_checkpoint
 from fp4jax import benchmarking
 from fp4jax.checkpoint import load_model
 from fp4jax.checkpoint.match import match_folder
@@ -42,6 +44,11 @@ _ROUNDS = flags.DEFINE_integer("rounds", 2, "Loads per state of the page cache; 
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", "output/bench_loading", "Folder for the JSON.")
 
 _SAMPLE_SECONDS = 0.002
+# As many names as Qwen3-235B has.
+_MANY_LAYERS = 94
+_MANY = Shape(
+    hidden_size=32, moe_intermediate_size=16, num_attention_heads=2, num_key_value_heads=1, head_dim=16, vocab_size=64
+)
 _ROOT = Path(__file__).parents[1]
 _CHILD = "import json, sys; from experiments.bench_loading import measure; print(json.dumps(measure(sys.argv[1])))"
 
@@ -65,6 +72,10 @@ def main(argv):
             write_checkpoint(folder, layers)
             name = f"{layers} layers of Qwen3-30B, NVFP4"
         rows = measure_all(folder, name)
+        if _MODEL.value is None:
+            many = folder / "many"
+            write_checkpoint(many, _MANY_LAYERS, _MANY, entry_per_projection=True)
+            rows += measure_all(many, f"{_MANY_LAYERS} layers of {_MANY.num_experts} small experts, an entry for each")
     inputs = "random codes and scales in ModelOpt's layout, sharded" if _MODEL.value is None else "a folder as it is"
     benchmarking.save_results(path, "bench_loading", rows, inputs=inputs)
     print("cache   seconds    GB/s   host memory, peak in MB: anonymous    files   (largest parameter: MB)")

@@ -1,5 +1,6 @@
 """Text to token ids and back: the tokenizer of a checkpoint's folder, or bytes for models of bytes."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ class FileTokenizer:
 
     Training and quantizing leave in the file how they cut and padded a batch, and at random took some merges for
     missing (BPE's dropout); none of that concerns the text of a user. What the file adds to every text (a token at its
-    begin) is meant for the model, and stays.
+    begin) is meant for the model, and stays; where tokenizer_config.json wants such a token (`add_bos_token`) and the
+    file adds none, it is added here.
     """
 
     def __init__(self, path: Path):
@@ -37,9 +39,26 @@ class FileTokenizer:
         self._tokenizer.no_padding()
         if getattr(self._tokenizer.model, "dropout", None) is not None:
             self._tokenizer.model.dropout = None
+        self._begin = self._begin_token(path.with_name("tokenizer_config.json"))
+
+    def _begin_token(self, path: Path) -> int | None:
+        """The token that tokenizer_config.json wants before every text; None: it wants none, or does not exist."""
+        if not path.is_file():
+            return None
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+            token = config.get("bos_token") if config.get("add_bos_token") else None
+            token = token.get("content") if isinstance(token, dict) else token
+        except (ValueError, AttributeError) as error:
+            raise app.UsageError(f"{path} is not a JSON object: {error}") from error
+        found = None if token is None else self._tokenizer.token_to_id(token)
+        if token is not None and found is None:
+            raise app.UsageError(f"{path}: bos_token {token!r} is no token of {path.with_name('tokenizer.json')}")
+        return found
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text).ids
+        ids = self._tokenizer.encode(text).ids
+        return ids if self._begin is None or ids[:1] == [self._begin] else [self._begin, *ids]
 
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids)

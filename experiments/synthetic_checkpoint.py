@@ -33,14 +33,22 @@ def layers_for(num_bytes: int, shape: Shape = Shape()) -> int:
     return max(1, round(num_bytes / (per_expert * shape.num_experts)))
 
 
-def write_checkpoint(folder: Path, layers: int, shape: Shape = Shape()) -> None:
-    """Experts in ModelOpt's layout (W4A16: no activation scales), everything else bf16; an index over the shards."""
+def write_checkpoint(folder: Path, layers: int, shape: Shape = Shape(), *, entry_per_projection: bool = False) -> None:
+    """Experts in ModelOpt's layout (W4A16: no activation scales), everything else bf16; an index over the shards.
+
+    entry_per_projection: the config names every projection of every expert, as ModelOpt does where layers differ.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    ignore = ["lm_head", "*self_attn*", "*.gate"]
+    quantization: dict[str, Any] = {"quant_method": "modelopt", "quant_algo": "W4A16_NVFP4", "ignore": ignore}
+    if entry_per_projection:
+        modules = [name.removesuffix(".weight") for name, _, kind in _names(layers, shape) if kind == "codes"]
+        entry = {"quant_algo": "W4A16_NVFP4", "group_size": 16}
+        quantization |= {"quant_algo": "MIXED_PRECISION", "quantized_layers": {module: entry for module in modules}}
     config: dict[str, Any] = {
         "model_type": "qwen3_moe", "num_hidden_layers": layers, "num_experts_per_tok": min(8, shape.num_experts),
         "intermediate_size": 0, "torch_dtype": "bfloat16", **vars(shape),
-        "quantization_config": {"quant_method": "modelopt", "quant_algo": "W4A16_NVFP4",
-                                "ignore": ["lm_head", "*self_attn*", "*.gate"]},
+        "quantization_config": quantization,
     }  # fmt: skip
     weight_map: dict[str, str] = {}
     shard: dict[str, np.ndarray] = {}

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from tensor_files import read_tensors
 
 from fp4jax.checkpoint import load_model, save_model
+from fp4jax.checkpoint.folder_config import end_token_ids, quantization_plan
 from fp4jax.checkpoint.match import model_params
 from fp4jax.models import Qwen3Moe, Qwen3MoeConfig, configure_experts, quantize_experts
 
@@ -166,12 +167,47 @@ def test_tensors_that_do_not_fit_are_named(folder, change, messages):
         (dict(model_type="llama"), "config.json: model_type 'llama' is not supported, only qwen3_moe"),
         (dict(quantization_config={"quant_method": "gptq"}), "quant_method='gptq'"),
         (dict(hidden_size=None), "lacks hidden_size"),
+        (dict(partial_rotary_factor=0.5), "partial_rotary_factor=0.5 is not supported"),
+        (dict(rope_parameters={"partial_rotary_factor": 0.5}), "partial_rotary_factor=0.5 is not supported"),
+        (dict(rope_parameters={"full_attention": {"rope_theta": 3.0}}), r"single kinds of layers \(full_attention\)"),
+        (dict(mlp_bias=True), "mlp_bias=True is not supported"),
+        (dict(use_sliding_window=True), "use_sliding_window=True is not supported"),
+        (dict(layer_types=["full_attention", "sliding_attention"]), "layer_types with 'sliding_attention'"),
     ],
 )
 def test_configs_that_cannot_be_loaded_are_refused(folder, changes, message):
     edit_config(folder, **changes)
     with pytest.raises(ValueError, match=message):
         load_model(folder)
+
+
+def test_end_tokens_have_three_homes(folder):
+    """All that config.json, its text_config and generation_config.json name, as a number or a list."""
+    assert end_token_ids(folder) == set()
+    edit_config(folder, eos_token_id=[3, 4], text_config={"eos_token_id": 5})
+    assert end_token_ids(folder) == {3, 4, 5}
+    generation = folder / "generation_config.json"
+    for value, found in ((6, {3, 4, 5, 6}), ([3, 7], {3, 4, 5, 7}), (None, {3, 4, 5})):
+        generation.write_text(json.dumps({"eos_token_id": value}))
+        assert end_token_ids(folder) == found
+    for bad in ("</s>", [1.5], [True], -1):
+        generation.write_text(json.dumps({"eos_token_id": bad}))
+        with pytest.raises(ValueError, match=r"eos_token_id of generation_config.json has .*, which is no token id"):
+            end_token_ids(folder)
+
+
+def test_two_files_about_quantization(folder):
+    """config.json is followed; a note says where ModelOpt's own file tells something else."""
+    file, section = folder / "hf_quant_config.json", {"quant_method": "modelopt", "quant_algo": "W4A16_NVFP4"}
+    edit_config(folder, quantization_config=section)
+    for algo, differs in (("W4A16_NVFP4", False), ("NVFP4", True), ("FP9", True)):
+        file.write_text(json.dumps({"quantization": {"quant_algo": algo}}))
+        plan = quantization_plan(folder, None)
+        assert plan.dense.activations == "bf16"
+        assert any("hf_quant_config.json says something else" in note for note in plan.notes) == differs
+    edit_config(folder, quantization_config=None)
+    file.write_text(json.dumps({"quantization": {"quant_algo": "NVFP4"}}))
+    assert quantization_plan(folder, None).dense.activations == "nvfp4"
 
 
 def test_missing_and_broken_files_are_named(folder, tmp_path_factory):

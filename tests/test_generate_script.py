@@ -151,6 +151,27 @@ def test_what_the_file_adds_to_every_text_stays(tmp_path):
     assert bytes_tokenizer(tmp_path, post_processor=processor, truncation=CUT).encode("fox") == [257, *plain]
 
 
+@pytest.mark.parametrize("token", ["<pad>", {"content": "<pad>", "special": True}])
+def test_a_begin_token_has_two_homes(tmp_path, token):
+    """tokenizer_config.json may want one that tokenizer.json does not add; it is never added twice."""
+    plain = bytes_tokenizer(tmp_path).encode("fox")
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps({"add_bos_token": True, "bos_token": token}))
+    assert bytes_tokenizer(tmp_path).encode("fox") == [257, *plain]
+    begin = {"SpecialToken": {"id": "<pad>", "type_id": 0}}
+    processor = {
+        "type": "TemplateProcessing", "single": [begin, {"Sequence": {"id": "A", "type_id": 0}}], "pair": [],
+        "special_tokens": {"<pad>": {"id": "<pad>", "ids": [257], "tokens": ["<pad>"]}},
+    }  # fmt: skip
+    assert bytes_tokenizer(tmp_path, post_processor=processor).encode("fox") == [257, *plain]
+    for other in ({"add_bos_token": False, "bos_token": token}, {"bos_token": token}, {"add_bos_token": True}):
+        config.write_text(json.dumps(other))
+        assert bytes_tokenizer(tmp_path).encode("fox") == plain
+    config.write_text(json.dumps({"add_bos_token": True, "bos_token": "<none>"}))
+    with pytest.raises(app.UsageError, match=r"bos_token '<none>' is no token"):
+        bytes_tokenizer(tmp_path)
+
+
 def test_text_of_a_file_or_standard_input(tmp_path, monkeypatch):
     file = tmp_path / "prompt.txt"
     file.write_bytes("\ufeffé w1\r\n".encode())

@@ -6,7 +6,10 @@ from typing import Any
 
 DTYPES = ("bfloat16", "float32")
 # Keys that all models know, with what they must say; an absent one says it.
-_SUPPORTED = {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False, "use_bias": False}
+_SUPPORTED = {
+    "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_bias": False, "use_sliding_window": False,
+    "partial_rotary_factor": 1.0, "compression_ratio": 1.0,
+}  # fmt: skip
 
 
 def read_hf(
@@ -118,8 +121,12 @@ def _refuse_unsupported(config: Mapping[str, Any], model_type: str, rope_types: 
             raise ValueError(
                 f"rope_type={kind!r} is not supported by {model_type}, only {', '.join(map(repr, rope_types))}"
             )
-    found = []
-    found += [(key, config.get(key) or supported, supported) for key, supported in _SUPPORTED.items()]
-    for key, value, supported in found:
-        if value != supported:
-            raise ValueError(f"{key}={value!r} is not supported by {model_type}, only {supported!r}")
+        if nested := [name for name, value in rope.items() if isinstance(value, Mapping)]:
+            raise ValueError(f"{key} of single kinds of layers ({', '.join(nested)}) is not supported by {model_type}")
+    for key, supported in _SUPPORTED.items():
+        for place in (config, *ropes.values()):
+            if place.get(key) not in (None, supported):
+                raise ValueError(f"{key}={place[key]!r} is not supported by {model_type}, only {supported!r}")
+    kinds = config.get("layer_types") or []
+    if others := [kind for kind in kinds if kind != "full_attention"]:
+        raise ValueError(f"layer_types with {others[0]!r} is not supported by {model_type}, only 'full_attention'")
