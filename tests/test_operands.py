@@ -179,8 +179,9 @@ def test_what_ops_say_to_arguments_of_the_wrong_kind():
         assert "\n" not in text and len(text) < 400, (code, text)
 
 
-def test_a_layer_inside_shard_map_over_explicit_axes(rng):
-    mesh = jax.make_mesh((2,), ("ep",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:2])
+def test_a_layer_inside_shard_map_over_explicit_axes(rng, make_mesh):
+    devices = list(make_mesh(2).devices)
+    mesh = jax.make_mesh((2,), ("ep",), axis_types=(AxisType.Explicit,), devices=devices)
     bf16 = dict(wire_format="bf16", activation_format_1="bf16", activation_format_2="bf16")
     layer = functools.partial(moe_layer, config=MoEConfig(2, axis_name="ep", **bf16))
     x, w13, w2 = (np.asarray(rng.standard_normal(s), jnp.bfloat16) for s in ((4, 32), (2, 32, 32), (2, 32, 16)))
