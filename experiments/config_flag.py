@@ -1,9 +1,12 @@
 """The flag --config: a file of settings of this project, found from any folder."""
 
+import sys
 from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
+
+from experiments import script
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -22,7 +25,12 @@ def find_config(name: str) -> str:
 
 def define_config(default: str, description: str) -> flags.FlagHolder:
     """--config with a file below the project as its default, and --config.part.name=value for every setting in it."""
-    holder = config_flags.DEFINE_config_file("config", str(ROOT / default), description)
+    try:
+        holder = config_flags.DEFINE_config_file("config", str(ROOT / default), description)
+    except AttributeError as error:  # it looks at the command line already, and stumbles over unknown settings
+        reason = error.args[0]
+        reason = reason.args[0] if isinstance(reason, Exception) else reason  # a KeyError shows its text in quotes
+        script.refuse(sys.argv[0], f"--config: no setting {reason}")
     parser = flags.FLAGS[holder.name].parser
     parse = parser.parse
     parser.parse = lambda argument: parse(find_config(argument))

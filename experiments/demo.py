@@ -23,11 +23,12 @@ from flax import nnx
 from jax.sharding import AxisType
 from tqdm import tqdm
 
-from experiments import script
+from experiments import outputs, script
 from experiments.config_flag import define_config
 from experiments.corpus import load_corpus, windows
 from experiments.evaluation import evaluate
 from experiments.stage_times import compiler_options, stage_times
+from experiments.text_files import check_text
 from fp4jax.checkpoint import load_model
 from fp4jax.expert_parallel import WireBytes, wire_bytes
 from fp4jax.models.generate import generate
@@ -209,9 +210,8 @@ def main(argv: list[str]) -> None:
     """Measure, print, plot, write."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; all options are flags (--help lists them)")
-    prompt = np.frombuffer(_PROMPT.value.encode(), np.uint8)
-    if not prompt.size:
-        raise app.UsageError("--prompt must not be empty")
+    prompt = np.frombuffer(check_text("prompt", _PROMPT.value).encode(), np.uint8)
+    output = outputs.check_folder("output_dir", _OUTPUT_DIR.value, "demo.json", "demo.png")
     if not os.path.isfile(os.path.join(_MODEL.value, "config.json")):
         raise app.UsageError(f"--model={_MODEL.value} holds no config.json")
     longest = json.loads(Path(_MODEL.value, "config.json").read_text()).get("max_position_embeddings", math.inf)
@@ -223,7 +223,6 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"--temperature={_TEMPERATURE.value} must be finite")
     settings = _CONFIG.value.demo
     jax.config.update("jax_num_cpu_devices", max(EP))  # no effect where JAX runs on GPUs
-    output = Path(_OUTPUT_DIR.value)
     output.mkdir(parents=True, exist_ok=True)
     try:
         corpus = load_corpus(_CORPUS.value)

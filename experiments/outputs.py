@@ -1,6 +1,7 @@
 """Whether a script will be able to write its results: checked before the work, not found out after it."""
 
 import os
+import tempfile
 from pathlib import Path
 
 from absl import app
@@ -19,7 +20,7 @@ def check_file(flag: str, name: str) -> Path:
         raise app.UsageError(f"--{flag}={name} is a folder; a file is written")
     if not path.parent.is_dir():
         raise app.UsageError(f"--{flag}={name}: there is no folder {path.parent}")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
+    if not (os.access(path, os.W_OK) if path.exists() else _takes_files(path.parent)):
         raise app.UsageError(f"--{flag}={name} may not be written")
     return path
 
@@ -36,9 +37,18 @@ def check_folder(flag: str, name: str, *files: str) -> Path:
     there = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
     if not there.is_dir():
         raise app.UsageError(f"--{flag}={name}: {there} is not a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
+    if not _takes_files(there):
         raise app.UsageError(f"--{flag}={name}: nothing may be written to {there}")
     for file in files:
         if (path / file).exists():
             check_file(flag, str(path / file))
     return path
+
+
+def _takes_files(folder: Path) -> bool:
+    """Whether a file can be made there, by making one without a name: permissions do not tell of read-only disks."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False

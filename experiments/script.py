@@ -32,7 +32,7 @@ def run(main: Callable[[list[str]], Any], argv: Sequence[str] | None = None) -> 
         try:
             return main(rest)
         except app.UsageError as error:
-            _refuse(argv[0], str(error))
+            refuse(argv[0], str(error))
 
     doc = sys.modules[main.__module__].__doc__ or ""
     app.run(checked, argv, flags_parser=functools.partial(_parse, doc=doc, main_module=main.__module__))
@@ -48,12 +48,13 @@ def _parse(argv: list[str], *, doc: str, main_module: str) -> list[str]:
             hasattr(flag.value, "items")  # a config file that could not be loaded raises when it is first looked at
         return rest
     except flags.Error as error:
-        _refuse(argv[0], str(error))
+        refuse(argv[0], str(error))
     except Exception as error:  # whatever the code of a --config file raises
-        _refuse(argv[0], f"{type(error).__name__}: {error}")
+        refuse(argv[0], f"{type(error).__name__}: {error}")
 
 
-def _refuse(program: str, message: str) -> NoReturn:
+def refuse(program: str, message: str) -> NoReturn:
+    """Ends the process as a usage error does: status 1, and two lines on stderr."""
     print(f"{os.path.basename(program)}: {message}\npython {program} --help explains the flags", file=sys.stderr)
     sys.exit(1)
 

@@ -14,6 +14,10 @@ F32_TINY = np.finfo(F32).tiny  # 2^-126; smaller magnitudes count as signed zero
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 E4M3 = np.array([(m / 8 + (e > 0)) * 2.0 ** (max(e, 1) - 7) for e in range(16) for m in range(8)][:127])
 
+# Settings of an expert layer in which everything is NVFP4: tokens on the wire, and the operands of both GEMMs.
+W4A4 = dict(activation_format_1="nvfp4", activation_format_2="nvfp4")
+ALL_NVFP4 = dict(**W4A4, wire_format="nvfp4")
+
 
 def calc_diff(x, y) -> float:
     """1 - 2<x,y>/(<x,x>+<y,y>) in float64: 0 for equal arrays, about half the squared relative error for near ones."""

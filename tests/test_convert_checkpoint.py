@@ -237,7 +237,7 @@ def test_configs_that_cannot_be_converted_are_refused(make_folder, tmp_path_fact
         (None, "neither config.json nor hf_quant_config.json says"),
         ({**MODELOPT, "kv_cache_quant_algo": "NVFP4"}, "a cache in 'NVFP4' cannot be converted"),
         ({**MODELOPT, "quant_algo": "MIXED_PRECISION", "quantized_layers": {"model.layers.0.mlp.experts": "NVFP4",
-          "model.layers.1": "W4A16_NVFP4"}}, r"activations \['bf16', 'nvfp4'\]"),
+          "model.layers.1": "W4A16_NVFP4"}}, r"activations \['bf16 stored', 'nvfp4 stored'\]"),
     ):  # fmt: skip
         edit_config(folder, quantization_config=config)
         with pytest.raises(ValueError, match=message):

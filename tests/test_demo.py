@@ -109,7 +109,7 @@ def test_demo_refuses_bad_flags():
             (f"--corpus={__file__}",): "this is a file, not a folder",
             ("--windows=0",): "--windows",
             ("--temperature=-1",): "--temperature",
-            ("--prompt=",): "--prompt must not be empty",
+            ("--prompt=",): "--prompt is empty",
             ("--new_bytes=3000",): "--new_bytes=3000",
             ("--temperature=inf",): "--temperature=inf",
             ("stray",): "unexpected arguments",

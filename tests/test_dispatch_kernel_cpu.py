@@ -20,6 +20,7 @@ from fp4jax.implementations import peers_problem
 from fp4jax.moe import MoEConfig, MoEWeights, moe_layer
 from fp4jax.packed_weights import PackedWeights
 from fp4jax.wire_formats import to_fp8
+from oracles import W4A4
 from pallas_kernels import dispatch as dispatch_kernels, lanes, launch
 from pallas_kernels.row_makers import row_maker
 from pallas_kernels.row_plan import Routes, RowPlan, TuningConfig, counts_of_blocks
@@ -218,7 +219,7 @@ def test_moe_layer_exchanges_without_a_collective():
     )
     x, ids, weights = struct((128, 512), jnp.bfloat16), struct((128, 4), jnp.int32), struct((128, 4), jnp.float32)
     for wire, scale in (("bf16", None), ("nvfp4", jnp.float32(0.01))):
-        config = MoEConfig(num_experts=16, axis_name="ep", wire_format=wire)
+        config = MoEConfig(num_experts=16, axis_name="ep", wire_format=wire, **W4A4)
 
         def layer(x, ids, weights, w13, w2, config=config, scale=scale):
             y, _ = moe_layer(x, ids, weights, MoEWeights(w13, w2, scale), config)

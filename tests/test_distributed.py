@@ -34,7 +34,10 @@ LAYER = textwrap.dedent(
     packed = MoEWeights(*(quantize(jnp.asarray(w), global_scale="per_expert") for w in (w13, w2)))
     packed = jax.tree.map(lambda a: put(np.asarray(a)), packed)
     for form in ("per_slot", "per_peer"):
-        config = MoEConfig(num_experts=E, axis_name="ep", form=form)
+        config = MoEConfig(
+            num_experts=E, axis_name="ep", form=form, wire_format="nvfp4", activation_format_1="nvfp4",
+            activation_format_2="nvfp4",
+        )  # fmt: skip
         layer = jax.shard_map(
             lambda *a: moe_layer(*a, config), mesh=mesh, in_specs=(P("ep"),) * 4, out_specs=(P("ep"), P())
         )

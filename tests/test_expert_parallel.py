@@ -15,6 +15,7 @@ from fp4jax.expert_parallel import agree_global_scale, combine, dispatch, from_f
 from fp4jax.moe import MoEConfig, MoEWeights, dense_moe, moe_layer
 from fp4jax.nvfp4 import NVFP4Tensor, dequantize, quantize
 from fp4jax.permute import permute_to_masked
+from oracles import ALL_NVFP4, W4A4
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -224,7 +225,7 @@ def weight_specs(weights):
 
 def run_layer(mesh, layer, **options):
     x, ids, weights, packed = layer[:4]
-    config = MoEConfig(num_experts=E, axis_name="ep", **options)
+    config = MoEConfig(num_experts=E, axis_name="ep", **{**ALL_NVFP4, **options})
     f = sharded(mesh, lambda *a: moe_layer(*a, config), (EP, EP, EP, weight_specs(packed)), (EP, P()))
     y, stats = f(x, ids, weights, packed)
     return np.asarray(y), int(stats.dropped)
@@ -232,7 +233,7 @@ def run_layer(mesh, layer, **options):
 
 @functools.cache
 def _one_device(layout):
-    return jax.jit(lambda *a: moe_layer(*a, MoEConfig(num_experts=E, layout=layout)))
+    return jax.jit(lambda *a: moe_layer(*a, MoEConfig(num_experts=E, layout=layout, **W4A4)))
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
@@ -417,7 +418,7 @@ def test_checked_ops_report_the_device_under_shard_map(make_mesh):
 @pytest.mark.parametrize("devices", [2, 4])
 def test_wire_bytes_of_the_compiled_layer(make_mesh, layer, form, devices):
     x, ids, weights, packed, _ = layer
-    config = MoEConfig(num_experts=E, axis_name="ep", form=form)
+    config = MoEConfig(num_experts=E, axis_name="ep", form=form, **ALL_NVFP4)
     f = sharded(make_mesh(devices), lambda *a: moe_layer(*a, config), (EP, EP, EP, weight_specs(packed)), (EP, P()))
     found = wire_bytes(f.lower(x, ids, weights, packed).compile())
     tokens = T // devices
@@ -467,7 +468,7 @@ def test_large_payloads_cross_in_two_all_to_alls(make_mesh, layer, monkeypatch, 
 
 def test_wire_bytes_is_zero_on_one_device(make_mesh, layer):
     x, ids, weights, packed, _ = layer
-    config = MoEConfig(num_experts=E, axis_name="ep")
+    config = MoEConfig(num_experts=E, axis_name="ep", **ALL_NVFP4)
     f = sharded(make_mesh(1), lambda *a: moe_layer(*a, config), (EP, EP, EP, weight_specs(packed)), (EP, P()))
     found = wire_bytes(f.lower(x, ids, weights, packed).compile())
     assert (found.total, found.crossing, found.scalar_bytes) == (0, 0, 0)

@@ -14,6 +14,7 @@ from test_qwen3_moe import make_model, sample_ids
 
 from fp4jax.models import generate
 from fp4jax.moe import MoEConfig, MoEWeights, moe_layer
+from oracles import W4A4
 
 ROOT = Path(__file__).parent.parent
 # Ops, layers, models, generation and loading; not what runs scripts or many devices for long.
@@ -49,9 +50,9 @@ def test_an_expert_layer_has_the_same_bits(rng):
     ids = jnp.asarray([[0, 1], [1, -1], [2, 0]], jnp.int32)
     operands = x, ids, jnp.asarray(rng.random((3, 2)), jnp.float32), MoEWeights(w13, w2)
     layer = jax.jit(moe_layer, static_argnums=4)
-    expected, _ = layer(*operands, MoEConfig(num_experts=2))
+    expected, _ = layer(*operands, MoEConfig(num_experts=2, **W4A4))
     with all_settings():
-        found, stats = layer(*operands, MoEConfig(num_experts=2))
+        found, stats = layer(*operands, MoEConfig(num_experts=2, **W4A4))
     assert found.dtype == jnp.bfloat16 and stats.dropped.dtype == jnp.int32 and int(stats.dropped) == 1
     np.testing.assert_array_equal(np.asarray(found).view(np.uint16), np.asarray(expected).view(np.uint16))
 

@@ -474,7 +474,7 @@ def test_moe_layer_uses_every_kernel_where_none_is_named():
     ids, weights = struct((64, 2), jnp.int32), struct((64, 2), jnp.float32)
 
     def layer(x, ids, topk_weights, w13, w2):
-        return moe_layer(x, ids, topk_weights, MoEWeights(w13, w2), MoEConfig(num_experts=8))
+        return moe_layer(x, ids, topk_weights, MoEWeights(w13, w2), MoEConfig(num_experts=8, **oracles.W4A4))
 
     x = struct((64, 256), jnp.bfloat16)
     assert kernels_in(layer, x, ids, weights, w13, w2) == 6

@@ -22,6 +22,7 @@ from fp4jax.moe import MoEConfig, MoEWeights, moe_layer
 from fp4jax.nvfp4 import quantize
 from fp4jax.packed_weights import pack_weights
 from fp4jax.permute import depermute_combine
+from oracles import ALL_NVFP4
 from pallas_kernels import push_combine
 
 EXPERTS, K, HIDDEN = 16, 4, 512
@@ -171,7 +172,7 @@ def small_layer(form):
     return (
         weights,
         jax.tree.map(lambda leaf: EP if leaf.ndim else P(), weights),
-        MoEConfig(8, form=form, axis_name="ep"),
+        MoEConfig(8, form=form, axis_name="ep", **ALL_NVFP4),
     )
 
 

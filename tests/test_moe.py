@@ -17,7 +17,7 @@ T, K, E, H, I = 40, 3, 6, 128, 64
 SCALE_1 = np.float32(0.0021)
 SCALE_2 = np.linspace(0.0005, 0.004, E, dtype=np.float32).reshape(E, 1, 1)
 STATIC = dict(input_scale_1=SCALE_1, input_scale_2=SCALE_2)
-W4A4 = MoEConfig(num_experts=E)
+W4A4 = MoEConfig(num_experts=E, **oracles.W4A4)
 W4A16 = MoEConfig(num_experts=E, activation_format_1="bf16", activation_format_2="bf16", wire_format="bf16")
 
 # calc_diff is half the mean squared relative error. The oracle rounds where the layer does, except at the end: there is

@@ -305,8 +305,9 @@ def test_the_layer_has_the_bits_of_one_device(make_mesh, rng, devices, wire):
 
     def run(implementation, form):
         config = MoEConfig(
-            num_experts=experts, axis_name="ep", form=form, wire_format=wire, implementation=implementation
-        )
+            num_experts=experts, axis_name="ep", form=form, wire_format=wire, implementation=implementation,
+            **oracles.W4A4,
+        )  # fmt: skip
         fn = sharded(make_mesh(devices), lambda *a: moe_layer(*a, config), (EP, EP, EP, specs), (EP, P()))
         y, stats = fn(x, ids, weights, packed)
         assert int(stats.dropped) == 0
@@ -314,7 +315,8 @@ def test_the_layer_has_the_bits_of_one_device(make_mesh, rng, devices, wire):
 
     # fp8 is rounded to NVFP4 after it has crossed: as if x had been e4m3.
     arrived = from_fp8(*to_fp8(x)) if wire == "fp8" else x
-    alone, _ = jax.jit(lambda *a: moe_layer(*a, MoEConfig(num_experts=experts)))(arrived, ids, weights, packed)
+    on_one = MoEConfig(num_experts=experts, **oracles.W4A4)
+    alone, _ = jax.jit(lambda *a: moe_layer(*a, on_one))(arrived, ids, weights, packed)
     np.testing.assert_array_equal(bits(run(None, "per_slot")), bits(alone))
     alone = np.asarray(alone, np.float64)
     for form in ("per_peer", "per_slot"):

@@ -1,6 +1,7 @@
 """Files and folders that scripts will write to: what is refused before the work, and that nothing is made yet."""
 
 import os
+import tempfile
 
 import pytest
 from absl import app
@@ -10,10 +11,17 @@ from experiments import outputs
 
 @pytest.fixture
 def not_allowed(monkeypatch):
-    """Paths that `os.access` refuses: permission bits do not concern root, who may run the tests."""
+    """Paths that may not be written: permission bits do not concern root, who may run the tests."""
     refused = set()
-    access = os.access
+    access, make = os.access, tempfile.TemporaryFile
+
+    def make_unless_refused(dir):
+        if os.fspath(dir) in refused:
+            raise PermissionError(f"{dir} is read-only")
+        return make(dir=dir)
+
     monkeypatch.setattr(os, "access", lambda path, mode: os.fspath(path) not in refused and access(path, mode))
+    monkeypatch.setattr(tempfile, "TemporaryFile", make_unless_refused)
     return refused
 
 

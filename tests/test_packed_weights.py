@@ -16,6 +16,7 @@ from fp4jax.grouped_gemm import (
 )
 from fp4jax.moe import MoEConfig, MoEWeights, moe_layer
 from fp4jax.nvfp4 import NVFP4Tensor, quantize
+from oracles import ALL_NVFP4
 from pallas_kernels import fragments
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -189,7 +190,7 @@ def test_the_layer_takes_packed_weights_sharded_over_ep(rng, make_mesh):
     x = jnp.asarray(rng.standard_normal((tokens, hidden)), jnp.bfloat16)
     ids = jnp.asarray(rng.integers(0, experts, (tokens, 2)), jnp.int32)
     args = x, ids, jnp.asarray(rng.random((tokens, 2)), jnp.float32)
-    config = MoEConfig(num_experts=experts, axis_name="ep")
+    config = MoEConfig(num_experts=experts, axis_name="ep", **ALL_NVFP4)
 
     def run(weights):
         layer = jax.shard_map(

@@ -166,7 +166,7 @@ def test_layers_of_a_mixed_checkpoint_keep_their_own_activations(make_folder, at
     layer = load_model(folder)[0].layers[0]
     formats = {"NVFP4": "nvfp4", "W4A16_NVFP4": "bf16"}
     assert layer.self_attn.q_proj.activation_format == formats[attention]
-    assert layer.mlp.settings.activation_format == formats[experts]
+    assert layer.mlp.settings.activation_format_1 == formats[experts]
     assert (layer.self_attn.q_proj.input_scale is not None) == (attention == "NVFP4")
     assert (layer.mlp.input_scale_1 is not None) == (experts == "NVFP4")
     x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 32)), jnp.bfloat16)

@@ -326,12 +326,13 @@ class MoEBlock(nnx.Module):
         """Static activation scales (decode direction): one for GEMM 1, one per expert for GEMM 2; None: per token.
 
         Raises:
-          ValueError: naming the tensor, when one of the two is missing for NVFP4 weights, or a scale is zero, negative
-            or not finite.
+          ValueError: naming the tensor, when one of the two is missing (unless only the other GEMM's weights are
+            NVFP4), or a scale is zero, negative or not finite.
         """
         given = {"input_scale_1": input_scale_1, "input_scale_2": input_scale_2}
-        weights = {"input_scale_1": self.w13, "input_scale_2": self.w2}
-        missing = [name for name, value in given.items() if value is None and _is_quantized(weights[name].get_value())]
+        quantized = [_is_quantized(w.get_value()) for w in (self.w13, self.w2)]
+        needed = dict(zip(given, quantized if any(quantized) else (True, True), strict=True))
+        missing = [name for name, value in given.items() if value is None and needed[name]]
         if missing and any(value is not None for value in given.values()):
             raise ValueError(f"{self.path}.experts.{missing[0]} is missing while the other input scale is given")
         for name, value in given.items():
