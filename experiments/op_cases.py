@@ -155,9 +155,8 @@ def permute_cases(name: str, model: Model, tokens: int) -> list[Case]:
 
     def metadata(config=None):
         def run(ids):
-            return metadata_kernels.route_metadata(ids, experts, capacity=capacity, num_rows=num_rows, config=config)[
-                :3
-            ]
+            meta = metadata_kernels.route_metadata(ids, experts, capacity=capacity, num_rows=num_rows, config=config)
+            return meta.row_map, meta.filled, meta.bad + jnp.sum(meta.counts - meta.filled)
 
         return run
 

@@ -5,11 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import use_abstract_mesh
 from refusals import check_refusals
 
+from cuda_lowering import H100_MESH
 from experiments import op_cases
 from fp4jax import benchmarking
 from pallas_kernels import permute, quantize, route_metadata, tuning
@@ -100,3 +103,15 @@ def test_every_entry_of_the_tuning_table_is_a_valid_configuration():
             else:
                 problem = permute.check_config((x,), 8, permute.TuningConfig(**fields))
             assert problem is None
+
+
+@pytest.mark.parametrize("model", ["qwen3-30b", "deepseek-v3"])
+def test_implementations_of_a_case_give_the_same_arrays(model):
+    """They are compared before they are timed, on a GPU, where no test runs the script."""
+    for case in op_cases.all_cases(model, 16):
+        with use_abstract_mesh(H100_MESH):
+            found = {
+                name: [(leaf.size, leaf.dtype) for leaf in jax.tree.leaves(jax.eval_shape(fn, *case.args))]
+                for name, fn in case.functions.items()
+            }
+        assert set(found) == {"mosaic_gpu", "xla"} and found["mosaic_gpu"] == found["xla"], case.op
