@@ -105,10 +105,10 @@ def test_every_entry_of_the_tuning_table_is_a_valid_configuration():
             assert problem is None
 
 
-@pytest.mark.parametrize("model", ["qwen3-30b", "deepseek-v3"])
-def test_implementations_of_a_case_give_the_same_arrays(model):
+@pytest.mark.slow
+def test_implementations_of_a_case_give_the_same_arrays():
     """They are compared before they are timed, on a GPU, where no test runs the script."""
-    for case in op_cases.all_cases(model, 16):
+    for case in op_cases.all_cases("qwen3-30b", 16):
         with use_abstract_mesh(H100_MESH):
             found = {
                 name: [(leaf.size, leaf.dtype) for leaf in jax.tree.leaves(jax.eval_shape(fn, *case.args))]
