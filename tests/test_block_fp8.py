@@ -241,7 +241,12 @@ def test_gemm_in_interpret_mode(rng, shape, config):
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype"), [((5, 48), jnp.bfloat16), ((3, 400), jnp.bfloat16), ((9, 128), jnp.float32)]
+    ("shape", "dtype"),
+    [
+        ((5, 48), jnp.bfloat16),
+        pytest.param((3, 400), jnp.bfloat16, marks=pytest.mark.slow),
+        pytest.param((9, 128), jnp.float32, marks=pytest.mark.slow),
+    ],
 )
 def test_quantize_in_interpret_mode(rng, shape, dtype):
     x = rng.standard_normal(shape) * np.exp2(rng.integers(-60, 60, (shape[0], 1)))

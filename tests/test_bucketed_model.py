@@ -44,7 +44,7 @@ def test_layers_of_one_kind_share_executables(served):
     assert len(served.embed.stats.seconds) == len(served.head.stats.seconds) == len(BUCKETS)
 
 
-@pytest.mark.parametrize("tokens", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 8, 9)), 41, 66])
+@pytest.mark.parametrize("tokens", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 8, 9, 41)), 66])
 def test_prefill_gives_the_logits_of_the_whole_sequence(model, served, rng, tokens):
     """In one bucket, in a full one, and in chunks; padding and what a cache holds behind the tokens do not count.
 

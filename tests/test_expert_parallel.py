@@ -236,7 +236,7 @@ def _one_device(layout):
     return jax.jit(lambda *a: moe_layer(*a, MoEConfig(num_experts=E, layout=layout, **W4A4)))
 
 
-@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow), 4, 8])
 def test_per_slot_is_identical_for_every_number_of_devices(make_mesh, layer, devices):
     alone, stats = _one_device("masked")(*layer[:4])
     y, dropped = run_layer(make_mesh(devices), layer, form="per_slot")
@@ -272,7 +272,7 @@ def test_per_peer_differs_from_one_device_by_rounding_only(make_mesh, layer, dev
     assert dropped == 0
 
 
-@pytest.mark.parametrize("form", ["per_peer", "per_slot"])
+@pytest.mark.parametrize("form", ["per_peer", pytest.param("per_slot", marks=pytest.mark.slow)])
 def test_wire_format_does_not_change_the_result(make_mesh, layer, form):
     """nvfp4 dispatch = bf16 dispatch + quantization at the receiver; input scales differ by expert and rank."""
     x, ids, weights, packed, _ = layer

@@ -307,7 +307,8 @@ def test_every_tuned_config_lowers(config, fused):
         pytest.param("contiguous", "one", marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("out", [None, "bf16", "nvfp4", "nvfp4_as_bf16"])
+@pytest.mark.parametrize("out", [None, pytest.param("bf16", marks=pytest.mark.slow), "nvfp4",
+                                 pytest.param("nvfp4_as_bf16", marks=pytest.mark.slow)])  # fmt: skip
 def test_ops_take_the_kernel_by_default_on_a_hopper_gpu(layout, x_scale, out):
     experts, m, n, k = 3, 5, 384, 192  # no multiples of a task's columns, nor of a stage
     lead = (experts, m) if layout == "masked" else (experts * m,)

@@ -65,8 +65,15 @@ def round_trip(model, config, folder, layout="modelopt", **options):
     return loaded
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("calibrated", [False, True], ids=["W4A16", "W4A4"])
+@pytest.mark.parametrize(
+    ("calibrated", "layout"),
+    [
+        pytest.param(False, "modelopt", id="W4A16, modelopt", marks=pytest.mark.slow),
+        pytest.param(False, "compressed_tensors", id="W4A16, compressed-tensors", marks=pytest.mark.slow),
+        pytest.param(True, "modelopt", id="W4A4, modelopt"),
+        pytest.param(True, "compressed_tensors", id="W4A4, compressed-tensors", marks=pytest.mark.slow),
+    ],
+)
 def test_quantized_in_memory(tmp_path, layout, calibrated):
     model, config = make_model()
     quantize_experts(model, IDS if calibrated else None)
@@ -136,9 +143,16 @@ MIXTURES = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("activations", ["W4A4", "W4A16"])
-@pytest.mark.parametrize("part", MIXTURES)
+@pytest.mark.parametrize(
+    ("part", "activations", "layout"),
+    [
+        ("gate and up", "W4A4", "modelopt"),
+        ("down", "W4A16", "compressed_tensors"),
+        pytest.param("gate and up", "W4A16", "compressed_tensors", marks=pytest.mark.slow),
+        pytest.param("down", "W4A4", "modelopt", marks=pytest.mark.slow),
+        pytest.param("down", "W4A4", "compressed_tensors", marks=pytest.mark.slow),
+    ],
+)
 def test_half_of_the_experts_quantized(make_folder, tmp_path_factory, part, activations, layout):
     """Runs like the same weights decoded, and can be saved."""
     base = WEIGHT_ONLY["modelopt"] if activations == "W4A16" else MODELOPT
@@ -217,6 +231,7 @@ def test_linears_and_experts_with_other_activations(tmp_path):
         round_trip(model, config, tmp_path / layout, layout)
 
 
+@pytest.mark.slow
 def test_everything_quantized_while_loading(tmp_path):
     model, config = make_model(intermediate_size=64)
     save_model(model, config, tmp_path / "plain")
@@ -225,6 +240,7 @@ def test_everything_quantized_while_loading(tmp_path):
     round_trip(model, config, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_weights_packed_for_the_kernel_are_saved_unpacked(tmp_path, monkeypatch):
     """An expert size that the kernel does not have is padded in memory, not in the folder."""
     model, config = make_model(hidden_size=64, moe_intermediate_size=16)
