@@ -50,7 +50,7 @@ def sample_batch(data: jax.Array, seed: int, step: jax.Array, batch_size: int, l
     """i32 [batch_size, length + 1]: windows at random places, a function of (seed, step) only."""
     key = jax.random.fold_in(jax.random.key(seed), step)
     starts = jax.random.randint(key, (batch_size, 1), 0, data.shape[0] - length)
-    return data[starts + jnp.arange(length + 1)].astype(jnp.int32)
+    return data[starts + jnp.arange(length + 1, dtype=starts.dtype)[None, :]].astype(jnp.int32)
 
 
 def loss_fn(params: Any, graphdef: nnx.GraphDef, ids: jax.Array, balance_weight: float) -> tuple[jax.Array, Any]:

@@ -199,7 +199,7 @@ class RowWork:
         self.units = ExpertUnits(masked_m.shape[0], self.m, self.blocks, self.per_unit)
         self.grid = min(self.grid, self.persistent)
         self.scratch_types = [self.units.scratch()]
-        operands.append(masked_m.astype(jnp.int32))
+        operands.append(counts_of_32_bits(masked_m, self.m))
 
     def schedule_refs(self, refs: list[Any]) -> tuple[Any, list[Any], Any]:
         """-> (counts, the other refs, scratch)."""
@@ -245,7 +245,7 @@ class SwizzledWork:
         """With `masked_m`: append it to the operands."""
         if masked_m is not None:
             self.masked = True
-            operands.append(masked_m.astype(jnp.int32))
+            operands.append(counts_of_32_bits(masked_m, self.m))
 
     def schedule_refs(self, refs: list[Any]) -> tuple[Any, list[Any], Any]:
         """-> (counts, the other refs, None)."""
@@ -267,6 +267,13 @@ class SwizzledWork:
             block = (expert * self.m + row) * self.blocks + column
             items.append(Item(block, expert * self.m + row, column, valid, position))
         unit(items)
+
+
+def counts_of_32_bits(counts: jax.Array, most: int) -> jax.Array:
+    """Valid rows as i32. Counts of 64 bits are cut to 0..most first, so that none wraps; the kernel cuts the others."""
+    if counts.dtype.itemsize > 4:
+        counts = jnp.clip(counts, 0, most)
+    return counts.astype(jnp.int32)
 
 
 def unsigned_div(a: jax.Array, b: int) -> jax.Array:

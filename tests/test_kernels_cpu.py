@@ -107,6 +107,13 @@ def test_quantize_nan_and_inf(mode, dtype, four_over_six, rng, interpret):
         np.testing.assert_array_equal(row_scale, g)
 
 
+def test_counts_of_64_bits_do_not_wrap():
+    with jax.enable_x64(True):
+        counts = jnp.asarray([2**32, 2**32 + 3, -1, 2, 2**40], jnp.int64)
+        found = quantize_kernel.counts_of_32_bits(counts, 5)
+    assert found.dtype == jnp.int32 and found.tolist() == [5, 5, 0, 2, 5]
+
+
 def test_quantize_swizzled_with_zero_pads(rng, run_kernels):
     x = np.asarray(bf16(rng.standard_normal((2, 5, 48))).astype(jnp.float32))
     masked_m = np.array([5, 2], np.int32)
