@@ -101,6 +101,8 @@ def _read_modelopt(config: Mapping[str, Any]) -> QuantizationPlan:
     groups = _groups(config, "modelopt")
     if algo is None and groups:
         return _of_groups(groups, ignore, notes)
+    if algo is None and notes:  # the cache alone is quantized
+        return QuantizationPlan(ignore=ignore, notes=notes)
     if not isinstance(algo, str) or algo not in _QUANT_ALGOS:
         raise ValueError(f"quant_algo={algo!r} of the checkpoint is not supported; supported: MIXED_PRECISION, "
                          f"{', '.join(_QUANT_ALGOS)}")  # fmt: skip

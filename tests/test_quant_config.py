@@ -102,6 +102,13 @@ def test_the_file_of_modelopt():
     assert plan_quantization(config, REFERENCE).experts == W4A4
 
 
+def test_a_quantized_cache_alone_leaves_the_weights_plain():
+    plan = plan_quantization({"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}}, None)
+    assert plan.dense == plan.experts == BF16 and any("cache" in note for note in plan.notes)
+    with pytest.raises(ValueError, match="quant_algo=None"):
+        plan_quantization({"quant_method": "modelopt"}, None)
+
+
 def test_modules():
     plan = plan_quantization(MODELOPT, None)
     assert plan.method("model.layers.3.mlp.experts") == W4A4
