@@ -6,7 +6,7 @@ block-wise FP8 as DeepSeek stores it. Every key that is known either acts or is 
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fp4jax.quant_methods import (
@@ -94,7 +94,7 @@ def _read_modelopt(config: Mapping[str, Any]) -> QuantizationPlan:
     algo = config.get("quant_algo")
     if algo == "MIXED_PRECISION":
         entries = _object(config, "quantized_layers")
-        layers = {name: _modelopt_layer(name, entry) for name, entry in entries.items()}
+        layers = {name: _modelopt_layer(name, entries[name]) for name in _expressions("quantized_layers", entries)}
         if any(method in (FP8_STORED, FP8_EXPERTS) for method in layers.values()):
             notes += ("layers in FP8 get activation scales per token and 128 values, whatever the checkpoint has",)
         return _of_layers(layers, ignore, notes)
@@ -214,7 +214,7 @@ def _targets(name: str, group: Mapping[str, Any]) -> list[str]:
     if unknown := [target for target in classes if target[:1].isupper()]:
         raise ValueError(f"config_groups: {name}.targets has the class {unknown[0]!r}; supported are 'Linear', names "
                          "of modules, and regular expressions after 're:'")  # fmt: skip
-    return targets
+    return list(_expressions("config_groups", targets))
 
 
 def _of_groups(
@@ -257,12 +257,18 @@ def _patterns(config: Mapping[str, Any], *keys: str) -> tuple[str, ...]:
     names = config.get(key) or []
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{key}={names!r} of the checkpoint must be a list of names")
+    return _expressions(key, names)
+
+
+def _expressions(key: str, names: Iterable[str]) -> tuple[str, ...]:
+    """The names, of which those after "re:" must be regular expressions."""
+    names = tuple(names)
     for name in names:
         try:
             re.compile(name[3:] if name.startswith("re:") else "")
         except re.error as error:
             raise ValueError(f"{key} of the checkpoint: {name!r} is not a regular expression: {error}") from error
-    return tuple(names)
+    return names
 
 
 def _kv_note(scheme: Any) -> tuple[str, ...]:

@@ -424,3 +424,23 @@ def test_exclude_lists_that_contradict_the_tensors_are_reported(folder):
     with pytest.warns(UserWarning, match=expected):
         model, _ = load_model(folder)
     assert model.layers[0].mlp.w13.get_value().qdata.dtype == np.uint8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(dtype="nonsense"), "dtype must be bfloat16 or float32, as a name or a type, got 'nonsense'"),
+        (dict(dtype="float16"), "dtype must be one of"),
+        (dict(input_scales="x"), "input_scales must be 'stored' or 'per_token', got 'x'"),
+        (dict(quantization={"quantization": ["x"]}), r"quantization=\['x'\] is not supported"),
+    ],
+)
+def test_options_that_do_not_exist_are_refused_alike(folder, options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        load_model(folder, **options)
+    assert inspect_folder(folder, **options)["problems"] == [str(error.value)]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_config(folder):
+    (folder / CONFIG).write_text("\ufeff" + (folder / CONFIG).read_text(), encoding="utf-8")
+    assert inspect_folder(folder)["loads"]

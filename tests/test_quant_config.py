@@ -361,6 +361,11 @@ def group_with(**changes):
         (group_with(input_activations={"dynamic": "global"}), r"g.input_activations: dynamic='global'"),
         (group_with(output_activations={"num_bits": 4}), r"g.output_activations is"),
         (group_with(targets=["MoELayer"]), r"g.targets has the class 'MoELayer'"),
+        (group_with(targets=["re:["]), r"config_groups of the checkpoint: 're:\[' is not a regular expression"),
+        (
+            {"quant_algo": "MIXED_PRECISION", "quantized_layers": {"re:(": "NVFP4"}},
+            r"quantized_layers of the checkpoint: 're:\(' is not a regular expression",
+        ),
         (group_with(targets="Linear"), r"g.targets='Linear' must be a list"),
         ({**FP8, "scale_fmt": "e5m2"}, "scale_fmt='e5m2'"),
         ({**FP8, "fmt": "e5m2"}, "fmt='e5m2'"),

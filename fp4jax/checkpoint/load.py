@@ -63,8 +63,6 @@ def load_model(
       ValueError: for an unsupported model or quantization, unreadable files, missing, unexpected or misshapen tensors,
         and scales that are missing, zero, negative or not finite; with file, tensor, expected and found.
     """
-    if input_scales not in ("stored", "per_token"):
-        raise ValueError(f"input_scales must be 'stored' or 'per_token', got {input_scales!r}")
     folder = Path(folder)
     mesh = None if mesh is None else expert_mesh(mesh)
     match = match_folder(folder, quantization, dtype, input_scales, 1 if mesh is None else mesh.size)

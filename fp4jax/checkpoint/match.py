@@ -72,9 +72,16 @@ def examine_folder(
     The loader raises the first of the problems, the report shows them all.
 
     Raises:
-      FileNotFoundError, ValueError: the folder is not of a model at all, or has other tensors.
+      FileNotFoundError, ValueError: the folder is not of a model at all, or has other tensors; an option that does not
+        exist.
     """
-    model_class, config = model_and_config(folder, None if dtype is None else jnp.dtype(dtype).name)
+    if input_scales not in ("stored", "per_token"):
+        raise ValueError(f"input_scales must be 'stored' or 'per_token', got {input_scales!r}")
+    try:
+        dtype = None if dtype is None else jnp.dtype(dtype).name
+    except TypeError as error:
+        raise ValueError(f"dtype must be bfloat16 or float32, as a name or a type, got {dtype!r}") from error
+    model_class, config = model_and_config(folder, dtype)
     plan = quantization_plan(folder, quantization)
     reader = Reader(folder)
     prefix = find_prefix(reader.names())
