@@ -51,6 +51,8 @@ class FileTokenizer:
             token = token.get("content") if isinstance(token, dict) else token
         except (ValueError, AttributeError) as error:
             raise app.UsageError(f"{path} is not a JSON object: {error}") from error
+        if not isinstance(token, str | None):
+            raise app.UsageError(f"{path}: bos_token {token!r} must be text, or an object with its content")
         found = None if token is None else self._tokenizer.token_to_id(token)
         if token is not None and found is None:
             raise app.UsageError(f"{path}: bos_token {token!r} is no token of {path.with_name('tokenizer.json')}")

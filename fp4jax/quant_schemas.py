@@ -94,6 +94,11 @@ def _read_modelopt(config: Mapping[str, Any]) -> QuantizationPlan:
     algo = config.get("quant_algo")
     if algo == "MIXED_PRECISION":
         entries = _object(config, "quantized_layers")
+        if not entries and (groups := _groups(config, "modelopt")):
+            return _of_groups(groups, ignore, notes)
+        if not entries:
+            raise ValueError("quant_algo='MIXED_PRECISION' of the checkpoint names no layer in quantized_layers, and has "
+                             "no config_groups; nothing says what the layers are")  # fmt: skip
         layers = {name: _modelopt_layer(name, entries[name]) for name in _expressions("quantized_layers", entries)}
         if any(method in (FP8_STORED, FP8_EXPERTS) for method in layers.values()):
             notes += ("layers in FP8 get activation scales per token and 128 values, whatever the checkpoint has",)
@@ -234,10 +239,10 @@ def _of_groups(
 def _of_layers(
     layers: Mapping[str, Method | Refusal], ignore: tuple[str, ...], notes: tuple[str, ...]
 ) -> QuantizationPlan:
-    """A plan of single modules; experts that have no entry count as the first ones that do."""
-    experts = [method for name, method in layers.items() if ".experts" in name and isinstance(method, Method)]
+    """A plan of single modules; experts that have no entry count as those that do, if these are all alike."""
+    experts = {method for name, method in layers.items() if ".experts" in name and isinstance(method, Method)}
     return QuantizationPlan(
-        BF16, experts[0] if experts else BF16, ignore=ignore, layers=tuple(layers.items()), notes=notes
+        BF16, experts.pop() if len(experts) == 1 else BF16, ignore=ignore, layers=tuple(layers.items()), notes=notes
     )
 
 

@@ -170,6 +170,7 @@ def test_tensors_that_do_not_fit_are_named(folder, change, messages):
         (dict(partial_rotary_factor=0.5), "partial_rotary_factor=0.5 is not supported"),
         (dict(rope_parameters={"partial_rotary_factor": 0.5}), "partial_rotary_factor=0.5 is not supported"),
         (dict(rope_parameters={"full_attention": {"rope_theta": 3.0}}), r"single kinds of layers \(full_attention\)"),
+        (dict(layer_types=5), "layer_types=5 must be a list"),
         (dict(mlp_bias=True), "mlp_bias=True is not supported"),
         (dict(use_sliding_window=True), "use_sliding_window=True is not supported"),
         (dict(layer_types=["full_attention", "sliding_attention"]), "layer_types with 'sliding_attention'"),

@@ -167,6 +167,10 @@ def test_a_begin_token_has_two_homes(tmp_path, token):
     for other in ({"add_bos_token": False, "bos_token": token}, {"bos_token": token}, {"add_bos_token": True}):
         config.write_text(json.dumps(other))
         assert bytes_tokenizer(tmp_path).encode("fox") == plain
+    for bad in (5, ["<pad>"], {"content": 5}):
+        config.write_text(json.dumps({"add_bos_token": True, "bos_token": bad}))
+        with pytest.raises(app.UsageError, match=r"bos_token .* must be text"):
+            bytes_tokenizer(tmp_path)
     config.write_text(json.dumps({"add_bos_token": True, "bos_token": "<none>"}))
     with pytest.raises(app.UsageError, match=r"bos_token '<none>' is no token"):
         bytes_tokenizer(tmp_path)

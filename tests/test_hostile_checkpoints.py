@@ -444,3 +444,38 @@ def test_options_that_do_not_exist_are_refused_alike(folder, options, message):
 def test_a_byte_order_mark_is_no_part_of_a_config(folder):
     (folder / CONFIG).write_text("\ufeff" + (folder / CONFIG).read_text(), encoding="utf-8")
     assert inspect_folder(folder)["loads"]
+
+
+def two_kinds(expert, dense):
+    return {
+        "quant_method": "modelopt",
+        "quant_algo": "MIXED_PRECISION",
+        "quantized_layers": {expert: "NVFP4", dense: "W4A16_NVFP4"},
+    }
+
+
+def test_layers_that_the_config_does_not_name_are_not_guessed(folder):
+    """Entries under another prefix, say: the tensors are NVFP4, and what the activations are, nothing says."""
+    edit_config(folder, quantization_config=two_kinds("language_model.a.mlp.experts", "language_model.a.q_proj"))
+    with pytest.raises(ValueError, match=r"experts\.0\.gate_proj.*does not say what the activations are"):
+        load_model(folder)
+    assert any("does not say what the activations are" in problem for problem in inspect_folder(folder)["problems"])
+    edit_config(folder, quantization_config=two_kinds(EXPERTS[:-1], Q[:-1]))
+    layer = load_model(folder)[0].layers[0]
+    assert layer.mlp.settings.activation_format_1 == "nvfp4" and layer.self_attn.q_proj.activation_format == "bf16"
+
+
+def test_mixed_precision_whose_layers_stand_in_the_other_file(folder):
+    alone = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}
+    edit_config(folder, quantization_config=alone)
+    with pytest.raises(ValueError, match="names no layer in quantized_layers"):
+        load_model(folder)
+    assert "names no layer" in inspect_folder(folder)["problems"][0]
+    layers = dict.fromkeys((EXPERTS[:-1], Q[:-1]), {"quant_algo": "W4A16_NVFP4"})
+    file = {"quantization": {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}}
+    (folder / "hf_quant_config.json").write_text(json.dumps(file))
+    assert load_model(folder)[0].layers[0].mlp.settings.activation_format_1 == "bf16"
+    (folder / "hf_quant_config.json").unlink()
+    group = {"weights": GROUP["weights"], "input_activations": None, "targets": ["re:.*"]}
+    edit_config(folder, quantization_config={**alone, "config_groups": {"g": group}})
+    assert load_model(folder)[0].layers[0].mlp.settings.activation_format_1 == "bf16"

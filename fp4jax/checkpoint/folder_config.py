@@ -84,7 +84,9 @@ def quantization_plan(folder: Path, user: Mapping[str, Any] | str | None) -> Qua
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG_NAME}: {error}") from error
     other = read_json(file) if file.is_file() else None
-    if section is None:
+    names_layers = section is not None and (section.get("quantized_layers") or section.get("config_groups"))
+    mixed = section is not None and section.get("quant_algo") == "MIXED_PRECISION"
+    if section is None or (mixed and not names_layers and other is not None):  # then the layers stand in the file
         return plan_quantization(other, user)
     plan = plan_quantization(values, user)
     if other is None or _says_the_same(values, other):

@@ -30,8 +30,7 @@ def method_of(plan: QuantizationPlan, source: stored.Source, path: ParamPath, sh
                 f"{shortened(source.modules)}: the experts of a layer must have activations of one kind, the config "
                 f"says {' and '.join(map(str, found))}"
             )
-        found += [method for method in (plan.dense, plan.experts) if method.format == "nvfp4"]
-        chosen = found[0] if found else Method("nvfp4", source.stored, "nvfp4")
+        chosen = found[0] if found else _of_the_others(plan, source)
         return Method("nvfp4", source.stored, chosen.activations, "stored" if chosen.online else chosen.input_scales)
     if source.stored == "block_wise_fp8":
         found = [method for method in (*methods, plan.dense) if method.format == "block_wise_fp8"]
@@ -42,6 +41,18 @@ def method_of(plan: QuantizationPlan, source: stored.Source, path: ParamPath, sh
     if method.format == "nvfp4" and shape[-1] % BLOCK_SIZE:
         stored.check_nvfp4_width(name, shape[-1])
     return method
+
+
+def _of_the_others(plan: QuantizationPlan, source: stored.Source) -> Method:
+    """What NVFP4 layers run as that the config does not name: as those that it does, which must be alike then."""
+    others = [plan.dense, plan.experts, *(method for _, method in plan.layers if isinstance(method, Method))]
+    kinds = {(m.activations, m.input_scales): m for m in others if m.format == "nvfp4"}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"{shortened(source.modules)}: the tensors are NVFP4, and the config does not say what the activations are: "
+            f"it names other layers only, with {' and with '.join(sorted(kind for kind, _ in kinds))} activations"
+        )
+    return next(iter(kinds.values()), Method("nvfp4", source.stored, "nvfp4"))
 
 
 def _asked_for(plan: QuantizationPlan, source: stored.Source, experts: bool) -> list[str]:

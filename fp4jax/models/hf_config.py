@@ -40,7 +40,7 @@ def read_hf(
     if "head_dim" in names - values.keys() and {"hidden_size", "num_attention_heads"} <= values.keys():
         values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
     for rope in (config.get("rope_scaling") or {}, config.get("rope_parameters") or {}):
-        if "rope_theta" in rope:
+        if rope.get("rope_theta") is not None:
             values["rope_theta"] = rope["rope_theta"]
     values["dtype"] = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
     for key, value in absent.items():
@@ -128,5 +128,7 @@ def _refuse_unsupported(config: Mapping[str, Any], model_type: str, rope_types: 
             if place.get(key) not in (None, supported):
                 raise ValueError(f"{key}={place[key]!r} is not supported by {model_type}, only {supported!r}")
     kinds = config.get("layer_types") or []
+    if not isinstance(kinds, list | tuple):
+        raise ValueError(f"config.json of {model_type}: layer_types={kinds!r} must be a list")
     if others := [kind for kind in kinds if kind != "full_attention"]:
         raise ValueError(f"layer_types with {others[0]!r} is not supported by {model_type}, only 'full_attention'")
