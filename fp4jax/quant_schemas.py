@@ -97,8 +97,8 @@ def _read_modelopt(config: Mapping[str, Any]) -> QuantizationPlan:
         if not entries and (groups := _groups(config, "modelopt")):
             return _of_groups(groups, ignore, notes)
         if not entries:
-            raise ValueError("quant_algo='MIXED_PRECISION' of the checkpoint names no layer in quantized_layers, and has "
-                             "no config_groups; nothing says what the layers are")  # fmt: skip
+            raise ValueError("quant_algo='MIXED_PRECISION' of the checkpoint names no layer in quantized_layers, and "
+                             "has no config_groups; nothing says what the layers are")  # fmt: skip
         layers = {name: _modelopt_layer(name, entries[name]) for name in _expressions("quantized_layers", entries)}
         if any(method in (FP8_STORED, FP8_EXPERTS) for method in layers.values()):
             notes += ("layers in FP8 get activation scales per token and 128 values, whatever the checkpoint has",)

@@ -49,8 +49,8 @@ def _of_the_others(plan: QuantizationPlan, source: stored.Source) -> Method:
     kinds = {(m.activations, m.input_scales): m for m in others if m.format == "nvfp4"}
     if len(kinds) > 1:
         raise ValueError(
-            f"{shortened(source.modules)}: the tensors are NVFP4, and the config does not say what the activations are: "
-            f"it names other layers only, with {' and with '.join(sorted(kind for kind, _ in kinds))} activations"
+            f"{shortened(source.modules)}: the tensors are NVFP4, and the config does not say what the activations "
+            f"are: it names other layers only, with activations in {' and in '.join(sorted(kind for kind, _ in kinds))}"
         )
     return next(iter(kinds.values()), Method("nvfp4", source.stored, "nvfp4"))
 
