@@ -262,7 +262,7 @@ def quoted_us(figures: Mapping[tuple[int, int, int], tuple[float, ...]], shape: 
 
 @jax.jit
 def _squared_error(result, x, one, result_rows, x_rows):
-    """Of some rows of one expert, against f32 on its dequantized weights: squares of the difference and of the norm."""
+    """Compares some rows of one expert with f32 on its dequantized weights: squared norms of difference and result."""
     weights = dequantize(unpack_weights(one), jnp.float32)
     expected = jnp.dot(x[x_rows].astype(jnp.float32), weights.T, precision="highest")
     got = result.reshape(-1, result.shape[-1])[result_rows].astype(jnp.float32)

@@ -44,7 +44,7 @@ def flags_about_blocks() -> list[str]:
 
 
 def block_graph_options(enabled: bool = True, buckets: Sequence[int] = REFERENCE_BUCKETS) -> BlockGraphOptions:
-    """Of the flags, else of the environment, else the arguments (the script's own or its config's); debug: else off.
+    """What the flags say, else the environment, else the arguments (the script's own or its config's); debug: else off.
 
     Raises:
       app.UsageError: a variable that is no boolean, sizes that are not positive numbers in ascending order, or flags

@@ -67,7 +67,7 @@ class FileTokenizer:
 
 
 def tokenizer_of(folder: Path, config: Any) -> Any:
-    """Of the folder, else bytes."""
+    """The tokenizer of the folder's tokenizer.json; models of at most 256 tokens without one read bytes."""
     path = folder / "tokenizer.json"
     if path.is_file():
         return FileTokenizer(path)

@@ -71,11 +71,11 @@ class GemmShape:
 
     @property
     def flops(self) -> float:
-        """Of the valid rows."""
+        """Operations that the valid rows need."""
         return 2 * self.experts * self.m * self.n * self.k
 
     def as_dict(self) -> dict[str, Any]:
-        """For a row of results."""
+        """The shape as a row of results has it."""
         return {"E": self.experts, "K": self.k, "N": self.n, "m": self.m, "distribution": self.distribution}
 
 

@@ -12,7 +12,6 @@ compiled ahead of time (--block_graph and its environment switches, see experime
 program; the output says which.
 """
 
-import json
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,7 +81,7 @@ def main(argv):
     print(rates.as_text(way, numbers))
     if _JSON.value:
         report = {"prompt": request.prompt, "prompt_ids": request.ids, "text": text, "ids": answer, **way, **numbers}
-        Path(_JSON.value).write_text(json.dumps(report, indent=1) + "\n")
+        outputs.write_json("json", _JSON.value, report)
 
 
 def checked_request() -> Request:

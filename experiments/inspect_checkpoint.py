@@ -7,7 +7,6 @@ far the scales of gate and up projections differ, whether the exclude list of th
 
 import json
 import sys
-from pathlib import Path
 
 from absl import app, flags
 
@@ -20,6 +19,7 @@ _EP = flags.DEFINE_integer("ep", 1, "Devices that the experts are split over.", 
 _INPUT_SCALES = flags.DEFINE_enum(
     "input_scales", "stored", ["stored", "per_token"], "Of layers with NVFP4 activations."
 )
+_DTYPE = flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "As for generate.py; default: its config's.")
 _JSON = flags.DEFINE_string("json", None, "File for the report; -: print it instead of text; default: none is written.")
 
 
@@ -30,14 +30,15 @@ def main(argv):
         outputs.check_file("json", _JSON.value)
     try:
         report = inspect_folder(
-            _MODEL.value, quantization=_QUANTIZATION.value, ep=_EP.value, input_scales=_INPUT_SCALES.value
-        )
+            _MODEL.value, quantization=_QUANTIZATION.value, ep=_EP.value, dtype=_DTYPE.value,
+            input_scales=_INPUT_SCALES.value,
+        )  # fmt: skip
     except (ValueError, FileNotFoundError) as error:
         raise app.UsageError(str(error)) from error
     text = json.dumps(report, indent=1)
     print(text if _JSON.value == "-" else as_text(report))
     if _JSON.value not in (None, "-"):
-        Path(_JSON.value).write_text(text + "\n")
+        outputs.write_json("json", _JSON.value, report)
     sys.exit(0 if report["loads"] else 1)
 
 

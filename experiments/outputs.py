@@ -1,8 +1,10 @@
 """Whether a script will be able to write its results: checked before the work, not found out after it."""
 
+import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from absl import app
 
@@ -43,6 +45,14 @@ def check_folder(flag: str, name: str, *files: str) -> Path:
         if (path / file).exists():
             check_file(flag, str(path / file))
     return path
+
+
+def write_json(flag: str, name: str, values: Any) -> None:
+    """A file of JSON that a flag names; app.UsageError where it cannot be written after all (the disk is full, say)."""
+    try:
+        Path(name).write_text(json.dumps(values, indent=1) + "\n")
+    except OSError as error:
+        raise app.UsageError(f"--{flag}={name} could not be written: {error.strerror}") from error
 
 
 def _takes_files(folder: Path) -> bool:

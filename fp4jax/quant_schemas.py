@@ -38,7 +38,7 @@ _CHECKPOINT_KEYS = {
     "fp8": {"quant_method", "fmt", "activation_scheme", "weight_block_size", "modules_to_not_convert",
             "ignored_layers", "scale_fmt"},
 }  # fmt: skip
-_SECTIONS = ("quantization_config", "compression_config")  # the second is an older name of compressed-tensors
+SECTIONS = ("quantization_config", "compression_config")  # the second is an older name of compressed-tensors
 
 
 def own_config(config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
@@ -51,12 +51,12 @@ def own_config(config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
         return None
     inner = config.get("text_config")
     for place in (config, inner if isinstance(inner, Mapping) else {}):
-        for key in _SECTIONS:
+        for key in SECTIONS:
             if section := _object(place, key):
                 return section
     if isinstance(config.get("quantization"), Mapping):
         return {"quant_method": "modelopt", **config["quantization"]}
-    whole = {"model_type", "architectures", *_SECTIONS} & config.keys()
+    whole = {"model_type", "architectures", *SECTIONS} & config.keys()
     return None if whole else config
 
 
@@ -114,9 +114,10 @@ def _read_modelopt(config: Mapping[str, Any]) -> QuantizationPlan:
     if (size := config.get("group_size")) not in (None, BLOCK_SIZE):
         raise ValueError(f"quant_algo={algo!r} of the checkpoint: group_size={size!r} is not supported, "
                          f"only {BLOCK_SIZE}")  # fmt: skip
-    per_token = any(method.input_scales == "per_token" for _, method in groups)
+    of_groups = [found for _, found in groups if isinstance(found, Method)]
+    per_token = any(found.input_scales == "per_token" for found in of_groups)
     method = Method("nvfp4", "modelopt", _QUANT_ALGOS[algo], "per_token" if per_token else "stored")
-    if said := {m.activations for _, m in groups} - {method.activations}:
+    if said := {found.activations for found in of_groups} - {method.activations}:
         notes += (f"config_groups say activations in {said.pop()}; quant_algo={algo!r}, which is followed, says "
                   f"{method.activations}",)  # fmt: skip
     return QuantizationPlan(method, method, ignore=ignore, notes=notes)
@@ -133,6 +134,9 @@ def _modelopt_layer(name: str, entry: Any) -> Method | Refusal:
     if size not in sizes:
         only = " or ".join(str(s) for s in sizes if s is not None) or "none"
         return Refusal(f"quantized_layers: {name} has quant_algo={algo!r} with group_size={size!r}; supported: {only}")
+    for key, values in (("scale_fmt", (None, "ue8m0")), ("dynamic", (None, False, True))):
+        if not any(entry.get(key) is value or entry.get(key) == value for value in values):
+            return Refusal(f"quantized_layers: {name} has {key}={entry[key]!r}, which is not supported for {algo}")
     if algo in _FP8_ALGOS:
         stored = FP8_STORED_UE8M0 if entry.get("scale_fmt") == "ue8m0" else FP8_STORED
         return FP8_EXPERTS if ".experts" in name else stored
@@ -177,21 +181,34 @@ def _read_fp8(config: Mapping[str, Any]) -> QuantizationPlan:
 # --- config_groups, which ModelOpt and compressed-tensors have ---
 
 
-def _groups(config: Mapping[str, Any], stored: str) -> list[tuple[list[str], Method]]:
-    """(targets, method) of every group; no targets stand for all linear layers."""
-    found = []
+def _groups(config: Mapping[str, Any], stored: str) -> list[tuple[list[str], Method | Refusal]]:
+    """(targets, method) of every group; no targets stand for all linear layers.
+
+    A group that is not supported is refused at once if it is for all layers, else when one of its targets is loaded.
+    """
+    found: list[tuple[list[str], Method | Refusal]] = []
     groups = _object(config, "config_groups")
     for name in groups:
         group = _object(groups, name)
-        _check_scheme(f"config_groups: {name}.weights", group.get("weights"), dynamic=(None, False))
-        if (output := group.get("output_activations")) is not None:
-            raise ValueError(f"config_groups: {name}.output_activations is {output!r}; only null is supported")
-        activations, input_scales = "bf16", "stored"
-        if (scheme := group.get("input_activations")) is not None:
-            _check_scheme(f"config_groups: {name}.input_activations", scheme, dynamic=(None, False, "local", True))
-            activations, input_scales = "nvfp4", "per_token" if scheme.get("dynamic") is True else "stored"
-        found.append((_targets(name, group), Method("nvfp4", stored, activations, input_scales)))
+        targets = _targets(name, group)
+        try:
+            found.append((targets, _method_of_group(name, group, stored)))
+        except ValueError as error:
+            if not targets:
+                raise
+            found.append((targets, Refusal(str(error))))
     return found
+
+
+def _method_of_group(name: str, group: Mapping[str, Any], stored: str) -> Method:
+    _check_scheme(f"config_groups: {name}.weights", group.get("weights"), dynamic=(None, False))
+    if (output := group.get("output_activations")) is not None:
+        raise ValueError(f"config_groups: {name}.output_activations is {output!r}; only null is supported")
+    scheme = group.get("input_activations")
+    if scheme is None:
+        return Method("nvfp4", stored, "bf16")
+    _check_scheme(f"config_groups: {name}.input_activations", scheme, dynamic=(None, False, "local", True))
+    return Method("nvfp4", stored, "nvfp4", "per_token" if scheme.get("dynamic") is True else "stored")
 
 
 def _check_scheme(where: str, scheme: Any, *, dynamic: tuple[Any, ...]) -> None:
@@ -223,9 +240,9 @@ def _targets(name: str, group: Mapping[str, Any]) -> list[str]:
 
 
 def _of_groups(
-    groups: list[tuple[list[str], Method]], ignore: tuple[str, ...], notes: tuple[str, ...]
+    groups: list[tuple[list[str], Method | Refusal]], ignore: tuple[str, ...], notes: tuple[str, ...]
 ) -> QuantizationPlan:
-    whole = {method for targets, method in groups if not targets}
+    whole = {method for targets, method in groups if not targets and isinstance(method, Method)}
     if len(whole) > 1:
         raise ValueError("config_groups has groups for all linear layers that differ in their activations; they must "
                          f"agree, got {', '.join(sorted(method.activations for method in whole))}")  # fmt: skip
@@ -257,12 +274,14 @@ def _object(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def _patterns(config: Mapping[str, Any], *keys: str) -> tuple[str, ...]:
-    """The list of module names and patterns under the first of the keys that has one."""
-    key = next((key for key in keys if config.get(key)), keys[0])
-    names = config.get(key) or []
-    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{key}={names!r} of the checkpoint must be a list of names")
-    return _expressions(key, names)
+    """The module names and patterns under all of the keys, each once."""
+    found: dict[str, None] = {}
+    for key in keys:
+        names = config.get(key) or []
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{key}={names!r} of the checkpoint must be a list of names")
+        found |= dict.fromkeys(_expressions(key, names))
+    return tuple(found)
 
 
 def _expressions(key: str, names: Iterable[str]) -> tuple[str, ...]:

@@ -247,3 +247,25 @@ def test_configs_that_cannot_be_converted_are_refused(make_folder, tmp_path_fact
     with pytest.raises(ValueError, match="has no NVFP4 layers"):
         convert_folder(plain, out / "a", "compressed_tensors")
     assert not (out / "a").exists()
+
+
+@pytest.mark.parametrize("home", ["compression_config", "text_config"])
+def test_a_section_in_another_place_is_converted_too(make_folder, tmp_path_factory, home):
+    """As the loader finds it there; the output says so in the usual place only."""
+    folder, _ = make_folder("compressed")
+    section = json.loads((folder / "config.json").read_text())["quantization_config"]
+    inner = section if home == "compression_config" else {"quantization_config": section}
+    edit_config(folder, quantization_config=None, **{home: inner})
+    out = tmp_path_factory.mktemp("out") / "there"
+    convert_folder(folder, out, "modelopt")
+    config = json.loads((out / "config.json").read_text())
+    assert config["quantization_config"]["quant_algo"] == "NVFP4"
+    assert "compression_config" not in config and config.get("text_config", {}) == {}
+    assert inspect_folder(out)["loads"]
+
+
+def test_stacked_experts_are_said_not_to_be_converted(make_folder, tmp_path_factory):
+    folder, _ = make_folder("modelopt")
+    edit(folder, lambda t: t.update({"model.layers.0.mlp.experts.down_proj_weight_scale_2": np.ones(4, np.float32)}))
+    with pytest.raises(ValueError, match="has stacked NVFP4 experts"):
+        convert_folder(folder, tmp_path_factory.mktemp("out") / "a", "compressed_tensors")

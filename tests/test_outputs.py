@@ -1,5 +1,6 @@
 """Files and folders that scripts will write to: what is refused before the work, and that nothing is made yet."""
 
+import errno
 import os
 import tempfile
 
@@ -71,3 +72,15 @@ def test_folders_that_cannot_be_written(tmp_path, not_allowed):
         with pytest.raises(app.UsageError) as raised:
             outputs.check_folder("output_dir", str(name), "rows.json", "plot.png")
         assert str(raised.value) == message
+
+
+def test_a_full_disk_is_a_sentence(tmp_path, monkeypatch):
+    outputs.write_json("json", str(tmp_path / "a.json"), {"a": 1})
+    assert (tmp_path / "a.json").read_text() == '{\n "a": 1\n}\n'
+
+    def full(path, text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(outputs.Path, "write_text", full)
+    with pytest.raises(app.UsageError, match="--json=a.json could not be written: No space left"):
+        outputs.write_json("json", "a.json", {})

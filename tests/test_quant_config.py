@@ -179,6 +179,8 @@ def test_group_sizes_are_those_of_the_algorithm(algo):
         ({"quant_algo": "FP8_BLOCK_SCALES", "group_size": 64}, "quant_algo='FP8_BLOCK_SCALES' with group_size=64"),
         ({"quant_algo": "FP8", "group_size": 128}, "quant_algo='FP8' with group_size=128"),
         ({"quant_algo": "W4A16_NVFP4", "group_size": 32}, "quant_algo='W4A16_NVFP4' with group_size=32"),
+        ({"quant_algo": "FP8_PB_WO", "scale_fmt": "UE8M0"}, "scale_fmt='UE8M0', which is not supported for FP8_PB_WO"),
+        ({"quant_algo": "NVFP4", "dynamic": "yes"}, "dynamic='yes', which is not supported for NVFP4"),
     ],
 )
 def test_a_layer_is_refused_when_it_is_asked_for(entry, message):
@@ -256,6 +258,20 @@ def test_groups_may_have_targets():
     assert plan.method("model.layers.0.self_attn.q_proj") == PACKED
     assert plan.method("model.layers.0.mlp.experts.1.up_proj") == PACKED._replace(activations="bf16")
     assert plan.method("model.layers.0.self_attn.o_proj") == plan.method("model.layers.0.mlp.up_proj") == BF16
+
+
+def test_a_group_is_refused_when_one_of_its_targets_is_asked_for():
+    eight = {"weights": {"num_bits": 8, "type": "float"}, "targets": ["re:visual.*"]}
+    groups = {**COMPRESSED["config_groups"], "vision": eight}
+    plan = plan_quantization({**COMPRESSED, "config_groups": groups}, None)
+    assert plan.method("model.layers.0.self_attn.q_proj") == PACKED
+    with pytest.raises(ValueError, match=r"vision\.weights is"):
+        plan.method("visual.blocks.0.mlp")
+
+
+def test_both_lists_of_modelopt_count():
+    plan = plan_quantization({**MODELOPT, "ignore": ["lm_head"], "exclude_modules": ["*.gate", "lm_head"]}, None)
+    assert plan.ignore == ("lm_head", "*.gate")
 
 
 def test_activations_may_have_a_scale_per_token():

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from fp4jax.checkpoint.folder_config import CONFIG_NAME, QUANT_CONFIG_NAME
+from fp4jax.checkpoint.folder_config import CONFIG_NAME, QUANT_CONFIG_NAME, read_json
 from fp4jax.checkpoint.kept_scales import KEY, kept_in, reciprocal
 from fp4jax.checkpoint.layouts import (
     NAMES,
@@ -30,6 +30,7 @@ from fp4jax.checkpoint.layouts import (
 from fp4jax.checkpoint.reader import INDEX_NAME, Reader
 from fp4jax.checkpoint.tensor_file import header_bytes, part_of, publish, read_header
 from fp4jax.checkpoint.unfinished import begin, finish, weight_files
+from fp4jax.quant_schemas import own_config
 
 _COPY_BYTES = 1 << 24
 
@@ -97,8 +98,9 @@ def _configs(reader: Reader, old: Layout, new: Layout, modules: list[str]) -> tu
     """What the output's configs say, and what of the source's to keep for converting back."""
     folder = reader.folder
     file = folder / QUANT_CONFIG_NAME
+    section = own_config(read_json(folder / CONFIG_NAME))  # wherever it stands, as for loading
     found = Described(
-        json.loads((folder / CONFIG_NAME).read_text()).get("quantization_config"),
+        None if section is None else dict(section),
         json.loads(file.read_text()) if old == "modelopt" and file.is_file() else None,
     )
     plain = plain_modules({name: reader.shape(name) for name in reader.names()}, modules)

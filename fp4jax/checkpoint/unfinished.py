@@ -1,15 +1,17 @@
 """A folder that is written in several runs: which run began it, and how it is finished."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fp4jax.checkpoint.folder_config import CONFIG_NAME, QUANT_CONFIG_NAME
+from fp4jax.checkpoint.folder_config import CONFIG_NAME, QUANT_CONFIG_NAME, read_json
 from fp4jax.checkpoint.layouts import Described
 from fp4jax.checkpoint.reader import INDEX_NAME, WEIGHTS_NAME
 from fp4jax.checkpoint.tensor_file import write_text
+from fp4jax.quant_schemas import SECTIONS
 
 _WORK = ".unfinished"
 _SETTINGS = "settings.json"
@@ -55,7 +57,11 @@ def finish(
         write_text(output / QUANT_CONFIG_NAME, as_json(described.file))
     if index is not None:
         write_text(output / INDEX_NAME, as_json(index))
-    config = json.loads((source / CONFIG_NAME).read_text())
+    config = read_json(source / CONFIG_NAME)
+    inner = config.get("text_config")
+    for place, key in itertools.product((config, inner if isinstance(inner, dict) else {}), SECTIONS):
+        if place is not config or key != "quantization_config":
+            place.pop(key, None)  # what it says is of the source
     config["quantization_config"] = described.section
     if described.section is None:
         del config["quantization_config"]
