@@ -82,5 +82,5 @@ def test_a_full_disk_is_a_sentence(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(outputs.Path, "write_text", full)
-    with pytest.raises(app.UsageError, match="--json=a.json could not be written: No space left"):
+    with pytest.raises(app.UsageError, match=r"--json=a\.json could not be written: No space left"):
         outputs.write_json("json", "a.json", {})
