@@ -33,13 +33,12 @@ from absl import app, flags
 from flax import nnx
 from tqdm import tqdm
 
-from experiments import block_graph_flags, block_report, outputs, script
-from experiments.flag_values import integers
-from experiments.graph_kernels import KEEP_GRAPHS, Kernel, kernel_columns, profile_kernels
-from fp4jax import benchmarking, bucket_planner
-from fp4jax.block_graph import Bucketed
+from experiments.harness import block_graph_flags, block_report, outputs, script, timing as benchmarking
+from experiments.harness.flag_values import integers
+from experiments.harness.graph_kernels import KEEP_GRAPHS, Kernel, kernel_columns, profile_kernels
+from fp4jax.block_graph import Bucketed, planner as bucket_planner
+from fp4jax.engine import BucketedModel
 from fp4jax.models import Qwen3Moe, Qwen3MoeConfig, configure_experts, quantize_experts
-from fp4jax.models.bucketed import BucketedModel
 
 _TOKENS = flags.DEFINE_list("tokens", None, "Tokens of the timed calls; default: 1,100,300,700,1500 (CPU: 3,12).")
 _BATCH = flags.DEFINE_list("batch", None, "Requests decoded together; default: 1,8 (CPU: 2).")

@@ -23,13 +23,14 @@ from absl import app, flags
 from jax import lax
 from tqdm import tqdm
 
-from experiments import outputs, script
-from experiments.flag_values import integers
-from fp4jax import benchmarking, nvfp4
+from experiments.harness import outputs, script, timing as benchmarking
+from experiments.harness.flag_values import integers
+from fp4jax import nvfp4
 from fp4jax.block_fp8 import block_fp8_matmul, dequantize_blocks, quantize_blocks
+from fp4jax.expert_parallel import from_fp8
+from fp4jax.expert_parallel.wire_formats import to_fp8
 from fp4jax.grouped_gemm import contiguous_grouped_gemm, pack_weights
-from fp4jax.wire_formats import from_fp8, to_fp8
-from pallas_kernels import fp8_gemm, quantize_fp8
+from pallas_kernels.fp8 import gemm as fp8_gemm, quantize as quantize_fp8
 
 _SHAPES = flags.DEFINE_list("shapes", None, "KxN of weights; default: dense layers of DeepSeek-V3 and Qwen3-30B.")
 _TOKENS = flags.DEFINE_list("tokens", None, "Rows; default: 1,16,128,512,1024,4096 (CPU: 16).")

@@ -31,9 +31,7 @@ from absl import app, flags
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from tqdm import tqdm
 
-from experiments import outputs, script
-from experiments.chained_steps import ChainedSteps
-from experiments.dispatch_cases import (
+from experiments.cases.dispatch import (
     Cell,
     combine_step,
     dispatch_step,
@@ -42,11 +40,10 @@ from experiments.dispatch_cases import (
     make_routing,
     rows_sent,
 )
-from experiments.flag_values import choices, integers
-from fp4jax import benchmarking
-from fp4jax.expert_parallel import dispatch
-from fp4jax.low_latency import ReceiveBuffers
-from fp4jax.wire_formats import WIRE_FORMATS
+from experiments.harness import outputs, script, timing as benchmarking
+from experiments.harness.chained_steps import ChainedSteps
+from experiments.harness.flag_values import choices, integers
+from fp4jax.expert_parallel import WIRE_FORMATS, ReceiveBuffers, dispatch
 
 _RANKS = flags.DEFINE_list("ranks", None, "Numbers of devices; default: all of 2, 4, 8 that there are.")
 _TOKENS = flags.DEFINE_list("tokens", None, "Tokens per device; default: 16,128,1024,4096,16384 (CPU: 16).")

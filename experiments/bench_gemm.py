@@ -2,7 +2,7 @@
 
     python experiments/bench_gemm.py                              # everything; about 6 minutes on an H100
     python experiments/bench_gemm.py --shapes=32x2048x7168 --m=16,64 --distributions=uniform
-    python experiments/bench_gemm.py --sweep                      # tune, rewrite pallas_kernels/tuned_gemm.json
+    python experiments/bench_gemm.py --sweep                      # tune, rewrite pallas_kernels/gemm/tuned.json
 
 Shapes are ExKxN: E experts on the device with weights [N, K]; m is the mean number of rows per expert. The kernel makes
 its task list on the device, inside the timing. Baselines run in turns with it: bf16 through a padded einsum (cuBLAS),
@@ -26,13 +26,13 @@ import numpy as np
 from absl import app, flags
 from tqdm import tqdm
 
-from experiments import gemm_cases, outputs, script
-from experiments.gemm_cases import GemmShape, Inputs
-from fp4jax import benchmarking
+from experiments.cases import gemm as gemm_cases
+from experiments.cases.gemm import GemmShape, Inputs
+from experiments.harness import outputs, script, timing as benchmarking
 from fp4jax.grouped_gemm import unpack_weights
 from fp4jax.nvfp4 import dequantize
-from pallas_kernels import gemm_choice, masked_gemm
-from pallas_kernels.gemm_config import TuningConfig
+from pallas_kernels.gemm import choice as gemm_choice, grouped_gemm as masked_gemm
+from pallas_kernels.gemm.config import TuningConfig
 
 _SHAPES = flags.DEFINE_list("shapes", None, "ExKxN; default: the four of the peers' table (CPU: 4x128x128).")
 _M = flags.DEFINE_list("m", None, "Mean rows per expert; default: 1,4,16,64,256,1024, skewed: 64 (CPU: 4).")

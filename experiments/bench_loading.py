@@ -29,10 +29,9 @@ from absl import app, flags
 from flax import nnx
 from tqdm import tqdm
 
-from experiments import outputs, script
-from experiments.flag_values import finite
-from experiments.synthetic_checkpoint import Shape, layers_for, write_checkpoint
-from fp4jax import benchmarking
+from experiments.cases.checkpoint import Shape, layers_for, write_checkpoint
+from experiments.harness import outputs, script, timing as benchmarking
+from experiments.harness.flag_values import finite
 from fp4jax.checkpoint import load_model
 from fp4jax.checkpoint.match import match_folder
 

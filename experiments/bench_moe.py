@@ -5,11 +5,11 @@
     JAX_NUM_CPU_DEVICES=2 JAX_PLATFORMS=cpu python experiments/bench_moe.py      # a tiny layer: how it runs
 
 Layers, one per row: "nvfp4" (the library: --wire_format, nvfp4 unless told otherwise, kernels wherever they serve),
-"nvfp4 low latency" (the same with receive buffers that the program keeps: fp4jax.low_latency), "nvfp4 nccl" (the same
-around one all_to_all), "bf16" (JAX's Pallas ragged dot between our dispatch, permute, SwiGLU, depermute and combine),
-"bf16 jax" (the same ragged dot, all_to_all and XLA for the rest). Time per layer of a program of many layers one after
-the other, stages from a profile of it. Floors: a sum over stages of the bytes or FLOPs of each over what the memory,
-the link or a large matrix product reach. Writes bench_moe.json and bench_moe.png.
+"nvfp4 low latency" (the same with receive buffers that the program keeps: fp4jax.expert_parallel.low_latency), "nvfp4
+nccl" (the same around one all_to_all), "bf16" (JAX's Pallas ragged dot between our dispatch, permute, SwiGLU, depermute
+and combine), "bf16 jax" (the same ragged dot, all_to_all and XLA for the rest). Time per layer of a program of many
+layers one after the other, stages from a profile of it. Floors: a sum over stages of the bytes or FLOPs of each over
+what the memory, the link or a large matrix product reach. Writes bench_moe.json and bench_moe.png.
 """
 
 import os
@@ -27,12 +27,13 @@ from absl import app, flags
 from jax.sharding import AxisType
 from tqdm import tqdm
 
-from experiments import moe_cases, outputs, process_flags, script, wire_flag
-from experiments.chained_steps import ChainedSteps
-from experiments.flag_values import choices, integers
-from experiments.stage_times import compiler_options, stage_times
-from fp4jax import benchmarking, wire_bytes
-from fp4jax.low_latency import ReceiveBuffers
+from experiments.cases import moe as moe_cases
+from experiments.harness import outputs, process_flags, script, timing as benchmarking, wire_flag
+from experiments.harness.chained_steps import ChainedSteps
+from experiments.harness.flag_values import choices, integers
+from experiments.harness.stages import compiler_options, stage_times
+from fp4jax import wire_bytes
+from fp4jax.expert_parallel import ReceiveBuffers
 
 _MODELS = flags.DEFINE_list("models", None, f"Of {', '.join(moe_cases.MODELS)}; default: all but tiny (CPU: tiny).")
 _TOKENS = flags.DEFINE_list("tokens", None, "Tokens per device; default: 16,128,1024,4096 (CPU: 32).")

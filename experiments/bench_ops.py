@@ -2,7 +2,7 @@
 
     python experiments/bench_ops.py                    # everything; about 12 minutes on an H100, mostly compiling
     python experiments/bench_ops.py --models=deepseek-v3 --tokens=4096 --ops=permute,depermute
-    python experiments/bench_ops.py --sweep            # tune the kernels, rewrite pallas_kernels/tuned.json
+    python experiments/bench_ops.py --sweep            # tune the kernels, rewrite pallas_kernels/simt/tuned.json
 
 Every row: device time, bytes that must move (each input read once, each output written once) over the copy bandwidth
 measured in the same run (floor), percent of that floor, and the time of XLA's implementation measured in turns with
@@ -18,16 +18,15 @@ from typing import Any
 from absl import app, flags
 from tqdm import tqdm
 
-from experiments import outputs, script
-from experiments.flag_values import choices, integers
-from experiments.op_cases import MODELS, OPS, Case, all_cases
-from fp4jax import benchmarking
-from pallas_kernels import (
+from experiments.cases.ops import MODELS, OPS, Case, all_cases
+from experiments.harness import outputs, script, timing as benchmarking
+from experiments.harness.flag_values import choices, integers
+from pallas_kernels.rows import (
     permute as permute_kernels,
     quantize as quantize_kernel,
     route_metadata as metadata_kernels,
-    tuning,
 )
+from pallas_kernels.simt import tuning
 
 _MODELS = flags.DEFINE_list("models", None, f"Models, of {', '.join(MODELS)}; default: all (CPU: qwen3-30b).")
 _TOKENS = flags.DEFINE_list("tokens", None, "Token counts; default: 128,1024,4096,8192,16384 (CPU: 128).")

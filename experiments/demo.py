@@ -23,16 +23,16 @@ from flax import nnx
 from jax.sharding import AxisType
 from tqdm import tqdm
 
-from experiments import outputs, script
-from experiments.config_flag import define_config
-from experiments.corpus import load_corpus, windows
-from experiments.evaluation import evaluate
-from experiments.stage_times import compiler_options, stage_times
-from experiments.text_files import check_text
+from experiments.harness import outputs, script
+from experiments.harness.config_flag import define_config
+from experiments.harness.stages import compiler_options, stage_times
+from experiments.text.corpora import load_corpus, windows
+from experiments.text.evaluation import evaluate
+from experiments.text.files import check_text
 from fp4jax.checkpoint import load_model
 from fp4jax.expert_parallel import WireBytes, wire_bytes
-from fp4jax.models.generate import generate
-from fp4jax.models.serving import configure_experts, quantize_experts
+from fp4jax.models.expert_setup import configure_experts, quantize_experts
+from fp4jax.models.generation import generate
 from fp4jax.routing import route
 
 _ROOT = Path(__file__).resolve().parent

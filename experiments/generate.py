@@ -8,8 +8,8 @@ Loads any folder that inspect_checkpoint.py says loads, with the tokenizer of it
 package; a model of at most 256 tokens without one reads bytes), and prints the continuation and tokens per second of
 prefill and decoding, compilation apart, where there are enough tokens to measure. --ep splits the experts over devices;
 --wire_format, or FD_DISPATCH_USE_FP4, says how tokens cross between them. Without sampling the model runs in blocks
-compiled ahead of time (--block_graph and its environment switches, see experiments/block_graph_flags.py), else as one
-program; the output says which.
+compiled ahead of time (--block_graph and its environment switches, see experiments/harness/block_graph_flags.py), else
+as one program; the output says which.
 """
 
 import time
@@ -21,13 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from experiments import block_graph_flags, block_report, outputs, rates, script, wire_flag
-from experiments.flag_values import finite
-from experiments.folder_tokenizer import tokenizer_of
-from experiments.text_files import check_text, read_text
+from experiments.harness import block_graph_flags, block_report, outputs, rates, script, wire_flag
+from experiments.harness.flag_values import finite
+from experiments.text.files import check_text, read_text
+from experiments.text.tokenizers import tokenizer_of
 from fp4jax.checkpoint import load_model
 from fp4jax.checkpoint.folder_config import end_token_ids, read_config
-from fp4jax.models import BucketedModel, configure_experts, generate
+from fp4jax.engine import BucketedModel
+from fp4jax.models import configure_experts, generate
 
 _DEFAULT_PROMPT = "The meaning of life is"
 _MODEL = flags.DEFINE_string("model", None, "Folder in Hugging Face layout; required.", required=True)

@@ -10,7 +10,7 @@ import sys
 
 from absl import app, flags
 
-from experiments import outputs, script
+from experiments.harness import outputs, script
 from fp4jax.checkpoint.inspect import as_text, inspect_folder
 
 _MODEL = flags.DEFINE_string("model", None, "Folder in Hugging Face layout; required.", required=True)

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from absl import app, flags
 
-from experiments import outputs, script
-from experiments.flag_values import finite, integers
-from experiments.scaling_report import plot, scaling_rows, table
+from experiments.harness import outputs, script
+from experiments.harness.flag_values import finite, integers
+from experiments.harness.scaling_report import plot, scaling_rows, table
 
 _RESULTS = flags.DEFINE_list(
     "results", ["output/bench_dispatch/bench_dispatch.json"], "Files of bench_dispatch.py; later ones replace rows."

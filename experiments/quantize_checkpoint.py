@@ -1,7 +1,7 @@
 """A checkpoint in NVFP4: python experiments/quantize_checkpoint.py --model=DIR --output=OUT --calibration=TEXT
 
     python experiments/quantize_checkpoint.py --model=experiments/checkpoints/tiny_lm --output=/tmp/tiny_fp4
-        --calibration=experiments/corpus.py --sequence_length=256
+        --calibration=experiments/text/corpora.py --sequence_length=256
     python experiments/quantize_checkpoint.py --model=/tmp/tiny_fp4 --output=/tmp/tiny_ct --layout=compressed_tensors
 
 A plain folder (bf16 or float32) is quantized in the layout of ModelOpt or of compressed-tensors: the experts, with
@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from experiments import outputs, script
-from experiments.folder_tokenizer import tokenizer_of
-from experiments.text_files import read_text
-from fp4jax.checkpoint.convert import convert_folder
-from fp4jax.checkpoint.layouts import NAMES, layout_of
+from experiments.harness import outputs, script
+from experiments.text.files import read_text
+from experiments.text.tokenizers import tokenizer_of
 from fp4jax.checkpoint.match import match_folder
-from fp4jax.checkpoint.quantize import Recipe, quantize_folder
-from fp4jax.checkpoint.reader import Reader
+from fp4jax.checkpoint.quantizer.convert import convert_folder
+from fp4jax.checkpoint.quantizer.quantize import Recipe, quantize_folder
+from fp4jax.checkpoint.storage.layouts import NAMES, layout_of
+from fp4jax.checkpoint.storage.reader import Reader
 
 _MODEL = flags.DEFINE_string("model", None, "Folder in Hugging Face layout; required.", required=True)
 _OUTPUT = flags.DEFINE_string(

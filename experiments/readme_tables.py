@@ -10,7 +10,7 @@ from typing import Any
 
 from absl import app
 
-from experiments import script
+from experiments.harness import script
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"

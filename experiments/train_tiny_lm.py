@@ -25,13 +25,13 @@ from absl import app, flags
 from flax import nnx
 from ml_collections import ConfigDict
 
-from experiments import outputs, script
-from experiments.config_flag import define_config
-from experiments.corpus import Corpus, load_corpus
-from experiments.evaluation import evaluate
-from experiments.run_limits import RunLimits, Stopped
-from experiments.training import Training, train
-from experiments.training_checks import check_config, check_lengths
+from experiments.harness import outputs, script
+from experiments.harness.config_flag import define_config
+from experiments.text.corpora import Corpus, load_corpus
+from experiments.text.evaluation import evaluate
+from experiments.training.checks import check_config, check_lengths
+from experiments.training.loop import Training, train
+from experiments.training.run_limits import RunLimits, Stopped
 from fp4jax.checkpoint import load_model, save_model
 from fp4jax.models.qwen3_moe import Qwen3MoeConfig
 

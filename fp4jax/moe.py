@@ -10,17 +10,17 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from fp4jax.expert_parallel import FORMS, agree_global_scale, combine, combine_into_buffers, dispatch
-from fp4jax.gemm_swiglu import grouped_gemm_swiglu
-from fp4jax.grouped_gemm import contiguous_grouped_gemm, masked_grouped_gemm
+from fp4jax.expert_parallel.exchange import FORMS, agree_global_scale, combine, combine_into_buffers, dispatch
+from fp4jax.expert_parallel.low_latency import ReceiveBuffers
+from fp4jax.expert_parallel.wire_formats import WIRE_FORMATS, from_fp8
+from fp4jax.grouped_gemm.fused_swiglu import grouped_gemm_swiglu
+from fp4jax.grouped_gemm.gemm import contiguous_grouped_gemm, masked_grouped_gemm
+from fp4jax.grouped_gemm.packed_weights import PackedWeights
 from fp4jax.implementations import IMPLEMENTATIONS
-from fp4jax.low_latency import ReceiveBuffers
 from fp4jax.nvfp4 import NVFP4Tensor, quantize
 from fp4jax.operands import axis_size, check_array, check_routes, check_type, check_unsharded, described
-from fp4jax.packed_weights import PackedWeights
 from fp4jax.permute import depermute_combine, permute_to_contiguous, permute_to_masked
 from fp4jax.swiglu import silu
-from fp4jax.wire_formats import WIRE_FORMATS, from_fp8
 
 LAYOUTS = ("masked", "contiguous")
 ACTIVATION_FORMATS = ("nvfp4", "bf16")

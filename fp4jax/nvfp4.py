@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from fp4jax.implementations import Call, run_implementation
 from fp4jax.operands import axis_size, check_array, check_type, summary
 from fp4jax.rounding import E4M3_MAX, div_rn, flush_subnormals, largest_magnitude, round_to_e2m1, round_to_e4m3
-from pallas_kernels import quantize as quantize_kernel
+from pallas_kernels.rows import quantize as quantize_kernel
 
 BLOCK_SIZE = 16
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # magnitude of codes 0..7; bit 3 is the sign

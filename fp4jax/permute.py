@@ -18,7 +18,7 @@ from fp4jax import scale_layout as scale_layouts
 from fp4jax.implementations import Call, run_implementation
 from fp4jax.nvfp4 import BLOCK_SIZE, NVFP4Tensor, decode_blocks
 from fp4jax.operands import check_array, check_routes, check_unsharded
-from pallas_kernels import permute as permute_kernels, route_metadata as metadata_kernels
+from pallas_kernels.rows import permute as permute_kernels, route_metadata as metadata_kernels
 
 
 class Permuted(NamedTuple):

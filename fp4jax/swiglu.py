@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 from fp4jax.implementations import Call, run_implementation
 from fp4jax.nvfp4 import BLOCK_SIZE, NVFP4Tensor, as_scale, decode_blocks, quantize
 from fp4jax.operands import check_array
-from pallas_kernels import swiglu_quantize as swiglu_kernel
+from pallas_kernels.rows import swiglu_quantize as swiglu_kernel
 
 OUTPUTS = ("nvfp4", "nvfp4_as_bf16", "bf16")
 

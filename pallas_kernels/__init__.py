@@ -3,10 +3,3 @@
 Pallas Mosaic GPU, written for Hopper (sm90). Every kernel module has a `check_...` that is the one statement of what
 its kernels accept, and a frozen `TuningConfig` where there is something to tune.
 """
-
-from pallas_kernels import (
-    permute as permute,
-    quantize as quantize,
-    route_metadata as route_metadata,
-    swiglu_quantize as swiglu_quantize,
-)

@@ -20,8 +20,8 @@ from fp4jax.models import (
     ernie45_moe,
     qwen3_moe,
 )
-from fp4jax.quant_config import QuantizationPlan, plan_quantization
-from fp4jax.quant_schemas import own_config
+from fp4jax.quant_config.plan import QuantizationPlan, plan_quantization
+from fp4jax.quant_config.schemas import own_config
 
 CONFIG_NAME = "config.json"
 QUANT_CONFIG_NAME = "hf_quant_config.json"

@@ -21,11 +21,11 @@ from fp4jax import nvfp4
 from fp4jax.block_fp8 import quantize_blocks
 from fp4jax.checkpoint.match import Match, examine_folder
 from fp4jax.checkpoint.names import Path, stacked_name
-from fp4jax.checkpoint.reader import Reader
-from fp4jax.checkpoint.stored import Source
+from fp4jax.checkpoint.storage.reader import Reader
+from fp4jax.checkpoint.storage.stored import Source
+from fp4jax.grouped_gemm.packed_weights import arrange_experts
 from fp4jax.layers.moe_block import runs_on_kernel
 from fp4jax.nvfp4 import NVFP4Tensor
-from fp4jax.packed_weights import arrange_experts
 
 # Suffix of the global scale -> of the input scale; behind a dot, or "_" where experts are stacked in one parameter.
 _SCALES = {"weight_scale_2": "input_scale", "weight_global_scale": "input_global_scale"}

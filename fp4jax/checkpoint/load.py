@@ -22,13 +22,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from tqdm import tqdm
 
 from fp4jax.block_fp8 import BlockFP8Weights
-from fp4jax.checkpoint import stored
 from fp4jax.checkpoint.match import Match, at, match_folder
 from fp4jax.checkpoint.names import Path as ParamPath
-from fp4jax.checkpoint.reader import some
+from fp4jax.checkpoint.storage import stored
+from fp4jax.checkpoint.storage.reader import some
 from fp4jax.layers import EP_AXIS, BlockFP8Linear, ExpertSettings, MoEBlock, NVFP4Linear, expert_mesh
 from fp4jax.nvfp4 import NVFP4Tensor
-from fp4jax.quant_methods import Method
+from fp4jax.quant_config.methods import Method
 
 _PROGRESS_FROM = 1000  # tensors; smaller checkpoints load faster than a bar is read
 _THREADS = min(8, os.cpu_count() or 1)  # that copy tensors of a parameter from the files

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fp4jax.checkpoint import stacked, stored
 from fp4jax.checkpoint.folder_config import CONFIG_NAME, model_and_config, quantization_plan
 from fp4jax.checkpoint.names import (
     Path as ParamPath,
@@ -20,10 +19,11 @@ from fp4jax.checkpoint.names import (
     stacked_name,
     tensor_name,
 )
-from fp4jax.checkpoint.reader import Reader, some
 from fp4jax.checkpoint.run_as import activation_scales, method_of
+from fp4jax.checkpoint.storage import stacked, stored
+from fp4jax.checkpoint.storage.reader import Reader, some
 from fp4jax.layers import Linear
-from fp4jax.quant_methods import Method, QuantizationPlan, disagreements
+from fp4jax.quant_config.methods import Method, QuantizationPlan, disagreements
 
 _KV_SCALE = re.compile(r"layers\.(\d+)\.self_attn\.(?:[kv]_proj\.)?([kv]_scale)$")
 

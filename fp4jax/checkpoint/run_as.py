@@ -2,12 +2,12 @@
 
 import numpy as np
 
-from fp4jax.checkpoint import stacked, stored
-from fp4jax.checkpoint.layouts import NAMES
 from fp4jax.checkpoint.names import Path as ParamPath, projections_of, stacked_name
-from fp4jax.checkpoint.reader import Reader
+from fp4jax.checkpoint.storage import stacked, stored
+from fp4jax.checkpoint.storage.layouts import NAMES
+from fp4jax.checkpoint.storage.reader import Reader
 from fp4jax.nvfp4 import BLOCK_SIZE, GLOBAL_SCALE_RANGE
-from fp4jax.quant_methods import BF16, FP8_EXPERTS, FP8_STORED, Method, QuantizationPlan, shortened
+from fp4jax.quant_config.methods import BF16, FP8_EXPERTS, FP8_STORED, Method, QuantizationPlan, shortened
 
 
 def method_of(plan: QuantizationPlan, source: stored.Source, path: ParamPath, shape: tuple[int, ...]) -> Method:

@@ -10,11 +10,11 @@ import numpy as np
 from flax import nnx
 
 from fp4jax.checkpoint.folder_config import CONFIG_NAME, QUANT_CONFIG_NAME
-from fp4jax.checkpoint.kept_scales import KEY
-from fp4jax.checkpoint.layouts import Layout, describe_methods
-from fp4jax.checkpoint.reader import INDEX_NAME, WEIGHTS_NAME
-from fp4jax.checkpoint.saved_tensors import SavedTensors
-from fp4jax.checkpoint.tensor_file import TensorFile, spec_of, write_text
+from fp4jax.checkpoint.storage.kept_scales import KEY
+from fp4jax.checkpoint.storage.layouts import Layout, describe_methods
+from fp4jax.checkpoint.storage.reader import INDEX_NAME, WEIGHTS_NAME
+from fp4jax.checkpoint.storage.saved_tensors import SavedTensors
+from fp4jax.checkpoint.storage.tensor_file import TensorFile, spec_of, write_text
 
 
 def save_model(

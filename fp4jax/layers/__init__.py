@@ -1,6 +1,6 @@
 """Flax NNX modules, thin over the pure functions: dense layers and the expert layer."""
 
-from fp4jax.layers.dense import (
+from fp4jax.layers.linear import (
     MLP as MLP,
     BlockFP8Linear as BlockFP8Linear,
     Linear as Linear,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from fp4jax.layers.dense import Linear, RMSNorm, exact_precision
+from fp4jax.layers.linear import Linear, RMSNorm, exact_precision
 
 
 def rope_frequency(theta: float, dim: int) -> Float[Array, "half"]:

@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from fp4jax.layers.attention import attention, clear_beyond, positions_from, rope, rope_frequency, write_cache
-from fp4jax.layers.dense import Linear, RMSNorm
+from fp4jax.layers.linear import Linear, RMSNorm
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,11 +17,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from fp4jax import implementations, moe, nvfp4, routing
-from fp4jax.layers.dense import MLP, Linear, exact_precision, largest, normal_param
-from fp4jax.low_latency import ReceiveBuffers
+from fp4jax.expert_parallel.low_latency import ReceiveBuffers
+from fp4jax.grouped_gemm.packed_weights import PackedWeights, arrange_experts
+from fp4jax.layers.linear import MLP, Linear, exact_precision, largest, normal_param
 from fp4jax.nvfp4 import NVFP4Tensor
 from fp4jax.operands import check_type
-from fp4jax.packed_weights import PackedWeights, arrange_experts
 
 EP_AXIS = "ep"
 
@@ -67,8 +67,8 @@ class ExpertSettings:
 
     `differentiable` chooses `moe.dense_moe` (training, plain weights, one device); otherwise `moe.moe_layer`, inside
     shard_map over the axis "ep" of `mesh` when one is given. `low_latency`: decode steps of `models.BucketedModel` keep
-    their receive buffers (`fp4jax.low_latency`; GPUs whose kernels reach each other only). The other fields are those
-    of `moe.MoEConfig`.
+    their receive buffers (`fp4jax.expert_parallel.low_latency`; GPUs whose kernels reach each other only). The other
+    fields are those of `moe.MoEConfig`.
     """
 
     differentiable: bool = False

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from fp4jax.layers.dense import Linear, RMSNorm, dot
+from fp4jax.layers.linear import Linear, RMSNorm, dot
 from fp4jax.layers.moe_block import ExpertAmax, MoEAux, MoEBlock
 
 

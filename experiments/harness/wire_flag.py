@@ -1,0 +1,34 @@
+"""--wire_format, how tokens cross the network; it wins over an environment switch, and that over a config.
+
+    FD_DISPATCH_USE_FP4=1    tokens cross the network in NVFP4 (0: in bf16); --wire_format wins over it
+
+The name is that of the serving system whose deployments this library is compared with.
+"""
+
+import os
+import warnings
+
+from absl import flags
+
+from experiments.harness.flag_values import switch
+from fp4jax.expert_parallel import WIRE_FORMATS
+
+_USE_FP4, _STALE = "FD_DISPATCH_USE_FP4", "FD_USE_NVFP4_COMM_QUANT"
+
+WIRE_FORMAT = flags.DEFINE_enum(
+    "wire_format", None, WIRE_FORMATS, f"How tokens cross the network; default: {_USE_FP4}, else nvfp4."
+)
+
+
+def wire_format(config_value: str) -> str:
+    """The wire format: of the flag, else of the environment, else of the script or its config.
+
+    Raises:
+      app.UsageError: the variable has a value that is no boolean.
+    """
+    if _STALE in os.environ:
+        warnings.warn(f"{_STALE} is not read any more; set {_USE_FP4}", stacklevel=2)
+    if WIRE_FORMAT.value is not None:
+        return WIRE_FORMAT.value
+    use_fp4 = switch(_USE_FP4, None)
+    return config_value if use_fp4 is None else "nvfp4" if use_fp4 else "bf16"

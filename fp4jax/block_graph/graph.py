@@ -1,0 +1,363 @@
+"""Blocks compiled ahead of time for a few token counts (buckets), so that any number of tokens runs without compiling.
+
+A call is padded up to the next bucket, runs that bucket's executable, and is cut back. Above the largest bucket it runs
+in chunks, unless its tokens meet. Weights are arguments: all layers of one shape share executables. Pads are zeroed
+inside the executable, so that nothing can depend on what they hold; a block whose tokens meet (attention, experts with
+capacities) also gets the number of tokens.
+
+XLA compiles for one shape: even cutting a device array of a new length compiles. Arrays of exact size therefore go over
+the host, where nothing compiles; between blocks, hand on `Bucketed` values, which stay on the device as they are.
+"""
+
+import functools
+import operator
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fp4jax.block_graph.arguments import (
+    Argument,
+    Bucketed,
+    home_of_all,
+    is_bucketed,
+    leaves_of_axes,
+    map_axes,
+    map_tokens,
+    structs_of,
+    take_tokens,
+    values_of,
+)
+from fp4jax.block_graph.planner import check_buckets
+from fp4jax.block_graph.stats import BlockStats, CompileSeconds, compile_all
+
+
+class BlockGraph:
+    """What `block_graph` returns; call it like the function.
+
+    on_compile(name, CompileSeconds), where set, is called after each compilation.
+    """
+
+    def __init__(
+        self, fn, buckets, in_axes, out_axes, static_argnames, donate_argnums, count_argname, chunks, options, name,
+        check_compiled,
+    ):  # fmt: skip
+        self.buckets, self.name = check_buckets(buckets), name
+        self._fn, self._in_axes, self._out_axes = fn, tuple(in_axes), out_axes
+        statics = (static_argnames,) if isinstance(static_argnames, str) else static_argnames
+        self._statics, self._donate, self._count = frozenset(statics), tuple(donate_argnums), count_argname
+        if bad := [i for i in self._donate if not 0 <= i < len(self._in_axes)]:
+            raise ValueError(f"{name}: donate_argnums has {bad[0]}; arguments are 0 to {len(self._in_axes) - 1}")
+        self._chunks = count_argname is None if chunks is None else chunks
+        if negative := [a for a in leaves_of_axes((self._in_axes, out_axes)) if a is not None and a < 0]:
+            raise ValueError(f"{name}: token axes count from the front, got {negative[0]}")
+        self._options, self._check_compiled = dict(options or {}), check_compiled
+        self._executables: dict[Any, jax.stages.Compiled] = {}
+        self._compiling: dict[Any, threading.RLock] = {}
+        self._axes: dict[Any, tuple[int | None, ...]] = {}
+        self._outputs: dict[Any, Any] = {}  # structs of what a key's program gives
+        # A number that is on the device already costs no copy in the call.
+        self._count_of = functools.lru_cache(4096)(lambda tokens, home: jax.device_put(np.int32(tokens), home))
+        self._lock = threading.Lock()
+        self._warm = False
+        self._calls = dict.fromkeys(self.buckets, 0)
+        self._tokens = self._chunked = self._misses = 0
+        self._seconds: list[CompileSeconds] = []
+        self.on_compile: Callable[[str, CompileSeconds], None] | None = None
+
+    # --- calling ---
+
+    def __call__(self, *args: Any, **static: Any) -> Any:
+        """The block's outputs for as many tokens as the arguments have.
+
+        Raises:
+          ValueError: no argument with a token axis, arguments of different token counts; no tokens, or more than the
+            largest bucket, where outputs that belong to no token, or donated arguments, allow neither; more than the
+            largest bucket where `chunks` is off.
+        """
+        return self._call(self._looked_at(args), static)
+
+    def bind(self, *args: Any, **static: Any) -> Callable[..., Any]:
+        """This block with its first arguments (weights) and all static ones fixed, as a function of the others.
+
+        The arguments are looked at once and not in every call: with hundreds of weights that is most of a call's time.
+
+        Raises:
+          ValueError: more arguments than the block has, or donated ones, which are gone after one call.
+        """
+        first = self._looked_at(args)
+        if donated := [i for i in self._donate if i < len(first)]:
+            raise ValueError(f"{self.name}: argument {donated[0]} is donated and cannot be bound")
+
+        def bound(*rest: Any) -> Any:
+            return self._call([*first, *self._looked_at(rest, len(first))], static)
+
+        return bound
+
+    def _call(self, arguments, static):
+        self._check_call(arguments, static)
+        tokens, size = self._count_tokens(arguments)
+        home = home_of_all(arguments)
+        if size is not None:  # Bucketed
+            outputs = self._run(arguments, home, tokens, size, static)
+            return map_tokens(lambda a, v: Bucketed(v, tokens), self._out_axes, outputs)
+        if tokens == 0:
+            return self._empty(arguments, home, static)
+        if tokens > self.buckets[-1]:
+            return self._in_chunks(arguments, home, static, tokens)
+        outputs = self._run(arguments, home, tokens, self._bucket(tokens), static)
+
+        def cut(axis, leaf):
+            whole = leaf.shape[axis] == tokens
+            return leaf if whole else jax.device_put(take_tokens(leaf, axis, slice(0, tokens)), home)
+
+        return map_tokens(cut, self._out_axes, outputs)
+
+    def _bucket(self, tokens):
+        return next(b for b in self.buckets if b >= tokens)
+
+    def _run(self, arguments, home, tokens, bucket, static):
+        executable = self._executable(arguments, home, bucket, static)
+        padded = [a.padded(bucket, home, donated=i in self._donate) for i, a in enumerate(arguments)]
+        outputs = executable(self._count_of(tokens, home), *padded)
+        with self._lock:
+            self._calls[bucket] += 1
+            self._tokens += tokens
+        return outputs
+
+    def _looked_at(self, args, start=0):
+        if start + len(args) > len(self._in_axes):
+            raise ValueError(f"{self.name}: takes {len(self._in_axes)} positional arguments, got {start + len(args)}")
+        return [self._argument(start + i, arg) for i, arg in enumerate(args)]
+
+    def _argument(self, place, value) -> Argument:
+        leaves, structure = jax.tree.flatten(value, is_leaf=is_bucketed)
+        axes = self._axes.get((place, structure))
+        if axes is None:
+            found: list[int | None] = []
+            map_axes(lambda axis, _: found.append(axis), self._in_axes[place], value)
+            axes = self._axes[place, structure] = tuple(found)
+        return Argument(leaves, structure, axes)
+
+    def _in_chunks(self, arguments, home, static, tokens):
+        problem = f"{tokens} tokens are above the largest bucket, {self.buckets[-1]}"
+        self._check_whole(problem)
+        if not self._chunks:
+            raise ValueError(
+                f"{self.name}: {problem}, and its tokens meet: they cannot run in chunks (chunks=True: they can)"
+            )
+        size, parts = self.buckets[-1], []
+        for start in range(0, tokens, size):
+            some = slice(start, min(start + size, tokens))
+            length = some.stop - some.start
+            outputs = self._run([a.chunk(some) for a in arguments], home, length, self._bucket(length), static)
+            parts.append(map_axes(lambda axis, v, n=length: take_tokens(v, axis, slice(0, n)), self._out_axes, outputs))
+        with self._lock:
+            self._chunked += 1
+        return map_axes(lambda axis, *vs: jax.device_put(np.concatenate(vs, axis), home), self._out_axes, *parts)
+
+    def _empty(self, arguments, home, static):
+        """Outputs of size 0 along their token axis; nothing runs."""
+        self._check_whole("there are no tokens")
+        bucket = self.buckets[0]
+        key = self._key(arguments, home, bucket, static)
+        if key not in self._outputs:
+            self._outputs[key] = jax.eval_shape(self._traced(bucket, static), *structs_of(arguments, home, bucket))
+
+        def empty(axis, leaf):
+            shape = [0 if i == axis else n for i, n in enumerate(leaf.shape)]
+            return jax.device_put(np.zeros(shape, leaf.dtype), home)
+
+        return map_axes(empty, self._out_axes, self._outputs[key])
+
+    def _check_whole(self, problem):
+        if self._donate or any(axis is None for axis in leaves_of_axes(self._out_axes)):
+            raise ValueError(
+                f"{self.name}: {problem}, and with donated arguments or outputs that belong to no token a call "
+                "takes at least one token and runs as a whole"
+            )
+
+    # --- compiling ---
+
+    def warm_up(self, *args: Any, workers: int = 1, progress: bool = True, **static: Any) -> None:
+        """Compiles every bucket for arguments like these (arrays or structs, of any token count).
+
+        May be called again for arguments of other shapes or dtypes. workers: threads that compile side by side, which
+        settings of this thread alone (`jax.default_matmul_precision(..)` as a context) do not reach; 1: this thread.
+        """
+        compile_all(self.compilations(*args, **static), workers=workers, progress=progress, name=self.name)
+
+    def compilations(self, *args: Any, **static: Any) -> dict[Any, Callable[[], None]]:
+        """What `warm_up` does, one call per executable, the largest first: for `compile_all` of several blocks."""
+        self._check_call(args, static)
+        arguments = self._looked_at(args)
+        home = home_of_all(arguments)
+
+        todo = set(self.buckets)
+
+        def compile_one(bucket):
+            self._executable(arguments, home, bucket, static, warming=True)
+            with self._lock:
+                todo.discard(bucket)
+                self._warm = self._warm or not todo
+
+        keys = {bucket: (id(self), self._key(arguments, home, bucket, static)) for bucket in reversed(self.buckets)}
+        return {key: functools.partial(compile_one, bucket) for bucket, key in keys.items()}
+
+    def _key(self, arguments, home, bucket, static):
+        statics = tuple((name, type(static[name]), static[name]) for name in sorted(static))
+        return bucket, home, tuple(argument.kinds(home) for argument in arguments), statics
+
+    def _executable(self, arguments, home, bucket, static, warming=False) -> jax.stages.Compiled:
+        key = self._key(arguments, home, bucket, static)
+        executable = self._executables.get(key)
+        if executable is not None:
+            return executable
+        with self._lock:
+            one_at_a_time = self._compiling.setdefault(key, threading.RLock())
+        try:
+            with one_at_a_time:  # a compilation that fails leaves nothing: whoever waited tries again
+                return self._executables.get(key) or self._compile(key, arguments, home, bucket, static, warming)
+        finally:
+            with self._lock:
+                self._compiling.pop(key, None)
+
+    def _compile(self, key, arguments, home, bucket, static, warming):
+        start = time.perf_counter()
+        lowered = self._lower(structs_of(arguments, home, bucket), bucket, static, home)
+        middle = time.perf_counter()
+        executable = lowered.compile(compiler_options=self._options or None)
+        if self._check_compiled is not None:
+            self._check_compiled(executable)
+        seconds = CompileSeconds(bucket, middle - start, time.perf_counter() - middle)
+        with self._lock:
+            self._executables[key] = executable
+            self._seconds.append(seconds)
+            self._misses += self._warm and not warming
+        if self.on_compile is not None:
+            self.on_compile(self.name, seconds)
+        return executable
+
+    def _lower(self, structs, bucket, static, home):
+        donated = tuple(i + 1 for i in self._donate)
+        # Outputs stay where everything else is: what one block gives, the next one takes without another compilation.
+        placed = {} if home is None else {"out_shardings": home}
+        lowered = jax.jit(self._traced(bucket, static), donate_argnums=donated, **placed).lower(*structs)
+
+        def check(axis, leaf):
+            if axis is not None and (axis >= len(leaf.shape) or leaf.shape[axis] != bucket):
+                raise ValueError(f"{self.name}: an output {leaf.shape} has no token axis {axis} of {bucket}")
+
+        map_axes(check, self._out_axes, lowered.out_info)
+        return lowered
+
+    def _traced(self, bucket, static):
+        def run(tokens, *args):
+            def clear(axis, leaf):
+                if axis is None:
+                    return leaf
+                valid = jnp.arange(bucket, dtype=jnp.int32) < tokens
+                valid = jnp.expand_dims(valid, [i for i in range(leaf.ndim) if i != axis])
+                return jnp.where(valid, leaf, jnp.zeros_like(leaf))
+
+            cleared = [map_axes(clear, axis, arg) for axis, arg in zip(self._in_axes, args, strict=True)]
+            counted = {} if self._count is None else {self._count: tokens}
+            return self._fn(*cleared, **counted, **static)
+
+        return run
+
+    # --- arguments ---
+
+    def _check_call(self, args, static):
+        if len(args) != len(self._in_axes):
+            raise ValueError(f"{self.name}: takes {len(self._in_axes)} positional arguments, got {len(args)}")
+        if static.keys() != self._statics:
+            raise ValueError(f"{self.name}: static arguments are {sorted(self._statics)}, got {sorted(static)}")
+
+    def _count_tokens(self, arguments):
+        """-> tokens, and of Bucketed arguments their size, else None."""
+        found: set[tuple[int, int | None]] = set()
+
+        def note(axis, leaf):
+            if axis is None:
+                return
+            shape = np.shape(values_of(leaf))
+            if axis >= len(shape):
+                raise ValueError(f"{self.name}: an argument {shape} has no token axis {axis}")
+            if not isinstance(leaf, Bucketed):
+                found.add((shape[axis], None))
+                return
+            tokens = operator.index(leaf.tokens)
+            if shape[axis] not in self.buckets or not 1 <= tokens <= shape[axis]:
+                raise ValueError(f"{self.name}: Bucketed with {tokens} tokens in {shape}; buckets are {self.buckets}")
+            found.add((tokens, shape[axis]))
+
+        for argument in (a for a in arguments if a.has_tokens):
+            for axis, leaf in zip(argument.axes, argument.leaves, strict=True):
+                note(axis, leaf)
+        if len(found) != 1:
+            counts = [f"{n}" if size is None else f"{n} in a bucket of {size}" for n, size in sorted(found, key=str)]
+            raise ValueError(
+                f"{self.name}: arguments have {' and '.join(counts) or 'no'} tokens; all must have the same, and "
+                "all be Bucketed, of one size, or none"
+            )
+        return found.pop()
+
+    # --- report ---
+
+    @property
+    def stats(self) -> BlockStats:
+        """What happened so far."""
+        with self._lock:
+            rows = sum(bucket * calls for bucket, calls in self._calls.items())
+            return BlockStats(
+                dict(self._calls), self._tokens, rows, self._chunked, self._misses, list(self._seconds)
+            )  # fmt: skip
+
+
+def block_graph(
+    fn: Callable[..., Any],
+    *,
+    buckets: Sequence[int],
+    in_axes: Sequence[Any],
+    out_axes: Any = 0,
+    static_argnames: Sequence[str] = (),
+    donate_argnums: Sequence[int] = (),
+    count_argname: str | None = None,
+    chunks: bool | None = None,
+    compiler_options: Mapping[str, str | bool] | None = None,
+    name: str | None = None,
+    check_compiled: Callable[[jax.stages.Compiled], None] | None = None,
+) -> BlockGraph:
+    """Wraps `fn(*args, **static)` so that it runs for any number of tokens in executables of fixed token counts.
+
+    Args:
+      buckets: token counts to compile, ascending.
+      in_axes: for every positional argument the axis of its tokens, counted from the front, None for what has none
+        (weights, caches, positions); as for `jax.vmap` an entry may be a tree that is a prefix of the argument. Every
+        leaf with tokens is an array or a `Bucketed`. out_axes: the same for what `fn` returns.
+      static_argnames: keyword arguments that are part of the program, and so of the key of an executable; hashable.
+      donate_argnums: arguments whose memory the outputs may take; they are gone after the call (of arrays with
+        tokens, a copy is; a Bucketed itself).
+      count_argname: keyword under which `fn` gets the number of tokens that count, a traced i32 [].
+      chunks: whether calls above the largest bucket run in chunks, each by itself: right where a token's output depends
+        on that token only, wrong for attention, positions or random numbers per token. None: unless `count_argname` is
+        set, which is for blocks whose tokens meet.
+      compiler_options: for XLA, e.g. {"xla_gpu_enable_command_buffer": ""}.
+      name: for messages; None: the function's.
+      check_compiled: gets every executable before it is ever used, and raises where it must not be.
+
+    Arguments that were put on devices (weights on a mesh) stay there; all others, and the outputs, are on all of these
+    devices, whole.
+
+    Raises:
+      ValueError: buckets that are not positive and ascending, a negative axis, donated arguments that do not exist.
+    """
+    return BlockGraph(
+        fn, buckets, in_axes, out_axes, static_argnames, donate_argnums, count_argname, chunks, compiler_options,
+        name or getattr(fn, "__name__", "block"), check_compiled,
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Tensors in the files of a checkpoint: read, laid out as stored, written."""

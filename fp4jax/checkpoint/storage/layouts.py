@@ -1,0 +1,223 @@
+"""The two layouts of NVFP4 folders: names of tensors, direction of scales, and what their configs say.
+
+ModelOpt keeps scales to multiply with, shape [], and describes the folder in config.json and hf_quant_config.json;
+compressed-tensors keeps their reciprocals, shape [1], and describes it in config.json.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, NamedTuple
+
+from fp4jax.checkpoint.storage.reader import Reader
+from fp4jax.quant_config.methods import FP8_STORED, FP8_STORED_UE8M0, Method
+from fp4jax.quant_config.schemas import BLOCK_SIZE, FP8_BLOCK, own_config, read_checkpoint_config
+
+Layout = Literal["modelopt", "compressed_tensors"]
+
+
+class Names(NamedTuple):
+    """Ends of the names of a layer's tensors."""
+
+    codes: str
+    block_scale: str
+    global_scale: str
+    input_scale: str
+
+
+NAMES: dict[str, Names] = {
+    "modelopt": Names("weight", "weight_scale", "weight_scale_2", "input_scale"),
+    "compressed_tensors": Names("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale"),
+}
+SCALE_SHAPES: dict[Layout, tuple[int, ...]] = {"modelopt": (), "compressed_tensors": (1,)}
+_PRODUCER = {"name": "fp4jax"}
+_FLOAT4 = {"num_bits": 4, "type": "float", "group_size": BLOCK_SIZE, "dynamic": False}
+_FLOAT8 = {"num_bits": 8, "type": "float", "dynamic": False}
+
+
+class Described(NamedTuple):
+    """What a folder says of its quantization: `quantization_config` of config.json, and hf_quant_config.json."""
+
+    section: dict[str, Any] | None
+    file: dict[str, Any] | None
+
+
+class Traits(NamedTuple):
+    """activations: of all NVFP4 layers, "nvfp4" or "bf16". fp8_cache: whether an FP8 cache is suggested.
+
+    per_token: NVFP4 activations have no scale in the folder, each token gets its own.
+    """
+
+    activations: str
+    fp8_cache: bool
+    per_token: bool = False
+
+
+def layout_of(reader: Reader) -> Layout | None:
+    """Of a folder's NVFP4 layers; None where it has none.
+
+    Raises:
+      ValueError: both layouts in one folder, or experts that are stacked in one tensor, which cannot be converted.
+    """
+    if stacked := [name for name in reader.names() if name.endswith("_proj_weight_scale_2")]:
+        raise ValueError(f"{reader.folder} has stacked NVFP4 experts ({min(stacked)}), which are loaded but not "
+                         "converted: load_model and save_model write them apart, in either layout")  # fmt: skip
+    ends: dict[Layout, str] = {"modelopt": NAMES["modelopt"].global_scale, "compressed_tensors": "weight_packed"}
+    found = {layout: [n for n in reader.names() if n.endswith(f".{end}")] for layout, end in ends.items()}
+    if all(found.values()):
+        raise ValueError(f"{reader.folder} has both layouts: {' and '.join(min(names) for names in found.values())}")
+    return next((layout for layout, names in found.items() if names), None)
+
+
+def plain_modules(shapes: Mapping[str, tuple[int, ...]], quantized: Iterable[str]) -> list[str]:
+    """Linear layers that stay plain, of {tensor: shape}: what a config must exclude. The head always is one."""
+    matrices = (name.removesuffix(".weight") for name, s in shapes.items() if name.endswith(".weight") and len(s) == 2)
+    found = {name for name in matrices if "embed" not in name.rsplit(".", 1)[-1]} - set(quantized)
+    return sorted(found if any(name.endswith("lm_head") for name in found) else {*found, "lm_head"})
+
+
+def describe(layout: Layout, plain: list[str], traits: Traits) -> Described:
+    """The configs of a folder whose linear layers are NVFP4 except for `plain`."""
+    quantized_inputs = traits.activations == "nvfp4"
+    if layout == "compressed_tensors":
+        kind = {**_FLOAT4, "strategy": "tensor_group", "symmetric": True}
+        group = {
+            "targets": ["Linear"],
+            "weights": kind,
+            "input_activations": {**kind, "dynamic": traits.per_token or "local"} if quantized_inputs else None,
+            "output_activations": None,
+        }
+        section = {
+            "quant_method": "compressed-tensors",
+            "format": "nvfp4-pack-quantized",
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": group},
+            "ignore": plain,
+            "kv_cache_scheme": {**_FLOAT8, "strategy": "tensor", "symmetric": True} if traits.fp8_cache else None,
+        }
+        return Described(section, None)
+    algo = "NVFP4" if quantized_inputs else "W4A16_NVFP4"
+    group = {
+        "targets": ["Linear"],
+        "weights": _FLOAT4,
+        "input_activations": {**_FLOAT4, "dynamic": traits.per_token} if quantized_inputs else None,
+    }
+    section: dict[str, Any] = {
+        "quant_method": "modelopt",
+        "quant_algo": algo,
+        "config_groups": {"group_0": group},
+        "ignore": plain,
+        "producer": _PRODUCER,
+    }
+    quantization = {
+        "quant_algo": algo,
+        "kv_cache_quant_algo": "FP8" if traits.fp8_cache else None,
+        "group_size": BLOCK_SIZE,
+        "exclude_modules": plain,
+    }
+    if traits.fp8_cache:
+        section["kv_cache_scheme"] = _FLOAT8
+    if traits.per_token:  # only groups can say so
+        quantization["config_groups"] = section["config_groups"]
+    return Described(section, {"producer": _PRODUCER, "quantization": quantization})
+
+
+def traits_of(described: Described) -> Traits:
+    """What must be said in the other layout too.
+
+    Raises:
+      ValueError: no config, one that cannot be read, layers that differ in their activations, other caches than FP8.
+    """
+    whole = own_config({"quantization_config": described.section}) or own_config(described.file)
+    if whole is None:
+        raise ValueError("neither config.json nor hf_quant_config.json says how the folder is quantized")
+    _, plan = read_checkpoint_config(whole)
+    methods = [plan.dense, plan.experts, *(method for _, method in plan.layers if isinstance(method, Method))]
+    kinds = {(method.activations, method.input_scales) for method in methods if method.format == "nvfp4"}
+    if len(kinds) != 1:
+        found = sorted(" ".join(kind) for kind in kinds)
+        raise ValueError(f"the config's layers have activations {found}; only one kind can be converted")
+    ((activations, input_scales),) = kinds
+    caches = [whole.get("kv_cache_quant_algo"), whole.get("kv_cache_scheme")]
+    caches.append(((described.file or {}).get("quantization") or {}).get("kv_cache_quant_algo"))
+    for cache in filter(None, caches):
+        scheme = (cache.get("num_bits"), cache.get("type")) if isinstance(cache, dict) else cache
+        if scheme not in ("FP8", (8, "float")):
+            raise ValueError(f"a cache in {cache!r} cannot be converted, only FP8")
+    return Traits(activations, any(caches), input_scales == "per_token")
+
+
+# --- folders whose layers differ ---
+
+
+def describe_methods(layout: Layout, methods: Mapping[str, Method]) -> Described:
+    """The configs of a folder with these linear layers, {name: what it is}; `describe` where all NVFP4 ones are alike.
+
+    Experts of a layer that are alike are named as one.
+
+    Raises:
+      ValueError: compressed-tensors with layers in FP8, which its NVFP4 format does not have.
+    """
+    methods = _with_experts_as_one(methods)
+    plain = sorted(name for name, method in methods.items() if method.format == "bf16")
+    quantized = {name: method for name, method in methods.items() if method.format != "bf16"}
+    kinds = set(quantized.values())
+    if not kinds:
+        return Described(None, None)
+    if len(kinds) == 1:
+        (method,) = kinds
+        if method.format == "nvfp4":
+            return describe(layout, plain, Traits(method.activations, False, method.input_scales == "per_token"))
+        section = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
+                   "weight_block_size": list(FP8_BLOCK), "modules_to_not_convert": plain}  # fmt: skip
+        return Described({**section, "scale_fmt": "ue8m0"} if method == FP8_STORED_UE8M0 else section, None)
+    if layout == "compressed_tensors":
+        return Described(_groups_by_target(quantized, plain), None)
+    layers = {name: _ALGORITHMS[method] for name, method in quantized.items()}
+    mixed = {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
+    section = {"quant_method": "modelopt", **mixed, "ignore": plain, "producer": _PRODUCER}
+    file = {**mixed, "kv_cache_quant_algo": None, "exclude_modules": plain}
+    return Described(section, {"producer": _PRODUCER, "quantization": file})
+
+
+_ALGORITHMS = {
+    Method("nvfp4", "modelopt", "nvfp4"): {"quant_algo": "NVFP4", "group_size": BLOCK_SIZE},
+    Method("nvfp4", "modelopt", "nvfp4", "per_token"): {
+        "quant_algo": "NVFP4", "group_size": BLOCK_SIZE, "dynamic": True,
+    },
+    Method("nvfp4", "modelopt", "bf16"): {"quant_algo": "W4A16_NVFP4", "group_size": BLOCK_SIZE},
+    FP8_STORED: {"quant_algo": "FP8_PB_WO", "group_size": FP8_BLOCK[0]},
+    FP8_STORED_UE8M0: {"quant_algo": "FP8_PB_WO", "group_size": FP8_BLOCK[0], "scale_fmt": "ue8m0"},
+}  # fmt: skip
+
+
+def _with_experts_as_one(methods: Mapping[str, Method]) -> dict[str, Method]:
+    blocks: dict[str, set[Method]] = {}
+    for name, method in methods.items():
+        if ".experts." in name:
+            blocks.setdefault(name.split(".experts.")[0] + ".experts", set()).add(method)
+    alike = {block: found.pop() for block, found in blocks.items() if len(found) == 1}
+    apart = {
+        name: method
+        for name, method in methods.items()
+        if ".experts." not in name or name.split(".experts.")[0] + ".experts" not in alike
+    }
+    return {**apart, **alike}
+
+
+def _groups_by_target(quantized: Mapping[str, Method], plain: list[str]) -> dict[str, Any]:
+    """The section of compressed-tensors with a group for each kind of activations."""
+    kinds = sorted(set(quantized.values()))
+    if any(method.format != "nvfp4" for method in kinds):
+        name = next(name for name, method in quantized.items() if method.format != "nvfp4")
+        raise ValueError(
+            f"{name} is {quantized[name].format}, which the layout compressed_tensors does not have beside NVFP4; save "
+            "with layout='modelopt'"
+        )
+    section: dict[str, Any] = {}
+    groups = {}
+    for index, method in enumerate(kinds):
+        traits = Traits(method.activations, False, method.input_scales == "per_token")
+        section = describe("compressed_tensors", plain, traits).section or {}
+        targets = [f"re:^{re.escape(name)}($|\\.)" for name, found in quantized.items() if found == method]
+        groups[f"group_{index}"] = {**section["config_groups"]["group_0"], "targets": targets}
+    return {**section, "config_groups": groups}

@@ -1,0 +1,264 @@
+"""Grouped GEMM: each expert's rows times that expert's weights, out = cast(acc * (x_scale * w.global_scale)).
+
+Masked layout x [E, M, K] with `masked_m` valid rows per expert, or contiguous x [rows, K] sorted by expert with
+`group_sizes`. Weights [E, N, K] in NVFP4, as checkpoints have them or packed, or plain bf16 / f32 arrays (the
+unquantized baseline). code x block_scale is exact in bf16, so bf16 operands with f32 accumulation and the f32 global
+scales in the epilogue are the NVFP4 GEMM, up to the order of summation. Rows that are not valid may hold anything, in x
+as in the result.
+
+"xla" decodes one expert at a time and multiplies tiles of 32 rows. "mosaic_gpu" (Hopper) keeps the weights in 4 bits
+until they are in registers; it wants them packed. None chooses it for PackedWeights only; named, it packs an
+NVFP4Tensor inside the call.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from fp4jax.grouped_gemm.packed_weights import PackedWeights, pack_weights, unpack_weights
+from fp4jax.implementations import Call, run_implementation
+from fp4jax.nvfp4 import NVFP4Tensor, check_scale_shape, decode_blocks
+from fp4jax.operands import check_array, check_unsharded
+from pallas_kernels.gemm import choice as gemm_choice, config as gemm_config, grouped_gemm as masked_gemm, weight_layout
+
+__all__ = [
+    "PackedWeights",
+    "contiguous_grouped_gemm",
+    "masked_grouped_gemm",
+    "pack_weights",
+    "unpack_weights",
+]
+
+# Rows are multiplied in tiles of one fixed shape: a library dot gives a row the same bits whenever its shape is the
+# same, so a row's bits depend on that row and the weights, not on M, on its neighbours or on the number of devices.
+_TILE_M = 32
+
+Weights = NVFP4Tensor | PackedWeights | Float[Array, "e n k"]
+
+
+def masked_grouped_gemm(
+    x: Float[Array, "e m k"] | NVFP4Tensor,
+    w: Weights,
+    masked_m: Int[Array, " e"],
+    *,
+    x_scale: Float[Array, "..."] | None = None,
+    expected_m: int | None = None,
+    out_dtype: Any = jnp.bfloat16,
+    implementation: str | None = None,
+) -> Float[Array, "e m n"]:
+    """out[e, :masked_m[e]] = cast((x[e] @ w[e]^T) * (xs * w.global_scale)) in f32, one rounding at the end.
+
+    Args:
+      x: bf16 or f32 [E, M, K], or NVFP4Tensor (then xs = x.global_scale).
+      w: NVFP4Tensor, PackedWeights or bf16 / f32 array, [E, N, K]; global_scale [E, 1, 1] or [E, N, 1] (gate and up
+        rows may differ).
+      masked_m: valid rows per expert; values above M count as M.
+      x_scale: f32 scale of a plain x: (), or rank 3 with trailing 1, e.g. [E, 1, 1] or [E, M, 1]; None = 1.
+      expected_m: the usual rows per expert, by which the kernel is tuned (None: half of M); a hint, results do not
+        depend on it.
+
+    Raises:
+      ValueError, TypeError: shapes or dtypes that do not fit, with the offending values.
+      NotImplementedError: a named implementation that cannot do it.
+    """
+    check_operands("masked_grouped_gemm", x, w, masked_m, x_scale, expected_m, ndim=3)
+    return _run("masked_grouped_gemm", x, w, masked_m, x_scale, expected_m, out_dtype, implementation)
+
+
+def contiguous_grouped_gemm(
+    x: Float[Array, "rows k"] | NVFP4Tensor,
+    w: Weights,
+    group_sizes: Int[Array, " e"],
+    *,
+    x_scale: Float[Array, "..."] | None = None,
+    expected_m: int | None = None,
+    out_dtype: Any = jnp.bfloat16,
+    implementation: str | None = None,
+) -> Float[Array, "rows n"]:
+    """The same for rows [rows, K] sorted by expert; rows beyond sum(group_sizes) are pads.
+
+    x_scale: () or rank 2 with trailing 1, [rows, 1]. expected_m: None = rows / E. Other arguments and errors as in
+    `masked_grouped_gemm`.
+    """
+    check_operands("contiguous_grouped_gemm", x, w, group_sizes, x_scale, expected_m, ndim=2)
+    return _run("contiguous_grouped_gemm", x, w, group_sizes, x_scale, expected_m, out_dtype, implementation)
+
+
+def _run(op, x, w, counts, x_scale, expected_m, out_dtype, implementation):
+    problem = kernel_problem(x, w, counts, expected_m, implementation)
+    if problem is None and jnp.dtype(out_dtype) != jnp.bfloat16:
+        problem = f"out_dtype must be bfloat16, got {jnp.dtype(out_dtype)}"
+    return run_implementation(
+        op,
+        implementation,
+        (x, w, counts, x_scale),
+        xla=Call.of(gemm_xla, out_dtype=out_dtype),
+        mosaic_gpu=Call.of(_gemm_kernel, expected_m=expected_m),
+        problem=problem,
+    )
+
+
+def gemm_xla(x, w, counts, x_scale, *, out_dtype):
+    """Both layouts, by the rank of x."""
+    *lead, _ = x.shape
+    if len(lead) == 2:
+        starts = jnp.arange(lead[0], dtype=jnp.int32) * lead[1]
+        sizes = jnp.clip(counts, 0, lead[1]).astype(jnp.int32)
+    else:
+        ends = jnp.minimum(jnp.cumsum(jnp.clip(counts, 0, lead[0]).astype(jnp.int32)), lead[0])
+        starts = jnp.concatenate([jnp.zeros(1, jnp.int32), ends[:-1]])
+        sizes = ends - starts
+    rows = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), _operand(x))
+    out = _multiply_rows(rows, _row_scale(x, x_scale, lead), w, starts, sizes, out_dtype)
+    return out.reshape(*lead, out.shape[-1])
+
+
+def kernel_problem(
+    x: Any, w: Any, counts: Any, expected_m: int | None, implementation: str | None, **fused: Any
+) -> str | None:
+    """Why the kernel does not take these operands (arrays or structs), or None."""
+    if not isinstance(w, NVFP4Tensor | PackedWeights):
+        return f"w must be NVFP4, got {w.dtype}"
+    if problem := weight_layout.check_shape(w.shape):
+        return problem
+    if implementation is None and not isinstance(w, PackedWeights):
+        return "w is not packed, and packing it in every call takes longer than it saves"
+    config = kernel_config(x, w, expected_m, fused=bool(fused))
+    words = jax.ShapeDtypeStruct(weight_layout.packed_shape(w.shape), jnp.uint32)
+    x_bf16 = jax.ShapeDtypeStruct(x.shape, jnp.bfloat16 if isinstance(x, NVFP4Tensor) else x.dtype)
+    return masked_gemm.check_config(x_bf16, words, w.global_scale[..., 0], counts, config=config, **fused)
+
+
+def kernel_operands(x, w, x_scale):
+    """-> x bf16, words, w_scale [E, 1 or N], x_scale [E] or one per row, as `masked_gemm.grouped_gemm` takes them."""
+    packed = w if isinstance(w, PackedWeights) else pack_weights(w)
+    if isinstance(x, NVFP4Tensor):
+        x, x_scale = decode_blocks(x.qdata, x.block_scale), x.global_scale
+    experts, *lead = packed.shape[0], *x.shape[:-1]
+    scale = jnp.ones((), jnp.float32) if x_scale is None else jnp.asarray(x_scale, jnp.float32)
+    if scale.size == 1:
+        scale = jnp.broadcast_to(scale.reshape(1), (experts,))
+    elif x.ndim == 3 and scale.shape == (experts, 1, 1):
+        scale = scale.reshape(experts)
+    else:
+        scale = jnp.broadcast_to(scale, (*lead, 1)).reshape(-1, 1)
+    return x, packed.words, packed.global_scale[..., 0], scale
+
+
+def kernel_config(x: Any, w: Any, expected_m: int | None, *, fused: bool = False) -> gemm_config.TuningConfig:
+    """The tuned configuration; without a hint, half of a capacity is taken to be in use."""
+    experts, n, k = w.shape
+    rows = x.shape[-2] / 2 if len(x.shape) == 3 else x.shape[0] / experts
+    return gemm_choice.choose(k, n, experts, rows if expected_m is None else expected_m, fused=fused)
+
+
+def _gemm_kernel(x, w, counts, x_scale, *, expected_m):
+    config = kernel_config(x, w, expected_m)
+    x, words, w_scale, x_scale = kernel_operands(x, w, x_scale)
+    return masked_gemm.grouped_gemm(x, words, w_scale, counts, x_scale, config=config)[0]
+
+
+def _multiply_rows(rows, scale, w, starts, sizes, out_dtype):
+    """rows (pytree of [R, ..]) of expert e at starts[e] .. + sizes[e] -> [R, N]; starts ascend.
+
+    A tile may reach beyond its expert: what it writes there belongs to a later expert, which overwrites it, or to a
+    pad.
+    """
+    num_experts, n, _ = w.shape
+    num_rows = scale.shape[0]
+    dtype = rows[0].dtype if len(rows) == 1 else jnp.bfloat16
+    # One more tile of rows, so that no slice is clamped.
+    rows, scale = jax.tree.map(lambda a: jnp.pad(a, ((0, _TILE_M), (0, 0))), (rows, scale))
+    out = _varying_like(jnp.zeros((num_rows + _TILE_M, n), out_dtype), (rows, scale, w, starts, sizes))
+
+    def expert(e, out):
+        def run(out):
+            weights, weight_scale = _decode_expert(w, e, dtype)
+
+            def tile(t, out):
+                start = starts[e] + t * _TILE_M
+                x_tile, scale_tile = (
+                    jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, _TILE_M), leaf) for leaf in (rows, scale)
+                )
+                acc = lax.dot_general(
+                    _decode_operand(x_tile, dtype),
+                    weights,
+                    (((1,), (1,)), ((), ())),
+                    precision=lax.Precision.HIGHEST if dtype == jnp.float32 else None,
+                    preferred_element_type=jnp.float32,
+                )
+                y = (acc * (scale_tile * weight_scale)).astype(out_dtype)
+                return lax.dynamic_update_slice_in_dim(out, y, start, axis=0)
+
+            return lax.fori_loop(0, -(-sizes[e] // _TILE_M), tile, out)
+
+        return lax.cond(sizes[e] > 0, run, lambda out: out, out)
+
+    return lax.fori_loop(0, num_experts, expert, out)[:num_rows]
+
+
+def _decode_expert(w, e, dtype):
+    """-> weights [N, K] of expert e, the only ones decoded at a time, and their f32 scale [1, 1] or [1, N]."""
+    one = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, e, keepdims=False), w)
+    if isinstance(one, PackedWeights):
+        one = unpack_weights(one)
+    if not isinstance(one, NVFP4Tensor):
+        return one.astype(dtype), jnp.ones((1, 1), jnp.float32)
+    return decode_blocks(one.qdata, one.block_scale, dtype), one.global_scale.T
+
+
+def _operand(x):
+    return (x.qdata, x.block_scale) if isinstance(x, NVFP4Tensor) else (x,)
+
+
+def _decode_operand(rows, dtype):
+    return rows[0] if len(rows) == 1 else decode_blocks(rows[0], rows[1], dtype)
+
+
+def _row_scale(x, x_scale, lead):
+    """f32 [rows, 1]."""
+    scale = x.global_scale if isinstance(x, NVFP4Tensor) else x_scale
+    scale = jnp.ones((), jnp.float32) if scale is None else jnp.asarray(scale, jnp.float32)
+    return jnp.broadcast_to(scale, (*lead, 1)).reshape(-1, 1)
+
+
+def _varying_like(value, tree):
+    """Adds empty sums of all leaves: under shard_map, `value` then varies over the axes its loop carry varies over."""
+    return value + sum(jnp.sum(leaf[:0].astype(value.dtype)) for leaf in jax.tree.leaves(tree))
+
+
+def check_operands(op, x, w, sizes, x_scale, expected_m, ndim):
+    """Raises ValueError or TypeError where the operands do not fit."""
+    if isinstance(x, PackedWeights):
+        raise TypeError(f"{op}: x must be an NVFP4Tensor or an array, got {x}; only weights are packed")
+    for name, t in (("x", x), ("w", w)):
+        if isinstance(t, NVFP4Tensor | PackedWeights):
+            t.validate()
+            continue
+        check_array(f"{op}: {name}", t)
+        if t.dtype not in (jnp.bfloat16, jnp.float32):
+            raise TypeError(f"{op}: {name} must be an NVFP4Tensor, bfloat16 or float32, got {t.dtype}")
+    check_array(f"{op}: counts", sizes)
+    if len(x.shape) != ndim or len(w.shape) != 3 or x.shape[-1] != w.shape[-1] or sizes.shape != w.shape[:1]:
+        raise ValueError(f"{op}: shapes do not fit: x {x.shape}, w {w.shape} (must be [E, N, K]), counts {sizes.shape}")
+    if ndim == 3 and x.shape[0] != w.shape[0]:
+        raise ValueError(f"{op}: x has {x.shape[0]} experts and w has {w.shape[0]}: x {x.shape}, w {w.shape}")
+    if isinstance(w, NVFP4Tensor) and (w.global_scale.ndim != 3 or w.global_scale.shape[0] != w.shape[0]):
+        raise ValueError(f"{op}: w.global_scale must be [E, 1, 1] or [E, N, 1], got {w.global_scale.shape}")
+    if isinstance(x, NVFP4Tensor) and x_scale is not None:
+        raise ValueError(f"{op}: x_scale is for a plain x; an NVFP4Tensor carries its own global_scale")
+    if x_scale is not None:
+        if not isinstance(x_scale, float):
+            check_array(f"{op}: x_scale", x_scale)
+        check_scale_shape(f"{op}: x_scale", jnp.shape(x_scale), x.shape)
+    if sizes.dtype not in (jnp.int32, jnp.int64):
+        raise TypeError(f"{op}: counts must be int32 or int64, got {sizes.dtype}")
+    if expected_m is not None and not isinstance(expected_m, int | np.integer):
+        raise TypeError(f"{op}: expected_m is a static hint, an int or None, got {expected_m!r}")
+    if expected_m is not None and expected_m < 0:
+        raise ValueError(f"{op}: expected_m must not be negative, got {expected_m}")
+    check_unsharded(op, x, w, sizes, x_scale)

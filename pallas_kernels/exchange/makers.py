@@ -1,0 +1,193 @@
+"""Rows as they are sent: loaded by the lanes of a warpgroup, quantized if asked for, put together in shared memory."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.fp8.quantize import FP8_GROUP, LANES_OF_GROUP, encode as encode_fp8
+from pallas_kernels.rows.nvfp4_codec import (
+    BLOCK_SIZE,
+    block_amax,
+    computed_scale,
+    encode_block,
+    encode_scales,
+    unpack_bf16,
+)
+from pallas_kernels.rows.quantize import AMAX_DIVISOR, as_u32, finite_amax
+from pallas_kernels.simt import lanes
+
+# Two rows per warpgroup are in registers: one that is made, one on its way.
+_MAX_ROW_BYTES = 2**15
+PIECE = 16  # bytes the copy engine moves at least, and a lane at most
+
+
+def is_single(part: Any) -> bool:
+    """One 32-bit value per row: the lanes store it, not the copy engine."""
+    return part.shape[1] == 1 and part.dtype.itemsize == 4
+
+
+def row_maker(parts: Sequence[Any], encode: Any) -> "CopiedRows | NVFP4Rows | FP8Rows":
+    """For parts [T, n] that are sent as they are (None), or one [T, H] that becomes "fp8" or, with a scale, NVFP4."""
+    if encode is None:
+        return CopiedRows(parts)
+    return FP8Rows(parts[0]) if isinstance(encode, str) and encode == "fp8" else NVFP4Rows(parts[0], encode)
+
+
+def check_parts(parts: Sequence[Any], encode: Any) -> str | None:
+    """None if rows can be made of these (arrays or structs), else what does not fit."""
+    if encode is not None:
+        x = parts[0]
+        if x.dtype not in (jnp.bfloat16, jnp.float32) or x.shape[1] % BLOCK_SIZE:
+            return f"x must be bfloat16 or float32 [T, H], H a multiple of {BLOCK_SIZE}, got {x.dtype} {x.shape}"
+        if x.shape[1] * x.dtype.itemsize > _MAX_ROW_BYTES:
+            return f"rows of x must be at most {_MAX_ROW_BYTES} bytes, got {x.dtype} {x.shape}"
+    sent = row_maker(parts, encode).sent
+    if [is_single(p) for p in sent] != sorted(is_single(p) for p in sent):
+        return "single values must come last"
+    for p in sent:
+        row_bytes = p.shape[1] * p.dtype.itemsize
+        if not is_single(p) and (row_bytes % PIECE or not row_bytes):
+            return f"what is sent of a row must be a multiple of {PIECE} bytes, got {p.dtype} {p.shape}"
+    return None
+
+
+class CopiedRows:
+    """Rows that are sent as they are. sent: what a row consists of; operands: what the kernel reads."""
+
+    def __init__(self, parts: Sequence[Any]):
+        self.sent = self.operands = list(parts)
+
+    def _pieces(self, part):
+        """Pieces of a row, and for each step of the lanes which they take."""
+        pieces = part.shape[1] * part.dtype.itemsize // PIECE
+        return pieces, [start + lanes.lane_index() for start in range(0, pieces, lanes.LANES)]
+
+    def load(self, sources: Any, token: jax.Array, valid: jax.Array) -> list[jax.Array]:
+        """The token's row as u32 lane arrays; nothing is read where not `valid`."""
+        words = []
+        for source, part in zip(sources, self.sent, strict=True):
+            if is_single(part):
+                words += lanes.gather(source, lanes.splat(token, jnp.int32), where=valid)
+                continue
+            pieces, steps = self._pieces(part)
+            for piece in steps:
+                words += lanes.gather(source, token * pieces + piece, PIECE // 4, where=valid & (piece < pieces))
+        return words
+
+    def store(
+        self, sources: Any, loaded: Sequence[jax.Array], buffers: Any, stage: jax.Array, scratch: Any
+    ) -> list[jax.Array]:
+        """Puts what was loaded into the buffers; -> the single values."""
+        del sources, scratch
+        words, buffers, singles = list(loaded), list(buffers), []
+        for part in self.sent:
+            if is_single(part):
+                singles.append(words.pop(0))
+                continue
+            buffer = buffers.pop(0)
+            pieces, steps = self._pieces(part)
+            for piece in steps:
+                four, words = words[: PIECE // 4], words[PIECE // 4 :]
+                lanes.scatter(buffer, stage * pieces + piece, four, where=piece < pieces)
+        return singles
+
+
+class _EncodedRows:
+    """bf16 or f32 rows [T, H] that are rounded on the way; a lane takes blocks of 16 values."""
+
+    def __init__(self, x: Any):
+        self.is_bf16, self.blocks = x.dtype == jnp.bfloat16, x.shape[1] // BLOCK_SIZE
+        self.words = BLOCK_SIZE * x.dtype.itemsize // 4  # of a block
+        self.operands = [x]
+
+    def _columns(self):
+        return [start + lanes.lane_index() for start in range(0, self.blocks, lanes.LANES)]
+
+    def load(self, sources: Any, token: jax.Array, valid: jax.Array) -> list[jax.Array]:
+        """The token's row as u32 lane arrays, zeros beyond its end; nothing is read where not `valid`."""
+        words = []
+        for column in self._columns():
+            where = valid & (column < self.blocks)
+            words += lanes.gather(sources[0], token * self.blocks + column, self.words, where=where)
+        return words
+
+    def _values(self, loaded, i):
+        """Of the lanes' block in step i."""
+        words = loaded[i * self.words : (i + 1) * self.words]
+        return unpack_bf16(words) if self.is_bf16 else [lax.bitcast_convert_type(w, jnp.float32) for w in words]
+
+
+class NVFP4Rows(_EncodedRows):
+    """Rows that are sent as NVFP4, the exact form bit for bit; scale: f32 of one element or "per_token"."""
+
+    def __init__(self, x: Any, scale: Any):
+        super().__init__(x)
+        tokens, hidden = x.shape
+        self.per_token = isinstance(scale, str)
+        self.sent = [
+            jax.ShapeDtypeStruct((tokens, hidden // 2), jnp.uint8),
+            jax.ShapeDtypeStruct((tokens, self.blocks), jnp.float8_e4m3fn),
+        ]
+        if self.per_token:
+            self.sent.append(jax.ShapeDtypeStruct((tokens, 1), jnp.float32))
+        else:
+            self.operands.append(jnp.asarray(scale, jnp.float32).reshape(1))
+
+    def store(
+        self, sources: Any, loaded: Sequence[jax.Array], buffers: Any, stage: jax.Array, scratch: Any
+    ) -> list[jax.Array]:
+        """Puts codes and scales into the buffers; -> the global scale, if each token has its own. scratch: 4 words."""
+        codes, scale_bytes = buffers
+        columns, singles = self._columns(), []
+        if self.per_token:
+            amax = finite_amax([self._values(loaded, i) for i in range(len(columns))])
+            amax = lanes.largest(lax.bitcast_convert_type(amax, jnp.int32), scratch, 0)  # ordered like their bits
+            global_scale = computed_scale(lax.bitcast_convert_type(amax, jnp.float32), AMAX_DIVISOR)
+            singles = [as_u32(global_scale)]
+        else:
+            global_scale = lanes.splat(sources[1][0], jnp.float32)
+        scales = encode_scales(global_scale)
+        for i, column in enumerate(columns):
+            values = self._values(loaded, i)
+            encoded = encode_block(values, block_amax(values), scales, False)
+            at, valid = stage * self.blocks + column, column < self.blocks
+            lanes.scatter(codes, at, encoded.words, where=valid)
+            lanes.scatter(scale_bytes, at, [encoded.scale_byte], dtype=jnp.uint8, where=valid)
+        return singles
+
+
+class FP8Rows(_EncodedRows):
+    """Rows that are sent as e4m3 with an f32 scale for every 128 values, `fp4jax.block_fp8.to_fp8` bit for bit."""
+
+    def __init__(self, x: Any):
+        super().__init__(x)
+        tokens, hidden = x.shape
+        self.groups = -(-hidden // FP8_GROUP)
+        self.sent = [
+            jax.ShapeDtypeStruct((tokens, hidden), jnp.float8_e4m3fn),
+            jax.ShapeDtypeStruct((tokens, self.groups), jnp.float32),
+        ]
+
+    def store(
+        self, sources: Any, loaded: Sequence[jax.Array], buffers: Any, stage: jax.Array, scratch: Any
+    ) -> list[jax.Array]:
+        """Puts values and scales into the buffers; -> the scale, if it is the only one."""
+        del sources, scratch
+        values_ref, *scales_ref = buffers
+        lanes_of_group = LANES_OF_GROUP if self.groups > 1 else 32  # the lanes that store single values
+        singles = []
+        for i, column in enumerate(self._columns()):
+            words, scale = encode_fp8(self._values(loaded, i), lanes_of_group)
+            lanes.scatter(values_ref, stage * self.blocks + column, words, where=column < self.blocks)
+            if not scales_ref:
+                singles = [as_u32(scale)]
+                continue
+            group = column // lanes_of_group
+            first = (column & (lanes_of_group - 1)) == 0
+            lanes.scatter(
+                scales_ref[0], stage * self.groups + group, [as_u32(scale)], where=first & (column < self.blocks)
+            )
+        return singles

@@ -1,0 +1,296 @@
+"""Dense GEMM with block-wise scales on Hopper's FP8 tensor cores: y = x w^T, x and w in e4m3.
+
+    y[t, n] = sum over blocks g of K:  (x[t, g] . w[n, g]) * (x_scale[g, t] * w_scale[n / 128, g])
+
+A task is 64 rows per consumer and `tile_n` columns. One warpgroup fills a ring of stages (128 of K: x, w, the rows'
+scales) through the copy engine, across task boundaries; the consumers multiply a stage with four wgmmas into registers
+of its own and add them, scaled, to the f32 sums: one FMA per value, while another consumer's wgmmas run. It also makes
+up for the tensor cores' sums, which keep fewer bits than f32: they end after 128 products. Blocks of K are added in
+order, so a row's bits depend on the row and the weights only, whatever the configuration.
+
+Two blocks of threads in a cluster take neighbouring columns and send the rows of x that both need to each other's
+shared memory, which saves half of that traffic from L2. Rows and columns beyond the end are read as zeros and not
+written; K, N and the rows need not be multiples of a tile.
+
+What limits it (H100, experiments/results/dense_log.md): for many rows the tensor cores' power limit and the 64 FMAs per
+thread and stage; for few rows the bytes of w.
+"""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir.dialects import math as mlir_math
+
+from pallas_kernels.fp8.config import BLOCK, ROWS, TuningConfig, check_config, choose
+from pallas_kernels.simt import lanes, launch
+from pallas_kernels.simt.schedule import H100_SMS
+
+_WGMMA = plgpu.Layout.WGMMA
+_SWIZZLE = 128  # bytes of a row in shared memory within which 16-byte pieces are permuted, at most
+_GROUP = 8  # row tiles that run side by side, so that they find the same columns of w in L2
+_REGISTERS = {1: (40, 240), 2: (40, 232), 3: (32, 160)}  # per thread that loads, multiplies; by consumers
+
+
+class _Refs(NamedTuple):
+    """Operands, result, and what the roles of a block share. Of x, w and the result: two views of one buffer."""
+
+    x_gmem: Any
+    w_gmem: Any
+    x_scale_gmem: Any
+    w_scale_gmem: Any
+    out_gmem: Any
+    x_smem: Any
+    w_smem: Any
+    scale_smem: Any
+    out_smem: Any
+    full: Any
+    empty: Any
+
+
+def gemm(
+    x: jax.Array,
+    w: jax.Array,
+    x_scale: jax.Array,
+    w_scale: jax.Array,
+    *,
+    out_dtype: Any = jnp.bfloat16,
+    config: TuningConfig | None = None,
+    interpret: Any = None,
+) -> jax.Array:
+    """x e4m3 [M, K], w e4m3 [N, K] -> [M, N] bf16 or f32.
+
+    Args:
+      x_scale: f32 [ceil(K / 128), M rounded up to 4], what is beyond M is ignored.
+      w_scale: f32 [ceil(N / 128), ceil(K / 128)].
+
+    Raises:
+      NotImplementedError: what `check_config` returns.
+    """
+    if problem := check_config(x, w, x_scale, w_scale, out_dtype):
+        raise NotImplementedError(f"block FP8 kernel: {problem}")
+    (m, k), n = x.shape, w.shape[0]
+    c = config or choose(m, n, k, out_dtype)
+    sms = H100_SMS if interpret is None else 2 * c.cluster
+    plan = _Plan(c, m, n, k, sms // c.cluster, np.dtype(out_dtype))
+    barrier: dict[str, Any] = dict(num_arrivals=c.warpgroups, num_barriers=c.num_stages)
+    scratch_types = [
+        _two_views((c.num_stages, c.k_blocks, c.tile_m, BLOCK), x.dtype, interpret),
+        _two_views((c.num_stages, c.k_blocks, c.tile_n, BLOCK), w.dtype, interpret),
+        plgpu.SMEM((c.num_stages, c.k_blocks, c.tile_m), jnp.float32),
+        _two_views((c.warpgroups, c.tile_n // plan.piece, ROWS, plan.piece), out_dtype, interpret),
+        plgpu.Barrier(num_arrivals=3 * c.k_blocks, num_barriers=c.num_stages),
+        plgpu.Barrier(**barrier) if c.cluster == 1 else plgpu.ClusterBarrier(collective_axes=("cluster",), **barrier),
+    ]
+
+    def body(*all_refs):
+        refs = _Refs(*all_refs)
+        if interpret is not None:
+            refs = refs._replace(**{name: [getattr(refs, name)] * 2 for name in ("x_smem", "w_smem", "out_smem")})
+        warpgroup = lanes.warpgroup_index()
+        load, multiply = _REGISTERS[c.warpgroups]
+
+        @pl.when(warpgroup == c.warpgroups)
+        def _():
+            plgpu.set_max_registers(load, action="decrease")
+            _load(plan, refs)
+
+        @pl.when(warpgroup < c.warpgroups)
+        def _():
+            plgpu.set_max_registers(multiply, action="increase")
+            _multiply(plan, refs, warpgroup)
+
+    return launch.kernel(
+        body, jax.ShapeDtypeStruct((m, n), out_dtype), grid=plan.clusters, scratch_types=scratch_types,
+        warpgroups=c.warpgroups + 1, cluster=c.cluster, interpret=interpret,
+    )(x, w, x_scale, w_scale)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """Which tasks a cluster takes: a persistent grid, task number by task number."""
+
+    config: TuningConfig
+    m: int
+    n: int
+    k: int
+    clusters: int
+    out_dtype: np.dtype
+
+    @property
+    def piece(self) -> int:
+        """Columns of a row of results that lie together in shared memory."""
+        return min(_SWIZZLE // self.out_dtype.itemsize, self.config.tile_n)
+
+    @property
+    def groups(self) -> int:
+        """Blocks of K."""
+        return -(-self.k // BLOCK)
+
+    @property
+    def steps(self) -> int:
+        """Stages of a task."""
+        return -(-self.k // (BLOCK * self.config.k_blocks))
+
+    def mine(self) -> jax.Array:
+        """Number of this cluster's tasks."""
+        return lax.div(self._rows * self._columns - lanes.block_index() + (self.clusters - 1), jnp.int32(self.clusters))
+
+    def place(self, number: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """First row and column of this block's part of the cluster's task of that number."""
+        c = self.config
+        task = lanes.block_index() + number * self.clusters
+        group = lax.div(task, jnp.int32(_GROUP * self._columns))
+        within = task - group * (_GROUP * self._columns)
+        height = jnp.minimum(self._rows - group * _GROUP, _GROUP)
+        column = lax.div(within, height)
+        row = group * _GROUP + within - column * height
+        if c.cluster > 1:
+            column = column * c.cluster + lax.axis_index("cluster")
+        return row * c.tile_m, column * c.tile_n
+
+    def slot(self, step: jax.Array) -> jax.Array:
+        """The stage that a step of this block uses."""
+        return lax.rem(step, jnp.int32(self.config.num_stages))
+
+    @property
+    def _rows(self):
+        return -(-self.m // self.config.tile_m)
+
+    @property
+    def _columns(self):
+        return -(-self.n // (self.config.tile_n * self.config.cluster))
+
+
+def _two_views(shape, dtype, interpret):
+    """A swizzled buffer: as rows, which the copy engine moves, and as tiles, which a wgmma takes and leaves.
+
+    The copy engine would take tiles too, but not of arrays that end within one. Interpret mode knows no views.
+    """
+    if interpret is not None:
+        return plgpu.SMEM(shape, dtype)
+    swizzle = plgpu.SwizzleTransform(shape[-1] * np.dtype(dtype).itemsize)
+    return plgpu.RefUnion(
+        plgpu.SMEM(shape, dtype, transforms=(swizzle,)),
+        plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, shape[-1])), swizzle)),
+    )
+
+
+def _load(plan, r):
+    """Role of one warpgroup: the tasks' operands into the stages, in order."""
+    c = plan.config
+    shared_by = None if c.cluster == 1 else "cluster"
+    (x_smem, _), (w_smem, _) = r.x_smem, r.w_smem
+
+    def task(number, _):
+        row, column = plan.place(number)
+        rows = pl.ds(row, c.tile_m)
+
+        def stage(i, _):
+            step = number * plan.steps + i
+            slot = plan.slot(step)
+            full = r.full.at[slot]
+
+            @pl.when(step >= c.num_stages)
+            def _():
+                plgpu.barrier_wait(r.empty.at[slot])
+
+            for j in range(c.k_blocks):
+                number_of_block = i * c.k_blocks + j
+                block = pl.ds(number_of_block * BLOCK, BLOCK)
+                plgpu.copy_gmem_to_smem(r.x_gmem.at[rows, block], x_smem.at[slot, j], full, collective_axes=shared_by)
+                plgpu.copy_gmem_to_smem(r.w_gmem.at[pl.ds(column, c.tile_n), block], w_smem.at[slot, j], full)
+                # A scale beyond the last block is any other: it multiplies zeros.
+                at = jnp.minimum(number_of_block, plan.groups - 1)
+                plgpu.copy_gmem_to_smem(r.x_scale_gmem.at[at, rows], r.scale_smem.at[slot, j], full)
+
+        lax.fori_loop(0, plan.steps, stage, None)
+
+    lax.fori_loop(0, plan.mine(), task, None)
+    # A block must not end while the other one of its cluster still arrives at its barriers.
+    steps = plan.mine() * plan.steps
+    drain = lambda step, _: plgpu.barrier_wait(r.empty.at[plan.slot(step)])  # noqa: E731
+    lax.fori_loop(jnp.maximum(steps - c.num_stages, 0), steps, drain, None)
+
+
+def _multiply(plan, r, warpgroup):
+    """Role of the consumers: 64 rows of a task each."""
+    c = plan.config
+    mine = pl.ds(warpgroup * ROWS, ROWS)
+    width = math.gcd(c.tile_n, BLOCK)  # columns with one scale of w
+    starts = range(0, c.tile_n, width)
+    (_, x_smem), (_, w_smem), (out_rows_smem, out_tiles_smem) = r.x_smem, r.w_smem, r.out_smem
+
+    def task(number, _):
+        row, column = plan.place(number)
+        # Task columns beyond N have no scale; the last one does as well.
+        scale_rows = [jnp.minimum(lax.div(column + s, jnp.int32(BLOCK)), -(-plan.n // BLOCK) - 1) for s in starts]
+
+        def stage(i, totals):
+            slot = plan.slot(number * plan.steps + i)
+            blocks = [jnp.minimum(i * c.k_blocks + j, plan.groups - 1) for j in range(c.k_blocks)]
+            w_scales = [[r.w_scale_gmem[s, b] for s in scale_rows] for b in blocks]  # on their way before the stage is
+            plgpu.barrier_wait(r.full.at[slot])
+            x_scales = [
+                plgpu.load(r.scale_smem.at[slot, j, mine], layout=_WGMMA.reduce(1), optimized=False)
+                for j in range(c.k_blocks)
+            ]
+
+            def product(*accumulators):
+                for j, accumulator in enumerate(accumulators):
+                    plgpu.wgmma(accumulator, x_smem.at[slot, j, mine], w_smem.at[slot, j].transpose((1, 0)))
+                plgpu.wgmma_wait(0)
+                return [accumulator[...] for accumulator in accumulators]
+
+            products = pl.run_scoped(product, *[plgpu.ACC((ROWS, c.tile_n))] * c.k_blocks)
+            plgpu.barrier_arrive(r.empty.at[slot])
+            for product_of_block, x_scale, w_scales_of_block in zip(products, x_scales, w_scales, strict=True):
+                added = []
+                for start, w_scale, total in zip(starts, w_scales_of_block, totals, strict=True):
+                    scales = lax.broadcast_in_dim(x_scale * w_scale, (ROWS, width), (0,))
+                    part = product_of_block if width == c.tile_n else product_of_block[:, start : start + width]
+                    added.append(_fma(part, scales, total))
+                totals = added
+            return totals
+
+        zeros = plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), _WGMMA)
+        totals = lax.fori_loop(0, plan.steps, stage, [zeros for _ in starts])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the task before
+        pieces = range(c.tile_n // plan.piece)
+        for p in pieces:
+            start = p * plan.piece % width
+            total = totals[p * plan.piece // width].astype(plan.out_dtype)
+            out_tiles_smem.at[warpgroup, p][...] = (
+                total if plan.piece == width else total[:, start : start + plan.piece]
+            )
+        plgpu.commit_smem()
+        rows = pl.ds(row + warpgroup * ROWS, ROWS)
+        for p in pieces:
+            columns = pl.ds(column + p * plan.piece, plan.piece)
+            plgpu.copy_smem_to_gmem(out_rows_smem.at[warpgroup, p], r.out_gmem.at[rows, columns])
+
+    lax.fori_loop(0, plan.mine(), task, None)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _fma(a, b, c):
+    """a * b + c of arrays in the layout of a wgmma's result, one instruction and rounding per value."""
+    if lanes.is_interpreting():
+        return a * b + c
+
+    @plgpu.inline_mgpu(
+        arg_types=(_WGMMA,) * 3, return_type=plgpu.ShapeDtypeStruct(a.shape, jnp.dtype(jnp.float32), layout=_WGMMA)
+    )
+    def inline(_, a, b, c):
+        registers = np.empty_like(a.registers)
+        for i in np.ndindex(registers.shape):
+            registers[i] = mlir_math.fma(a.registers[i], b.registers[i], c.registers[i])
+        return type(a)(_registers=registers, _layout=a.layout, _is_signed=None)
+
+    return inline(a, b, c)

@@ -1,0 +1,99 @@
+"""bf16 or f32 rows -> e4m3 with an f32 scale for every 128 values, `fp4jax.block_fp8.to_fp8` bit for bit.
+
+One lane owns 16 values, eight neighbours a group: its amax goes through the lanes of a warp. Scales are written in the
+order in which the dense GEMM reads them, [groups, rows]. What limits it: device memory, 3 bytes per bf16 value.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pallas_kernels.fp8.config import BLOCK, scale_columns
+from pallas_kernels.rows.nvfp4_codec import BLOCK_SIZE, E4M3_MAX
+from pallas_kernels.rows.quantize import MAX_INDEX, as_u32, load_values, unsigned_div
+from pallas_kernels.simt import lane_math, lanes, launch
+from pallas_kernels.simt.schedule import H100_SMS
+
+FP8_GROUP = BLOCK  # values that share a scale
+LANES_OF_GROUP = FP8_GROUP // BLOCK_SIZE
+_F32_TINY = np.float32(np.finfo(np.float32).tiny)
+_MANTISSA = np.int32(2**23 - 1)  # the bits of one in f32
+_BLOCKS_PER_LANE = 4  # in flight, where there are enough of them for all SMs
+
+
+def check_config(x: Any) -> str | None:
+    """None if `quantize` accepts x (an array or struct), else what does not fit."""
+    if x.dtype not in (jnp.bfloat16, jnp.float32) or x.ndim != 2 or 0 in x.shape or x.shape[1] % BLOCK_SIZE:
+        return f"x must be bfloat16 or float32 [T, K], not empty, K a multiple of {BLOCK_SIZE}, got {x.dtype} {x.shape}"
+    if x.shape[0] * (x.shape[1] + FP8_GROUP) // BLOCK_SIZE >= MAX_INDEX:
+        return f"x {x.shape} exceeds the kernel's 32-bit indices"
+    return None
+
+
+def quantize(x: jax.Array, *, power_of_two_scales: bool = False, interpret: Any = None) -> tuple[jax.Array, jax.Array]:
+    """x [T, K] -> e4m3 [T, K], scales f32 [ceil(K / 128), T rounded up to 4]; those beyond T are not written.
+
+    power_of_two_scales: see `power_of_two`.
+
+    Raises:
+      NotImplementedError: what `check_config` returns.
+    """
+    if problem := check_config(x):
+        raise NotImplementedError(f"FP8 quantize kernel: {problem}")
+    rows, k = x.shape
+    blocks, groups, columns = k // BLOCK_SIZE, -(-k // FP8_GROUP), scale_columns(rows)
+    slots = groups * LANES_OF_GROUP  # blocks of a row, whole groups of them
+    per_lane = _BLOCKS_PER_LANE if rows * slots >= H100_SMS * lanes.LANES * _BLOCKS_PER_LANE else 1
+    per_block_of_threads = lanes.LANES * per_lane
+
+    def body(x_ref, values_ref, scales_ref):
+        items = []
+        for j in range(per_lane):
+            position = lanes.block_index() * per_block_of_threads + j * lanes.LANES + lanes.lane_index()
+            row = unsigned_div(position, slots)
+            column = position - row * slots
+            items.append((row, column, (row < rows) & (column < blocks)))
+        loaded = [load_values(x_ref, x.dtype, row * blocks + column, valid) for row, column, valid in items]
+        for (row, column, valid), values in zip(items, loaded, strict=True):
+            words, scale = encode(values, LANES_OF_GROUP, power_of_two_scales)
+            lanes.scatter(values_ref, row * blocks + column, words, where=valid)
+            at = (column >> LANES_OF_GROUP.bit_length() - 1) * columns + row
+            lanes.scatter(scales_ref, at, [as_u32(scale)], where=valid & ((column & (LANES_OF_GROUP - 1)) == 0))
+
+    out_type = (
+        jax.ShapeDtypeStruct((rows, k), jnp.float8_e4m3fn),
+        jax.ShapeDtypeStruct((groups, columns), jnp.float32),
+    )
+    grid = -(-rows * slots // per_block_of_threads)
+    return launch.kernel(body, out_type, grid=grid, interpret=interpret)(x)
+
+
+def encode(
+    values: Sequence[jax.Array], lanes_of_group: int, power_of_two_scales: bool = False
+) -> tuple[list[jax.Array], jax.Array]:
+    """16 f32 of every lane, groups of neighbouring lanes -> 4 words of e4m3 and the scale of the lane's group."""
+    # Bits of magnitudes are ordered like them, Inf and then NaN on top.
+    bits = [lax.bitcast_convert_type(v, jnp.int32) & np.int32(0x7FFFFFFF) for v in values]
+    amax = lanes.largest_of_neighbours(functools.reduce(jnp.maximum, bits), lanes_of_group)
+    amax = lax.bitcast_convert_type(amax, jnp.float32)
+    scale = jnp.where(amax < E4M3_MAX * _F32_TINY, np.float32(1), lane_math.div_rn(amax, E4M3_MAX))
+    if power_of_two_scales:
+        scale = power_of_two(scale)
+    quotients = [lane_math.div_rn(v, scale) for v in values]
+    return [lane_math.pack_e4m3(quotients[j : j + 4]) for j in range(0, BLOCK_SIZE, 4)], scale
+
+
+def power_of_two(scale: jax.Array) -> jax.Array:
+    """Positive normal f32 -> the smallest power of two that is not below it, from its bits; NaN and Inf stay.
+
+    Of a correctly rounded amax / 448 it makes 2^ceil(log2(amax / 448)) exactly: the division rounds nothing to a power
+    of two, as the f32 next to 1.75 * 2^n, divided by 1.75, is more than half an ulp away from 2^n.
+    """
+    bits = lax.bitcast_convert_type(scale, jnp.int32)
+    above = lax.bitcast_convert_type((bits + _MANTISSA) & ~_MANTISSA, jnp.float32)  # a mantissa carries over
+    return jnp.where(scale != scale, scale, above)

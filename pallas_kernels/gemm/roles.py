@@ -1,0 +1,379 @@
+"""The roles in a block of the grouped GEMM's kernel: one warpgroup loads, some multiply, one stores.
+
+masked_gemm.py says how they work together.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.gemm.config import TuningConfig
+from pallas_kernels.gemm.fragments import DECODE_FACTOR, ROW_WORDS, decode_weights, piece_index, store_transposed
+from pallas_kernels.gemm.tasks import GroupTiles, Task
+from pallas_kernels.gemm.weight_layout import TILE, WORDS
+from pallas_kernels.rows.nvfp4_codec import BLOCK_SIZE, encode_scales
+from pallas_kernels.rows.quantize import Item, unsigned_div
+from pallas_kernels.rows.swiglu_quantize import store_products, swiglu
+from pallas_kernels.simt import lanes
+
+_PIECES = TILE // 8  # 16-byte pieces of 64 bf16
+_COLUMNS_AT_A_TIME = 32  # of an accumulator, while it is rounded
+
+
+class Refs(NamedTuple):
+    """What the roles of a block share."""
+
+    x_gmem: Any
+    w_gmem: Any
+    w_scale_gmem: Any
+    counts_gmem: Any
+    x_scale_gmem: Any
+    act_scale_gmem: Any
+    out_gmem: tuple[Any, ...]
+    x_rows_smem: Any  # two views of one buffer: rows as the copy engine writes them,
+    x_tiles_smem: Any  # tiles as wgmma reads them
+    w_smem: Any
+    result_smem: Any
+    token_scale_smem: Any
+    plan_smem: Any
+    full_barrier: Any
+    empty_barrier: Any
+    result_full_barrier: Any
+    result_empty_barrier: Any
+    last_barrier: Any
+    plan_barrier: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Gemm:
+    """The static numbers of one kernel, and its three roles. out: None, or the form of the fused SwiGLU's result."""
+
+    config: TuningConfig
+    n: int
+    k: int
+    plan: GroupTiles
+    w_scale_per_row: bool
+    x_scale_per_row: bool
+    out: str | None
+    act_scale_by: str | None  # "all", "expert", "row"
+
+    @property
+    def tile_m(self) -> int:
+        """Rows of the largest task."""
+        return max(self.config.tile_m)
+
+    @property
+    def columns(self) -> int:
+        """Columns of the result."""
+        return self.n if self.out is None else self.n // 2
+
+    @property
+    def column_tiles(self) -> int:
+        """Tasks per row tile."""
+        per_task = self.config.tiles if self.out is None else self.config.tiles // 2
+        return -(-self.columns // (TILE * per_task))
+
+    @property
+    def steps(self) -> int:
+        """Stages per task; the copy engine fills what lies beyond K with zeros, which add nothing."""
+        per_iteration = self.config.k_tiles * self.config.unroll
+        return -(-self.k // (TILE * per_iteration)) * self.config.unroll
+
+    def scratch_types(self) -> list[Any]:
+        """Shared memory and barriers, in the order of `Refs`."""
+        c, tile_m = self.config, self.tile_m
+        x_shape = (c.num_stages, c.k_tiles * tile_m, TILE)
+        swizzle = plgpu.SwizzleTransform(128)
+        return [
+            plgpu.RefUnion(
+                plgpu.SMEM(x_shape, jnp.bfloat16, transforms=(swizzle,)),
+                plgpu.SMEM(x_shape, jnp.bfloat16, transforms=(plgpu.TilingTransform((8, TILE)), swizzle)),
+            ),
+            plgpu.SMEM((c.num_stages, c.tiles, c.k_tiles * WORDS, TILE), jnp.uint32),
+            plgpu.SMEM((c.tiles, tile_m, ROW_WORDS), jnp.uint32),
+            plgpu.SMEM((c.warpgroups, -(-tile_m // lanes.LANES) * lanes.LANES), jnp.float32),
+            self.plan.scratch(),
+            plgpu.Barrier(num_arrivals=c.k_tiles + len(self.weight_runs(jnp.int32(0))), num_barriers=c.num_stages),
+            # One more, which nobody waits for.
+            plgpu.Barrier(num_arrivals=c.warpgroups, num_barriers=c.num_stages + 1),
+            plgpu.Barrier(num_arrivals=c.warpgroups),
+            plgpu.Barrier(num_arrivals=1 if c.own_store else c.warpgroups),
+            plgpu.Barrier(num_arrivals=c.warpgroups),
+            plgpu.Barrier(num_arrivals=1),
+        ]
+
+    def weight_runs(self, column: jax.Array) -> list[tuple[int, int, jax.Array]]:
+        """Runs of adjacent weight tiles of a task: (first among the task's tiles, number, first in the weights)."""
+        tiles = self.config.tiles
+        if self.out is None:
+            return [(0, tiles, column * tiles)]
+        half = tiles // 2
+        return [(0, half, column * half), (half, half, column * half + self.n // (2 * TILE))]
+
+    def weight_tile(self, column: jax.Array, tile: jax.Array) -> jax.Array:
+        """Where the task's tile lies in the weights."""
+        if self.out is None:
+            return column * self.config.tiles + tile
+        half = self.config.tiles // 2
+        up = (tile >= half).astype(jnp.int32)
+        return column * half + tile + up * (self.n // (2 * TILE) - half)
+
+    def by_size(self, rows: jax.Array, body: Callable[[int], None]) -> None:
+        """body(tile_m) with the least tile that holds the rows."""
+        sizes = self.config.tile_m
+        for lower, size in zip((0, *sizes), sizes, strict=False):
+            if len(sizes) == 1:
+                body(size)
+            else:
+                pl.when((rows > lower) & (rows <= size))(functools.partial(body, size))
+
+    def run(self, r: Refs) -> None:
+        """What every warpgroup does, by its role."""
+        c, warpgroup = self.config, lanes.warpgroup_index()
+
+        @pl.when(warpgroup == c.warpgroups)
+        def _():
+            self.plan.fill(r.counts_gmem, r.plan_smem)
+            plgpu.barrier_arrive(r.plan_barrier)
+
+        @pl.when(warpgroup != c.warpgroups)
+        def _():
+            plgpu.barrier_wait(r.plan_barrier)
+
+        load, multiply, store = c.registers
+
+        @pl.when(warpgroup < c.warpgroups)
+        def _():
+            plgpu.set_max_registers(multiply, action="increase")
+            if not c.own_store:
+                plgpu.barrier_arrive(r.result_empty_barrier)
+            self.plan.for_each(r.plan_smem, self.column_tiles, functools.partial(self.multiply, r, warpgroup))
+
+        @pl.when(warpgroup == c.warpgroups)
+        def _():
+            plgpu.set_max_registers(load, action="decrease")
+            self.plan.for_each(r.plan_smem, self.column_tiles, functools.partial(self.load, r))
+
+        if c.own_store:
+
+            @pl.when(warpgroup == c.warpgroups + 1)
+            def _():
+                plgpu.set_max_registers(store, action="decrease")
+                plgpu.barrier_arrive(r.result_empty_barrier)
+                self.plan.for_each(r.plan_smem, self.column_tiles, functools.partial(self.store_alone, r))
+
+    def slot(self, step: jax.Array) -> jax.Array:
+        """The stage that a step of this block uses."""
+        return lax.rem(step, jnp.int32(self.config.num_stages))
+
+    def load(self, r: Refs, task: Task) -> None:
+        """Role of one warpgroup: weights and tokens of a task into the stages, in order."""
+        c = self.config
+
+        def stage(i, _):
+            step = task.number * self.steps + i
+            slot = self.slot(step)
+
+            @pl.when(step >= c.num_stages)
+            def _():
+                plgpu.barrier_wait(r.empty_barrier.at[slot])
+
+            for first, count, source in self.weight_runs(task.column):
+                plgpu.copy_gmem_to_smem(
+                    r.w_gmem.at[task.expert, pl.ds(source, count), pl.ds(i * (c.k_tiles * WORDS), c.k_tiles * WORDS)],
+                    r.w_smem.at[slot, pl.ds(first, count)],
+                    r.full_barrier.at[slot],
+                )
+
+            def copy_rows(size):
+                for j in range(c.k_tiles):
+                    plgpu.copy_gmem_to_smem(
+                        r.x_gmem.at[pl.ds(task.row, size), pl.ds((i * c.k_tiles + j) * TILE, TILE)],
+                        r.x_rows_smem.at[slot, pl.ds(j * size, size)],
+                        r.full_barrier.at[slot],
+                    )
+
+            self.by_size(task.rows, copy_rows)
+
+        lax.fori_loop(0, self.steps, stage, None)
+
+    def multiply(self, r: Refs, warpgroup: jax.Array, task: Task) -> None:
+        """Role of the consumers: transposed, [64 rows of weights, tile_m tokens] per weight tile."""
+        c = self.config
+        tiles = [warpgroup * c.row_tiles + j for j in range(c.row_tiles)]
+        first_step = task.number * self.steps
+        # Read before the loop over K and used behind it, so that nothing waits for memory.
+        scales = [self._load_scales(r, task, tile) for tile in tiles]
+        tokens = self._load_token_scales(r, task)
+
+        def run(size):
+            def product(*accumulators):
+                def stage(i, first_of_iteration):
+                    slot = self.slot(first_step + i)
+                    plgpu.barrier_wait(r.full_barrier.at[slot])
+                    issued = 0
+                    for j in range(c.k_tiles):
+                        x = r.x_tiles_smem.at[slot, pl.ds(j * size, size)].transpose((1, 0))
+                        for tile, accumulator in zip(tiles, accumulators, strict=True):
+                            w = decode_weights(r.w_smem.at[slot, tile, pl.ds(j * WORDS, WORDS)])
+                            plgpu.wgmma(accumulator, w, x)
+                            plgpu.wgmma_wait(c.in_flight)
+                            issued += 1
+                            if issued == c.in_flight:  # the stage before is read
+                                before = self.slot(first_step + i + c.num_stages - 1)
+                                if first_of_iteration:
+                                    # Not a branch: within a pipeline, ptxas would serialize the wgmmas (C7513).
+                                    before = jnp.where(i > 0, before, c.num_stages)
+                                plgpu.barrier_arrive(r.empty_barrier.at[before])
+                    if c.in_flight == 0:
+                        plgpu.barrier_arrive(r.empty_barrier.at[slot])
+
+                def iteration(i, _):
+                    for u in range(c.unroll):
+                        stage(i * c.unroll + u, u == 0)
+
+                lax.fori_loop(0, self.steps // c.unroll, iteration, None)
+                if c.in_flight:
+                    plgpu.wgmma_wait(0)
+                    plgpu.barrier_arrive(r.empty_barrier.at[self.slot(first_step + self.steps - 1)])
+                return [accumulator[...] for accumulator in accumulators]
+
+            products = pl.run_scoped(product, *[plgpu.ACC((TILE, size))] * c.row_tiles)
+            self._stage_result(r, size, tiles, products, scales, tokens, warpgroup)
+
+        self.by_size(task.rows, run)
+        if not c.own_store:
+            move = self.mover(r, task)
+            plgpu.barrier_wait(r.result_full_barrier)
+            self.store(task, move, warpgroup, c.warpgroups)
+            plgpu.barrier_arrive(r.result_empty_barrier)
+            return
+
+        @pl.when(task.is_last)  # nothing else to do: help to store
+        def _():
+            plgpu.barrier_arrive(r.last_barrier)
+            move = self.mover(r, task)
+            plgpu.barrier_wait(r.last_barrier)
+            self.store(task, move, 1 + warpgroup, 1 + c.warpgroups)
+
+    def _load_scales(self, r, task, tile):
+        """The weights' scale, of the expert or of the tile's 64 rows, and the tokens' if it is common to all."""
+        x_scale = None if self.x_scale_per_row else r.x_scale_gmem[task.expert]
+        if not self.w_scale_per_row:
+            return r.w_scale_gmem[task.expert, 0], x_scale
+        row = jnp.minimum(self.weight_tile(task.column, tile), self.n // TILE - 1) * TILE
+        rows = r.w_scale_gmem.at[task.expert, pl.ds(row, TILE)]
+        return plgpu.load(rows, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False), x_scale
+
+    def _load_token_scales(self, r, task):
+        """x scales of the task's rows, one or two per lane."""
+        if not self.x_scale_per_row:
+            return []
+        found = []
+        for first in range(0, self.tile_m, lanes.LANES):
+            row = first + lanes.lane_index()
+            (bits,) = lanes.gather(r.x_scale_gmem, task.row + row, where=row < task.rows)
+            found.append(bits)
+        return found
+
+    def _stage_result(self, r, size, tiles, products, scales, tokens, warpgroup):
+        """Scaled, rounded to bf16, turned, and left in shared memory for the warpgroup that stores."""
+        factors = []
+        for w_scale, x_scale in scales:
+            scale = w_scale if x_scale is None else x_scale * w_scale
+            factors.append(scale * np.float32(DECODE_FACTOR))
+        plgpu.barrier_wait(r.result_empty_barrier)
+        # Behind that barrier no lane of this warpgroup still reads the token scales of the task before.
+        for i, bits in enumerate(tokens):
+            lanes.scatter(r.token_scale_smem.at[warpgroup], i * lanes.LANES + lanes.lane_index(), [bits])
+        if tokens:
+            lanes.sync()
+        for start in range(0, size, _COLUMNS_AT_A_TIME):
+            width = min(_COLUMNS_AT_A_TIME, size - start)
+            for tile, product, scale in zip(tiles, products, factors, strict=True):
+                part = product if width == size else product[:, start : start + width]
+                factor = lax.broadcast_in_dim(scale, part.shape, (0,)) if self.w_scale_per_row else scale
+                if tokens:
+                    token_scale = plgpu.load(
+                        r.token_scale_smem.at[warpgroup, pl.ds(start, width)],
+                        layout=plgpu.Layout.WGMMA.reduce(0),
+                        optimized=False,
+                    )
+                    factor = lax.broadcast_in_dim(token_scale, part.shape, (1,)) * factor
+                rounded = (part * factor).astype(jnp.bfloat16)
+                store_transposed(rounded, r.result_smem.at[tile, pl.ds(start, width)])
+        plgpu.barrier_arrive(r.result_full_barrier)
+
+    def store_alone(self, r: Refs, task: Task) -> None:
+        """Role of one warpgroup: whole results, while the next task is multiplied; the last one with the others."""
+        move = self.mover(r, task)
+        plgpu.barrier_wait(r.result_full_barrier)
+        self.store(task, move, jnp.int32(0), jnp.where(task.is_last, 1 + self.config.warpgroups, 1))
+        plgpu.barrier_arrive(r.result_empty_barrier)
+
+    def mover(self, r: Refs, task: Task) -> Callable[..., None]:
+        """-> move(row, item of the row, where): one item of a staged row per lane to the result, through SwiGLU."""
+        return functools.partial(self._store_pieces, r, task) if self.out is None else self._store_swiglu(r, task)
+
+    def store(self, task: Task, move: Callable[..., None], index: jax.Array, storing: Any) -> None:
+        """All items of the task's rows, as warpgroup `index` of the `storing` ones."""
+        tiles = self.config.tiles
+        per_row = tiles * _PIECES if self.out is None else tiles // 2 * (TILE // BLOCK_SIZE)
+        unroll = 4 if self.out is None else 1
+        items, at_a_time = task.rows * per_row, lanes.LANES * unroll * storing
+
+        def several(i, _):
+            for j in range(unroll):
+                item = i * at_a_time + (index * unroll + j) * lanes.LANES + lanes.lane_index()
+                row = unsigned_div(item, per_row)
+                move(row, item - row * per_row, item < items)
+
+        lax.fori_loop(0, lax.div(items + (at_a_time - 1), jnp.int32(at_a_time)), several, None)
+
+    def _store_pieces(self, r, task, row, piece, valid):
+        """One 16-byte piece per lane."""
+        tile, within = piece >> 3, piece & 7
+        words = self._read_pieces(r, tile, row, [within], valid)
+        column_piece = (task.column * self.config.tiles + tile) * _PIECES + within
+        to = (task.row + row) * (self.columns // 8) + column_piece
+        lanes.scatter(r.out_gmem[0], to, words, where=valid & (column_piece < self.columns // 8))
+
+    def _store_swiglu(self, r, task):
+        """-> what stores one block of 16 columns per lane."""
+        scale_of_task = None
+        if self.act_scale_by in ("all", "expert"):
+            index = task.expert if self.act_scale_by == "expert" else 0
+            scale_of_task = encode_scales(lanes.splat(r.act_scale_gmem[index], jnp.float32))
+        blocks, out = self.columns // BLOCK_SIZE, self.out
+        assert out is not None
+
+        def move(row, block, valid):
+            tile, pieces = block >> 2, [(block & 3) * 2, (block & 3) * 2 + 1]
+            half = self.config.tiles // 2
+            gate, up = (self._read_pieces(r, t, row, pieces, valid) for t in (tile, tile + half))
+            column = task.column * (half * 4) + block
+            scales = scale_of_task
+            if self.act_scale_by == "row":
+                (bits,) = lanes.gather(r.act_scale_gmem, task.row + row, where=valid)
+                scales = encode_scales(jnp.where(valid, lax.bitcast_convert_type(bits, jnp.float32), np.float32(1)))
+            out_row = task.row + row
+            item = Item(out_row * blocks + column, out_row, column, valid & (column < blocks))
+            store_products(r.out_gmem, item, *swiglu(gate, up), scales, out)
+
+        return move
+
+    def _read_pieces(self, r, tile, row, pieces, valid):
+        """4 words per piece of a row of a staged tile."""
+        words = []
+        for piece in pieces:
+            at = tile * (self.tile_m * _PIECES) + piece_index(row, piece)
+            words += lanes.gather(r.result_smem, at, 4, where=valid)
+        return words

@@ -1,0 +1,98 @@
+"""The tasks of a grouped GEMM, found on the device: tiles of `tile_m` rows of every expert, times tiles of columns.
+
+Expert e has ceil(rows_e / tile_m) row tiles; experts without rows have none. One warpgroup of every block sums them up
+into shared memory; the blocks then walk over the tasks in order, task = row tile * column tiles + column tile, so that
+tasks that run at the same time share an expert's weights and a row tile's tokens in the L2 cache.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.simt import lanes
+from pallas_kernels.simt.schedule import H100_SMS
+
+_ROTATION = 37  # coprime to the number of blocks
+
+
+class Task(NamedTuple):
+    """expert; column: index of the column tile; row: first row in x and in the result; rows: valid ones from there.
+
+    number: of tasks before it in this block. is_last: whether this block has no more.
+    """
+
+    expert: jax.Array
+    column: jax.Array
+    row: jax.Array
+    rows: jax.Array
+    number: jax.Array
+    is_last: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupTiles:
+    """experts: their number. max_rows: per expert (masked), or in all (contiguous). tile_m: rows of a tile."""
+
+    experts: int
+    max_rows: int
+    tile_m: int
+    contiguous: bool
+
+    def scratch(self) -> Any:
+        """Shared memory: ends of the experts' tiles, their first rows, their numbers of rows, room for prefix sums."""
+        return plgpu.SMEM((3 * self._stride + lanes.LANES,), jnp.int32)
+
+    @property
+    def _stride(self):
+        return -(-self.experts // lanes.LANES) * lanes.LANES
+
+    def fill(self, counts_ref: Any, plan_ref: Any) -> None:
+        """Run by one warpgroup: counts, clipped to what exists, into the plan."""
+        tiles_before, rows_before = jnp.int32(0), jnp.int32(0)
+        for first in range(0, self.experts, lanes.LANES):
+            expert = first + lanes.lane_index()
+            (count,) = lanes.gather(counts_ref, expert, where=expert < self.experts)
+            rows = jnp.clip(count.astype(jnp.int32), 0, self.max_rows)
+            if self.contiguous:
+                ends, total = lanes.prefix_sum(rows, plan_ref, 3 * self._stride)
+                ends, rows_before = rows_before + ends, rows_before + total
+                starts = jnp.minimum(ends - rows, self.max_rows)
+                rows = jnp.minimum(ends, self.max_rows) - starts
+            else:
+                starts = expert * self.max_rows
+            tiles = (rows + (self.tile_m - 1)) // self.tile_m
+            tile_ends, total = lanes.prefix_sum(tiles, plan_ref, 3 * self._stride)
+            for i, values in enumerate((tiles_before + tile_ends, starts, rows)):
+                start = i * self._stride + first
+                plan_ref[start : start + lanes.LANES] = values
+            tiles_before = tiles_before + total
+        lanes.sync()
+
+    def for_each(self, plan_ref: Any, column_tiles: int, body: Callable[[Task], None]) -> None:
+        """body(task) for this block's share of the tasks: one of every `H100_SMS`, each time another one.
+
+        The same one every time could be in step with the row tiles, and some blocks would get all the small ones.
+        """
+        total = plan_ref[self.experts - 1] * column_tiles
+
+        def index_of(number):
+            return number * H100_SMS + lax.rem(lanes.block_index() + number * _ROTATION, jnp.int32(H100_SMS))
+
+        def run(state):
+            index, expert, number = state
+            following = index_of(number + 1)
+            tile = lax.div(index, jnp.int32(column_tiles))
+            expert = lax.while_loop(lambda e: plan_ref[e] <= tile, lambda e: e + 1, expert)
+            before = jnp.where(expert > 0, plan_ref[jnp.maximum(expert - 1, 0)], 0)
+            offset = (tile - before) * self.tile_m
+            rows = jnp.minimum(plan_ref[2 * self._stride + expert] - offset, self.tile_m)
+            row = plan_ref[self._stride + expert] + offset
+            body(Task(expert, index - tile * column_tiles, row, rows, number, following >= total))
+            return following, expert, number + 1
+
+        lax.while_loop(lambda state: state[0] < total, run, (lanes.block_index(), jnp.int32(0), jnp.int32(0)))

@@ -1,0 +1,1 @@
+"""Kernels over rows of tokens: quantize, permute, SwiGLU, metadata of routes."""

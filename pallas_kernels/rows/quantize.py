@@ -1,0 +1,337 @@
+"""bf16 or f32 -> NVFP4 in one pass over memory, the exact form bit for bit.
+
+One lane owns one block of 16 values: it loads them with 16-byte accesses, finds their amax in registers, and stores 8
+bytes of codes and one scale byte. Without `masked_m` blocks of threads cover the flat list of NVFP4 blocks; with it
+they walk over the valid rows only (schedule.py). With a per-token global scale a block of threads owns one row: it
+finds the row's amax by a reduction across its lanes and reads the row again from the L1 cache, so that it need not be
+held in registers and more rows are in flight.
+
+What limits it: device memory. 16 bf16 values are 32 bytes in and 9 bytes out; about 8 integer and 5 float instructions
+per value stay below that.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pallas_kernels.rows.nvfp4_codec import (
+    BLOCK_SIZE,
+    Encoded,
+    EncodeScales,
+    block_amax,
+    computed_scale,
+    encode_block,
+    encode_scales,
+    unpack_bf16,
+)
+from pallas_kernels.simt import lanes, launch, tuning
+from pallas_kernels.simt.schedule import H100_SMS, ExpertUnits
+
+SCALE_LAYOUTS = ("linear", "swizzled")
+_F32_MAX = np.float32(np.finfo(np.float32).max)
+AMAX_DIVISOR = 6.0 * 448.0
+AMAX_DIVISOR_FOUR_OVER_SIX = 6.0 * 256.0
+MAX_INDEX = 2**31 - 2**16  # room for the lanes beyond the last block
+MAX_BLOCKS_PER_LANE = 8  # they are unrolled
+
+
+@dataclasses.dataclass(frozen=True)
+class TuningConfig:
+    """blocks_per_lane: NVFP4 blocks in flight per lane. blocks_per_sm: thread blocks per SM of a persistent grid."""
+
+    blocks_per_lane: int = 4
+    blocks_per_sm: int = 8
+
+
+DEFAULT_CONFIG = TuningConfig()
+
+
+def check_config(
+    x: Any, global_scale: Any, masked_m: Any, scale_layout: str = "linear", config: TuningConfig = DEFAULT_CONFIG
+) -> str | None:
+    """None if `quantize` accepts these (arrays or structs; global_scale may be "per_token"), else what does not fit."""
+    if x.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"x must be bfloat16 or float32, got {x.dtype}"
+    if x.ndim < 1 or x.shape[-1] % BLOCK_SIZE or 0 in x.shape:
+        return f"x must not be empty and its last axis must be a multiple of {BLOCK_SIZE}, got shape {x.shape}"
+    if scale_layout not in SCALE_LAYOUTS:
+        return f"scale_layout must be one of {SCALE_LAYOUTS}, got {scale_layout!r}"
+    if scale_layout == "swizzled" and (x.ndim < 2 or isinstance(global_scale, str)):
+        return f"swizzled scales need x [.., M, K] and given global scales, got shape {x.shape} and {global_scale}"
+    if isinstance(global_scale, str):
+        if global_scale != "per_token":
+            return f"global_scale must be an array or 'per_token', got {global_scale!r}"
+        if x.shape[-1] > BLOCK_SIZE * lanes.LANES * MAX_BLOCKS_PER_LANE:
+            return f"a per-token scale needs rows of at most {BLOCK_SIZE * lanes.LANES * MAX_BLOCKS_PER_LANE} values"
+    if masked_m is not None and x.ndim != 3:
+        return f"masked_m needs x [E, M, K], got shape {x.shape}"
+    m = x.shape[-2] if x.ndim > 1 else 1
+    padded = -(-m // 128) * 128 * (x.size // (m * x.shape[-1])) if scale_layout == "swizzled" else x.size // x.shape[-1]
+    if padded * (x.shape[-1] // BLOCK_SIZE + 3) >= MAX_INDEX:
+        return f"x {x.shape} exceeds the kernel's 32-bit block indices"
+    return check_tuning(config)
+
+
+def check_tuning(config: TuningConfig) -> str | None:
+    """None, or what is wrong with the configuration."""
+    if not 1 <= config.blocks_per_lane <= MAX_BLOCKS_PER_LANE:
+        return f"blocks_per_lane must be 1..{MAX_BLOCKS_PER_LANE}, got {config.blocks_per_lane}"
+    if not 1 <= config.blocks_per_sm <= 16:
+        return f"blocks_per_sm must be 1..16, got {config.blocks_per_sm}"
+    return None
+
+
+def quantize(
+    x: jax.Array,
+    global_scale: Any,
+    masked_m: jax.Array | None = None,
+    *,
+    scale_layout: str = "linear",
+    four_over_six: bool = False,
+    config: TuningConfig | None = None,
+    interpret: Any = None,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """x [.., K] -> codes u8 [.., K/2], block scales e4m3, and the global scales f32 [.., 1] if "per_token", else None.
+
+    global_scale: f32 of one element, or of shape x.shape[:-1] + (1,) with any axis 1, or "per_token". Scales: linear
+    [.., K/16] or swizzled [.., ceil(M/128), ceil(K/64), 32, 4, 4]. Rows beyond masked_m [E] are neither read nor
+    written.
+
+    Raises:
+      NotImplementedError: what `check_config` returns.
+    """
+    config = config or tuning.tuned("quantize", x.size // BLOCK_SIZE, TuningConfig)
+    if problem := check_config(x, global_scale, masked_m, scale_layout, config):
+        raise NotImplementedError(f"quantize kernel: {problem}")
+    *lead, k = x.shape
+    rows, blocks = int(np.prod(lead, dtype=np.int64)), k // BLOCK_SIZE
+    m = lead[-1] if lead else 1
+    per_token = isinstance(global_scale, str)
+    scale_shape = (*lead, blocks) if scale_layout == "linear" else _swizzled_shape(lead, m, blocks)
+    out_type = [jax.ShapeDtypeStruct((rows, k // 2), jnp.uint8), jax.ShapeDtypeStruct(scale_shape, jnp.float8_e4m3fn)]
+    if per_token:
+        out_type.append(jax.ShapeDtypeStruct((rows, 1), jnp.float32))
+    operands, scale_stride = [x.reshape(rows, k)], 0
+    if not per_token:
+        flat, scale_stride = rows_scale(global_scale, lead)
+        operands.append(flat)
+    divisor = AMAX_DIVISOR_FOUR_OVER_SIX if four_over_six else AMAX_DIVISOR
+
+    swizzled = scale_layout == "swizzled"
+    if swizzled:
+        work = SwizzledWork(rows // m, m, blocks, config)
+    else:
+        work = RowWork(rows, blocks, m if masked_m is not None else rows, config, per_token)
+    work.add_schedule(operands, masked_m)
+
+    def body(*refs):
+        x_ref, *refs = refs
+        g_ref, refs = (None, refs) if per_token else (refs[0], refs[1:])
+        counts_ref, refs, ends_ref = work.schedule_refs(refs)
+        qdata_ref, scale_ref, *row_scale_ref = refs
+
+        def load(item):
+            return load_values(x_ref, x.dtype, item.block, item.valid)
+
+        def store(item, values, scales):
+            encoded = encode_block(values, block_amax(values), scales, four_over_six)
+            store_block(qdata_ref, scale_ref, item, encoded)
+
+        def unit(items):
+            if per_token:
+                scale = scale_of_row([load(item) for item in items], divisor)
+                is_first = items[0].valid & (items[0].column == 0)
+                lanes.scatter(row_scale_ref[0], items[0].row, [as_u32(scale)], where=is_first)
+                scales = encode_scales(scale)
+                for item in items:
+                    store(item, load(item), scales)
+                return
+            values = [load(item) for item in items]  # all loads first
+            for item, v in zip(items, values, strict=True):
+                store(item, v, row_encode_scales(g_ref, item, scale_stride))
+
+        work.run(counts_ref, ends_ref, unit)
+
+    qdata, block_scale, *row_scale = launch.kernel(
+        body, tuple(out_type), grid=work.grid, scratch_types=work.scratch_types, interpret=interpret
+    )(*operands)
+    return qdata.reshape(*lead, k // 2), block_scale, row_scale[0].reshape(*lead, 1) if per_token else None
+
+
+# --- shared with swiglu_quantize: which blocks a lane works on, loads and stores of one block ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One NVFP4 block per lane: flat index, row, column in the row, and whether it exists (lane arrays).
+
+    scale_position: where the scale byte goes, 0 if the block does not exist; None: to the flat index, if it exists.
+    """
+
+    block: jax.Array
+    row: jax.Array
+    column: jax.Array
+    valid: jax.Array
+    scale_position: jax.Array | None = None
+
+
+class RowWork:
+    """The blocks of [rows, blocks] in units of `unit` lanes x blocks, `m` rows per expert if masked."""
+
+    def __init__(self, rows: int, blocks: int, m: int, config: TuningConfig, row_per_unit: bool):
+        self.rows, self.blocks, self.m, self.row_per_unit = rows, blocks, m, row_per_unit
+        per_lane = -(-blocks // lanes.LANES) if row_per_unit else config.blocks_per_lane
+        self.per_lane = per_lane
+        self.per_unit = blocks if row_per_unit else per_lane * lanes.LANES
+        self.persistent = H100_SMS * config.blocks_per_sm
+        self.grid = -(-rows * blocks // self.per_unit)
+        self.units: ExpertUnits | None = None
+        self.scratch_types: list[Any] = []
+
+    def add_schedule(self, operands: list[jax.Array], masked_m: jax.Array | None) -> None:
+        """With `masked_m`: append it to the operands, and walk over its rows with a persistent grid."""
+        if masked_m is None:
+            return
+        self.units = ExpertUnits(masked_m.shape[0], self.m, self.blocks, self.per_unit)
+        self.grid = min(self.grid, self.persistent)
+        self.scratch_types = [self.units.scratch()]
+        operands.append(counts_of_32_bits(masked_m, self.m))
+
+    def schedule_refs(self, refs: list[Any]) -> tuple[Any, list[Any], Any]:
+        """-> (counts, the other refs, scratch)."""
+        return (refs[0], refs[1:-1], refs[-1]) if self.units else (None, refs, None)
+
+    def run(self, counts_ref: Any, ends_ref: Any, unit: Any) -> None:
+        """unit(items) for all units of this block of threads."""
+        if self.units is None:
+            unit(self._items(jnp.int32(0), lanes.block_index(), jnp.int32(self.rows)))
+            return
+        self.units.for_each(
+            counts_ref, ends_ref, self.grid, lambda expert, index, rows: unit(self._items(expert, index, rows))
+        )
+
+    def _items(self, expert, index, valid_rows):
+        items = []
+        for j in range(self.per_lane):
+            within = index * self.per_unit + j * lanes.LANES + lanes.lane_index()
+            row = unsigned_div(within, self.blocks)
+            column = within - row * self.blocks
+            valid = row < valid_rows
+            if self.row_per_unit:
+                valid = valid & (row == index)  # lanes beyond the row
+            items.append(Item(expert * (self.m * self.blocks) + within, expert * self.m + row, column, valid))
+        return items
+
+
+class SwizzledWork:
+    """The blocks of [experts, m, blocks] in the order of their scale bytes in the 128x4 layout, pads included.
+
+    A warp covers 8 rows x 4 columns: 128 contiguous bytes of x per row, and one full sector of scale bytes, which in
+    row order would be 8 partial ones. A tile of 512 bytes is a multiple of what a block of threads takes.
+    """
+
+    def __init__(self, experts: int, m: int, blocks: int, config: TuningConfig):
+        self.m, self.blocks, self.per_lane = m, blocks, min(4, 1 << (config.blocks_per_lane.bit_length() - 1))
+        self.m_tiles, self.k_tiles = -(-m // 128), -(-blocks // 4)
+        self.masked = False
+        self.scratch_types: list[Any] = []
+        self.grid = experts * self.m_tiles * self.k_tiles * 4 // self.per_lane
+
+    def add_schedule(self, operands: list[jax.Array], masked_m: jax.Array | None) -> None:
+        """With `masked_m`: append it to the operands."""
+        if masked_m is not None:
+            self.masked = True
+            operands.append(counts_of_32_bits(masked_m, self.m))
+
+    def schedule_refs(self, refs: list[Any]) -> tuple[Any, list[Any], Any]:
+        """-> (counts, the other refs, None)."""
+        return (refs[0], refs[1:], None) if self.masked else (None, refs, None)
+
+    def run(self, counts_ref: Any, ends_ref: Any, unit: Any) -> None:
+        """unit(items) for this block of threads."""
+        del ends_ref
+        tile = lanes.block_index() // (4 // self.per_lane)
+        expert = tile // (self.m_tiles * self.k_tiles)
+        m_tile, k_tile = tile // self.k_tiles % self.m_tiles, tile % self.k_tiles
+        rows = jnp.clip(counts_ref[expert], 0, self.m) if self.masked else jnp.int32(self.m)
+        items = []
+        for j in range(self.per_lane):
+            position = (lanes.block_index() * self.per_lane + j) * lanes.LANES + lanes.lane_index()
+            row = m_tile * 128 + ((position >> 2) & 3) * 32 + ((position >> 4) & 31)
+            column = k_tile * 4 + (position & 3)
+            valid = (row < rows) & (column < self.blocks)
+            block = (expert * self.m + row) * self.blocks + column
+            items.append(Item(block, expert * self.m + row, column, valid, position))
+        unit(items)
+
+
+def counts_of_32_bits(counts: jax.Array, most: int) -> jax.Array:
+    """Valid rows as i32. Counts of 64 bits are cut to 0..most first, so that none wraps; the kernel cuts the others."""
+    if counts.dtype.itemsize > 4:
+        counts = jnp.clip(counts, 0, most)
+    return counts.astype(jnp.int32)
+
+
+def unsigned_div(a: jax.Array, b: int) -> jax.Array:
+    """a // b for i32 a >= 0."""
+    return lax.div(a.astype(jnp.uint32), jnp.full(a.shape, b, jnp.uint32)).astype(jnp.int32)
+
+
+def as_u32(x: jax.Array) -> jax.Array:
+    """The bits of an f32 lane array."""
+    return lax.bitcast_convert_type(x, jnp.uint32)
+
+
+def load_values(ref: Any, dtype: Any, block: jax.Array, valid: jax.Array) -> list[jax.Array]:
+    """The 16 values of a block as f32; zeros where not valid."""
+    if dtype == jnp.bfloat16:
+        return unpack_bf16(lanes.gather(ref, block, 8, where=valid))
+    return [lax.bitcast_convert_type(w, jnp.float32) for w in lanes.gather(ref, block, 16, where=valid)]
+
+
+def finite_amax(values: list[list[jax.Array]]) -> jax.Array:
+    """Every lane's largest finite magnitude."""
+    return block_amax([jnp.where(jnp.abs(v) <= _F32_MAX, v, np.float32(0)) for block in values for v in block])
+
+
+def scale_of_row(values: list[list[jax.Array]], divisor: float) -> jax.Array:
+    """Global scale of one row, from all finite values that the lanes hold: amax / divisor, a lane array."""
+    return computed_scale(lanes.splat(jnp.max(finite_amax(values)), jnp.float32), divisor)
+
+
+def rows_scale(global_scale: jax.Array, lead: list[int]) -> tuple[jax.Array, int]:
+    """Global scale -> flat f32, and rows per element of it: 0 = one for all, 1 = one per row, M = one per expert."""
+    g = jnp.asarray(global_scale, jnp.float32)
+    if g.size == 1:
+        return g.reshape(1), 0
+    if g.ndim == 3 and g.shape == (lead[0], 1, 1):
+        return g.reshape(-1), lead[1]
+    return jnp.broadcast_to(g, (*lead, 1)).reshape(-1), 1
+
+
+def row_encode_scales(g_ref: Any, item: Item, stride: int) -> EncodeScales:
+    """The item's global scale, inverted twice."""
+    if stride == 0:
+        return encode_scales(lanes.splat(g_ref[0], jnp.float32))
+    index = item.row if stride == 1 else unsigned_div(item.row, stride)
+    (bits,) = lanes.gather(g_ref, index, 1, where=item.valid)
+    scale = jnp.where(item.valid, lax.bitcast_convert_type(bits, jnp.float32), np.float32(1))
+    return encode_scales(scale)
+
+
+def store_block(qdata_ref: Any, scale_ref: Any, item: Item, encoded: Encoded) -> None:
+    """8 bytes of codes and the scale byte."""
+    lanes.scatter(qdata_ref, item.block, encoded.words, where=item.valid)
+    if item.scale_position is None:
+        lanes.scatter(scale_ref, item.block, [encoded.scale_byte], dtype=jnp.uint8, where=item.valid)
+    else:
+        byte = jnp.where(item.valid, encoded.scale_byte, np.uint32(0))
+        lanes.scatter(scale_ref, item.scale_position, [byte], dtype=jnp.uint8)
+
+
+def _swizzled_shape(lead, m, blocks):
+    return (*lead[:-1], -(-m // 128), -(-blocks // 4), 32, 4, 4)

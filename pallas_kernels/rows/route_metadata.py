@@ -1,0 +1,212 @@
+"""Where every route of a batch goes: stable rows per expert, counts and drops, from the ids of the routes alone.
+
+Routes are cut into chunks. Lane e of a block of threads stands for expert e and counts its own routes while the block
+walks over a chunk in order; a second kernel adds up the counts of earlier chunks and hands out rows while it walks
+again. Order is token order by construction, without atomics or a sort. Few routes, those of a decode step, take the one
+kernel of few_routes.py.
+
+What limits it: instruction issue, about 3 and 7 instructions per route and 128 experts, and for many chunks the sum
+over those before.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pallas_kernels.rows import few_routes
+from pallas_kernels.simt import lanes, launch, tuning
+
+MAX_TOP_K = 32
+_MAX_EXPERTS = 1024
+_MAX_CHUNKS = 2048  # every block adds up the counts of all chunks before its own
+_LOADS_IN_FLIGHT = 32
+_UNROLL = 32  # routes whose ids are loaded together
+
+
+@dataclasses.dataclass(frozen=True)
+class TuningConfig:
+    """chunk: routes per block of threads."""
+
+    chunk: int = 256
+
+
+DEFAULT_CONFIG = TuningConfig()
+
+
+class Metadata(NamedTuple):
+    """Where every route goes.
+
+    row_map i32 [T, k]: row or -1. counts i32 [E]: routes per expert, before any limit; filled: those that have a row.
+    bad i32 []. source i32 [rows]: token of each filled row, other rows hold anything; None if not asked for.
+    """
+
+    row_map: jax.Array
+    counts: jax.Array
+    filled: jax.Array
+    bad: jax.Array
+    source: jax.Array | None
+
+
+def check_config(topk_ids: Any, num_experts: int, config: TuningConfig = DEFAULT_CONFIG) -> str | None:
+    """None if `route_metadata` accepts these ids (array or struct), else what does not fit."""
+    if topk_ids.ndim != 2 or topk_ids.size == 0 or topk_ids.shape[1] > MAX_TOP_K:
+        return f"topk_ids must be [T, k], not empty, k at most {MAX_TOP_K}, got {topk_ids.shape}"
+    if num_experts > _MAX_EXPERTS:
+        return f"at most {_MAX_EXPERTS} experts per device, got {num_experts}"
+    if config.chunk < 1 or config.chunk % _UNROLL:
+        return f"chunk must be a positive multiple of {_UNROLL}, got {config.chunk}"
+    return None
+
+
+def tuning_items(routes: int) -> int:
+    """What stands for the size of the metadata kernels in the tuning table: a route costs about 16 copied items."""
+    return 16 * routes
+
+
+def route_metadata(
+    topk_ids: jax.Array,
+    num_experts: int,
+    *,
+    capacity: int | None = None,
+    num_rows: int,
+    with_source: bool = False,
+    config: TuningConfig | None = None,
+    interpret: Any = None,
+) -> Metadata:
+    """Stable rows for routes [T, k]: expert e's r-th route goes to row e * capacity + r if r < capacity.
+
+    capacity None: to row (routes of earlier experts) + r if that is below `num_rows`. Ids of -1 are skipped, other ids
+    outside [0, num_experts) counted as bad; both map to -1. `source` is filled only if asked for.
+    """
+    tokens, k = topk_ids.shape
+    routes = tokens * k
+    if topk_ids.dtype != jnp.int32:  # in 64 bits an id that is no expert could become one when it is cast
+        here = (topk_ids >= -1) & (topk_ids < num_experts)
+        topk_ids = jnp.where(here, topk_ids, -2).astype(jnp.int32)
+    if routes <= few_routes.MAX_ROUTES and not with_source and config is None:
+        found = few_routes.metadata(topk_ids, num_experts, capacity=capacity, num_rows=num_rows, interpret=interpret)
+        return Metadata(*found, None)
+    config = config or tuning.tuned("route_metadata", tuning_items(routes), TuningConfig)
+    if routes > config.chunk * _MAX_CHUNKS:
+        per_chunk_wanted = -(-routes // _MAX_CHUNKS)
+        config = dataclasses.replace(config, chunk=-(-per_chunk_wanted // _UNROLL) * _UNROLL)
+    chunks = -(-routes // config.chunk)
+    ids = topk_ids.reshape(-1)
+    here = (ids >= 0) & (ids < num_experts)
+    # Two more columns take what goes nowhere, so that every route has its lane: bad ids, and ids of -1 (and padding).
+    bad_column, absent_column = num_experts, num_experts + 1
+    ids = jnp.where(here, ids, jnp.where(ids == -1, absent_column, bad_column))
+    ids = jnp.pad(ids, (0, chunks * config.chunk - routes), constant_values=absent_column)
+    tiles = -(-(num_experts + 2) // lanes.LANES)
+    columns = tiles * lanes.LANES
+
+    def count(ids_ref, counts_ref):
+        chunk = lanes.block_index()
+        mine = [lanes.lane_index() + t * lanes.LANES for t in range(tiles)]
+        _touch(ids_ref, chunk, config.chunk)
+
+        def step(i, totals):
+            for route_id in _load_ids(ids_ref, chunk * (config.chunk // _UNROLL) + i):
+                totals = [total + (route_id == m).astype(jnp.int32) for total, m in zip(totals, mine, strict=True)]
+            return tuple(totals)
+
+        totals = lax.fori_loop(0, config.chunk // _UNROLL, step, tuple(lanes.splat(0, jnp.int32) for _ in mine))
+        for m, total in zip(mine, totals, strict=True):
+            lanes.scatter(counts_ref, chunk * columns + m, [total.astype(jnp.uint32)])
+
+    per_chunk = launch.kernel(
+        count, jax.ShapeDtypeStruct((chunks, columns), jnp.int32), grid=chunks, interpret=interpret
+    )(ids)
+    counts = jnp.sum(per_chunk, axis=0, dtype=jnp.int32)
+    start, limit = _row_ranges(counts, num_experts, capacity, num_rows)
+
+    def assign(ids_ref, per_chunk_ref, start_ref, limit_ref, row_map_ref, source_ref):
+        chunk = lanes.block_index()
+        mine = [lanes.lane_index() + t * lanes.LANES for t in range(tiles)]
+        _touch(ids_ref, chunk, config.chunk)
+
+        def add(c, rows):
+            found = [lanes.gather(per_chunk_ref, c * columns + m)[0].astype(jnp.int32) for m in mine]
+            return tuple(r + f for r, f in zip(rows, found, strict=True))
+
+        rows = tuple(lanes.gather(start_ref, m)[0].astype(jnp.int32) for m in mine)
+        rows = _fori_unrolled(chunk, add, rows, max(4, _LOADS_IN_FLIGHT // tiles))
+        limits = [lanes.gather(limit_ref, m)[0].astype(jnp.int32) for m in mine]
+
+        def step(i, rows):
+            base = chunk * config.chunk + i * _UNROLL
+            for j, route_id in enumerate(_load_ids(ids_ref, chunk * (config.chunk // _UNROLL) + i)):
+                position = base + j
+                next_rows = []
+                for row, limit, m in zip(rows, limits, mine, strict=True):
+                    is_mine = route_id == m
+                    fits = row < limit
+                    value = jnp.where(fits, row, -1).astype(jnp.uint32)
+                    lanes.scatter(row_map_ref, position, [value], where=is_mine)
+                    if with_source:
+                        lanes.scatter(source_ref, row, [lanes.splat(position // k, jnp.uint32)], where=is_mine & fits)
+                    next_rows.append(row + is_mine.astype(jnp.int32))
+                rows = tuple(next_rows)
+            return rows
+
+        lax.fori_loop(0, config.chunk // _UNROLL, step, rows)
+
+    row_map, source = launch.kernel(
+        assign,
+        (
+            jax.ShapeDtypeStruct((chunks * config.chunk,), jnp.int32),
+            jax.ShapeDtypeStruct((num_rows if with_source else 1,), jnp.int32),
+        ),
+        grid=chunks,
+        interpret=interpret,
+    )(ids, per_chunk, start, limit)
+    filled = jnp.clip(limit - start, 0, counts)
+    return Metadata(
+        row_map[:routes].reshape(tokens, k), counts[:num_experts], filled[:num_experts], counts[bad_column],
+        source if with_source else None,
+    )  # fmt: skip
+
+
+def _row_ranges(counts, num_experts, capacity, num_rows):
+    """First row and first row too many of every column; columns that are no experts have no rows."""
+    columns = np.arange(counts.shape[0])
+    if capacity is not None:  # constants: no kernel computes them
+        # What is no expert starts beyond its limit of 0 rows.
+        start = np.where(columns < num_experts, columns * capacity, 1)
+        limit = np.where(columns < num_experts, start + capacity, 0)
+        return jnp.asarray(start, jnp.int32), jnp.asarray(limit, jnp.int32)
+    before = columns[None, :] < columns[:, None]
+    start = jnp.sum(jnp.where(before, counts[None, :], 0), axis=1, dtype=jnp.int32)
+    return start, jnp.asarray(np.where(columns < num_experts, num_rows, 0), jnp.int32)
+
+
+def _load_ids(ids_ref, group):
+    """_UNROLL consecutive ids, the same for all lanes."""
+    loaded = []
+    for j in range(_UNROLL // 4):
+        loaded += lanes.gather(ids_ref, group * (_UNROLL // 4) + j, 4)
+    return [i.astype(jnp.int32) for i in loaded]
+
+
+def _touch(ids_ref, chunk, size):
+    """Brings a chunk of ids into the L1 cache, all lines at once: the walk then waits for L1 only."""
+    for j in range(-(-size // (4 * lanes.LANES))):
+        line = j * lanes.LANES + lanes.lane_index()
+        lanes.gather(ids_ref, chunk * (size // 4) + line, 4, where=line < size // 4)
+
+
+def _fori_unrolled(count, body, init, unroll):
+    """fori_loop over 0..count-1, `unroll` iterations at a time, so that their loads are in flight together."""
+
+    def several(i, carry):
+        for j in range(unroll):
+            carry = body(i * unroll + j, carry)
+        return carry
+
+    whole = count // unroll
+    carry = lax.fori_loop(0, whole, several, init)
+    return lax.fori_loop(whole * unroll, count, body, carry)

@@ -1,0 +1,212 @@
+"""SwiGLU and requantization in one pass: v = silu(gate) * up in f32, then NVFP4, or bf16.
+
+One lane owns 16 columns: it loads 16 gates and 16 ups (bf16), multiplies in f32, and quantizes from registers with the
+arithmetic of quantize.py. The valid rows of every expert are walked over by a persistent grid (schedule.py); rows
+beyond masked_m are neither read nor written.
+
+silu(x) = x / (1 + e^-x), within 4 ulp of float64 wherever the result is a normal number. Gates are bf16 values, so
+with log2(e) = high + low, high of 16 bits, x high is exact: e^-x = 2^(-x high) (1 - x low ln 2 + ..), and rounding the
+exponent costs nothing. Blocks with a gate below -80, where e^-x leaves the range, or with a product that is not finite
+are done again in a branch that is hardly ever taken: there silu(x) = x e^(x + 80) e^-80. silu(-Inf) is NaN, not 0.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.rows.nvfp4_codec import (
+    BLOCK_SIZE,
+    EncodeScales,
+    block_amax,
+    decoded_bf16,
+    encode_block,
+    encode_scales,
+    unpack_bf16,
+)
+from pallas_kernels.rows.quantize import (
+    AMAX_DIVISOR,
+    DEFAULT_CONFIG,
+    MAX_BLOCKS_PER_LANE,
+    MAX_INDEX,
+    Item,
+    RowWork,
+    TuningConfig,
+    as_u32,
+    check_tuning,
+    row_encode_scales,
+    rows_scale,
+    scale_of_row,
+    store_block,
+)
+from pallas_kernels.simt import lane_math, lanes, launch, tuning
+
+OUTPUTS = ("nvfp4", "nvfp4_as_bf16", "bf16")
+# log2(e) = high + low with 16 significant bits in high.
+_LOG2E_HIGH = np.float32(np.round(np.log2(np.e) * 2**15) / 2**15)
+_LOW_LN2 = np.float32((np.log2(np.e) - float(_LOG2E_HIGH)) * np.log(2))
+_BF16_MINUS_80 = 0xC2A0
+
+
+def check_config(
+    gate_up: Any, masked_m: Any, global_scale: Any, out: str, config: TuningConfig = DEFAULT_CONFIG
+) -> str | None:
+    """None if `swiglu_quantize` accepts these (arrays or structs), else what does not fit."""
+    if gate_up.dtype != jnp.bfloat16:
+        return f"gate_up must be bfloat16, got {gate_up.dtype}"
+    if gate_up.ndim != (2 if masked_m is None else 3) or 0 in gate_up.shape or gate_up.shape[-1] % (2 * BLOCK_SIZE):
+        return (
+            f"gate_up must be [E, M, 2I] with masked_m or [rows, 2I] without, not empty, I a multiple of {BLOCK_SIZE}; "
+            f"got {gate_up.shape}"
+        )
+    if out not in OUTPUTS:
+        return f"out must be one of {OUTPUTS}, got {out!r}"
+    if out != "bf16" and (global_scale is None or isinstance(global_scale, str)):
+        if global_scale != "per_token":
+            return f"out={out!r} needs an array or 'per_token' as global_scale, got {global_scale!r}"
+        if gate_up.shape[-1] > 2 * BLOCK_SIZE * lanes.LANES * MAX_BLOCKS_PER_LANE:
+            return f"a per-token scale needs I of at most {BLOCK_SIZE * lanes.LANES * MAX_BLOCKS_PER_LANE}"
+    if gate_up.size // BLOCK_SIZE >= MAX_INDEX:
+        return f"gate_up {gate_up.shape} exceeds the kernel's 32-bit block indices"
+    return check_tuning(config)
+
+
+def swiglu_quantize(
+    gate_up: jax.Array,
+    masked_m: jax.Array | None,
+    global_scale: Any,
+    *,
+    out: str = "nvfp4",
+    config: TuningConfig | None = None,
+    interpret: Any = None,
+) -> tuple[Any, ...]:
+    """[E, M, 2I] with masked_m [E], or [rows, 2I] with None -> the form `out` of silu(gate) * up, [.., I].
+
+    "nvfp4": (codes u8 [.., I/2], scales e4m3 [.., I/16], global scales). "nvfp4_as_bf16": (bf16 code x block scale,
+    global scales). "bf16": (bf16, None). global_scale as in `quantize.quantize`; the global scales are f32 [.., 1]
+    where it is "per_token", else None.
+
+    Raises:
+      NotImplementedError: what `check_config` returns.
+    """
+    config = config or tuning.tuned("swiglu_quantize", gate_up.size // (2 * BLOCK_SIZE), TuningConfig)
+    if problem := check_config(gate_up, masked_m, global_scale, out, config):
+        raise NotImplementedError(f"swiglu_quantize kernel: {problem}")
+    *lead, two_i = gate_up.shape
+    rows, blocks = int(np.prod(lead, dtype=np.int64)), two_i // 2 // BLOCK_SIZE
+    m = lead[-1]
+    per_token = out != "bf16" and isinstance(global_scale, str)
+    if out == "nvfp4":
+        out_type = [
+            jax.ShapeDtypeStruct((rows, two_i // 4), jnp.uint8),
+            jax.ShapeDtypeStruct((rows, blocks), jnp.float8_e4m3fn),
+        ]
+    else:
+        out_type = [jax.ShapeDtypeStruct((rows, two_i // 2), jnp.bfloat16)]
+    if per_token:
+        out_type.append(jax.ShapeDtypeStruct((rows, 1), jnp.float32))
+    operands, scale_stride = [gate_up.reshape(rows, two_i)], 0
+    needs_scale = out != "bf16" and not per_token
+    if needs_scale:
+        flat, scale_stride = rows_scale(global_scale, lead)
+        operands.append(flat)
+    work = RowWork(rows, blocks, m if masked_m is not None else rows, config, per_token)
+    work.add_schedule(operands, masked_m)
+
+    def body(*refs):
+        x_ref, *refs = refs
+        g_ref, refs = (refs[0], refs[1:]) if needs_scale else (None, refs)
+        counts_ref, refs, ends_ref = work.schedule_refs(refs)
+
+        def load(item):
+            gate = item.block + item.row * blocks
+            return [lanes.gather(x_ref, b, 8, where=item.valid) for b in (gate, gate + blocks)]
+
+        def unit(items):
+            loaded = [load(item) for item in items]  # all loads first
+            if per_token:
+                products = [swiglu(*words) for words in loaded]
+                scale = scale_of_row([values for values, _ in products], AMAX_DIVISOR)
+                is_first = items[0].valid & (items[0].column == 0)
+                lanes.scatter(refs[len(out_type) - 1], items[0].row, [as_u32(scale)], where=is_first)
+                scales = encode_scales(scale)
+                for item, (values, amax) in zip(items, products, strict=True):
+                    store_products(refs, item, values, amax, scales, out)
+                return
+            for item, words in zip(items, loaded, strict=True):
+                scales = row_encode_scales(g_ref, item, scale_stride) if needs_scale else None
+                store_products(refs, item, *swiglu(*words), scales, out)
+
+        work.run(counts_ref, ends_ref, unit)
+
+    results = launch.kernel(
+        body, tuple(out_type), grid=work.grid, scratch_types=work.scratch_types, interpret=interpret
+    )(*operands)
+    results = tuple(r.reshape(*lead, r.shape[-1]) for r in results)
+    return results if per_token else (*results, None)
+
+
+# --- one block of 16 columns; shared with the fused epilogue of the grouped GEMM ---
+
+
+def store_products(
+    refs: Sequence[Any], item: Item, values: list[jax.Array], amax: jax.Array, scales: EncodeScales | None, out: str
+) -> None:
+    """16 products of one block per lane, in the form `out`, to the result's refs; scales are not needed for "bf16"."""
+    if out == "bf16":
+        pairs = zip(values[::2], values[1::2], strict=True)
+        lanes.scatter(refs[0], item.block, [lane_math.pack_bf16(*pair) for pair in pairs], where=item.valid)
+        return
+    assert scales is not None
+    encoded = encode_block(values, amax, scales, four_over_six=False)
+    if out == "nvfp4":
+        store_block(refs[0], refs[1], item, encoded)
+        return
+    lanes.scatter(refs[0], item.block, decoded_bf16(encoded, values), where=item.valid)
+
+
+def swiglu(gate_words: Sequence[jax.Array], up_words: Sequence[jax.Array]) -> tuple[list[jax.Array], jax.Array]:
+    """From 8 words of two bf16 each: the 16 products silu(gate) * up in f32, and their amax (`block_amax`)."""
+    gates, ups = unpack_bf16(gate_words), unpack_bf16(up_words)
+    values = [lane_math.mul_rn(silu(g), u) for g, u in zip(gates, ups, strict=True)]
+    amax = block_amax(values)
+    # As unsigned integers the bf16 values below -80 are the largest, behind them only negative NaNs.
+    largest = gate_words[0]
+    for word in gate_words[1:]:
+        largest = lane_math.max_u16x2(largest, word)
+    far = (largest >= np.uint32((_BF16_MINUS_80 + 1) << 16)) | ((largest & 0xFFFF) > _BF16_MINUS_80)
+
+    def anywhere():
+        again = [lane_math.mul_rn(_silu_anywhere(g), u) for g, u in zip(gates, ups, strict=True)]
+        return [*again, block_amax(again)]
+
+    *values, amax = lanes.replace_where(far | (amax != amax), anywhere, [*values, amax])
+    return list(values), amax
+
+
+def silu(x: jax.Array) -> jax.Array:
+    """x * sigmoid(x) on f32 lane arrays of bf16 values from -80 up, finite."""
+    return lane_math.mul_rn(x, _reciprocal_of_one_plus(_exp_of_bf16(-x)))
+
+
+def _silu_anywhere(x):
+    """The same for any bf16 value."""
+    far = x < np.float32(-80)
+    e = _exp_of_bf16(jnp.maximum(jnp.where(far, x + np.float32(80), -x), np.float32(-126)))
+    near_value = lane_math.mul_rn(x, _reciprocal_of_one_plus(e))
+    far_value = lane_math.mul_rn(lane_math.mul_rn(x, e), np.float32(np.exp(-80.0)))
+    return jnp.where(far, far_value, near_value)
+
+
+def _exp_of_bf16(y):
+    """e^y for y of at most 8 significant bits, |y| <= 91: y high is exact, e^(y low ln 2) = 1 + y low ln 2 + 8e-8."""
+    power = lane_math.exp2_approx(lane_math.mul_rn(y, _LOG2E_HIGH))
+    return lane_math.fma_rn(power, lane_math.mul_rn(y, _LOW_LN2), power)
+
+
+def _reciprocal_of_one_plus(e):
+    d = lane_math.add_rn(e, np.float32(1))
+    r = lane_math.reciprocal_approx(d)
+    return lane_math.fma_rn(lane_math.negative_fma_rn(d, r, np.float32(1)), r, r)

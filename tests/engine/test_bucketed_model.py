@@ -1,0 +1,175 @@
+"""A model served in buckets: the tokens of the plain model for any request, and no compilation after the warm-up."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from experiments.harness.timing import count_compilations
+from fp4jax.engine import BucketedModel
+from fp4jax.layers.moe_block import ExpertSettings, MoEBlock, RoutingConfig
+from fp4jax.models import Qwen3Moe, Qwen3MoeConfig, configure_experts, generate, quantize_experts
+
+CONFIG = Qwen3MoeConfig(
+    vocab_size=97, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+    num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, intermediate_size=48, mlp_only_layers=(1,),
+    initializer_range=0.15, max_position_embeddings=256, dtype="float32",
+)  # fmt: skip
+BUCKETS = (8, 16)
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Qwen3Moe(CONFIG, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def served(model, quick_compile):
+    found = BucketedModel(model, buckets=BUCKETS, batch_buckets=(1, 3), max_length=70)
+    found.warm_up(progress=False)
+    return found
+
+
+def logits_of(model, ids):
+    return np.asarray(model(jnp.asarray([ids], jnp.int32)))[0]
+
+
+def test_layers_of_one_kind_share_executables(served):
+    """Layers 0 and 2 have experts, layer 1 is dense: two kinds, each compiled for every bucket."""
+    assert len(served.layer.stats.seconds) == 2 * len(BUCKETS)
+    assert len(served.embed.stats.seconds) == len(served.head.stats.seconds) == len(BUCKETS)
+
+
+@pytest.mark.parametrize("tokens", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 8, 9, 41)), 66])
+def test_prefill_gives_the_logits_of_the_whole_sequence(model, served, rng, tokens):
+    """In one bucket, in a full one, and in chunks; padding and what a cache holds behind the tokens do not count.
+
+    With 66 tokens the last chunk's pads reach beyond max_length.
+    """
+    ids = rng.integers(0, 97, tokens).tolist()
+    found = served.prefill(ids)
+    expected = logits_of(model, ids)[-1]
+    assert found.length == tokens
+    np.testing.assert_allclose(np.asarray(found.logits)[0], expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+
+
+def test_a_cache_has_room_for_the_pads_of_the_largest_bucket(rng):
+    """The last chunk has 3 tokens of 16: its pads end at 32, behind the 20 tokens that a request may have."""
+    model = Qwen3Moe(dataclasses.replace(CONFIG, num_hidden_layers=1, mlp_only_layers=(0,)), rngs=nnx.Rngs(3))
+    served = BucketedModel(model, buckets=(2, 16), batch_buckets=(1,), max_length=20)
+    ids = rng.integers(0, 97, 19).tolist()
+    expected = logits_of(model, ids)[-1]
+    found = np.asarray(served.prefill(ids).logits)[0]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+
+
+def check_greedy(model, prompt, answer, margin):
+    """Every token is the most likely one, wherever the two most likely differ by more than `margin`."""
+    logits = logits_of(model, prompt + answer[:-1])[len(prompt) - 1 :]
+    best = np.sort(logits, axis=-1)
+    clear = best[:, -1] - best[:, -2] > margin
+    assert clear.mean() > 0.5
+    np.testing.assert_array_equal(np.asarray(answer)[clear], logits.argmax(-1)[clear])
+
+
+@pytest.mark.parametrize("number", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2)), 3])
+def test_requests_of_different_lengths_are_decoded_together(model, served, rng, number):
+    prompts = [rng.integers(0, 97, n).tolist() for n in (5, 23, 1)[:number]]
+    for prompt, answer in zip(prompts, served.generate(prompts, 9), strict=True):
+        assert len(answer) == 9
+        check_greedy(model, prompt, answer, margin=1e-4)
+
+
+def test_a_request_does_not_depend_on_its_neighbours(served, rng):
+    """Same batch size, so the same bits; free places of the batch are neighbours too."""
+    prompts = [rng.integers(0, 97, n).tolist() for n in (11, 30, 4)]
+    together = served.generate(prompts, 6)
+    assert served.generate([prompts[0], prompts[2]], 6) == [together[0], together[2]]
+
+
+@pytest.mark.parametrize("requests", [60, pytest.param(1000, marks=pytest.mark.slow)])
+def test_many_requests_compile_nothing(served, requests):
+    rng = np.random.default_rng(5)
+    with count_compilations() as compiled:
+        for _ in range(requests):
+            served.prefill(rng.integers(0, 97, int(rng.integers(1, 40))).tolist())
+        for number in (1, 2, 3):
+            served.generate([rng.integers(0, 97, int(rng.integers(1, 40))).tolist() for _ in range(number)], 3)
+    assert not compiled
+    assert all(graph.stats.misses == 0 for graph in served.graphs)
+    calls = served.layer.stats.calls
+    assert min(calls.values()) > requests / 4  # every bucket was used
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [None, 1, 2])
+def test_quantized_experts(rng, make_mesh, devices):
+    """NVFP4 weights and activations per token, on one device (None: only the experts were put there) and on
+    a mesh; rows for 6 tokens, none for padding."""
+    model = Qwen3Moe(dataclasses.replace(CONFIG, num_hidden_layers=1), rngs=nnx.Rngs(1))
+    quantize_experts(model)
+    mesh = {} if devices is None else {"mesh": None if devices == 1 else make_mesh(devices)}
+    configure_experts(
+        model, activation_format_1="nvfp4", activation_format_2="nvfp4", layout="contiguous", capacity=12, **mesh
+    )
+    served = BucketedModel(model, buckets=(8,), batch_buckets=(2,), max_length=40)
+    served.warm_up(progress=False)
+    ids = rng.integers(0, 97, 6).tolist()
+    expected = logits_of(model, ids)[-1]
+    with count_compilations() as compiled:
+        found = np.asarray(served.prefill(ids).logits)[0]
+        served.generate([ids, ids + ids], 3)
+    assert not compiled and all(graph.stats.misses == 0 for graph in served.graphs)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+def test_free_places_of_a_batch_take_no_capacity(rng):
+    """Rows for one token, two places of which one is free."""
+    model = Qwen3Moe(dataclasses.replace(CONFIG, num_hidden_layers=1, mlp_only_layers=()), rngs=nnx.Rngs(2))
+    prompt = [int(rng.integers(97))]
+    answer = np.asarray(generate(model, jnp.asarray([prompt], jnp.int32), max_new_tokens=8))[0, 1:].tolist()
+    configure_experts(model, layout="contiguous", capacity=2)
+    served = BucketedModel(model, buckets=(1,), batch_buckets=(2,), max_length=40)
+    assert served.generate([prompt], 8) == [answer]
+    assert served.generate([prompt, prompt], 8)[0] != answer  # here there is no room
+
+
+def test_tokens_that_are_not_valid_take_no_capacity(rng):
+    block = MoEBlock(32, 16, RoutingConfig(4, 2), dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+    block.configure(ExpertSettings(layout="contiguous", capacity=4))  # of two tokens
+    x = jnp.asarray(rng.standard_normal((6, 32)), jnp.float32)
+    few, aux = block(x[4:])
+    assert int(aux.dropped) == 0
+    _, aux = block(x)
+    assert int(aux.dropped) == 8
+    y, aux = block(x.at[:4].set(jnp.nan), jnp.arange(6, dtype=jnp.int32) >= 4)
+    assert int(aux.dropped) == 0
+    np.testing.assert_array_equal(np.asarray(y)[4:], np.asarray(few))
+    np.testing.assert_array_equal(np.asarray(y)[:4], 0)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda s: s.prefill([]), "prompt of 0 tokens"),
+        (lambda s: s.prefill([1] * 70), r"prompt of 70 tokens; 1..69"),
+        (lambda s: s.prefill([1, 97]), r"from 0 to 96, got \[ *1 97\]"),
+        (lambda s: s.prefill([-1]), "from 0 to 96"),
+        (lambda s: s.generate([], 1), "1 to 3 prompts, got 0"),
+        (lambda s: s.generate([[1]] * 4, 1), "1 to 3 prompts, got 4"),
+        (lambda s: s.generate([[1] * 60], 11), "71 tokens with 11 new ones"),
+        (lambda s: s.generate([[1]], 0), "0 new ones"),
+    ],
+)
+def test_refusals(served, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(served)
+
+
+def test_more_positions_than_the_model_has_are_refused(model):
+    with pytest.raises(ValueError, match=r"max_length must be 1\.\.256, got 257"):
+        BucketedModel(model, buckets=BUCKETS, max_length=257)

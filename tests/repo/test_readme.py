@@ -1,0 +1,50 @@
+"""README.md: its tables are those of the committed results, and its example runs."""
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from experiments.readme_tables import rewrite
+
+ROOT = pathlib.Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def test_tables_are_generated_from_the_results():
+    assert rewrite(README) == README
+
+
+@pytest.mark.parametrize(("argument", "said"), [("--help", "Rewrite the tables"), ("stray", "unexpected arguments")])
+def test_readme_is_written_only_when_nothing_else_is_asked(tmp_path, argument, said):
+    (tmp_path / "experiments").mkdir()
+    script = shutil.copy(ROOT / "experiments" / "readme_tables.py", tmp_path / "experiments")
+    (tmp_path / "README.md").write_text("no tables")
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, script, argument], env=env, capture_output=True, text=True, timeout=60)
+    assert said in done.stdout + done.stderr and "Traceback" not in done.stderr
+    assert (tmp_path / "README.md").read_text() == "no tables"
+
+
+def test_examples_run(capsys):
+    printed = []
+    for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        exec(compile(code, "README.md", "exec"), {})
+        printed.append(capsys.readouterr().out)
+    blocks, layer = printed
+    assert layer == "(64, 256) 0\n"
+    assert blocks.splitlines() == [
+        "(3, 64) {128: 1, 512: 0} 0", "(200, 64) {128: 1, 512: 1} 0", "(1000, 64) {128: 1, 512: 3} 0",
+    ]  # fmt: skip
+
+
+def test_named_files_and_targets_exist():
+    for path in re.findall(r"`([\w/]+\.py|[\w]+/)`", README):
+        assert (ROOT / path).exists(), path
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"`?make ([a-z-]+)", README):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
