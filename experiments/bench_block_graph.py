@@ -33,7 +33,7 @@ from absl import app, flags
 from flax import nnx
 from tqdm import tqdm
 
-from experiments.harness import block_graph_flags, block_report, outputs, script, timing as benchmarking
+from experiments.harness import block_graph_flags, block_report, outputs, script, timing
 from experiments.harness.flag_values import integers
 from experiments.harness.graph_kernels import KEEP_GRAPHS, Kernel, kernel_columns, profile_kernels
 from fp4jax.block_graph import Bucketed, planner as bucket_planner
@@ -63,7 +63,7 @@ def main(argv):
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     files = ("plan.json", "bench_block_graph.json", "bench_block_graph.png", "bench_block_graph_timeline.png")
     folder = outputs.check_folder("output_dir", _OUTPUT_DIR.value, *files)
-    gpu = benchmarking.on_gpu()
+    gpu = timing.on_gpu()
     options = block_graph_flags.block_graph_options(buckets=bucket_planner.REFERENCE_BUCKETS if gpu else (8, 16))
     tokens = integers("tokens", _TOKENS.value or ((1, 100, 300, 700, 1500) if gpu else (3, 12)))
     batches = integers("batch", _BATCH.value or ((1, 8) if gpu else (2,)))
@@ -103,13 +103,13 @@ def main(argv):
     variants: dict[str, BucketedModel] = {}
     failures: dict[tuple[str, str], str] = {}
     for name, settings in made_with.items():
-        with benchmarking.noting_out_of_memory(failures, (name, "compiling")):
+        with timing.noting_out_of_memory(failures, (name, "compiling")):
             variant = make(**settings)
             warm_up(variant, options.debug and name != "exact")
             variants[name] = variant
     timelines: dict[str, list[Kernel]] = {}
     rows += failed_rows(failures, 0) + block_rows(variants, tokens, batches, timelines)
-    benchmarking.save_results(folder / "bench_block_graph.json", "bench_block_graph", rows, inputs=_INPUTS)
+    timing.save_results(folder / "bench_block_graph.json", "bench_block_graph", rows, inputs=_INPUTS)
     print(block_table(rows))
     plot(rows, folder / "bench_block_graph.png")
     if timelines:
@@ -163,7 +163,7 @@ def block_rows(
         for name, served in variants.items():
             if decode and name in ("padded to the largest", "exact"):
                 continue
-            with benchmarking.noting_out_of_memory(failures, (name, "decode step" if decode else "prefill")):
+            with timing.noting_out_of_memory(failures, (name, "decode step" if decode else "prefill")):
                 found = decode_calls(served, number) if decode else prefill_calls(served, number)
                 calls |= {(name, block): call for block, call in found.items()}
         times = wall_us(calls, failures)
@@ -173,7 +173,7 @@ def block_rows(
                 "part": "blocks", "block": block, "variant": name, "tokens": number, "bucket": bucket,
                 **times[name, block],
             }  # fmt: skip
-            if benchmarking.on_gpu():
+            if timing.on_gpu():
                 kernels = profile_kernels(lambda call=call: [call() for _ in range(_CALLS)][-1])
                 row |= kernel_columns(kernels, _CALLS)
                 row["over_kernels"] = round(row["us"] / row["kernel_us"], 3)
@@ -233,7 +233,7 @@ def wall_us(calls: dict[Any, tuple[int, Callable[[], Any]]], failures: dict[Any,
     host: dict[Any, list[float]] = {name: [] for name in calls}
     for _ in range(_REPEATS.value + 1):
         for name in list(calls):
-            with benchmarking.noting_out_of_memory(failures, name):
+            with timing.noting_out_of_memory(failures, name):
                 until_return, until_result = _call_us(calls[name][1])
                 host[name].append(until_return)
                 wall[name].append(until_result)

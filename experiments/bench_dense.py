@@ -23,12 +23,10 @@ from absl import app, flags
 from jax import lax
 from tqdm import tqdm
 
-from experiments.harness import outputs, script, timing as benchmarking
+from experiments.harness import outputs, script, timing
 from experiments.harness.flag_values import integers
 from fp4jax import nvfp4
-from fp4jax.block_fp8 import block_fp8_matmul, dequantize_blocks, quantize_blocks
-from fp4jax.expert_parallel import from_fp8
-from fp4jax.expert_parallel.wire_formats import to_fp8
+from fp4jax.block_fp8 import block_fp8_matmul, dequantize_blocks, from_fp8, quantize_blocks, to_fp8
 from fp4jax.grouped_gemm import contiguous_grouped_gemm, pack_weights
 from pallas_kernels.fp8 import gemm as fp8_gemm, quantize as quantize_fp8
 
@@ -46,10 +44,10 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     folder = outputs.check_folder("output_dir", _OUTPUT_DIR.value, "bench_dense.json", "bench_dense.png")
-    gpu = benchmarking.on_gpu()
+    gpu = timing.on_gpu()
     shapes = [_parse_shape(s) for s in _SHAPES.value or (_DEFAULT_SHAPES if gpu else ("128x128",))]
     tokens = integers("tokens", _TOKENS.value or ((1, 16, 128, 512, 1024, 4096) if gpu else (16,)))
-    ceilings = benchmarking.measure_ceilings()
+    ceilings = timing.measure_ceilings()
     print(f"copy {ceilings.copy_bytes_per_s / 1e12:.2f} TB/s, bf16 matmul {ceilings.bf16_flops / 1e12:.1f} TFLOP/s")
     rows: list[dict[str, Any]] = []
     wrong: list[str] = []
@@ -60,10 +58,8 @@ def main(argv):
             rows += found
             wrong += bad
             # After every cell, so that a run that is stopped leaves what it measured.
-            benchmarking.save_results(
-                folder / "bench_dense.json", "bench_dense", rows, inputs=_INPUTS, ceilings=ceilings
-            )
-    print(benchmarking.format_table(rows))
+            timing.save_results(folder / "bench_dense.json", "bench_dense", rows, inputs=_INPUTS, ceilings=ceilings)
+    print(timing.format_table(rows))
     plot(rows, folder / "bench_dense.png")
     print(f"wrote {folder}/bench_dense.json and bench_dense.png")
     if wrong:
@@ -84,7 +80,7 @@ def make_weights(k: int, n: int) -> dict[str, Any]:
     """The same random weight [N, K] as bf16, in FP8 blocks, and in NVFP4 for the kernel that will run."""
     w = jax.random.normal(jax.random.key(1), (n, k), jnp.bfloat16)
     fp4 = jax.jit(lambda w: nvfp4.quantize(w[None], global_scale="per_expert"))(w)
-    packed = pack_weights(fp4) if benchmarking.on_gpu() else fp4
+    packed = pack_weights(fp4) if timing.on_gpu() else fp4
     blocks = nvfp4.decode_blocks(fp4.qdata[0], fp4.block_scale[0])  # exact in bf16
     return {
         "bf16": w, "fp8": jax.jit(quantize_blocks)(w), "nvfp4": packed, "nvfp4 blocks": blocks,
@@ -94,7 +90,7 @@ def make_weights(k: int, n: int) -> dict[str, Any]:
 
 def functions(x: jax.Array, weights: dict[str, Any]) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     """Name -> (function, its arguments)."""
-    implementation = "mosaic_gpu" if benchmarking.on_gpu() else "xla"
+    implementation = "mosaic_gpu" if timing.on_gpu() else "xla"
     counts = jnp.full(1, x.shape[0], jnp.int32)
 
     def w4a4(x, w, counts):
@@ -109,7 +105,7 @@ def functions(x: jax.Array, weights: dict[str, Any]) -> dict[str, tuple[Callable
         ),
         "nvfp4 w4a4": (w4a4, (x, weights["nvfp4"], counts)),
     }  # fmt: skip
-    if benchmarking.on_gpu():
+    if timing.on_gpu():
         values, scales = jax.jit(quantize_fp8.quantize)(x)
         operands = (values, weights["fp8"].qdata, scales, weights["fp8"].block_scale)
         found["block_fp8 gemm"] = (fp8_gemm.gemm, operands)
@@ -121,29 +117,29 @@ def _library_dot(x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def run_cell(
-    k: int, n: int, tokens: int, weights: dict[str, Any], ceilings: benchmarking.Ceilings
+    k: int, n: int, tokens: int, weights: dict[str, Any], ceilings: timing.Ceilings
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Rows of one shape and number of tokens, and a line of text for every wrong result."""
     x = jax.random.normal(jax.random.key(tokens), (tokens, k), jnp.bfloat16)
     failures: dict[str, str] = {}
     jobs = {}
     for name, call in functions(x, weights).items():
-        with benchmarking.noting_out_of_memory(failures, name):
-            jobs[name] = benchmarking.rotated(*call)
-    compiled = benchmarking.compile_all(jobs, failures)
+        with timing.noting_out_of_memory(failures, name):
+            jobs[name] = timing.rotated(*call)
+    compiled = timing.compile_all(jobs, failures)
     del jobs
     errors: dict[str, Any] = {}
     wrong = []
     for name, call in list(compiled.items()):
-        with benchmarking.noting_out_of_memory(failures, name):
+        with timing.noting_out_of_memory(failures, name):
             reference = expected(name.removesuffix(" gemm"), x, weights)
-            errors[name] = float(_difference(benchmarking.first_result(*call), reference))
+            errors[name] = float(_difference(timing.first_result(*call), reference))
         if name in failures:
             del compiled[name]
         elif not errors[name] <= _MAX_ERROR:
             wrong.append(f"{name} {k}x{n} T={tokens}: error {errors[name]:.2e}, allowed is {_MAX_ERROR}")
             del compiled[name]
-    us: dict[str, float | None] = {**benchmarking.interleaved_us(compiled, rounds=_ROUNDS.value, failures=failures)}
+    us: dict[str, float | None] = {**timing.interleaved_us(compiled, rounds=_ROUNDS.value, failures=failures)}
     us |= dict.fromkeys(failures)
     errors |= failures
     rows = []
@@ -151,8 +147,8 @@ def run_cell(
         per_weight = 2 if name == "bf16" else 1 if "fp8" in name else 0.5625
         per_input = 1 if name == "block_fp8 gemm" else 2
         rows.append(
-            benchmarking.result_row(
-                name, "xla" if name == "bf16" or not benchmarking.on_gpu() else "mosaic_gpu",
+            timing.result_row(
+                name, "xla" if name == "bf16" or not timing.on_gpu() else "mosaic_gpu",
                 {"K": k, "N": n, "T": tokens}, time, flops=2 * tokens * n * k, ceilings=ceilings, error=errors[name],
                 num_bytes=per_weight * n * k + per_input * tokens * k + 2 * tokens * n,
                 baseline=None if name == "bf16" else "bf16", baseline_us=None if name == "bf16" else us.get("bf16"),

@@ -40,7 +40,7 @@ from experiments.cases.dispatch import (
     make_routing,
     rows_sent,
 )
-from experiments.harness import outputs, script, timing as benchmarking
+from experiments.harness import outputs, script, timing
 from experiments.harness.chained_steps import ChainedSteps
 from experiments.harness.flag_values import choices, integers
 from fp4jax.expert_parallel import WIRE_FORMATS, ReceiveBuffers, dispatch
@@ -76,7 +76,7 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     folder = outputs.check_folder("output_dir", _OUTPUT_DIR.value, "bench_dispatch.json", "bench_dispatch.png")
-    gpu = benchmarking.on_gpu()
+    gpu = timing.on_gpu()
     ranks = integers("ranks", _RANKS.value or [n for n in (2, 4, 8) if n <= jax.device_count()])
     if not ranks or max(ranks) > jax.device_count():
         asked = f"asked for {ranks}" if ranks else "of which there must be 2, or --ranks=1"
@@ -109,7 +109,7 @@ def main(argv):
     for cell in progress:
         progress.set_description(f"{cell.ranks} ranks, T={cell.tokens}, {cell.routing}")
         rows += run_cell(cell, formats, names)
-        benchmarking.save_results(folder / "bench_dispatch.json", "bench_dispatch", rows, inputs=_INPUTS)
+        timing.save_results(folder / "bench_dispatch.json", "bench_dispatch", rows, inputs=_INPUTS)
     print(table(rows))
     plot(rows, folder / "bench_dispatch.png")
     print(f"wrote {folder}/bench_dispatch.json and bench_dispatch.png")
@@ -137,7 +137,7 @@ def run_cell(cell: Cell, formats: list[str], names: list[str]) -> list[dict[str,
 
     def timed(*args):
         failures: dict[str, str] = {}
-        with benchmarking.noting_out_of_memory(failures, "error"):
+        with timing.noting_out_of_memory(failures, "error"):
             chain = ChainedSteps(mesh, *args, unrolled=unrolled, about_us=25 + cell.tokens / 20)
             return {"us": round(chain.us(_REPEATS.value), 2)}
         return {"us": None, **failures}

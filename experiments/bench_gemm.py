@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from experiments.cases import gemm as gemm_cases
 from experiments.cases.gemm import GemmShape, Inputs
-from experiments.harness import outputs, script, timing as benchmarking
+from experiments.harness import outputs, script, timing
 from fp4jax.grouped_gemm import unpack_weights
 from fp4jax.nvfp4 import dequantize
 from pallas_kernels.gemm import choice as gemm_choice, grouped_gemm as masked_gemm
@@ -72,7 +72,7 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     folder = outputs.check_folder("output_dir", _OUTPUT_DIR.value, "bench_gemm.json", "bench_gemm.png")
-    gpu = benchmarking.on_gpu()
+    gpu = timing.on_gpu()
     shapes = [_parse_shape(s) for s in _SHAPES.value or (_DEFAULT_SHAPES if gpu else ("4x128x128",))]
     try:
         rows_per_expert = [int(m) for m in _M.value or (_PEER_M if gpu else (4,))]
@@ -86,7 +86,7 @@ def main(argv):
     if _SWEEP.value:
         sweep(shapes, rows_per_expert)
         return
-    ceilings = benchmarking.measure_ceilings()
+    ceilings = timing.measure_ceilings()
     print(f"copy {ceilings.copy_bytes_per_s / 1e12:.2f} TB/s, bf16 matmul {ceilings.bf16_flops / 1e12:.1f} TFLOP/s")
     rows, wrong = [], []
     cells = [
@@ -105,10 +105,10 @@ def main(argv):
             rows += found
             wrong += bad
             # After every cell, so that a run that is stopped leaves what it measured.
-            benchmarking.save_results(folder / "bench_gemm.json", "bench_gemm", rows, inputs=_INPUTS, ceilings=ceilings)
+            timing.save_results(folder / "bench_gemm.json", "bench_gemm", rows, inputs=_INPUTS, ceilings=ceilings)
             progress.update()
     progress.close()
-    print(benchmarking.format_table(rows))
+    print(timing.format_table(rows))
     print(ratios(rows))
     plot(rows, ceilings, folder / "bench_gemm.png")
     print(f"wrote {folder}/bench_gemm.json and bench_gemm.png")
@@ -126,9 +126,9 @@ def _parse_shape(text):
     return experts, k, n
 
 
-def run_cell(inputs: Inputs, ceilings: benchmarking.Ceilings) -> tuple[list[dict[str, Any]], list[str]]:
+def run_cell(inputs: Inputs, ceilings: timing.Ceilings) -> tuple[list[dict[str, Any]], list[str]]:
     """Rows of one shape and distribution, and a line of text for each of our ops whose result was wrong."""
-    gpu, shape = benchmarking.on_gpu(), inputs.shape
+    gpu, shape = timing.on_gpu(), inputs.shape
     implementation = "mosaic_gpu" if gpu else "xla"
     ours = gemm_cases.our_functions(inputs, implementation, poisoned=False)
     fused = {}
@@ -147,7 +147,7 @@ def run_cell(inputs: Inputs, ceilings: benchmarking.Ceilings) -> tuple[list[dict
         del compiled[name]
     us: dict[str, float | None] = {
         name: time / max(1, hot_copies)
-        for name, time in benchmarking.interleaved_us(compiled, rounds=_ROUNDS.value, failures=failures).items()
+        for name, time in timing.interleaved_us(compiled, rounds=_ROUNDS.value, failures=failures).items()
     }
     bf16 = {name: time for name, time in us.items() if name in others and name.endswith("bf16")}
     us |= dict.fromkeys(failures)
@@ -164,14 +164,14 @@ def make_row(
     us: dict[str, float | None],
     bf16: dict[str, Any],
     error: float | str | None,
-    ceilings: benchmarking.Ceilings,
+    ceilings: timing.Ceilings,
 ) -> dict[str, Any]:
     """What is written of one function: of ours and the fused ones beside the fastest in bf16 and the GEMM alone."""
-    implementation, time = "mosaic_gpu" if benchmarking.on_gpu() else "xla", us[name]
+    implementation, time = "mosaic_gpu" if timing.on_gpu() else "xla", us[name]
     common: dict[str, Any] = dict(num_bytes=shape.num_bytes, flops=shape.flops, ceilings=ceilings, error=error)
     if name in ours:
         fastest = min(bf16, key=lambda name: bf16[name]) if bf16 else None
-        row = benchmarking.result_row(
+        row = timing.result_row(
             name, implementation, shape.as_dict(), time, baseline=fastest,
             baseline_us=None if fastest is None else bf16[fastest], **common,
         )  # fmt: skip
@@ -181,13 +181,13 @@ def make_row(
         return row
     if name in fused:
         common["num_bytes"] = gemm_cases.fused_bytes(shape, name)
-        return benchmarking.result_row(
+        return timing.result_row(
             f"grouped_gemm_swiglu {name}", implementation, shape.as_dict(), time, baseline="masked_grouped_gemm",
             baseline_us=us.get("masked_grouped_gemm"), **common,
         )  # fmt: skip
     if name.endswith("bf16"):
         common["num_bytes"] = shape.num_bytes_bf16
-    return benchmarking.result_row("grouped_gemm", name, shape.as_dict(), time, **common)
+    return timing.result_row("grouped_gemm", name, shape.as_dict(), time, **common)
 
 
 def _as_made(calls: gemm_cases.Calls) -> dict[str, Callable[[], gemm_cases.Call]]:
@@ -200,12 +200,12 @@ def compile_calls(
     """Name -> compiled function, its arguments and repeats; what does not fit the memory is noted in `failures`."""
     jobs = {}
     for name, make in makers.items():
-        with benchmarking.noting_out_of_memory(failures, name):
+        with timing.noting_out_of_memory(failures, name):
             call = make()
             if hot_copies:
                 call = gemm_cases.with_hot_expert_rotated({name: call}, shape, hot_copies)[name]
-            jobs[name] = jax.block_until_ready(benchmarking.rotated(*call))
-    return benchmarking.compile_all(jobs, failures)
+            jobs[name] = jax.block_until_ready(timing.rotated(*call))
+    return timing.compile_all(jobs, failures)
 
 
 def check(
@@ -217,16 +217,16 @@ def check(
     plain = gemm_cases.our_functions(inputs, implementation, poisoned=True)
     for name, (function, args, repeats) in compiled.items():
         limit = _MAX_ERROR if hot_copies or name in plain else 0
-        with benchmarking.noting_out_of_memory(failures, name):
+        with timing.noting_out_of_memory(failures, name):
             if hot_copies:  # the contiguous form only, which has no pads here
-                error = relative_error(benchmarking.first_result(function, args, repeats)[0], inputs)
+                error = relative_error(timing.first_result(function, args, repeats)[0], inputs)
             elif name in plain:
                 error = relative_error(_call(function, plain[name][1], repeats), inputs)
             else:
                 apart, given = gemm_cases.fused_functions(inputs, implementation, poisoned=True, fused=False)[name]
                 valid = jnp.arange(inputs.shape.capacity) < inputs.counts[:, None]
                 result = _call(function, given, repeats)
-                error = float(benchmarking.mismatch(result, jax.jit(apart)(*given), valid))
+                error = float(timing.mismatch(result, jax.jit(apart)(*given), valid))
             errors[name] = error
             if not error <= limit:
                 wrong[name] = f"error {error:.2e}, allowed is {limit}"
@@ -320,7 +320,7 @@ def sweep(shapes: list[tuple[int, int, int]], rows_per_expert: list[int]) -> Non
     """Time the candidates of every cell with multinomial rows and keep the fastest, with and without SwiGLU."""
     if any(experts == 1 for experts, _, _ in shapes):
         raise app.UsageError("--sweep: a single matrix (E = 1) is chosen by gemm_choice.dense, not by the table")
-    if not benchmarking.on_gpu():
+    if not timing.on_gpu():
         raise app.UsageError("--sweep needs a GPU")
     cells = list(itertools.product(shapes, rows_per_expert, (False, True)))
     for (experts, k, n), m, fused in tqdm(cells, unit="cell"):
@@ -335,22 +335,22 @@ def sweep(shapes: list[tuple[int, int, int]], rows_per_expert: list[int]) -> Non
             options: dict[str, Any] = dict(out="nvfp4_as_bf16", act_scale=act_scale) if fused else {}
             if masked_gemm.check_config(*args, config=config, **options) is None:
                 call = lambda *a, c=config, o=options: masked_gemm.grouped_gemm(*a, config=c, **o)  # noqa: E731
-                jobs[config] = benchmarking.rotated(call, args)
-        compiled = benchmarking.compile_all(jobs)
+                jobs[config] = timing.rotated(call, args)
+        compiled = timing.compile_all(jobs)
         valid = jnp.arange(inputs.shape.capacity) < inputs.counts[:, None]
-        results = ((config, benchmarking.first_result(*run)) for config, run in compiled.items())
+        results = ((config, timing.first_result(*run)) for config, run in compiled.items())
         _, reference = next(results)
         for config, result in results:  # all configurations have the same bits
-            if benchmarking.mismatch(result, reference, valid) != 0:
+            if timing.mismatch(result, reference, valid) != 0:
                 raise RuntimeError(f"{config} and {next(iter(jobs))} differ for {experts}x{k}x{n}, m={m}")
-        us = benchmarking.interleaved_us(compiled, rounds=_ROUNDS.value)
+        us = timing.interleaved_us(compiled, rounds=_ROUNDS.value)
         best = min(jobs, key=lambda config: us[config])
         for config, time in sorted(us.items(), key=lambda item: item[1]):
             tqdm.write(f"{experts}x{k}x{n} m={m} {'swiglu' if fused else ''} {time:8.2f} us  {config}")
         gemm_choice.save(experts, k, n, m, best, fused=fused)
 
 
-def plot(rows: list[dict[str, Any]], ceilings: benchmarking.Ceilings, path: Path) -> None:
+def plot(rows: list[dict[str, Any]], ceilings: timing.Ceilings, path: Path) -> None:
     """Roofline: TFLOP/s over FLOP per byte, one colour per shape; ours in circles, the fastest bf16 in squares."""
     import matplotlib
 

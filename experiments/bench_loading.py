@@ -30,7 +30,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from experiments.cases.checkpoint import Shape, layers_for, write_checkpoint
-from experiments.harness import outputs, script, timing as benchmarking
+from experiments.harness import outputs, script, timing
 from experiments.harness.flag_values import finite
 from fp4jax.checkpoint import load_model
 from fp4jax.checkpoint.match import match_folder
@@ -76,7 +76,7 @@ def main(argv):
             write_checkpoint(many, _MANY_LAYERS, _MANY, entry_per_projection=True)
             rows += measure_all(many, f"{_MANY_LAYERS} layers of {_MANY.num_experts} small experts, an entry for each")
     inputs = "random codes and scales in ModelOpt's layout, sharded" if _MODEL.value is None else "a folder as it is"
-    benchmarking.save_results(path, "bench_loading", rows, inputs=inputs)
+    timing.save_results(path, "bench_loading", rows, inputs=inputs)
     print("cache   seconds    GB/s   host memory, peak in MB: anonymous    files   (largest parameter: MB)")
     for row in rows:
         peaks = (row[f"{name}_bytes"] / 1e6 for name in ("peak_anonymous", "peak_file", "largest_parameter"))

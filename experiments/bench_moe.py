@@ -28,7 +28,7 @@ from jax.sharding import AxisType
 from tqdm import tqdm
 
 from experiments.cases import moe as moe_cases
-from experiments.harness import outputs, process_flags, script, timing as benchmarking, wire_flag
+from experiments.harness import outputs, process_flags, script, timing, wire_flag
 from experiments.harness.chained_steps import ChainedSteps
 from experiments.harness.flag_values import choices, integers
 from experiments.harness.stages import compiler_options, stage_times
@@ -57,7 +57,7 @@ def main(argv):
     folder = outputs.check_folder("output_dir", _OUTPUT_DIR.value, "bench_moe.json", "bench_moe.png")
     process_flags.join_processes()
     wire = wire_flag.wire_format("nvfp4")
-    gpu = benchmarking.on_gpu()
+    gpu = timing.on_gpu()
     models = choices("models", _MODELS.value, moe_cases.MODELS, moe_cases.MODELS[:-1] if gpu else ("tiny",))
     # Buffers that a program keeps need the kernels that store to peers.
     usual = LAYERS if gpu and jax.process_count() == 1 else tuple(name for name in LAYERS if "latency" not in name)
@@ -74,7 +74,7 @@ def main(argv):
             raise app.UsageError(f"--ranks={n} does not divide the {experts} experts of {model}")
     if "nvfp4 low latency" in layers and "nvfp4 low latency" not in usual:
         raise app.UsageError("--layers: 'nvfp4 low latency' needs kernels that store to peers, on GPUs of one process")
-    ceilings = benchmarking.measure_ceilings()
+    ceilings = timing.measure_ceilings()
     rows: list[dict[str, Any]] = []
     cells = list(itertools.product(ranks, models, tokens))
     progress = tqdm(cells, unit="cell", disable=jax.process_index() > 0)
@@ -82,7 +82,7 @@ def main(argv):
         progress.set_description(f"{model}, {n} ranks, T={t}")
         rows += run_cell(moe_cases.make_shape(model, n, t), wire, layers, ceilings)
         if jax.process_index() == 0:
-            benchmarking.save_results(folder / "bench_moe.json", "bench_moe", rows, inputs=_INPUTS, ceilings=ceilings)
+            timing.save_results(folder / "bench_moe.json", "bench_moe", rows, inputs=_INPUTS, ceilings=ceilings)
     if jax.process_index() > 0:
         return
     print(table(rows))
@@ -101,7 +101,7 @@ def run_cell(shape: moe_cases.Shape, wire: str, layers: list[str], ceilings) -> 
             "floor_us": round(sum(floors.values()), 1), "floors_us": {k: round(v, 2) for k, v in floors.items()},
         }  # fmt: skip
         failures: dict[str, str] = {}
-        with benchmarking.noting_out_of_memory(failures, "error"):
+        with timing.noting_out_of_memory(failures, "error"):
             row |= measure_layer(shape, wire, name, about_us=sum(floors.values()))
         rows.append(row | failures)
     timed = {row["layer"]: row for row in rows if row["us"] is not None}

@@ -19,7 +19,7 @@ from absl import app, flags
 from tqdm import tqdm
 
 from experiments.cases.ops import MODELS, OPS, Case, all_cases
-from experiments.harness import outputs, script, timing as benchmarking
+from experiments.harness import outputs, script, timing
 from experiments.harness.flag_values import choices, integers
 from pallas_kernels.rows import (
     permute as permute_kernels,
@@ -62,7 +62,7 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     folder = outputs.check_folder("output_dir", _OUTPUT_DIR.value, "bench_ops.json", "bench_ops.png")
-    gpu = benchmarking.on_gpu()
+    gpu = timing.on_gpu()
     models = choices("models", _MODELS.value, tuple(MODELS), tuple(MODELS) if gpu else ("qwen3-30b",))
     tokens = integers("tokens", _TOKENS.value or ((128, 1024, 4096, 8192, 16384) if gpu else (128,)))
     ops = choices("ops", _OPS.value, OPS, OPS)
@@ -70,7 +70,7 @@ def main(argv):
         outputs.check_file("sweep", str(tuning.TABLE))
         sweep()
         return
-    ceilings = benchmarking.measure_ceilings()
+    ceilings = timing.measure_ceilings()
     print(f"copy {ceilings.copy_bytes_per_s / 1e12:.2f} TB/s, bf16 matmul {ceilings.bf16_flops / 1e12:.1f} TFLOP/s")
     rows, wrong = [], []
     for name, count in tqdm(list(itertools.product(models, tokens)), desc="shapes", unit="shape"):
@@ -78,23 +78,23 @@ def main(argv):
         rows += found
         wrong += bad
         # After every shape, so that a run that is stopped leaves what it measured.
-        benchmarking.save_results(folder / "bench_ops.json", "bench_ops", rows, inputs=_INPUTS, ceilings=ceilings)
-    print(benchmarking.format_table(rows))
+        timing.save_results(folder / "bench_ops.json", "bench_ops", rows, inputs=_INPUTS, ceilings=ceilings)
+    print(timing.format_table(rows))
     plot(rows, folder / "bench_ops.png")
     print(f"wrote {folder}/bench_ops.json and bench_ops.png")
     if wrong:
         sys.exit("wrong results, not timed: " + "; ".join(wrong))
 
 
-def run_cases(cases: list[Case], ceilings: benchmarking.Ceilings) -> tuple[list[dict[str, Any]], list[str]]:
+def run_cases(cases: list[Case], ceilings: timing.Ceilings) -> tuple[list[dict[str, Any]], list[str]]:
     """Rows of the cases, and a line of text for each kernel whose result was wrong."""
-    names = {id(c): [n for n in c.functions if n == "xla" or benchmarking.on_gpu()] for c in cases}
+    names = {id(c): [n for n in c.functions if n == "xla" or timing.on_gpu()] for c in cases}
     failures: dict[Any, str] = {}
     jobs = {}
     for case, name in ((c, n) for c in cases for n in names[id(c)]):
-        with benchmarking.noting_out_of_memory(failures, (id(case), name)):
-            jobs[id(case), name] = benchmarking.rotated(case.functions[name], case.args)
-    compiled = benchmarking.compile_all(jobs, failures)
+        with timing.noting_out_of_memory(failures, (id(case), name)):
+            jobs[id(case), name] = timing.rotated(case.functions[name], case.args)
+    compiled = timing.compile_all(jobs, failures)
     del jobs
     rows, wrong = [], []
     label = f"{cases[0].shape['model']} T={cases[0].shape['T']}"
@@ -102,18 +102,18 @@ def run_cases(cases: list[Case], ceilings: benchmarking.Ceilings) -> tuple[list[
         runs = {key: compiled.pop(key) for n in names[id(case)] if (key := (id(case), n)) in compiled}
         error = None
         if len(runs) == 2:
-            with benchmarking.noting_out_of_memory(failures):  # the timing will tell which of the two
-                ours, theirs = (benchmarking.first_result(*runs[id(case), n]) for n in ("mosaic_gpu", "xla"))
-                error = float(benchmarking.mismatch(ours, theirs, case.valid))
+            with timing.noting_out_of_memory(failures):  # the timing will tell which of the two
+                ours, theirs = (timing.first_result(*runs[id(case), n]) for n in ("mosaic_gpu", "xla"))
+                error = float(timing.mismatch(ours, theirs, case.valid))
                 del ours, theirs
             if error is not None and not error <= case.max_mismatch:
                 wrong.append(f"{case.op} {case.shape}: {error:.2e} of the values differ")
                 continue
-        us = benchmarking.interleaved_us(runs, rounds=_ROUNDS.value, failures=failures)
+        us = timing.interleaved_us(runs, rounds=_ROUNDS.value, failures=failures)
         for name in names[id(case)]:
             other = us.get((id(case), "xla")) if name != "xla" else None
             rows.append(
-                benchmarking.result_row(
+                timing.result_row(
                     case.op, name, case.shape, us.get((id(case), name)), num_bytes=case.num_bytes, ceilings=ceilings,
                     error=failures.get((id(case), name), error), baseline=None if other is None else "xla",
                     baseline_us=other,
@@ -124,7 +124,7 @@ def run_cases(cases: list[Case], ceilings: benchmarking.Ceilings) -> tuple[list[
 
 def sweep() -> None:
     """Time every configuration of every kernel on the sweep's shapes and keep the fastest of each shape class."""
-    if not benchmarking.on_gpu():
+    if not timing.on_gpu():
         raise app.UsageError("--sweep needs a GPU")
     best: dict[tuple[str, str], dict[Any, list[float]]] = {}
     items_of = {}
@@ -132,8 +132,8 @@ def sweep() -> None:
         for case in all_cases(name, tokens):
             if case.tunable is None or case.kernel is None:
                 continue
-            jobs = {c: benchmarking.rotated(case.tunable(c), case.args) for c in _SWEEPS[case.kernel]}
-            us = benchmarking.interleaved_us(benchmarking.compile_all(jobs), rounds=_ROUNDS.value)
+            jobs = {c: timing.rotated(case.tunable(c), case.args) for c in _SWEEPS[case.kernel]}
+            us = timing.interleaved_us(timing.compile_all(jobs), rounds=_ROUNDS.value)
             key = (case.kernel, tuning.shape_class(case.items))
             items_of[key] = case.items
             fastest = min(us.values())

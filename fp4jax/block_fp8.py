@@ -17,7 +17,6 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from fp4jax.expert_parallel.wire_formats import to_fp8
 from fp4jax.implementations import Call, run_implementation
 from fp4jax.operands import check_array, check_type, summary
 from fp4jax.rounding import E4M3_MAX, div_rn, largest_magnitude, round_to_e4m3
@@ -148,3 +147,30 @@ def _blocks(w):
     rows, columns = scale_shape(w.shape)
     padded = jnp.pad(w, ((0, rows * BLOCK - w.shape[0]), (0, columns * BLOCK - w.shape[1])))
     return padded.reshape(rows, BLOCK, columns, BLOCK)
+
+
+def from_fp8(x: Float[Array, "rows h"], scales: Float[Array, "rows groups"]) -> Float[Array, "rows h"]:
+    """fp8 wire format -> bf16: e4m3 value x f32 scale of its group of 128, rounded once."""
+    wide = jnp.repeat(scales, BLOCK, axis=-1)[:, : x.shape[-1]]
+    # Without the barrier XLA:GPU leaves out the rounding where f32 arithmetic follows in the same program.
+    return lax.optimization_barrier((x.astype(jnp.float32) * wide).astype(jnp.bfloat16))
+
+
+def to_fp8(
+    x: Float[Array, "t h"], *, power_of_two_scales: bool = False
+) -> tuple[Float[Array, "t h"], Float[Array, "t groups"]]:
+    """x [T, H] -> e4m3 [T, H], f32 [T, ceil(H/128)]: scale = amax of the group / 448, 1 for a group of zeros.
+
+    power_of_two_scales: scale = 2^ceil(log2(amax / 448)), what checkpoints call `scale_fmt: ue8m0`. A NaN or Inf makes
+    its whole group NaN once decoded.
+    """
+    tokens, hidden = x.shape
+    groups = -(-hidden // BLOCK)
+    wide = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, groups * BLOCK - hidden))).reshape(tokens, groups, BLOCK)
+    amax = largest_magnitude(wide, axis=-1)
+    # Below, amax / 448 would be subnormal, which CPUs flush to zero; such a group is zero to e4m3 with scale 1.
+    scales = jnp.where(amax < E4M3_MAX * 2.0**-126, np.float32(1), div_rn(amax, np.float32(E4M3_MAX)))
+    if power_of_two_scales:
+        scales = quantize_fp8.power_of_two(scales)
+    values = round_to_e4m3(div_rn(wide, scales[..., None]))
+    return values.reshape(tokens, groups * BLOCK)[:, :hidden], scales

@@ -10,9 +10,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from fp4jax.block_fp8 import from_fp8
 from fp4jax.expert_parallel.exchange import FORMS, agree_global_scale, combine, combine_into_buffers, dispatch
 from fp4jax.expert_parallel.low_latency import ReceiveBuffers
-from fp4jax.expert_parallel.wire_formats import WIRE_FORMATS, from_fp8
+from fp4jax.expert_parallel.wire_formats import WIRE_FORMATS
 from fp4jax.grouped_gemm.fused_swiglu import grouped_gemm_swiglu
 from fp4jax.grouped_gemm.gemm import contiguous_grouped_gemm, masked_grouped_gemm
 from fp4jax.grouped_gemm.packed_weights import PackedWeights

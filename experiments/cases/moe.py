@@ -9,7 +9,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from experiments.cases.gemm import BYTES_PER_WEIGHT, densify, random_weights
-from experiments.harness import timing as benchmarking
+from experiments.harness import timing
 from fp4jax.expert_parallel import combine, dispatch
 from fp4jax.grouped_gemm import PackedWeights
 from fp4jax.moe import MoEConfig, MoEWeights, moe_layer
@@ -175,7 +175,7 @@ def bf16_layer(shape: Shape, *, own: bool):
 
 def ragged_dot(x, w, group_sizes, shape: Shape):
     """bf16 x [rows, K] times w [E, N, K] transposed, rows sorted by expert."""
-    if not benchmarking.on_gpu():
+    if not timing.on_gpu():
         return lax.ragged_dot(x, jnp.swapaxes(w, 1, 2), group_sizes, preferred_element_type=x.dtype)
     from jax.experimental.pallas.ops.gpu import ragged_dot_mgpu
 
@@ -197,7 +197,7 @@ def layer_step(state, operands, zero, *, ranks, layer):
     return (y[:1, 0].astype(jnp.int32), buffers), y
 
 
-def floors_us(shape: Shape, wire_format: str, ceilings: benchmarking.Ceilings, *, quantized: bool) -> dict[str, float]:
+def floors_us(shape: Shape, wire_format: str, ceilings: timing.Ceilings, *, quantized: bool) -> dict[str, float]:
     """Least time of every stage on one device: bytes over the link or the memory's rate, or FLOPs over the peak."""
     t, h, i = shape.tokens, shape.hidden, shape.intermediate
     copies = shape.ranks * (1 - (1 - 1 / shape.ranks) ** shape.top_k)  # devices that a token goes to, about

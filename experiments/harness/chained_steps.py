@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
-from experiments.harness import timing as benchmarking
+from experiments.harness import timing
 
 # Milliseconds that a call should take: starting a program on several devices costs about one, whatever is in it.
 _CALL_MS = 50
@@ -47,7 +47,7 @@ class ChainedSteps:
         loops = max(1, round(1e3 * _CALL_MS / (unrolled * about_us)))
         if jax.process_count() > 1:  # guesses differ, programs must not
             loops = int(multihost_utils.broadcast_one_to_all(np.int32(loops)))
-        if not benchmarking.on_gpu():
+        if not timing.on_gpu():
             unrolled, loops = 2, 1
         self.steps, ranks = unrolled * loops, mesh.shape[axis]
         once = jax.jit(functools.partial(step, ranks=ranks))  # traced once

@@ -17,25 +17,13 @@ from jaxtyping import Array, Float, Int
 
 from fp4jax.expert_parallel import low_latency
 from fp4jax.expert_parallel.all_to_all import combine_all_to_all, dispatch_all_to_all, encode_option
-from fp4jax.expert_parallel.hlo_collectives import WireBytes, wire_bytes
 from fp4jax.expert_parallel.low_latency import ReceiveBuffers
-from fp4jax.expert_parallel.wire_formats import WIRE_FORMATS, from_fp8, from_wire, wire_arrays
+from fp4jax.expert_parallel.wire_formats import WIRE_FORMATS, from_wire, wire_arrays
 from fp4jax.implementations import Call, has_hopper_gpu, multiprocessors, peers_problem, run_implementation
 from fp4jax.nvfp4 import NVFP4Tensor, as_scale, tensor_scale
 from fp4jax.operands import axis_size, check_array, check_routes, check_type
 from pallas_kernels.exchange import combine as combine_kernels, dispatch as dispatch_kernels, push_combine
 from pallas_kernels.exchange.dispatch import Routes
-
-__all__ = [
-    "Dispatched",
-    "WireBytes",
-    "agree_global_scale",
-    "combine",
-    "combine_into_buffers",
-    "dispatch",
-    "from_fp8",
-    "wire_bytes",
-]
 
 FORMS = ("per_peer", "per_slot")
 

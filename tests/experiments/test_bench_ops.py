@@ -1,4 +1,4 @@
-"""bench_ops as users run it, on the CPU, and the pieces of benchmarking.py that need no GPU."""
+"""bench_ops as users run it, on the CPU, and the pieces of timing.py that need no GPU."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ from refusals import check_refusals
 
 from cuda_lowering import H100_MESH
 from experiments.cases import ops as op_cases
-from experiments.harness import timing as benchmarking
+from experiments.harness import timing
 from pallas_kernels.rows import permute, quantize, route_metadata
 from pallas_kernels.simt import tuning
 
@@ -71,13 +71,13 @@ def test_mismatch_counts_valid_elements_only():
     a = jnp.zeros((2, 3, 4), jnp.uint8)
     b = a.at[0, 1, 2].set(1).at[1, 2].set(9)
     valid = jnp.ones((2, 3), bool).at[1, 2].set(False)
-    assert float(benchmarking.mismatch(a, b, None)) == pytest.approx(5 / 24)
-    assert float(benchmarking.mismatch(a, b, valid)) == pytest.approx(1 / 20)
-    assert float(benchmarking.mismatch((a, a), (a, b), valid)) == pytest.approx(1 / 20)  # the worst leaf
+    assert float(timing.mismatch(a, b, None)) == pytest.approx(5 / 24)
+    assert float(timing.mismatch(a, b, valid)) == pytest.approx(1 / 20)
+    assert float(timing.mismatch((a, a), (a, b), valid)) == pytest.approx(1 / 20)  # the worst leaf
 
 
 def test_floor_is_the_larger_of_traffic_and_arithmetic():
-    ceilings = benchmarking.Ceilings(copy_bytes_per_s=2e12, bf16_flops=500e12)
+    ceilings = timing.Ceilings(copy_bytes_per_s=2e12, bf16_flops=500e12)
     assert ceilings.floor_us(2e9) == pytest.approx(1000)
     assert ceilings.floor_us(2e9, flops=1e12) == pytest.approx(2000)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from refusals import ROOT
 
-from experiments.harness import timing as benchmarking
+from experiments.harness import timing
 
 # Each changes one baseline of a script, runs one cell and leaves `rows` and their `table`. Scripts share names of
 # flags, so that each runs in a process of its own.
@@ -18,14 +18,15 @@ _START = """
 import json, sys
 import jax, jax.numpy as jnp, numpy as np
 from absl import flags
-from fp4jax import benchmarking
+from experiments.harness import timing
 
 pebibyte = lambda *_: jnp.zeros(1 << 50, jnp.uint8) + jax.random.bits(jax.random.key(0), (), jnp.uint8)
-ceilings = benchmarking.Ceilings(1e10, 1e10)
+ceilings = timing.Ceilings(1e10, 1e10)
 """
 _CELLS = {
     "bench_gemm": """
-from experiments import bench_gemm as script, gemm_cases
+from experiments import bench_gemm as script
+from experiments.cases import gemm as gemm_cases
 flags.FLAGS([script.__name__])
 usual = gemm_cases.bf16_baselines
 gemm_cases.bf16_baselines = lambda inputs, gpu: {
@@ -36,7 +37,7 @@ gemm_cases.bf16_baselines = lambda inputs, gpu: {
 packed = gemm_cases.random_weights(2, 64, 64)
 inputs = gemm_cases.make_inputs(gemm_cases.GemmShape(2, 64, 64, 2), packed, lambda: gemm_cases.densify(packed))
 rows, wrong = script.run_cell(inputs, ceilings)
-table = benchmarking.format_table(rows)
+table = timing.format_table(rows)
 """,
     "bench_dense": """
 from experiments import bench_dense as script
@@ -45,20 +46,22 @@ usual = script.functions
 script.functions = lambda x, weights: {**usual(x, weights), "bf16": (large, (x,))}
 large = lambda x: x[:, :1] + jax.lax.optimization_barrier(pebibyte())[:64].astype(x.dtype)
 rows, wrong = script.run_cell(64, 64, 2, script.make_weights(64, 64), ceilings)
-table = benchmarking.format_table(rows)
+table = timing.format_table(rows)
 """,
     "bench_ops": """
-from experiments import bench_ops as script, op_cases
+from experiments import bench_ops as script
+from experiments.cases import ops as op_cases
 flags.FLAGS([script.__name__])
 cases = [
     op_cases.Case(op, {"model": "qwen3-30b", "T": 1}, 1, (jnp.ones(4),), {"xla": function})
     for op, function in (("large", pebibyte), ("small", jnp.sin))
 ]
 rows, wrong = script.run_cases(cases, ceilings)
-table = benchmarking.format_table(rows)
+table = timing.format_table(rows)
 """,
     "bench_moe": """
-from experiments import bench_moe as script, moe_cases
+from experiments import bench_moe as script
+from experiments.cases import moe as moe_cases
 flags.FLAGS([script.__name__, "--noprofile", "--repeats=1"])
 moe_cases.densify = jax.jit(pebibyte)
 rows = script.run_cell(moe_cases.make_shape("tiny", 2, 8), "nvfp4", ["bf16 jax", "nvfp4"], ceilings)
@@ -109,25 +112,25 @@ def _pebibyte(x):
 def test_what_runs_out_of_memory_is_noted_and_let_go():
     x, failures = jnp.uint8(1), {}
     jobs = {"large": (_pebibyte, [x], 1), "small": (jnp.sin, [jnp.ones(4)], 1)}
-    compiled = benchmarking.compile_all(jobs, failures)
-    us = benchmarking.interleaved_us(compiled, rounds=1, failures=failures)
+    compiled = timing.compile_all(jobs, failures)
+    us = timing.interleaved_us(compiled, rounds=1, failures=failures)
     assert us.keys() == compiled.keys() == {"small"} and us["small"] > 0
     assert failures.keys() == {"large"} and failures["large"].startswith("out of memory: RESOURCE_EXHAUSTED")
 
 
 def test_without_a_place_to_note_it_or_for_another_reason_it_raises():
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
-        benchmarking.interleaved_us(benchmarking.compile_all({"large": (_pebibyte, [jnp.uint8(1)], 1)}), rounds=1)
+        timing.interleaved_us(timing.compile_all({"large": (_pebibyte, [jnp.uint8(1)], 1)}), rounds=1)
     failures = {}
-    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), benchmarking.noting_out_of_memory(failures, "x"):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), timing.noting_out_of_memory(failures, "x"):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
     assert not failures
 
 
 def test_a_row_without_a_time_says_why_in_the_table():
-    ceilings = benchmarking.Ceilings(1e10, 1e10)
-    row = benchmarking.result_row(
+    ceilings = timing.Ceilings(1e10, 1e10)
+    row = timing.result_row(
         "op", "xla", {"T": 1}, None, num_bytes=100.0, flops=0.0, ceilings=ceilings, error="out of memory: X"
     )
     assert row["us"] is row["speedup"] is row["gbps"] is None and row["floor_us"] == 0.01
-    assert "out of memory" in benchmarking.format_table([row])
+    assert "out of memory" in timing.format_table([row])

@@ -34,7 +34,7 @@ _RUN_ALL = """
 import contextlib, importlib, io, json, os, sys
 import jax, fp4jax
 from absl.testing import flagsaver
-from experiments import script
+from experiments.harness import script
 from jax._src import xla_bridge
 
 def run_lines(name, lines):
@@ -142,7 +142,7 @@ _TALK = """
 import logging, os, sys, warnings
 import jax, matplotlib.pyplot
 from absl import logging as absl_logging
-from experiments import script
+from experiments.harness import script
 from jax._src import hardware_utils
 
 def main(argv):

@@ -15,8 +15,8 @@ from poisoned_tokens import poison
 
 import oracles
 from cuda_lowering import H100, struct
+from fp4jax.block_fp8 import to_fp8
 from fp4jax.expert_parallel import combine, dispatch
-from fp4jax.expert_parallel.wire_formats import to_fp8
 from fp4jax.grouped_gemm import PackedWeights
 from fp4jax.implementations import peers_problem
 from fp4jax.moe import MoEConfig, MoEWeights, moe_layer

@@ -14,8 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from model_oracles import calc_diff
 
 from cuda_lowering import kernels_in, struct
-from fp4jax.block_fp8 import BLOCK, BlockFP8Weights, block_fp8_matmul, dequantize_blocks, quantize_blocks
-from fp4jax.expert_parallel.wire_formats import to_fp8
+from fp4jax.block_fp8 import BLOCK, BlockFP8Weights, block_fp8_matmul, dequantize_blocks, quantize_blocks, to_fp8
 from fp4jax.layers import BlockFP8Linear, Linear
 from fp4jax.quant_config.schemas import FP8_BLOCK
 from pallas_kernels.fp8 import config as fp8_config, gemm as fp8_gemm, quantize as quantize_fp8

@@ -23,8 +23,8 @@ from jax.sharding import AxisType, PartitionSpec as P
 from poisoned_tokens import check_outputs, poison
 
 import oracles
+from fp4jax.block_fp8 import to_fp8
 from fp4jax.expert_parallel import all_to_all, combine, dispatch, from_fp8
-from fp4jax.expert_parallel.wire_formats import to_fp8
 from fp4jax.grouped_gemm import pack_weights
 from fp4jax.moe import MoEConfig, MoEWeights, moe_layer
 from fp4jax.nvfp4 import quantize

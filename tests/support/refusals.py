@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 _RUN_ALL = """
 import contextlib, importlib, io, json, sys
 from absl.testing import flagsaver
-from experiments import script
+from experiments.harness import script
 
 module, found = importlib.import_module(sys.argv[1]), []
 for line in json.loads(sys.argv[2]):
