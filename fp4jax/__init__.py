@@ -2,11 +2,11 @@
 
 __version__ = "0.1.0"
 
-from fp4jax.expert_parallel.exchange import combine as combine, dispatch as dispatch, wire_bytes as wire_bytes
-from fp4jax.grouped_gemm.fused_swiglu import grouped_gemm_swiglu as grouped_gemm_swiglu
-from fp4jax.grouped_gemm.gemm import (
+from fp4jax.expert_parallel import combine as combine, dispatch as dispatch, wire_bytes as wire_bytes
+from fp4jax.grouped_gemm import (
     PackedWeights as PackedWeights,
     contiguous_grouped_gemm as contiguous_grouped_gemm,
+    grouped_gemm_swiglu as grouped_gemm_swiglu,
     masked_grouped_gemm as masked_grouped_gemm,
     pack_weights as pack_weights,
     unpack_weights as unpack_weights,
