@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from fp4jax.implementations import Call, run_implementation
+from fp4jax.implementations import Call, Implementation, run_implementation
 from fp4jax.operands import check_array, check_type, summary
 from fp4jax.rounding import E4M3_MAX, div_rn, largest_magnitude, round_to_e4m3
 from pallas_kernels.fp8 import config as fp8_config, gemm as fp8_gemm, quantize as quantize_fp8
@@ -93,7 +93,7 @@ def block_fp8_matmul(
     *,
     out_dtype: Any = jnp.bfloat16,
     power_of_two_scales: bool = False,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> Float[Array, "t n"]:
     """x [T, K], quantized here per token and group of 128, times w^T -> [T, N], rounded once.
 

@@ -3,14 +3,15 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 from jax import lax
 
 from pallas_kernels.simt.schedule import H100_SMS
 
-IMPLEMENTATIONS = ("xla", "mosaic_gpu", "triton")
+Implementation = Literal["xla", "mosaic_gpu"]
+IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
 _HOPPER_NAMES = ("H100", "H200", "H800", "H20")  # device kinds of compute capability 9.0
 
 
@@ -63,13 +64,23 @@ def run_implementation(
     if chosen == "xla" or (chosen is None and (problem is not None or not has_hopper_gpu() or _is_spread(operands))):
         return xla(*operands)
     if chosen is None:
-        return _run_by_platform(xla, mosaic_gpu, operands)
+        return run_by_platform(operands, xla=xla, mosaic_gpu=mosaic_gpu)
     if problem is None and not has_hopper_gpu():
         problem = f"needs a GPU of compute capability 9.0; JAX sees {jax.devices()}"
     if problem is None and _is_spread(operands):
         problem = "the arrays are spread over several devices; call it inside shard_map"
     if problem is not None:
         raise NotImplementedError(f"{op}: implementation='mosaic_gpu': {problem}")
+    return run_kernel(operands, xla=xla, mosaic_gpu=mosaic_gpu)
+
+
+def run_by_platform(operands: tuple[Any, ...], *, xla: Call, mosaic_gpu: Call) -> Any:
+    """`mosaic_gpu(*operands)` where the program is lowered for CUDA, `xla(*operands)` elsewhere."""
+    return _run_by_platform(xla, mosaic_gpu, operands)
+
+
+def run_kernel(operands: tuple[Any, ...], *, xla: Call, mosaic_gpu: Call) -> Any:
+    """`mosaic_gpu(*operands)`; its derivatives are those of `xla`."""
     return _run_kernel(xla, mosaic_gpu, operands)
 
 

@@ -7,7 +7,7 @@ bytes.
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, overload
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import checkify
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from fp4jax.implementations import Call, run_implementation
+from fp4jax.implementations import Call, Implementation, run_implementation
 from fp4jax.operands import axis_size, check_array, check_type, summary
 from fp4jax.rounding import E4M3_MAX, div_rn, flush_subnormals, largest_magnitude, round_to_e2m1, round_to_e4m3
 from pallas_kernels.rows import quantize as quantize_kernel
@@ -24,7 +24,8 @@ from pallas_kernels.rows import quantize as quantize_kernel
 BLOCK_SIZE = 16
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # magnitude of codes 0..7; bit 3 is the sign
 E2M1_MAX = 6.0
-DIALECTS = ("exact", "modelopt", "compressed_tensors")
+Dialect = Literal["exact", "modelopt", "compressed_tensors"]
+DIALECTS: tuple[str, ...] = get_args(Dialect)
 GLOBAL_SCALE_RANGE = (2.0**-100, 2.0**100)  # beyond it intermediate products leave the normal f32 range
 
 # Global scale = amax / divisor. With four-over-six a block may be stored at 1.5x its usual scale, so the largest block
@@ -95,18 +96,48 @@ class QuantStats(NamedTuple):
     nonfinite: Int[Array, "..."]
 
 
+@overload
 def quantize(
     x: Float[Array, "... k"],
     *,
     global_scale: Any = None,
     masked_m: Int[Array, " e"] | None = None,
     axis_name: str | None = None,
-    dialect: str = "exact",
+    dialect: Dialect = "exact",
+    four_over_six: bool = False,
+    return_stats: Literal[False] = False,
+    checked: bool = False,
+    implementation: Implementation | None = None,
+) -> NVFP4Tensor: ...
+
+
+@overload
+def quantize(
+    x: Float[Array, "... k"],
+    *,
+    global_scale: Any = None,
+    masked_m: Int[Array, " e"] | None = None,
+    axis_name: str | None = None,
+    dialect: Dialect = "exact",
+    four_over_six: bool = False,
+    return_stats: Literal[True],
+    checked: bool = False,
+    implementation: Implementation | None = None,
+) -> tuple[NVFP4Tensor, QuantStats]: ...
+
+
+def quantize(
+    x: Float[Array, "... k"],
+    *,
+    global_scale: Any = None,
+    masked_m: Int[Array, " e"] | None = None,
+    axis_name: str | None = None,
+    dialect: Dialect = "exact",
     four_over_six: bool = False,
     return_stats: bool = False,
     checked: bool = False,
-    implementation: str | None = None,
-) -> Any:
+    implementation: Implementation | None = None,
+) -> NVFP4Tensor | tuple[NVFP4Tensor, QuantStats]:
     """x -> NVFP4Tensor, or (NVFP4Tensor, QuantStats) with `return_stats`; nearest even, K a multiple of 16.
 
     `exact`, with gs = 1/global_scale: sf = e4m3(min(amax_block * (gs * (1/6)), 448)), code = e2m1(x * min(1/(sf *

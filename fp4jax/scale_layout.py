@@ -5,11 +5,13 @@ arithmetic.
 """
 
 import math
+from typing import Literal, get_args
 
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
-SCALE_LAYOUTS = ("linear", "m_major", "swizzled")
+ScaleLayout = Literal["linear", "m_major", "swizzled"]
+SCALE_LAYOUTS: tuple[str, ...] = get_args(ScaleLayout)
 _ROWS, _COLS = 128, 4  # one swizzled tile; its rows are split as 4 groups of 32
 
 

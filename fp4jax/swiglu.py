@@ -1,16 +1,17 @@
 """SwiGLU and requantization between the two grouped GEMMs: v = silu(gate) * up in f32, quantized from f32."""
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from fp4jax.implementations import Call, run_implementation
+from fp4jax.implementations import Call, Implementation, run_implementation
 from fp4jax.nvfp4 import BLOCK_SIZE, NVFP4Tensor, as_scale, decode_blocks, quantize
 from fp4jax.operands import check_array
 from pallas_kernels.rows import swiglu_quantize as swiglu_kernel
 
-OUTPUTS = ("nvfp4", "nvfp4_as_bf16", "bf16")
+Output = Literal["nvfp4", "nvfp4_as_bf16", "bf16"]
+OUTPUTS: tuple[str, ...] = get_args(Output)
 
 
 def swiglu_quantize(
@@ -18,8 +19,8 @@ def swiglu_quantize(
     masked_m: Int[Array, " e"] | None,
     *,
     global_scale: Any,
-    out: str = "nvfp4",
-    implementation: str | None = None,
+    out: Output = "nvfp4",
+    implementation: Implementation | None = None,
 ) -> NVFP4Tensor | Float[Array, "..."] | tuple[Float[Array, "..."], Float[Array, "..."]]:
     """gate_up [E, M, 2I] (gate = first half of the columns) -> silu(gate) * up [E, M, I] in the form `out`.
 

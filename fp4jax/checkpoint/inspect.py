@@ -23,8 +23,8 @@ from fp4jax.checkpoint.match import Match, examine_folder
 from fp4jax.checkpoint.names import Path, stacked_name
 from fp4jax.checkpoint.storage.reader import Reader
 from fp4jax.checkpoint.storage.stored import Source
+from fp4jax.experts import runs_on_kernel
 from fp4jax.grouped_gemm.packed_weights import arrange_experts
-from fp4jax.layers.moe_block import runs_on_kernel
 from fp4jax.nvfp4 import NVFP4Tensor
 
 # Suffix of the global scale -> of the input scale; behind a dot, or "_" where experts are stacked in one parameter.

@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,10 @@ from fp4jax.checkpoint.match import Match, at, match_folder
 from fp4jax.checkpoint.names import Path as ParamPath
 from fp4jax.checkpoint.storage import stored
 from fp4jax.checkpoint.storage.reader import some
-from fp4jax.layers import EP_AXIS, BlockFP8Linear, ExpertSettings, MoEBlock, NVFP4Linear, expert_mesh
+from fp4jax.layers import BlockFP8Linear, MoEBlock, NVFP4Linear
 from fp4jax.nvfp4 import NVFP4Tensor
 from fp4jax.quant_config.methods import Method
+from fp4jax.sharded_moe import EP_AXIS, expert_mesh
 
 _PROGRESS_FROM = 1000  # tensors; smaller checkpoints load faster than a bar is read
 _THREADS = min(8, os.cpu_count() or 1)  # that copy tensors of a parameter from the files
@@ -154,7 +156,7 @@ def _set_up_experts(match: Match, block: MoEBlock, path: ParamPath, mesh: Mesh |
     of_1, of_2 = (match.methods[(*path, name)] for name in ("w13", "w2"))
     if mesh is not None or "nvfp4" in (of_1.format, of_2.format):  # packs what is NVFP4
         formats: dict[str, Any] = dict(activation_format_1=of_1.activations, activation_format_2=of_2.activations)
-        block.configure(ExpertSettings(mesh=mesh, **formats))
+        block.configure(replace(block.config, **formats), mesh)
     scale_1, scale_2 = (match.scales.get((*path, name)) for name in ("w13", "w2"))
     if scale_1 is not None or scale_2 is not None:
         block.set_input_scales(

@@ -243,7 +243,7 @@ def _decode(weights, last, lengths, cache, *, structure, num_tokens):
 
 
 def _is_low_latency(model):
-    return any(block.settings.low_latency for block in model.moe_blocks())
+    return any(block.config.low_latency for block in model.moe_blocks())
 
 
 def _insert(batch, one, slot):

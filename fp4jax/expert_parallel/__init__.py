@@ -4,6 +4,7 @@ from fp4jax.block_fp8 import from_fp8 as from_fp8
 from fp4jax.expert_parallel.exchange import (
     FORMS as FORMS,
     Dispatched as Dispatched,
+    Form as Form,
     agree_global_scale as agree_global_scale,
     combine as combine,
     combine_into_buffers as combine_into_buffers,
@@ -11,4 +12,4 @@ from fp4jax.expert_parallel.exchange import (
 )
 from fp4jax.expert_parallel.hlo_collectives import WireBytes as WireBytes, wire_bytes as wire_bytes
 from fp4jax.expert_parallel.low_latency import ReceiveBuffers as ReceiveBuffers, check_no_copies as check_no_copies
-from fp4jax.expert_parallel.wire_formats import WIRE_FORMATS as WIRE_FORMATS
+from fp4jax.expert_parallel.wire_formats import WIRE_FORMATS as WIRE_FORMATS, WireFormat as WireFormat

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from fp4jax.expert_parallel.wire_formats import from_bytes, to_bytes, wire_arrays
-from fp4jax.implementations import Call, has_hopper_gpu, run_implementation
-from fp4jax.nvfp4 import quantize, valid_rows
+from fp4jax.expert_parallel.wire_formats import encoded, from_bytes, kernel_encode, to_bytes
+from fp4jax.implementations import Call, Implementation, run_by_platform
+from fp4jax.nvfp4 import valid_rows
 from fp4jax.permute import depermute_combine, permute_to_masked
 from pallas_kernels.exchange import dispatch as dispatch_kernels
 from pallas_kernels.exchange.plan import Routes
@@ -24,39 +24,36 @@ _APART_BYTES = 2**24
 
 def dispatch_all_to_all(
     parts: list[Array],
-    scale: Float[Array, ""] | None,
+    global_scale: Float[Array, ""] | None,
     ids: Int[Array, "t k"],
     topk_weights: Float[Array, "t k"],
     *,
     routes: Routes,
     axis_name: str,
     encode: str | None,
-    implementation: str | None,
+    packed: bool,
 ) -> tuple[list[Array], Int[Array, "rows s"], Float[Array, "rows s"], Int[Array, "t c"]]:
     """The exchange as one all_to_all of u8 rows -> (received parts, local ids, local weights, send map).
 
-    Where they are large, the first part of all rows crosses in an all_to_all of its own.
+    Where the first parts of all rows are large together, they cross in an all_to_all of their own.
 
-    parts: what a row consists of, [T, n]; or, to be encoded here, one [T, H]. encode: None, "fp8", or "nvfp4" with a
-    `scale` (None: per token).
+    parts, encode, global_scale: as in `wire_formats.WireTokens`.
+    packed: whether the kernel packs the rows where the program runs on a Hopper GPU; else XLA does. The caller has
+      made sure that the kernel takes them (`ways.dispatch_way`).
     """
-    kernel_encode = encode_option(scale, encode)
-    problem = dispatch_kernels.check_pack(parts, routes, encode=kernel_encode)
-    like = _row_of(parts, scale, routes, encode)
-    apart = routes.devices * routes.capacity * like[0].shape[1] * like[0].dtype.itemsize >= _APART_BYTES
-    split = [like[:1], like[1:]] if apart else [like]
+    row = _row_of(parts, global_scale, routes, encode)
+    apart = routes.devices * routes.capacity * row[0].shape[1] * row[0].dtype.itemsize >= _APART_BYTES
+    split = [row[:1], row[1:]] if apart else [row]
     widths = [sum(p.shape[1] * p.dtype.itemsize for p in group) for group in split]
-    if implementation != "xla" and problem is None and has_hopper_gpu():
+    if packed:
         widths[-1] = -(-widths[-1] // 16) * 16  # what the kernel writes
-    options = dict(routes=routes, encode=encode)
-    payloads, send_map = run_implementation(
-        "dispatch",
-        implementation,
-        (parts, scale, ids, topk_weights),
-        xla=Call.of(_pack_xla, **options, widths=tuple(widths), implementation=implementation),
-        mosaic_gpu=Call.of(_pack_kernel, **options, apart=apart),
-        problem=problem,
-    )
+    operands = parts, global_scale, ids, topk_weights
+    pack = Call.of(_pack_xla, routes=routes, encode=encode, widths=tuple(widths))
+    if packed:
+        kernel = Call.of(_pack_kernel, routes=routes, encode=encode, apart=apart)
+        payloads, send_map = run_by_platform(operands, xla=pack, mosaic_gpu=kernel)
+    else:
+        payloads, send_map = pack(*operands)
     received = [_exchange(payload, axis_name) for payload in payloads]
     arrays = received[:-1] + from_bytes(received[-1], split[-1])
     local_weights = arrays.pop() if routes.form == "per_peer" else None
@@ -66,33 +63,22 @@ def dispatch_all_to_all(
     return arrays, local_ids, local_weights, send_map
 
 
-def encode_option(scale: Any, encode: str | None) -> Any:
-    """What the kernels call `encode`."""
-    return ("per_token" if scale is None else scale) if encode == "nvfp4" else encode
-
-
-def _encoded(x, scale, encode, implementation=None):
-    if encode == "nvfp4":
-        x = quantize(x, global_scale=encode_option(scale, encode), implementation=implementation)
-    return wire_arrays(x, encode)
-
-
-def _row_of(parts, scale, routes, encode):
-    """Structs of what a row of the payload consists of."""
+def _row_of(parts, global_scale, routes, encode):
+    """Structs of the parts of a payload's row."""
     tokens = parts[0].shape[0]
     row = [jax.ShapeDtypeStruct(p.shape, p.dtype) for p in parts]
     if encode is not None:
-        row = jax.eval_shape(lambda x: _encoded(x, scale, encode, "xla"), row[0])
+        row = jax.eval_shape(lambda x: encoded(x, encode, global_scale), row[0])
     ids = jax.ShapeDtypeStruct((tokens, routes.k if routes.form == "per_peer" else 1), jnp.int32)
     weights = jax.ShapeDtypeStruct(ids.shape, jnp.float32)
     return [*row, ids, weights] if routes.form == "per_peer" else [*row, ids]
 
 
-def _pack_xla(parts, scale, ids, topk_weights, *, routes, encode, widths, implementation):
+def _pack_xla(parts, global_scale, ids, topk_weights, *, routes, encode, widths):
     """-> ([devices, capacity, width in bytes] each, map): the rows for every device; u8, but for a part of its own."""
     if encode is not None:
         with jax.named_scope("quantize"):
-            parts = _encoded(parts[0], scale, encode, implementation)
+            parts = encoded(parts[0], encode, global_scale)
     valid = (ids >= 0) & (ids < routes.devices * routes.local_experts)
     peer = jnp.where(valid, ids // routes.local_experts, -1)
     rows = [*parts, ids]
@@ -105,8 +91,8 @@ def _pack_xla(parts, scale, ids, topk_weights, *, routes, encode, widths, implem
         rows = [*(jnp.repeat(a, routes.k, axis=0) for a in parts), ids.reshape(-1, 1)]
     payload = to_bytes(rows)
     payload = jnp.pad(payload, ((0, 0), (0, sum(widths) - payload.shape[1])))
-    sent = permute_to_masked(
-        payload, None, destination, num_experts=routes.devices, capacity=routes.capacity, implementation=implementation
+    sent: Any = permute_to_masked(
+        payload, None, destination, num_experts=routes.devices, capacity=routes.capacity, implementation="xla"
     )
     # 0xFF in every pad: ids become -1 and floats NaN, so that nothing can come to depend on a pad unnoticed.
     filled = valid_rows(sent.masked_m, routes.capacity)[..., None]
@@ -118,8 +104,9 @@ def _pack_xla(parts, scale, ids, topk_weights, *, routes, encode, widths, implem
     return [first.reshape(*payload.shape[:2], -1), payload[..., widths[0] :]], send_map
 
 
-def _pack_kernel(parts, scale, ids, topk_weights, *, routes, encode, apart):
-    return dispatch_kernels.pack(parts, ids, topk_weights, routes, encode=encode_option(scale, encode), apart=apart)
+def _pack_kernel(parts, global_scale, ids, topk_weights, *, routes, encode, apart):
+    encode = kernel_encode(encode, global_scale)
+    return dispatch_kernels.pack(parts, ids, topk_weights, routes, encode=encode, apart=apart)
 
 
 def combine_all_to_all(
@@ -129,7 +116,7 @@ def combine_all_to_all(
     *,
     devices: int,
     axis_name: str,
-    implementation: str | None,
+    implementation: Implementation | None,
 ) -> Float[Array, "t h"]:
     """The way back as one all_to_all of rows, summed at home."""
     home = _exchange(y.reshape(devices, y.shape[0] // devices, -1), axis_name)

@@ -9,23 +9,25 @@ weighted and summed there and one partial row returns. *per_slot* sends one row 
 return and the weights are applied at home in slot order: the same bits for every number of devices.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from fp4jax.expert_parallel import low_latency
-from fp4jax.expert_parallel.all_to_all import combine_all_to_all, dispatch_all_to_all, encode_option
+from fp4jax.expert_parallel.all_to_all import combine_all_to_all, dispatch_all_to_all
 from fp4jax.expert_parallel.low_latency import ReceiveBuffers
-from fp4jax.expert_parallel.wire_formats import WIRE_FORMATS, from_wire, wire_arrays
-from fp4jax.implementations import Call, has_hopper_gpu, multiprocessors, peers_problem, run_implementation
-from fp4jax.nvfp4 import NVFP4Tensor, as_scale, tensor_scale
+from fp4jax.expert_parallel.ways import check_combine_into_buffers, combine_way, dispatch_way
+from fp4jax.expert_parallel.wire_formats import WIRE_FORMATS, WireFormat, from_wire, kernel_encode, to_wire
+from fp4jax.implementations import Call, Implementation, multiprocessors, run_by_platform, run_kernel
+from fp4jax.nvfp4 import NVFP4Tensor
 from fp4jax.operands import axis_size, check_array, check_routes, check_type
 from pallas_kernels.exchange import combine as combine_kernels, dispatch as dispatch_kernels, push_combine
 from pallas_kernels.exchange.dispatch import Routes
 
-FORMS = ("per_peer", "per_slot")
+Form = Literal["per_peer", "per_slot"]
+FORMS: tuple[str, ...] = get_args(Form)
 
 
 class Dispatched(NamedTuple):
@@ -53,12 +55,12 @@ def dispatch(
     *,
     axis_name: str = "ep",
     num_experts: int,
-    form: str = "per_peer",
-    wire_format: str = "nvfp4",
+    form: Form = "per_peer",
+    wire_format: WireFormat = "nvfp4",
     pair_capacity: int | None = None,
     global_scale: Any = None,
     buffers: ReceiveBuffers | None = None,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> Dispatched:
     """Sends each token to the devices that host its experts: expert e lives on device e // (num_experts / R).
 
@@ -89,47 +91,45 @@ def dispatch(
     # In 64 bits an id that is no expert could become one when it is cast.
     ids = topk_ids if topk_ids.dtype == jnp.int32 else jnp.where(valid, topk_ids, -1).astype(jnp.int32)
     tokens, k = ids.shape
-    per_row = 1 if form == "per_peer" else k
-    capacity = max(1, tokens * per_row) if pair_capacity is None else pair_capacity
+    capacity = max(1, tokens * (1 if form == "per_peer" else k)) if pair_capacity is None else pair_capacity
     routes = Routes(tokens, k, devices, num_experts // devices, capacity, form)
+    sent = to_wire(x, wire_format, global_scale, axis_name)
+    way = dispatch_way(
+        sent.parts, routes, encode=kernel_encode(sent.encode, sent.global_scale), axis_name=axis_name,
+        keeps_buffers=buffers is not None, implementation=implementation,
+    )  # fmt: skip
+    results: Any = _move(way, sent, ids, topk_weights.astype(jnp.float32), routes, axis_name, buffers, implementation)
+    received, local_ids, local_weights, send_map, buffers = results
+    dropped = _count_dropped(topk_ids, ids, valid, send_map, routes)
+    rows = from_wire(received, wire_format, sent.global_scale)
+    return Dispatched(rows, local_ids, local_weights, send_map, dropped, buffers)
 
-    # bf16 is cast here; the others are encoded on the way.
-    encode = None if wire_format == "bf16" or isinstance(x, NVFP4Tensor) else wire_format
-    scale = global_scale
-    if encode == "nvfp4" and not isinstance(scale, str) and not isinstance(x, NVFP4Tensor):
-        scale = tensor_scale(x, axis_name) if scale is None else as_scale(scale, x.shape)
-    parts = wire_arrays(x, wire_format) if encode is None else [x]
-    options = dict(routes=routes, axis_name=axis_name, encode=encode)
-    operands = (parts, None if isinstance(scale, str) else scale, ids, topk_weights.astype(jnp.float32))
-    problem = peers_problem(axis_name) or dispatch_kernels.check_config(
-        parts, routes, encode=encode_option(scale, encode)
-    )
-    if buffers is not None:
-        if implementation == "xla" or problem is not None or not has_hopper_gpu():
-            why = problem or "they need the kernels and GPUs of compute capability 9.0"
-            raise NotImplementedError(f"dispatch: buffers, implementation={implementation!r}: {why}")
-        results: Any = _dispatch_kernel(*operands, **options, buffers=buffers)
-        received, local_ids, local_weights, send_map, buffers = results
-    else:
-        received, local_ids, local_weights, send_map = run_implementation(
-            "dispatch",
-            implementation,
-            operands,
-            xla=Call.of(dispatch_all_to_all, **options, implementation=implementation),
-            mosaic_gpu=Call.of(_dispatch_kernel, **options),
-            problem=problem,
-        )
+
+def _move(way, sent, ids, topk_weights, routes, axis_name, buffers, implementation):
+    """Tokens cross the axis in a way of `ways` -> received parts, local ids and weights, send map, buffers."""
+    scale = sent.global_scale if sent.encode == "nvfp4" else None
+    operands = sent.parts, scale, ids, topk_weights
+    options = dict(routes=routes, axis_name=axis_name, encode=sent.encode)
+    if way == "kept_buffers":
+        return _dispatch_kernel(*operands, **options, buffers=buffers)
+    all_to_all = Call.of(dispatch_all_to_all, **options, packed=way == "packed_all_to_all")
+    if way != "direct_stores":
+        return *all_to_all(*operands), None
+    run = run_by_platform if implementation is None else run_kernel
+    return *run(operands, xla=all_to_all, mosaic_gpu=Call.of(_dispatch_kernel, **options)), None
+
+
+def _count_dropped(topk_ids, ids, valid, send_map, routes):
+    """Routes of this device's tokens that name no expert, though their id is not -1, or found no room."""
     row_of_route = send_map
-    if form == "per_peer":
+    if routes.form == "per_peer":
         peer = jnp.where(valid, ids // routes.local_experts, 0)
         row_of_route = jnp.take_along_axis(send_map, peer, axis=1)
-    dropped = jnp.sum(topk_ids != -1, dtype=jnp.int32) - jnp.sum(valid & (row_of_route >= 0), dtype=jnp.int32)
-    like = NVFP4Tensor(parts[0], parts[0], scale) if encode == "nvfp4" and not isinstance(scale, str) else x
-    return Dispatched(from_wire(received, like, wire_format), local_ids, local_weights, send_map, dropped, buffers)
+    return jnp.sum(topk_ids != -1, dtype=jnp.int32) - jnp.sum(valid & (row_of_route >= 0), dtype=jnp.int32)
 
 
-def _dispatch_kernel(parts, scale, ids, topk_weights, *, routes, axis_name, encode, buffers=None):
-    options = dict(axis_name=axis_name, encode=encode_option(scale, encode))
+def _dispatch_kernel(parts, global_scale, ids, topk_weights, *, routes, axis_name, encode, buffers=None):
+    options = dict(axis_name=axis_name, encode=kernel_encode(encode, global_scale))
     if buffers is None:
         received, local_ids, weights, *rest = dispatch_kernels.dispatch(parts, ids, topk_weights, routes, **options)
     else:
@@ -148,7 +148,7 @@ def combine(
     *,
     topk_weights: Float[Array, "t k"] | None = None,
     axis_name: str = "ep",
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> Float[Array, "t h"]:
     """Returns rows to the tokens' home devices and sums them in f32, one rounding: -> [T, H] in y's dtype.
 
@@ -167,15 +167,13 @@ def combine(
     send_map, rows = dispatched.send_map, dispatched.local_ids.shape[0]
     if y.ndim != 2 or y.shape[0] != rows:
         raise ValueError(f"combine: y must be [{rows}, H], one row per received row, got {y.shape}")
-    topk_weights = _home_weights("combine", dispatched, topk_weights, devices)
-    return run_implementation(
-        "combine",
-        implementation,
-        (y, send_map, topk_weights),
-        xla=Call.of(combine_all_to_all, devices=devices, axis_name=axis_name, implementation=implementation),
-        mosaic_gpu=Call.of(combine_kernels.combine, devices=devices, axis_name=axis_name),
-        problem=peers_problem(axis_name) or combine_kernels.check_config(y, send_map, devices),
-    )
+    operands = y, send_map, _home_weights("combine", dispatched, topk_weights, devices)
+    options = dict(devices=devices, axis_name=axis_name)
+    all_to_all = Call.of(combine_all_to_all, **options, implementation=implementation)
+    if combine_way(y, send_map, **options, implementation=implementation) == "all_to_all":
+        return all_to_all(*operands)
+    run = run_by_platform if implementation is None else run_kernel
+    return run(operands, xla=all_to_all, mosaic_gpu=Call.of(combine_kernels.combine, **options))
 
 
 def combine_into_buffers(
@@ -209,10 +207,7 @@ def combine_into_buffers(
     topk_weights = _home_weights(op, dispatched, topk_weights, devices)
     row_map = row_map.astype(jnp.int32)
     config = push_combine.default_config(row_map.shape[0], y.shape[1] * y.dtype.itemsize, multiprocessors())
-    if problem := peers_problem(axis_name) or push_combine.check_config(
-        y, row_map, dispatched.send_map, devices, config
-    ):
-        raise NotImplementedError(f"{op}: {problem}")
+    check_combine_into_buffers(y, row_map, dispatched.send_map, devices=devices, axis_name=axis_name, config=config)
     return low_latency.run_back(y, row_map, dispatched, topk_weights, axis_name=axis_name, config=config)
 
 

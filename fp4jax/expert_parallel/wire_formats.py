@@ -4,36 +4,73 @@ Floats never cross as floats (some backends widen bf16 and f8 collectives), so t
 bytes on the wire.
 """
 
-from typing import Any
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, UInt8
+from jaxtyping import Array, Float, UInt8
 
 from fp4jax.block_fp8 import to_fp8
-from fp4jax.nvfp4 import NVFP4Tensor
+from fp4jax.nvfp4 import NVFP4Tensor, as_scale, quantize, tensor_scale
 
-WIRE_FORMATS = ("nvfp4", "fp8", "bf16")
+WireFormat = Literal["nvfp4", "fp8", "bf16"]
+WIRE_FORMATS: tuple[str, ...] = get_args(WireFormat)
 
 
-def wire_arrays(x: Any, wire_format: str) -> list[Array]:
-    """What a row consists of on the wire, [T, n] each; of an NVFP4Tensor its global scales too if tokens have own."""
+class WireTokens(NamedTuple):
+    """Tokens as a dispatch sends them.
+
+    parts: what a row consists of, [T, n] each; where `encode` is set, one array of plain tokens [T, H].
+    encode: None where the parts cross as they are; "fp8" or "nvfp4" where plain tokens are encoded on the way.
+    global_scale: f32 (), the NVFP4 scale that all tokens share. It does not cross, because every device knows it. None
+      in other formats, and where every token has a scale of its own, which crosses with its row.
+    """
+
+    parts: list[Any]
+    encode: Literal["fp8", "nvfp4"] | None
+    global_scale: Float[Array, ""] | None
+
+
+def to_wire(x: Any, wire_format: str, global_scale: Any, axis_name: str) -> WireTokens:
+    """Tokens [T, H], plain or NVFP4, on their way in a wire format; arguments as in `exchange.dispatch`."""
+    if isinstance(x, NVFP4Tensor):
+        return WireTokens(nvfp4_parts(x), None, x.global_scale if x.global_scale.ndim == 0 else None)
+    if wire_format == "bf16":
+        return WireTokens([x.astype(jnp.bfloat16)], None, None)
     if wire_format == "fp8":
+        return WireTokens([x], "fp8", None)
+    if global_scale is None:
+        return WireTokens([x], "nvfp4", tensor_scale(x, axis_name))
+    per_token = isinstance(global_scale, str)
+    return WireTokens([x], "nvfp4", None if per_token else as_scale(global_scale, x.shape))
+
+
+def kernel_encode(encode: str | None, global_scale: Any) -> Any:
+    """The argument `encode` of the kernels: None, "fp8", or for NVFP4 "per_token" or the global scale."""
+    return ("per_token" if global_scale is None else global_scale) if encode == "nvfp4" else encode
+
+
+def encoded(x: Float[Array, "t h"], encode: str, global_scale: Any) -> list[Array]:
+    """Plain tokens [T, H] encoded by XLA: the parts of a row, [T, n] each."""
+    if encode == "fp8":
         return list(to_fp8(x))
-    if wire_format == "bf16":
-        return [x.astype(jnp.bfloat16)]
-    travels = [] if x.global_scale.ndim == 0 else [jnp.broadcast_to(x.global_scale, (x.shape[0], 1))]
-    return [x.qdata, x.block_scale, *travels]
+    return nvfp4_parts(quantize(x, global_scale=kernel_encode(encode, global_scale), implementation="xla"))
 
 
-def from_wire(arrays: list[Array], x: Any, wire_format: str) -> Any:
-    """Received parts as the value that `dispatch` returns; x: what was sent, for the global scale that did not."""
+def nvfp4_parts(x: NVFP4Tensor) -> list[Array]:
+    """The parts of a row of NVFP4 tokens: codes, block scales and, where every token has its own, the global scale."""
+    own_scales = [] if x.global_scale.ndim == 0 else [jnp.broadcast_to(x.global_scale, (x.shape[0], 1))]
+    return [x.qdata, x.block_scale, *own_scales]
+
+
+def from_wire(parts: list[Array], wire_format: str, global_scale: Float[Array, ""] | None) -> Any:
+    """Received parts as `exchange.dispatch` returns them; global_scale: the one that did not cross."""
     if wire_format == "fp8":
-        return tuple(arrays)
+        return tuple(parts)
     if wire_format == "bf16":
-        return arrays[0]
-    qdata, block_scale, *travels = arrays
-    return NVFP4Tensor(qdata, block_scale, travels[0] if travels else x.global_scale)
+        return parts[0]
+    qdata, block_scale, *own_scales = parts
+    return NVFP4Tensor(qdata, block_scale, own_scales[0] if own_scales else global_scale)
 
 
 def to_bytes(arrays: list[Array]) -> UInt8[Array, "t n"]:

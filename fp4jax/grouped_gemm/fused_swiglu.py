@@ -12,19 +12,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from fp4jax.grouped_gemm.gemm import (
+    KernelPlan,
     Weights,
     check_operands,
-    contiguous_grouped_gemm,
     gemm_xla,
-    kernel_config,
     kernel_operands,
-    kernel_problem,
-    masked_grouped_gemm,
+    plan_kernel,
+    run_gemm,
 )
-from fp4jax.implementations import Call, run_implementation
+from fp4jax.implementations import Call, Implementation, run_implementation
 from fp4jax.nvfp4 import NVFP4Tensor, as_scale
 from fp4jax.operands import check_array
-from fp4jax.swiglu import OUTPUTS, swiglu_quantize
+from fp4jax.swiglu import OUTPUTS, Output, swiglu_quantize
 from pallas_kernels.gemm import grouped_gemm as masked_gemm
 
 
@@ -35,10 +34,10 @@ def grouped_gemm_swiglu(
     *,
     x_scale: Float[Array, "..."] | None = None,
     global_scale: Any = None,
-    out: str = "nvfp4",
+    out: Output = "nvfp4",
     out_dtype: Any = jnp.bfloat16,
     expected_m: int | None = None,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> Any:
     """swiglu_quantize(grouped_gemm(x, w13, counts), global_scale=.., out=..) for x [E, M, K] or [rows, K].
 
@@ -66,17 +65,14 @@ def grouped_gemm_swiglu(
     if w13.shape[1] % 2:
         raise ValueError(f"grouped_gemm_swiglu: w13 must be [E, 2I, K], got {w13.shape}")
     if out != "bf16" and isinstance(global_scale, str | None):
-        scale, problem = global_scale, "a scale per token needs whole rows"
+        scale, plan = global_scale, KernelPlan(None, "a scale per token needs whole rows")
     else:
         scale = None if out == "bf16" else as_scale(global_scale, (*x.shape[:-1], w13.shape[1] // 2))
-        problem = kernel_problem(x, w13, counts, expected_m, implementation, out=out, act_scale=scale)
-        if problem is None and jnp.dtype(out_dtype) != jnp.bfloat16:
-            problem = f"out_dtype must be bfloat16, got {jnp.dtype(out_dtype)}"
-    if (isinstance(scale, str | None) and out != "bf16") or (problem is not None and implementation is None):
-        gemm = masked_grouped_gemm if rank == 3 else contiguous_grouped_gemm
-        gate_up = gemm(
-            x, w13, counts, x_scale=x_scale, expected_m=expected_m, out_dtype=out_dtype, implementation=implementation
-        )
+        plan = plan_kernel(x, w13, counts, expected_m, implementation, out=out, act_scale=scale)
+        if plan.problem is None and jnp.dtype(out_dtype) != jnp.bfloat16:
+            plan = KernelPlan(None, f"out_dtype must be bfloat16, got {jnp.dtype(out_dtype)}")
+    if (isinstance(scale, str | None) and out != "bf16") or (plan.problem is not None and implementation is None):
+        gate_up = run_gemm("grouped_gemm_swiglu", x, w13, counts, x_scale, expected_m, out_dtype, implementation)
         valid = counts if rank == 3 else None
         return swiglu_quantize(gate_up, valid, global_scale=scale, out=out, implementation=implementation)
     return run_implementation(
@@ -84,8 +80,8 @@ def grouped_gemm_swiglu(
         implementation,
         (x, w13, counts, x_scale, scale),
         xla=Call.of(_xla, out=out, out_dtype=out_dtype),
-        mosaic_gpu=Call.of(_kernel, out=out, expected_m=expected_m),
-        problem=problem,
+        mosaic_gpu=Call.of(_kernel, out=out, config=plan.config),
+        problem=plan.problem,
     )
 
 
@@ -95,8 +91,7 @@ def _xla(x, w13, counts, x_scale, scale, *, out, out_dtype):
     return swiglu_quantize(gate_up, valid, global_scale=scale, out=out, implementation="xla")
 
 
-def _kernel(x, w13, counts, x_scale, scale, *, out, expected_m):
-    config = kernel_config(x, w13, expected_m, fused=True)
+def _kernel(x, w13, counts, x_scale, scale, *, out, config):
     x, words, w_scale, x_scale = kernel_operands(x, w13, x_scale)
     found: tuple[jax.Array, ...] = masked_gemm.grouped_gemm(
         x, words, w_scale, counts, x_scale, out=out, act_scale=scale, config=config

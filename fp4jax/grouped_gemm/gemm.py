@@ -11,7 +11,7 @@ until they are in registers; it wants them packed. None chooses it for PackedWei
 NVFP4Tensor inside the call.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,18 +20,10 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from fp4jax.grouped_gemm.packed_weights import PackedWeights, pack_weights, unpack_weights
-from fp4jax.implementations import Call, run_implementation
+from fp4jax.implementations import Call, Implementation, run_implementation
 from fp4jax.nvfp4 import NVFP4Tensor, check_scale_shape, decode_blocks
 from fp4jax.operands import check_array, check_unsharded
 from pallas_kernels.gemm import choice as gemm_choice, config as gemm_config, grouped_gemm as masked_gemm, weight_layout
-
-__all__ = [
-    "PackedWeights",
-    "contiguous_grouped_gemm",
-    "masked_grouped_gemm",
-    "pack_weights",
-    "unpack_weights",
-]
 
 # Rows are multiplied in tiles of one fixed shape: a library dot gives a row the same bits whenever its shape is the
 # same, so a row's bits depend on that row and the weights, not on M, on its neighbours or on the number of devices.
@@ -48,7 +40,7 @@ def masked_grouped_gemm(
     x_scale: Float[Array, "..."] | None = None,
     expected_m: int | None = None,
     out_dtype: Any = jnp.bfloat16,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> Float[Array, "e m n"]:
     """out[e, :masked_m[e]] = cast((x[e] @ w[e]^T) * (xs * w.global_scale)) in f32, one rounding at the end.
 
@@ -66,7 +58,7 @@ def masked_grouped_gemm(
       NotImplementedError: a named implementation that cannot do it.
     """
     check_operands("masked_grouped_gemm", x, w, masked_m, x_scale, expected_m, ndim=3)
-    return _run("masked_grouped_gemm", x, w, masked_m, x_scale, expected_m, out_dtype, implementation)
+    return run_gemm("masked_grouped_gemm", x, w, masked_m, x_scale, expected_m, out_dtype, implementation)
 
 
 def contiguous_grouped_gemm(
@@ -77,7 +69,7 @@ def contiguous_grouped_gemm(
     x_scale: Float[Array, "..."] | None = None,
     expected_m: int | None = None,
     out_dtype: Any = jnp.bfloat16,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> Float[Array, "rows n"]:
     """The same for rows [rows, K] sorted by expert; rows beyond sum(group_sizes) are pads.
 
@@ -85,11 +77,15 @@ def contiguous_grouped_gemm(
     `masked_grouped_gemm`.
     """
     check_operands("contiguous_grouped_gemm", x, w, group_sizes, x_scale, expected_m, ndim=2)
-    return _run("contiguous_grouped_gemm", x, w, group_sizes, x_scale, expected_m, out_dtype, implementation)
+    return run_gemm("contiguous_grouped_gemm", x, w, group_sizes, x_scale, expected_m, out_dtype, implementation)
 
 
-def _run(op, x, w, counts, x_scale, expected_m, out_dtype, implementation):
-    problem = kernel_problem(x, w, counts, expected_m, implementation)
+def run_gemm(
+    op: str, x: Any, w: Any, counts: Any, x_scale: Any, expected_m: int | None, out_dtype: Any, implementation: Any
+) -> jax.Array:
+    """The GEMM of operands that are checked already, in the layout that the rank of x says."""
+    plan = plan_kernel(x, w, counts, expected_m, implementation)
+    problem = plan.problem
     if problem is None and jnp.dtype(out_dtype) != jnp.bfloat16:
         problem = f"out_dtype must be bfloat16, got {jnp.dtype(out_dtype)}"
     return run_implementation(
@@ -97,7 +93,7 @@ def _run(op, x, w, counts, x_scale, expected_m, out_dtype, implementation):
         implementation,
         (x, w, counts, x_scale),
         xla=Call.of(gemm_xla, out_dtype=out_dtype),
-        mosaic_gpu=Call.of(_gemm_kernel, expected_m=expected_m),
+        mosaic_gpu=Call.of(_gemm_kernel, config=plan.config),
         problem=problem,
     )
 
@@ -117,20 +113,29 @@ def gemm_xla(x, w, counts, x_scale, *, out_dtype):
     return out.reshape(*lead, out.shape[-1])
 
 
-def kernel_problem(
-    x: Any, w: Any, counts: Any, expected_m: int | None, implementation: str | None, **fused: Any
-) -> str | None:
-    """Why the kernel does not take these operands (arrays or structs), or None."""
+class KernelPlan(NamedTuple):
+    """How the kernel would run one call: its tuned configuration, and None or the reason why it cannot."""
+
+    config: gemm_config.TuningConfig | None
+    problem: str | None
+
+
+def plan_kernel(
+    x: Any, w: Any, counts: Any, expected_m: int | None, implementation: Implementation | None, **fused: Any
+) -> KernelPlan:
+    """The plan of one call on these operands (arrays or structs); `fused`: the options of the SwiGLU epilogue."""
     if not isinstance(w, NVFP4Tensor | PackedWeights):
-        return f"w must be NVFP4, got {w.dtype}"
+        return KernelPlan(None, f"w must be NVFP4, got {w.dtype}")
     if problem := weight_layout.check_shape(w.shape):
-        return problem
+        return KernelPlan(None, problem)
     if implementation is None and not isinstance(w, PackedWeights):
-        return "w is not packed, and packing it in every call takes longer than it saves"
+        return KernelPlan(None, "w is not packed, and packing it in every call takes longer than it saves")
     config = kernel_config(x, w, expected_m, fused=bool(fused))
     words = jax.ShapeDtypeStruct(weight_layout.packed_shape(w.shape), jnp.uint32)
     x_bf16 = jax.ShapeDtypeStruct(x.shape, jnp.bfloat16 if isinstance(x, NVFP4Tensor) else x.dtype)
-    return masked_gemm.check_config(x_bf16, words, w.global_scale[..., 0], counts, config=config, **fused)
+    return KernelPlan(
+        config, masked_gemm.check_config(x_bf16, words, w.global_scale[..., 0], counts, config=config, **fused)
+    )
 
 
 def kernel_operands(x, w, x_scale):
@@ -156,8 +161,7 @@ def kernel_config(x: Any, w: Any, expected_m: int | None, *, fused: bool = False
     return gemm_choice.choose(k, n, experts, rows if expected_m is None else expected_m, fused=fused)
 
 
-def _gemm_kernel(x, w, counts, x_scale, *, expected_m):
-    config = kernel_config(x, w, expected_m)
+def _gemm_kernel(x, w, counts, x_scale, *, config):
     x, words, w_scale, x_scale = kernel_operands(x, w, x_scale)
     return masked_gemm.grouped_gemm(x, words, w_scale, counts, x_scale, config=config)[0]
 

@@ -90,6 +90,11 @@ _pack = jax.jit(lambda qdata, scale_bytes: weight_layout.pack(unpack(qdata), sca
 _unpack = jax.jit(weight_layout.unpack)
 
 
+def is_nvfp4(w: Any) -> bool:
+    """Whether weights are in NVFP4, packed or not, and no plain array."""
+    return isinstance(w, NVFP4Tensor | PackedWeights)
+
+
 def arrange_experts(w13: Any, w2: Any, size: int, *, packed: bool) -> tuple[Any, Any]:
     """The weights of both GEMMs, I = size, as the kernel reads them, or as they were; what is not NVFP4 stays as it is.
 

@@ -8,11 +8,8 @@ from fp4jax.layers.linear import (
     RMSNorm as RMSNorm,
 )
 from fp4jax.layers.moe_block import (
-    EP_AXIS as EP_AXIS,
     ExpertAmax as ExpertAmax,
-    ExpertSettings as ExpertSettings,
     MoEAux as MoEAux,
     MoEBlock as MoEBlock,
     RoutingConfig as RoutingConfig,
-    expert_mesh as expert_mesh,
 )

@@ -2,12 +2,12 @@
 
 Experts are stored stacked, w13 [E, 2I, H] (gate rows first) and w2 [E, H, I], plain, as NVFP4Tensor, or as
 PackedWeights where the grouped GEMM's kernel runs (`configure` packs them). What the model fixes is in `RoutingConfig`,
-what the serving side chooses in `ExpertSettings`.
+what its user chooses in `MoEConfig`.
 """
 
-from dataclasses import dataclass
+import dataclasses
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,17 +16,18 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from fp4jax import implementations, moe, nvfp4, routing
+from fp4jax import routing
 from fp4jax.expert_parallel.low_latency import ReceiveBuffers
-from fp4jax.grouped_gemm.packed_weights import PackedWeights, arrange_experts
+from fp4jax.experts import MoEWeights, quantize_experts, quantize_gate_up, runs_on_kernel
+from fp4jax.grouped_gemm.packed_weights import arrange_experts, is_nvfp4
 from fp4jax.layers.linear import MLP, Linear, exact_precision, largest, normal_param
-from fp4jax.nvfp4 import NVFP4Tensor
+from fp4jax.moe import MoEStats, moe_layer
+from fp4jax.moe_config import MoEConfig
 from fp4jax.operands import check_type
+from fp4jax.sharded_moe import EP_AXIS, expert_mesh, sharded_moe_layer
 
-EP_AXIS = "ep"
 
-
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class RoutingConfig:
     """Arguments of `routing.route` that belong to the model; `correction_bias=True` makes it a parameter."""
 
@@ -47,56 +48,6 @@ class RoutingConfig:
             num_groups=self.num_groups,
             topk_groups=self.topk_groups,
         )
-
-
-def expert_mesh(mesh: Mesh) -> Mesh:
-    """The mesh with Auto axes, whatever they were (`jax.make_mesh` makes Explicit ones): experts run in shard_map.
-
-    Raises:
-      ValueError, TypeError: for other axes than the one named "ep", or what is no mesh of devices.
-    """
-    check_type("mesh", mesh, Mesh, f"`jax.make_mesh((devices,), ({EP_AXIS!r},))` makes one")
-    if mesh.axis_names != (EP_AXIS,):
-        raise ValueError(f"the mesh of the experts must have the one axis {EP_AXIS!r}, got {mesh.axis_names}")
-    return Mesh(mesh.devices, mesh.axis_names)
-
-
-@dataclass(frozen=True)
-class ExpertSettings:
-    """How the experts run; changes numerics and traffic, never the weights.
-
-    `differentiable` chooses `moe.dense_moe` (training, plain weights, one device); otherwise `moe.moe_layer`, inside
-    shard_map over the axis "ep" of `mesh` when one is given. `low_latency`: decode steps of `models.BucketedModel` keep
-    their receive buffers (`fp4jax.expert_parallel.low_latency`; GPUs whose kernels reach each other only). The other
-    fields are those of `moe.MoEConfig`.
-    """
-
-    differentiable: bool = False
-    activation_format_1: Literal["nvfp4", "bf16"] | None = None
-    activation_format_2: Literal["nvfp4", "bf16"] | None = None
-    wire_format: Literal["nvfp4", "fp8", "bf16"] = "bf16"
-    form: Literal["per_peer", "per_slot"] = "per_peer"
-    layout: Literal["masked", "contiguous"] = "masked"
-    capacity: int | None = None
-    pair_capacity: int | None = None
-    mesh: Mesh | None = None
-    low_latency: bool = False
-    implementation: str | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("activation_format_1", "activation_format_2"):
-            if getattr(self, name) not in (None, *moe.ACTIVATION_FORMATS):
-                raise ValueError(f"{name} must be None, 'nvfp4' or 'bf16', got {getattr(self, name)!r}")
-        if self.mesh is not None:
-            object.__setattr__(self, "mesh", expert_mesh(self.mesh))
-        if self.low_latency and self.mesh is None:
-            raise ValueError("low_latency=True is about tokens that cross a mesh, and there is none")
-        formats = self.activation_format_1, self.activation_format_2
-        if self.differentiable and (self.mesh is not None or "nvfp4" in formats):
-            raise ValueError(
-                "differentiable=True runs on one device with activations in bf16, "
-                f"got mesh={self.mesh} and activation formats {formats}"
-            )
 
 
 class MoEAux(NamedTuple):
@@ -138,7 +89,9 @@ class MoEBlock(nnx.Module):
     ):
         linear = dict(dtype=dtype, param_dtype=param_dtype, stddev=stddev, rngs=rngs)
         self.dtype, self.path = jnp.dtype(dtype), path
-        self.router_config, self.settings = router, ExpertSettings()
+        self.router_config = router
+        self.mesh: Mesh | None = None
+        self.config = MoEConfig(num_experts=router.num_experts)
         self.gate = Linear(hidden_size, router.num_experts, **{**linear, "dtype": jnp.float32})
         self.correction_bias = nnx.data(None)
         if router.correction_bias:
@@ -209,59 +162,48 @@ class MoEBlock(nnx.Module):
 
     def experts(
         self, x: jax.Array, route: routing.Routing, buffers: ReceiveBuffers | None = None
-    ) -> tuple[jax.Array, moe.MoEStats]:
+    ) -> tuple[jax.Array, MoEStats]:
         """Routed experts on rows x [T, H] with a given routing: weighted sums [T, H], and what `moe_layer` reports."""
-        w13, w2 = self.w13.get_value(), self.w2.get_value()
-        settings = self.settings
-        if settings.differentiable:
-            if _is_quantized(w13) or _is_quantized(w2):
-                raise ValueError(f"{self.path}: differentiable=True needs plain expert weights; these are NVFP4")
-            y = moe.dense_moe(x, *route, w13.astype(self.dtype), w2.astype(self.dtype))
-            return y.astype(self.dtype), moe.MoEStats(jnp.int32(0))
-        w13, w2 = (w if _is_quantized(w) else w.astype(self.dtype) for w in (w13, w2))
-        weights = moe.MoEWeights(
-            w13,
-            w2,
-            None if self.input_scale_1 is None else self.input_scale_1[...],
-            None if self.input_scale_2 is None else self.input_scale_2[...],
-        )
-        config = moe.MoEConfig(
-            num_experts=self.router_config.num_experts,
-            wire_format=settings.wire_format,
-            form=settings.form,
-            layout=settings.layout,
-            activation_format_1=settings.activation_format_1,
-            activation_format_2=settings.activation_format_2,
-            capacity=settings.capacity,
-            pair_capacity=settings.pair_capacity,
-            axis_name=None if settings.mesh is None else EP_AXIS,
-            implementation=settings.implementation,
-        )
-        if settings.mesh is None:
-            y, stats = moe.moe_layer(x, *route, weights, config)
-            return y.astype(self.dtype), stats
-        return _sharded_experts(x, route, weights, config, settings.mesh, buffers)
+        w13, w2 = (w if is_nvfp4(w) else w.astype(self.dtype) for w in (self.w13.get_value(), self.w2.get_value()))
+        if self.config.differentiable and (is_nvfp4(w13) or is_nvfp4(w2)):
+            raise ValueError(f"{self.path}: differentiable=True needs plain expert weights; these are NVFP4")
+        scales = (None if scale is None else scale[...] for scale in (self.input_scale_1, self.input_scale_2))
+        weights = MoEWeights(w13, w2, *scales)
+        if self.mesh is None:
+            y, stats = moe_layer(x, *route, weights, self.config)
+        else:
+            y, stats = sharded_moe_layer(x, *route, weights, self.config, self.mesh, buffers)
+        return y.astype(self.dtype), stats
 
-    def configure(self, settings: ExpertSettings) -> None:
-        """Set how the experts run and place their weights: sharded over "ep" with a mesh, else on one device.
+    def configure(self, config: MoEConfig, mesh: Mesh | None = None) -> None:
+        """Sets how the experts run and places their weights: split over "ep" of a mesh, or all on one device.
 
         NVFP4 weights are packed where the kernel of the grouped GEMM will run, and unpacked where not. The other
         parameters are not moved; `models.configure_experts` does that for a whole model.
+
+        Args:
+          config: `config.num_experts` is the block's. `config.axis_name` may be left out.
+          mesh: has the one axis "ep"; None: one device.
+
+        Raises:
+          TypeError, ValueError: a config or mesh that does not fit the block.
         """
-        mesh = settings.mesh
-        if mesh is not None and self.router_config.num_experts % mesh.size:
-            raise ValueError(
-                f"{self.path}: {self.router_config.num_experts} experts cannot be split over {mesh.size} devices"
-            )
-        self.settings = settings
+        check_type(f"{self.path}: config", config, MoEConfig, "e.g. MoEConfig(num_experts=8)")
+        experts, mesh = self.router_config.num_experts, None if mesh is None else expert_mesh(mesh)
+        if config.num_experts != experts:
+            raise ValueError(f"{self.path}: config.num_experts={config.num_experts} for a block of {experts} experts")
+        if mesh is not None and experts % mesh.size:
+            raise ValueError(f"{self.path}: {experts} experts cannot be split over {mesh.size} devices")
+        self.config = dataclasses.replace(config, axis_name=None if mesh is None else EP_AXIS)
+        self.mesh = mesh
         place = jax.devices()[0] if mesh is None else NamedSharding(mesh, P(EP_AXIS))
         for param in self.sharded_params():
             param.set_value(jax.device_put(param.get_value(), place))
         self._pack_or_unpack()
 
     def _pack_or_unpack(self) -> None:
-        """Kernel layout for NVFP4 weights if and only if the settings lead to the kernel."""
-        on_kernel = runs_on_kernel(self.dtype, self.settings.implementation)
+        """Kernel layout for NVFP4 weights if and only if the config leads to the kernel."""
+        on_kernel = runs_on_kernel(self.dtype, self.config.implementation)
         pair = arrange_experts(self.w13.get_value(), self.w2.get_value(), self.intermediate_size, packed=on_kernel)
         for param, value in zip((self.w13, self.w2), pair, strict=True):
             param.set_value(value)
@@ -277,18 +219,13 @@ class MoEBlock(nnx.Module):
           ValueError: the weights of both GEMMs are NVFP4 already.
         """
         w13, w2 = self.w13.get_value(), self.w2.get_value()
-        if _is_quantized(w13) and _is_quantized(w2):
+        if is_nvfp4(w13) and is_nvfp4(w2):
             raise ValueError(f"{self.path}: the experts are quantized already")
-        quantize = partial(nvfp4.quantize, global_scale="per_expert", four_over_six=four_over_six)
-        if not _is_quantized(w13):
+        if not is_nvfp4(w13):
             half = w13.shape[1] // 2
-            gate, up = quantize(w13[:, :half]), quantize(w13[:, half:])
-            scales = [jnp.broadcast_to(t.global_scale, (w13.shape[0], half, 1)) for t in (gate, up)]
-            codes_and_blocks = [(t.qdata, t.block_scale) for t in (gate, up)]
-            parts = [*zip(*codes_and_blocks, strict=True), scales]
-            self.w13.set_value(NVFP4Tensor(*(jnp.concatenate(part, axis=1) for part in parts)))
-        if not _is_quantized(w2):
-            self.w2.set_value(quantize(w2))
+            self.w13.set_value(quantize_gate_up(w13[:, :half], w13[:, half:], four_over_six=four_over_six))
+        if not is_nvfp4(w2):
+            self.w2.set_value(quantize_experts(w2, four_over_six=four_over_six))
         self._pack_or_unpack()
 
     def calibrate(
@@ -299,7 +236,7 @@ class MoEBlock(nnx.Module):
         all_tokens: an expert's amax is over every token, routed to it or not; a NaN is reported as such.
         """
         w13, w2 = self.w13.get_value(), self.w2.get_value()
-        if _is_quantized(w13) or _is_quantized(w2):
+        if is_nvfp4(w13) or is_nvfp4(w2):
             raise ValueError(f"{self.path}: calibrate before quantize_experts, with plain expert weights")
         rows = x.reshape(-1, x.shape[-1])
         route, _ = self._route(rows)
@@ -330,7 +267,7 @@ class MoEBlock(nnx.Module):
             NVFP4), or a scale is zero, negative or not finite.
         """
         given = {"input_scale_1": input_scale_1, "input_scale_2": input_scale_2}
-        quantized = [_is_quantized(w.get_value()) for w in (self.w13, self.w2)]
+        quantized = [is_nvfp4(w.get_value()) for w in (self.w13, self.w2)]
         needed = dict(zip(given, quantized if any(quantized) else (True, True), strict=True))
         missing = [name for name, value in given.items() if value is None and needed[name]]
         if missing and any(value is not None for value in given.values()):
@@ -354,41 +291,4 @@ class MoEBlock(nnx.Module):
         if input_scale_2 is not None:
             self.input_scale_2 = nnx.Param(jnp.asarray(input_scale_2, jnp.float32).reshape(-1, 1, 1))
         if input_scale_1 is not None or input_scale_2 is not None:
-            self.configure(self.settings)
-
-
-def runs_on_kernel(dtype: Any, implementation: str | None = None) -> bool:
-    """Whether NVFP4 experts of a block that computes in `dtype` go to the grouped GEMM's kernel, and are packed."""
-    return implementations.has_hopper_gpu() and implementation in (None, "mosaic_gpu") and dtype == jnp.bfloat16
-
-
-def _is_quantized(w: Any) -> bool:
-    return isinstance(w, NVFP4Tensor | PackedWeights)
-
-
-@partial(jax.jit, static_argnums=(3, 4))
-def _sharded_experts(
-    x: jax.Array, route: routing.Routing, weights: moe.MoEWeights, config: moe.MoEConfig, mesh: Mesh, buffers: Any
-) -> tuple[jax.Array, moe.MoEStats]:
-    """`moe.moe_layer` with tokens and experts split over "ep"; tokens that fill up the last device go to no expert."""
-    tokens = x.shape[0]
-    pad = -tokens % mesh.size
-    x = jnp.pad(x, ((0, pad), (0, 0)))
-    ids = jnp.pad(route.topk_ids, ((0, pad), (0, 0)), constant_values=-1)
-    topk_weights = jnp.pad(route.topk_weights, ((0, pad), (0, 0)))
-    split = jax.tree.map(lambda _: P(EP_AXIS), weights)
-    if weights.input_scale_1 is not None:
-        split = split._replace(input_scale_1=P())
-
-    def on_device(x: Any, ids: Any, topk_weights: Any, weights: Any, buffers: Any) -> tuple[jax.Array, moe.MoEStats]:
-        y, stats = moe.moe_layer(x, ids, topk_weights, weights, config, buffers)
-        return y.astype(x.dtype), stats  # drops are summed over the devices already
-
-    specs: Any = (P(), P(EP_AXIS))
-    sharded = jax.shard_map(
-        on_device, mesh=mesh, in_specs=(P(EP_AXIS), P(EP_AXIS), P(EP_AXIS), split, P(EP_AXIS)),
-        out_specs=(P(EP_AXIS), moe.MoEStats(*specs)),
-        check_vma=buffers is None,  # JAX knows no references that vary over a mesh
-    )  # fmt: skip
-    y, stats = sharded(x, ids, topk_weights, weights, buffers)
-    return y[:tokens], stats
+            self.configure(self.config, self.mesh)

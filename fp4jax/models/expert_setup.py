@@ -12,9 +12,10 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
-from fp4jax.layers.moe_block import ExpertAmax, MoEBlock, expert_mesh
+from fp4jax.layers.moe_block import ExpertAmax, MoEBlock
 from fp4jax.nvfp4 import E2M1_MAX, E4M3_MAX
 from fp4jax.operands import check_array
+from fp4jax.sharded_moe import EP_AXIS, expert_mesh
 
 _AMAX_PER_SCALE = np.float32(E2M1_MAX * E4M3_MAX)  # the value that code 6 with block scale 448 stands for
 
@@ -29,16 +30,21 @@ class MoEModel(Protocol):
 
 
 def configure_experts(model: MoEModel, **changes: Any) -> None:
-    """Change fields of every block's `ExpertSettings`, in place: formats, wire, mesh. Weights keep their values.
+    """Changes how all experts of a model run, in place; weights keep their values.
 
-    With a `mesh` (or None) everything but the experts is copied to all its devices (or to the first one).
+    Args:
+      changes: fields of `MoEConfig`, and `mesh`, over which the experts are split: the experts' weights are split over
+        its axis "ep" and everything else is copied to all its devices; with None everything goes to the first device.
+        Fields that are not named stay as they are.
     """
-    if changes.get("mesh") is not None:
-        changes["mesh"] = expert_mesh(changes["mesh"])
+    new_mesh = "mesh" in changes
+    mesh = changes.pop("mesh", None)
+    mesh = None if mesh is None else expert_mesh(mesh)
     for block in model.moe_blocks():
-        block.configure(dataclasses.replace(block.settings, **changes))
-    if "mesh" in changes:
-        mesh = changes["mesh"]
+        at = mesh if new_mesh else block.mesh
+        fields: dict[str, Any] = {"axis_name": None if at is None else EP_AXIS, **changes}
+        block.configure(dataclasses.replace(block.config, **fields), at)
+    if new_mesh:
         place = jax.devices()[0] if mesh is None else NamedSharding(mesh, PartitionSpec())
         sharded = {id(param) for block in model.moe_blocks() for param in block.sharded_params()}
         for _, param in nnx.iter_graph(model):

@@ -93,7 +93,7 @@ def test_a_scale_per_token_is_said_in_the_config(tmp_path, layout):
     quantize_experts(model)
     configure_experts(model, activation_format_1="nvfp4", activation_format_2="nvfp4")
     loaded = round_trip(model, config, tmp_path, layout)
-    assert loaded.layers[0].mlp.settings.activation_format_2 == "nvfp4"
+    assert loaded.layers[0].mlp.config.activation_format_2 == "nvfp4"
     assert "scale per token" in inspect_folder(tmp_path)["plan"]
 
 

@@ -77,7 +77,7 @@ class SavedTensors:
         first = path[-1] == "w13"
         scale = owner.input_scale_1 if first else owner.input_scale_2
         scale = None if scale is None else np.asarray(jax.device_get(scale[...])).reshape(-1)
-        activations = owner.settings.activation_format_1 if first else owner.settings.activation_format_2
+        activations = owner.config.activation_format_1 if first else owner.config.activation_format_2
         for module, expert, start, rows in expert_modules(path, value.shape):
             part = slice(start, start + rows)
             layer = NVFP4Tensor(value.qdata[expert, part], value.block_scale[expert, part], None)

@@ -1,0 +1,98 @@
+"""The weights of an expert layer, and how they are made of plain ones."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from fp4jax import implementations
+from fp4jax.grouped_gemm.gemm import Weights
+from fp4jax.grouped_gemm.packed_weights import arrange_experts
+from fp4jax.implementations import Implementation
+from fp4jax.moe_config import ACTIVATION_FORMATS, ActivationFormat
+from fp4jax.nvfp4 import NVFP4Tensor, quantize
+from fp4jax.operands import check_array
+
+
+class MoEWeights(NamedTuple):
+    """Expert weights, stacked: E experts of a whole layer, or the L experts of one device inside shard_map.
+
+    w13: gate rows, then up rows, [E, 2I, H]; w2: [E, H, I]. Each is PackedWeights (the layout of the kernel on Hopper),
+      an NVFP4Tensor, or a bf16 or f32 array.
+    input_scale_1: f32 decode scale of the tokens (), the same on every device; scales per expert [E, 1, 1] are reduced
+      to the maximum over all devices in every call. None: every token gets a scale of its own.
+    input_scale_2: f32 [E, 1, 1], decode scales of the second GEMM's activations; None: every row gets its own.
+    """
+
+    w13: Weights
+    w2: Weights
+    input_scale_1: Float[Array, "..."] | float | None = None
+    input_scale_2: Float[Array, "e 1 1"] | None = None
+
+
+def prepare_experts(
+    gate: Float[Array, "e i h"],
+    up: Float[Array, "e i h"],
+    down: Float[Array, "e h i"],
+    *,
+    activation_format: ActivationFormat | None = None,
+    four_over_six: bool = False,
+) -> MoEWeights:
+    """Plain expert weights -> NVFP4 weights for `moe.moe_layer` and `moe.sharded_moe_layer`.
+
+    Every expert and projection gets a global scale of its own: amax / 2688, or / 1536 with four-over-six. Where JAX
+    sees a Hopper GPU the weights are packed for its kernel, with I raised to a multiple of 64 by rows of zeros; weights
+    whose H is no multiple of 64 are not packed, and XLA multiplies them. Values are the same either way.
+
+    Args:
+      gate, up: bf16 or f32 [E, I, H]; I and H are multiples of 16.
+      down: bf16 or f32 [E, H, I].
+      activation_format: the format of the activations that the weights will meet, None: any. "nvfp4" and "bf16" use the
+        same weights.
+      four_over_six: store each block at the better of two scales, see `nvfp4.quantize`.
+
+    Raises:
+      TypeError, ValueError: arguments of another kind, dtype or shape.
+    """
+    op = "prepare_experts"
+    for name, w in (("gate", gate), ("up", up), ("down", down)):
+        check_array(f"{op}: {name}", w, jnp.floating)
+    experts, size, hidden = gate.shape if gate.ndim == 3 else (-1, -1, -1)
+    if gate.ndim != 3 or up.shape != gate.shape or down.shape != (experts, hidden, size):
+        raise ValueError(
+            f"{op}: gate and up must be [E, I, H] and down [E, H, I], got {gate.shape}, {up.shape} and {down.shape}"
+        )
+    if activation_format not in (None, *ACTIVATION_FORMATS):
+        raise ValueError(
+            f"{op}: activation_format={activation_format!r} is unknown; choose None or one of {ACTIVATION_FORMATS}"
+        )
+    w13 = quantize_gate_up(gate, up, four_over_six=four_over_six)
+    w2 = quantize_experts(down, four_over_six=four_over_six)
+    return MoEWeights(*arrange_experts(w13, w2, size, packed=runs_on_kernel(jnp.bfloat16)))
+
+
+# Under jit, so that no f32 copy of all weights is in memory.
+
+
+@functools.partial(jax.jit, static_argnames="four_over_six")
+def quantize_experts(w: Float[Array, "e n k"], *, four_over_six: bool = False) -> NVFP4Tensor:
+    """Stacked weights -> NVFP4 with one global scale per expert [E, 1, 1]."""
+    return quantize(w, global_scale="per_expert", four_over_six=four_over_six)
+
+
+@functools.partial(jax.jit, static_argnames="four_over_six")
+def quantize_gate_up(
+    gate: Float[Array, "e i h"], up: Float[Array, "e i h"], *, four_over_six: bool = False
+) -> NVFP4Tensor:
+    """Gate and up rows -> w13 [E, 2I, H] whose halves have global scales of their own, [E, 2I, 1]."""
+    halves = [quantize_experts(w, four_over_six=four_over_six) for w in (gate, up)]
+    scales = [jnp.broadcast_to(t.global_scale, (*t.shape[:2], 1)) for t in halves]
+    parts = [[t.qdata for t in halves], [t.block_scale for t in halves], scales]
+    return NVFP4Tensor(*(jnp.concatenate(part, axis=1) for part in parts))
+
+
+def runs_on_kernel(dtype: jnp.dtype | type, implementation: Implementation | None = None) -> bool:
+    """Whether NVFP4 experts that compute in `dtype` go to the grouped GEMM's kernel, and so are packed."""
+    return implementations.has_hopper_gpu() and implementation in (None, "mosaic_gpu") and dtype == jnp.bfloat16

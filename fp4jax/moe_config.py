@@ -1,0 +1,107 @@
+"""How the experts of a layer run: one frozen class of settings for the op, the Flax block and whole models."""
+
+import dataclasses
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from fp4jax.expert_parallel.exchange import FORMS, Form
+from fp4jax.expert_parallel.wire_formats import WIRE_FORMATS, WireFormat
+from fp4jax.grouped_gemm.packed_weights import is_nvfp4
+from fp4jax.implementations import IMPLEMENTATIONS, Implementation
+from fp4jax.operands import described
+
+Layout = Literal["masked", "contiguous"]
+ActivationFormat = Literal["nvfp4", "bf16"]
+LAYOUTS: tuple[str, ...] = get_args(Layout)
+ACTIVATION_FORMATS: tuple[str, ...] = get_args(ActivationFormat)
+# With `layout=None`, up to this many rows per device stay in the masked layout. Its buffers have as many rows for every
+# expert, which is little for a decode step; a prefill would fill gigabytes with pads.
+MASKED_ROWS = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """Static settings of an expert layer.
+
+    They change numerics, traffic and speed, never the weights. The mesh is not among them: functions that need it take
+    it as an argument.
+
+    Attributes:
+      num_experts: the experts of all devices together (E).
+      activation_format_1: format of the activations in the first GEMM: "nvfp4" (W4A4), "bf16" (W4A16), or None: NVFP4
+        where the weights are NVFP4 and come with an input scale, bf16 elsewhere. Tokens that crossed the network in
+        NVFP4 stay in NVFP4.
+      activation_format_2: the same for the second GEMM.
+      wire_format: format in which tokens cross the network, see `expert_parallel.dispatch`.
+      form: "per_peer" or "per_slot", see `expert_parallel.dispatch`.
+      layout: "masked" [L, M, ...], "contiguous" [rows, ...], or None: masked for decode steps (up to 128 rows on a
+        device) and wherever a capacity is given, contiguous for more rows.
+      capacity: rows per local expert (M) in the masked layout, rows in all in the contiguous one; routes beyond it are
+        dropped and counted. None: the worst case for tokens that name an expert at most once.
+      pair_capacity: rows per sender and receiver (C) of a dispatch; None: the worst case.
+      axis_name: mesh axis that experts and tokens are split over, None on one device.
+      low_latency: programs of many layers keep their receive buffers (`expert_parallel.ReceiveBuffers`), so that
+        devices need not meet before they send. `engine.BucketedModel` does so in decode steps.
+      differentiable: every expert runs on every token, unquantized (`moe.dense_moe`): for training on one device.
+      implementation: of every op of the layer; None: the best one for the device and the shapes.
+
+    Raises:
+      TypeError, ValueError: a field that is unknown or does not fit the others; the message names it.
+    """
+
+    num_experts: int
+    activation_format_1: ActivationFormat | None = None
+    activation_format_2: ActivationFormat | None = None
+    wire_format: WireFormat = "bf16"
+    form: Form = "per_peer"
+    layout: Layout | None = None
+    capacity: int | None = None
+    pair_capacity: int | None = None
+    axis_name: str | None = None
+    low_latency: bool = False
+    differentiable: bool = False
+    implementation: Implementation | None = None
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("activation_format_1", (None, *ACTIVATION_FORMATS)),
+            ("activation_format_2", (None, *ACTIVATION_FORMATS)),
+            ("wire_format", WIRE_FORMATS),
+            ("form", FORMS),
+            ("layout", (None, *LAYOUTS)),
+            ("implementation", (None, *IMPLEMENTATIONS)),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"MoEConfig: {name}={getattr(self, name)!r} is unknown; choose one of {choices}")
+        if not isinstance(self.axis_name, str | None):
+            raise TypeError(f"MoEConfig: axis_name must be the name of one mesh axis or None, got {self.axis_name!r}")
+        for name in ("num_experts", "capacity", "pair_capacity"):
+            value = getattr(self, name)
+            if name != "num_experts" and value is None:
+                continue
+            if not isinstance(value, int | np.integer):
+                raise TypeError(f"MoEConfig: {name} must be an int, got {described(value)}")
+            if value < 1:
+                raise ValueError(f"MoEConfig: {name} must be at least 1, got {value}")
+        if self.low_latency and self.axis_name is None:
+            raise ValueError("MoEConfig: low_latency=True is about tokens that cross a mesh, and axis_name is None")
+        formats = self.activation_format_1, self.activation_format_2
+        if self.differentiable and (self.axis_name is not None or "nvfp4" in formats):
+            raise ValueError(
+                "MoEConfig: differentiable=True runs on one device with activations in bf16, "
+                f"got axis_name={self.axis_name!r} and activation formats {formats}"
+            )
+
+    def resolved(self, weights: Any, rows: int) -> "MoEConfig":
+        """The config without a None in formats and layout, for `experts.MoEWeights` and that many rows on a device."""
+        scales = weights.input_scale_1, weights.input_scale_2
+        formats = [
+            given or ("nvfp4" if is_nvfp4(w) and scale is not None else "bf16")
+            for given, w, scale in zip(
+                (self.activation_format_1, self.activation_format_2), (weights.w13, weights.w2), scales, strict=True
+            )
+        ]
+        few = rows <= MASKED_ROWS or self.capacity is not None
+        layout = self.layout or ("masked" if few else "contiguous")
+        return dataclasses.replace(self, activation_format_1=formats[0], activation_format_2=formats[1], layout=layout)
