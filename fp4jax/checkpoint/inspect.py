@@ -49,7 +49,9 @@ def inspect_folder(
     dtype: Any = None,
     input_scales: str = "stored",
 ) -> dict[str, Any]:
-    """Reports what `load_model` would make of a folder; it reads headers and scales, but no weights.
+    """Reports what `load_model` would make of a folder; it reads headers and scales, but not the weights.
+
+    The only weights that it reads are the embedding and the head of a folder that stores both although they are tied.
 
     Args:
       folder, quantization, dtype, input_scales: as in `load_model`.
@@ -193,7 +195,7 @@ def as_text(report: Mapping[str, Any]) -> str:
     lines += _some([f"problem: {problem}" for problem in report["problems"]], "  ")
     if "plan" in report:
         plan = report["plan"].splitlines()
-        last = [line for line in plan if line.startswith(("as they are:", "note:"))]  # kept if many layers are cut off
+        last = [line for line in plan if line.startswith(("as they are:", "note:"))]  # shown even if layers are cut
         lines += [f"model: {report['model_type']}", *_some([line for line in plan if line not in last]), *_some(last)]
         for title, key in (("parameters stored as", "formats"), ("parameters that run as", "runs_as")):
             lines += _wrapped(f"{title}: " + ", ".join(f"{kind}: {count}" for kind, count in report[key].items()))

@@ -1,10 +1,10 @@
 """Loads a model from a folder in Hugging Face layout.
 
-Every tensor is checked by name, shape and type before the data of any weight is read. How a layer is stored (plain,
-NVFP4 of ModelOpt or compressed-tensors, block-wise FP8) follows from its tensors. What a plain layer becomes follows
-from the plan of `quant_config`, which is also compared with the tensors. Parameters are filled one at a time from
-memory-mapped files. With a mesh, each expert goes straight to the device that owns it, so that the host never holds
-more than one parameter.
+Every tensor is checked by name, shape and type before any parameter is filled. How a layer is stored (plain, NVFP4 of
+ModelOpt or compressed-tensors, block-wise FP8) follows from its tensors. What a plain layer becomes follows from the
+plan of `quant_config`, which is also compared with the tensors. Parameters are filled one at a time from memory-mapped
+files. With a mesh, each expert goes straight to the device that owns it, so that the host never holds more than one
+parameter.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Matches the tensors of a folder with the parameters of its model, and finds all problems before weights are read."""
+"""Matches the tensors of a folder with the parameters of its model, and finds problems before parameters are filled."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -80,7 +80,7 @@ def examine_folder(
     input_scales: str = "stored",
     devices: int = 1,
 ) -> Match:
-    """Makes all checks that `load_model` makes before it reads weights.
+    """Makes all checks that `load_model` makes before it fills parameters.
 
     Problems of single modules are collected in the result: `load_model` raises the first one, and the report of
     `inspect_folder` shows all of them.

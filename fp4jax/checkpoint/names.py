@@ -1,8 +1,8 @@
 """Translates the paths of a model's parameters to the names of tensors in a Hugging Face checkpoint.
 
-The path of a parameter, joined by dots, is the name of its tensor. Only the experts differ: the model stacks their
-weights as w13 [E, 2I, H] (gate rows first) and w2 [E, H, I]. Older checkpoints store every projection of every expert
-in a tensor of its own, newer ones stack the experts.
+The path of a parameter, joined by dots, is the name of its tensor, apart from the names in `Decoder.TENSOR_NAMES` and
+from the experts. The model stacks the weights of experts as w13 [E, 2I, H] (gate rows first) and w2 [E, H, I]. Older
+checkpoints store every projection of every expert in a tensor of its own, newer ones stack the experts.
 """
 
 from collections.abc import Iterable, Mapping

@@ -22,7 +22,7 @@ class Method(NamedTuple):
     activations: the format of the module's inputs. For "nvfp4" weights it is "nvfp4" (W4A4) or "bf16" (W4A16); for
       "block_wise_fp8" weights it is "fp8", or "fp8_ue8m0" if the scales are powers of two; else it is "bf16".
     input_scales: where the scales of NVFP4 activations come from: "stored" reads them from the checkpoint, "per_token"
-      computes one for each token at run time. It means nothing for other activations.
+      computes one for each token at run time. The field has no meaning for other activations.
     """
 
     format: str
@@ -116,7 +116,7 @@ class QuantizationPlan:
     """How every module of a model is stored and runs; `method` answers for one module, `str` prints the plan.
 
     dense: the method of all linear layers that are not experts, unless `ignore` or `layers` says otherwise.
-    experts: the same for the linear layers of experts.
+    experts: the method of all linear layers of experts, unless `ignore` or `layers` says otherwise.
     source: a name for the config that decided, such as "the checkpoint (fp8)" or "--quantization".
     ignore: patterns of modules that are not quantized.
     layers: (pattern, method) of single modules, for checkpoints in mixed precision. An entry that is the plain name of

@@ -107,7 +107,7 @@ def _nvfp4_modules(reader: Reader, layout: Layout) -> list[str]:
 def _configs(reader: Reader, old: Layout, new: Layout, modules: list[str]) -> tuple[Described, dict[str, Any] | None]:
     """Returns (the configs of the output, the configs of the source to keep in metadata).
 
-    The second is None if converting the output back reproduces the configs of the source.
+    The second value is None if converting the output back reproduces the configs of the source.
     """
     folder = reader.folder
     file = folder / QUANT_CONFIG_NAME

@@ -106,7 +106,7 @@ class Reader:
         if entry.dtype not in DTYPES:
             raise ValueError(f"{entry.file}: tensor {name} has type {entry.dtype}, which is not supported")
         count = math.prod(entry.shape)
-        if count == 0:  # a file without data cannot be mapped
+        if count == 0:  # an empty tensor has no bytes in the file
             return np.zeros(entry.shape, DTYPES[entry.dtype])[rows]
         whole = np.frombuffer(self._map(entry.file), DTYPES[entry.dtype], count, entry.start).reshape(entry.shape)
         return whole[rows] if entry.shape else whole
@@ -126,7 +126,8 @@ class Reader:
         """Checks that a tensor has a shape and one of several types.
 
         Raises:
-          ValueError: it has not; the message names the file and the tensor, what was found and what was expected.
+          ValueError: the tensor has another shape or type; the message names the file, the tensor, what was found and
+            what was expected.
         """
         entry = self._entries[name]
         if entry.shape != tuple(shape) or entry.dtype not in dtypes:

@@ -104,10 +104,10 @@ class SavedTensors:
         Args:
           path: the parameter, for messages.
           module: the layer's name in the folder.
-          w: its codes and block scales.
-          scales: its global scales, which must all be equal.
-          input_scale: the scale of its activations, None if it has none.
-          activations: the format of its activations; None: "nvfp4" if there is an input scale, else "bf16".
+          w: the layer's codes and block scales.
+          scales: the layer's global scales, which must all be equal.
+          input_scale: the scale of the layer's activations, None if there is none.
+          activations: the format of the layer's activations; None: "nvfp4" if there is an input scale, else "bf16".
         """
         if (scales != scales.flat[0]).any():
             raise ValueError(

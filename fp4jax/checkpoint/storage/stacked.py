@@ -5,7 +5,8 @@ The tensors are named in one of two ways. ModelOpt may treat the stack as a para
 `.weight_packed`, and `experts.gate_up_proj.weight_scale`.
 
 The weight of each expert is stored as [N, K], or as [K, N] if the original model computes x @ W. Codes and block scales
-have the same order, and it follows from the shapes: gate_up_proj and down_proj of a layer cannot both be square.
+have the same order. The shapes of the tensors tell which order it is: at least one of gate_up_proj and down_proj is not
+square.
 
 A global scale is a single number for the stack, or one per expert, or one per expert for each of gate and up.
 """

@@ -40,7 +40,7 @@ class Part(NamedTuple):
     load: a function that returns the part's values. For plain weights and for stacked experts it also takes a slice,
       and then returns only these entries of the leading axis.
     expert: the part belongs to this index of the leading axis; None: the part is the whole array.
-    start, rows: the part covers rows `start` to `start + rows` of that expert. They have no effect if `expert` is None.
+    start, rows: the part covers rows `start` to `start + rows` of that expert. Both have no effect for expert None.
     check: a function that reads only the scales that `load` reads, and raises ValueError if one of them cannot be
       used, as `load` does; None: `load` reads no scales.
     """
@@ -307,8 +307,8 @@ def decoded(reader: Reader, layout: str, name: str) -> np.ndarray:
 
     Args:
       reader: the folder.
-      layout: how the tensor is stored, "modelopt" or "compressed_tensors". The latter stores reciprocals; the exact
-        scale is taken from the file's metadata if they keep it (see `kept_scales`).
+      layout: how the tensor is stored, "modelopt" or "compressed_tensors". compressed-tensors stores
+        reciprocals; the exact scale comes from the file's metadata if it is kept there (see `kept_scales`).
       name: the name of the tensor.
     """
     values = reader.read(name).astype(np.float32)
