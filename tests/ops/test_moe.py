@@ -133,7 +133,7 @@ def test_masked_equals_contiguous_bit_for_bit(config, batch, rng):
 def test_the_layout_follows_the_number_of_rows(rng):
     """Few rows stay in the masked layout, whose worst case drops an expert that a token names twice; more do not."""
     weights = MoEWeights(jnp.zeros((E, 2 * I, H), jnp.bfloat16), jnp.zeros((E, H, I), jnp.bfloat16))
-    for tokens, capacity, dropped in ((128, None, 128), (129, None, 0), (129, 129, 129)):
+    for tokens, capacity, dropped in ((256, None, 256), (257, None, 0), (257, 257, 257)):
         ids = jnp.zeros((tokens, 2), jnp.int32)
         config = MoEConfig(num_experts=E, capacity=capacity)
         _, stats = layer(jnp.zeros((tokens, H), jnp.bfloat16), ids, jnp.ones((tokens, 2)), weights, config)
