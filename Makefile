@@ -52,7 +52,7 @@ bench:  ## every benchmark experiments/bench_*.py
 
 docs:  ## the pages of docs/ as a website in site/
 	@.ci/bootstrap $(VENV) docs $(extras)
-	$(bin)/mkdocs build --strict $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(bin)/mkdocs build --strict $(ARGS)
 
 lint:  ## ruff check, ruff format --check, static types by pyrefly
 	@.ci/bootstrap $(VENV) dev $(extras)
