@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax import lax
 
-from pallas_kernels.simt.schedule import H100_SMS
+from pallas_kernels.simt.hardware import H100_SMS
 
 IMPLEMENTATIONS = ("xla", "mosaic_gpu", "triton")
 _HOPPER_NAMES = ("H100", "H200", "H800", "H20")  # device kinds of compute capability 9.0

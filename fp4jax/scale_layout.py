@@ -9,8 +9,7 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
-SCALE_LAYOUTS = ("linear", "m_major", "swizzled")
-_ROWS, _COLS = 128, 4  # one swizzled tile; its rows are split as 4 groups of 32
+from pallas_kernels.simt.formats import SCALE_LAYOUTS as SCALE_LAYOUTS, SWIZZLE_COLUMNS, SWIZZLE_ROWS, swizzled_shape
 
 
 def to_m_major(block_scale: Shaped[Array, "... m s"]) -> Shaped[Array, "... s m"]:
@@ -33,9 +32,9 @@ def swizzle(block_scale: Shaped[Array, "... m s"]) -> Shaped[Array, "... mt st 3
     if block_scale.ndim < 2:
         raise ValueError(f"swizzle: block_scale must be [..., M, S], got shape {block_scale.shape}")
     *lead, m, s = block_scale.shape
-    m_tiles, s_tiles = -(-m // _ROWS), -(-s // _COLS)
-    pads = [(0, 0)] * len(lead) + [(0, m_tiles * _ROWS - m), (0, s_tiles * _COLS - s)]
-    tiles = jnp.pad(block_scale, pads).reshape(*lead, m_tiles, 4, 32, s_tiles, _COLS)
+    m_tiles, s_tiles = -(-m // SWIZZLE_ROWS), -(-s // SWIZZLE_COLUMNS)
+    pads = [(0, 0)] * len(lead) + [(0, m_tiles * SWIZZLE_ROWS - m), (0, s_tiles * SWIZZLE_COLUMNS - s)]
+    tiles = jnp.pad(block_scale, pads).reshape(*lead, m_tiles, 4, SWIZZLE_ROWS // 4, s_tiles, SWIZZLE_COLUMNS)
     n = len(lead)
     return tiles.transpose(*range(n), n, n + 3, n + 2, n + 1, n + 4)
 
@@ -43,10 +42,10 @@ def swizzle(block_scale: Shaped[Array, "... m s"]) -> Shaped[Array, "... mt st 3
 def unswizzle(swizzled: Shaped[Array, "..."], shape: tuple[int, ...]) -> Shaped[Array, "..."]:
     """Inverse of `swizzle`: the 128x4 layout, in any shape with the right count -> linear `shape` [..., M, S]."""
     *lead, m, s = shape
-    m_tiles, s_tiles = -(-m // _ROWS), -(-s // _COLS)
-    physical = (*lead, m_tiles, s_tiles, 32, 4, _COLS)
+    m_tiles, s_tiles = -(-m // SWIZZLE_ROWS), -(-s // SWIZZLE_COLUMNS)
+    physical = swizzled_shape(lead, m, s)
     if swizzled.size != math.prod(physical):
         raise ValueError(f"unswizzle: shape {tuple(shape)} needs {math.prod(physical)} elements, got {swizzled.shape}")
     n = len(lead)
     tiles = swizzled.reshape(physical).transpose(*range(n), n, n + 3, n + 2, n + 1, n + 4)
-    return tiles.reshape(*lead, m_tiles * _ROWS, s_tiles * _COLS)[..., :m, :s]
+    return tiles.reshape(*lead, m_tiles * SWIZZLE_ROWS, s_tiles * SWIZZLE_COLUMNS)[..., :m, :s]

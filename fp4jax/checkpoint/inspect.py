@@ -26,12 +26,13 @@ from fp4jax.checkpoint.storage.stored import Source
 from fp4jax.grouped_gemm.packed_weights import arrange_experts
 from fp4jax.layers.moe_block import runs_on_kernel
 from fp4jax.nvfp4 import NVFP4Tensor
+from pallas_kernels.simt.formats import FOUR_OVER_SIX_SCALE
 
 # Suffix of the global scale -> of the input scale; behind a dot, or "_" where experts are stacked in one parameter.
 _SCALES = {"weight_scale_2": "input_scale", "weight_global_scale": "input_global_scale"}
 _GLOBAL_SCALE = re.compile(rf"(.+[._])({'|'.join(_SCALES)})$")
 # Block scales end at 256 where the top of a block is 6, and at 256 * 6 / 4 where it is 4; others reach 448.
-_FOUR_OVER_SIX_MAX = 384.0
+_FOUR_OVER_SIX_MAX = FOUR_OVER_SIX_SCALE * 6 / 4
 RATIOS = (1.0, 1.001, 1.1, 2.0, 10.0)  # edges of the histogram of gate and up scales; the last bin is open
 _PROGRESS_FROM = 1000
 # Of the text for people: the JSON has everything.

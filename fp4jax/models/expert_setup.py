@@ -13,10 +13,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from fp4jax.layers.moe_block import ExpertAmax, MoEBlock, expert_mesh
-from fp4jax.nvfp4 import E2M1_MAX, E4M3_MAX
 from fp4jax.operands import check_array
+from pallas_kernels.simt.formats import AMAX_DIVISOR
 
-_AMAX_PER_SCALE = np.float32(E2M1_MAX * E4M3_MAX)  # the value that code 6 with block scale 448 stands for
+_AMAX_PER_SCALE = np.float32(AMAX_DIVISOR)  # the value that code 6 with block scale 448 stands for
 
 
 @runtime_checkable

@@ -21,7 +21,7 @@ from pallas_kernels.exchange.plan import MAX_DEVICES
 from pallas_kernels.rows.permute import check_depermute, row_access, sum_of_routes
 from pallas_kernels.rows.quantize import MAX_INDEX, unsigned_div
 from pallas_kernels.simt import lanes, launch
-from pallas_kernels.simt.schedule import H100_SMS
+from pallas_kernels.simt.hardware import H100_SMS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,8 +17,7 @@ import numpy as np
 
 from pallas_kernels.gemm.config import TuningConfig
 from pallas_kernels.gemm.weight_layout import TILE
-from pallas_kernels.simt import lanes
-from pallas_kernels.simt.schedule import H100_SMS
+from pallas_kernels.simt.hardware import H100_SMS, SMEM_BYTES
 
 # "ExKxN", "swiglu ExKxN" -> rows per expert -> configuration, written by experiments/bench_gemm.py --sweep (m = 2: from
 # h100/gemm_few_rows.json).
@@ -58,7 +57,7 @@ def few_rows(k: int, n: int, experts: int, expected_m: float | int, *, fused: bo
         steps = -(-k // (TILE * config.k_tiles)) * config.k_tiles
         return float(np.ceil(tasks / H100_SMS).mean()) * (steps * of_rows[config] + config.tiles * _TASK_US)
 
-    fitting = [config for config in of_rows if config.smem_bytes(experts) <= lanes.SMEM_BYTES] or list(of_rows)
+    fitting = [config for config in of_rows if config.smem_bytes(experts) <= SMEM_BYTES] or list(of_rows)
     best = min(fitting, key=us)
     return best if us(best) < us(fitting[0]) / _WORTH_IT else fitting[0]
 
@@ -99,7 +98,7 @@ def rule_of_thumb(k: int, expected_m: float | int) -> TuningConfig:
 
 def _that_fits(config: TuningConfig, experts: int) -> TuningConfig:
     """With fewer stages if need be: the plan grows with the experts."""
-    while config.num_stages > 2 and config.smem_bytes(experts) > lanes.SMEM_BYTES:
+    while config.num_stages > 2 and config.smem_bytes(experts) > SMEM_BYTES:
         config = dataclasses.replace(config, num_stages=config.num_stages - 1)
     return config
 

@@ -8,11 +8,10 @@ import numpy as np
 
 from pallas_kernels.gemm.weight_layout import TILE, WORDS
 from pallas_kernels.rows.swiglu_quantize import OUTPUTS
-from pallas_kernels.simt import lanes
+from pallas_kernels.simt.hardware import LANES, SM_REGISTERS, SMEM_BYTES
 
 _SMEM_ALIGNMENT = 1024  # of every buffer
 _MAX_BARRIERS = 32  # of a group; one more than there are stages is needed
-_REGISTERS = 65536  # of an SM
 # What ptxas wants beside a wgmma's accumulator: A operand, descriptors, addresses (seen: 102 for 72, 126 fits for 96).
 _WGMMA_REGISTERS = 30
 
@@ -52,17 +51,17 @@ class TuningConfig:
     @property
     def registers_at_launch(self) -> int:
         """Per thread, the same for all."""
-        return min(248, _REGISTERS // (lanes.LANES * self.all_warpgroups) // 8 * 8)
+        return min(248, SM_REGISTERS // (LANES * self.all_warpgroups) // 8 * 8)
 
     def smem_bytes(self, experts: int) -> int:
         """Shared memory of a block."""
-        tile_m, groups = max(self.tile_m), -(-experts // lanes.LANES)
+        tile_m, groups = max(self.tile_m), -(-experts // LANES)
         buffers = (
             self.num_stages * self.k_tiles * tile_m * TILE * 2,  # x
             self.num_stages * self.k_tiles * self.tiles * WORDS * TILE * 4,  # weights
             self.tiles * tile_m * TILE * 2,  # result
-            self.warpgroups * -(-tile_m // lanes.LANES) * lanes.LANES * 4,  # token scales
-            (3 * groups + 1) * lanes.LANES * 4,  # plan
+            self.warpgroups * -(-tile_m // LANES) * LANES * 4,  # token scales
+            (3 * groups + 1) * LANES * 4,  # plan
             8 * (2 * self.num_stages + 5),  # barriers
         )
         return sum(-(-size // _SMEM_ALIGNMENT) * _SMEM_ALIGNMENT for size in buffers)
@@ -133,6 +132,6 @@ def _check_tuning(config, experts, fused):
             f"tile_m {sizes} with row_tiles={config.row_tiles} does not fit {config.registers_at_launch} registers a "
             f"thread, what {config.all_warpgroups} warpgroups have at launch"
         )
-    if (needed := config.smem_bytes(experts)) > lanes.SMEM_BYTES:
-        return f"{config} needs {needed} bytes of shared memory, there are {lanes.SMEM_BYTES}"
+    if (needed := config.smem_bytes(experts)) > SMEM_BYTES:
+        return f"{config} needs {needed} bytes of shared memory, there are {SMEM_BYTES}"
     return None

@@ -20,6 +20,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels.gemm.weight_layout import TILE, WORDS
+from pallas_kernels.simt.hardware import LANES, WARP
 
 # What decoding leaves out: it gives code * scale * 2^-7 (weight_layout: 2^-126 and 2^119).
 DECODE_FACTOR = 2.0**7
@@ -80,8 +81,8 @@ def store_transposed(matrix: jax.Array, ref: Any) -> None:
     def store(_, matrix, ref):
         i32 = ir.IntegerType.get_signless(32)
         c = lambda value: arith.constant(i32, value)  # noqa: E731
-        thread = arith.remui(mgpu_utils.thread_idx(), c(128))
-        warp, lane = arith.shrui(thread, c(5)), arith.andi(thread, c(31))
+        thread = arith.remui(mgpu_utils.thread_idx(), c(LANES))
+        warp, lane = arith.shrui(thread, c(WARP.bit_length() - 1)), arith.andi(thread, c(WARP - 1))
         # Of the four 8 x 8 matrices of an instruction, lane l gives the address of row l % 8 of matrix l / 8; they are
         # the two row halves of two groups of 8 columns.
         row, tile = arith.andi(lane, c(7)), arith.shrui(lane, c(3))

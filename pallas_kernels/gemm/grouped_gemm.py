@@ -52,10 +52,10 @@ from pallas_kernels.gemm.config import TuningConfig, check_config
 from pallas_kernels.gemm.roles import Gemm, Refs
 from pallas_kernels.gemm.tasks import GroupTiles
 from pallas_kernels.gemm.weight_layout import TILE, WORDS
-from pallas_kernels.rows.nvfp4_codec import BLOCK_SIZE
 from pallas_kernels.rows.quantize import rows_scale
 from pallas_kernels.simt import launch
-from pallas_kernels.simt.schedule import H100_SMS
+from pallas_kernels.simt.formats import BLOCK_SIZE
+from pallas_kernels.simt.hardware import H100_SMS
 
 __all__ = ["TuningConfig", "check_config", "grouped_gemm"]
 

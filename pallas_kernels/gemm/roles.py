@@ -19,10 +19,12 @@ from pallas_kernels.gemm.config import TuningConfig
 from pallas_kernels.gemm.fragments import DECODE_FACTOR, ROW_WORDS, decode_weights, piece_index, store_transposed
 from pallas_kernels.gemm.tasks import GroupTiles, Task
 from pallas_kernels.gemm.weight_layout import TILE, WORDS
-from pallas_kernels.rows.nvfp4_codec import BLOCK_SIZE, encode_scales
+from pallas_kernels.rows.nvfp4_codec import encode_scales
 from pallas_kernels.rows.quantize import Item, unsigned_div
 from pallas_kernels.rows.swiglu_quantize import store_products, swiglu
 from pallas_kernels.simt import lanes
+from pallas_kernels.simt.formats import BLOCK_SIZE
+from pallas_kernels.simt.hardware import SWIZZLE_BYTES
 
 _PIECES = TILE // 8  # 16-byte pieces of 64 bf16
 _COLUMNS_AT_A_TIME = 32  # of an accumulator, while it is rounded
@@ -91,7 +93,7 @@ class Gemm:
         """Shared memory and barriers, in the order of `Refs`."""
         c, tile_m = self.config, self.tile_m
         x_shape = (c.num_stages, c.k_tiles * tile_m, TILE)
-        swizzle = plgpu.SwizzleTransform(128)
+        swizzle = plgpu.SwizzleTransform(SWIZZLE_BYTES)
         return [
             plgpu.RefUnion(
                 plgpu.SMEM(x_shape, jnp.bfloat16, transforms=(swizzle,)),

@@ -22,8 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.simt.formats import BLOCK_SIZE
+
 TILE = 64
-BLOCK_SIZE = 16
 WORDS = 9  # rows of a tile: 8 of codes, 1 of scales
 _SIGN_AT = (15, 12, 13, 14)  # of register r
 _MAGNITUDE_AT = (6, 3, 0, 9)

@@ -96,7 +96,7 @@ def metadata(
         body,
         tuple(jax.ShapeDtypeStruct((n,), jnp.int32) for n in (routes, num_experts, num_experts, 1)),
         grid=blocks,
-        scratch_types=[plgpu.SMEM((n,), jnp.int32) for n in (_CHUNK, columns, columns, 4 * tiles)],
+        scratch_types=[plgpu.SMEM((n,), jnp.int32) for n in (_CHUNK, columns, columns, lanes.WARPS * tiles)],
         interpret=interpret,
     )(topk_ids.reshape(-1))
     return row_map.reshape(tokens, k), counts, filled, bad[0]

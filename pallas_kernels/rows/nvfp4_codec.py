@@ -13,9 +13,8 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.simt import lane_math, lanes
+from pallas_kernels.simt.formats import E2M1_MAX, E4M3_MAX
 
-BLOCK_SIZE = 16
-E4M3_MAX = 448.0
 _F32_MAX = np.float32(np.finfo(np.float32).max)
 _F32_TINY = np.float32(np.finfo(np.float32).tiny)
 _SIGN = np.uint32(1 << 31)
@@ -69,7 +68,7 @@ def encode_block(values: Sequence[jax.Array], amax: jax.Array, scales: EncodeSca
 
     With four_over_six the better of the scales amax/6 and amax/4 by squared error; 6 on a tie.
     """
-    six = _encode_candidate(values, amax, scales, 1 / 6)
+    six = _encode_candidate(values, amax, scales, 1 / E2M1_MAX)
     if not four_over_six:
         return six
     four = _encode_candidate(values, amax, scales, 1 / 4)

@@ -17,10 +17,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.rows.nvfp4_codec import BLOCK_SIZE, decode_word, e4m3_value, pack_exact_bf16, unpack_bf16
+from pallas_kernels.rows.nvfp4_codec import decode_word, e4m3_value, pack_exact_bf16, unpack_bf16
 from pallas_kernels.rows.quantize import MAX_INDEX, as_u32, unsigned_div
 from pallas_kernels.rows.route_metadata import MAX_TOP_K
 from pallas_kernels.simt import lane_math, lanes, launch, tuning
+from pallas_kernels.simt.formats import BLOCK_SIZE, SWIZZLE_COLUMNS, SWIZZLE_ROWS, swizzled_shape
+from pallas_kernels.simt.hardware import PIECE_BYTES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Access(NamedTuple):
 
 def row_access(row_bytes: int) -> Access:
     """16 bytes at a time where rows are a multiple of that."""
-    size = math.gcd(row_bytes, 16)
+    size = math.gcd(row_bytes, PIECE_BYTES)
     if size >= 4:
         return Access(size // 4, jnp.uint32, row_bytes // size)
     return Access(1, jnp.uint16 if size == 2 else jnp.uint8, row_bytes // size)
@@ -179,9 +181,9 @@ def arrange_scales(
     Row r of expert e takes the scales of token source[e * m + r] if r < counts[e]; other rows are zero.
     """
     experts, columns = counts.shape[0], scales.shape[1]
-    m_tiles, groups = -(-m // lanes.LANES), -(-columns // 4)
+    m_tiles, groups = -(-m // SWIZZLE_ROWS), -(-columns // SWIZZLE_COLUMNS)
     swizzled = layout == "swizzled"
-    shape = (experts, m_tiles, groups, 32, 4, 4) if swizzled else (experts, columns, m)
+    shape = swizzled_shape((experts,), m, columns) if swizzled else (experts, columns, m)
     # A lane loads up to 32 bytes (one sector) of its row and writes them to as many places.
     per_lane = 8
 

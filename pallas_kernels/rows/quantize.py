@@ -19,7 +19,6 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.rows.nvfp4_codec import (
-    BLOCK_SIZE,
     Encoded,
     EncodeScales,
     block_amax,
@@ -29,12 +28,19 @@ from pallas_kernels.rows.nvfp4_codec import (
     unpack_bf16,
 )
 from pallas_kernels.simt import lanes, launch, tuning
-from pallas_kernels.simt.schedule import H100_SMS, ExpertUnits
+from pallas_kernels.simt.formats import (
+    AMAX_DIVISOR,
+    AMAX_DIVISOR_FOUR_OVER_SIX,
+    BLOCK_SIZE,
+    SWIZZLE_COLUMNS,
+    SWIZZLE_ROWS,
+    swizzled_shape,
+)
+from pallas_kernels.simt.hardware import H100_SMS
+from pallas_kernels.simt.schedule import ExpertUnits
 
-SCALE_LAYOUTS = ("linear", "swizzled")
+_LAYOUTS = ("linear", "swizzled")  # of scales
 _F32_MAX = np.float32(np.finfo(np.float32).max)
-AMAX_DIVISOR = 6.0 * 448.0
-AMAX_DIVISOR_FOUR_OVER_SIX = 6.0 * 256.0
 MAX_INDEX = 2**31 - 2**16  # room for the lanes beyond the last block
 MAX_BLOCKS_PER_LANE = 8  # they are unrolled
 
@@ -58,8 +64,8 @@ def check_config(
         return f"x must be bfloat16 or float32, got {x.dtype}"
     if x.ndim < 1 or x.shape[-1] % BLOCK_SIZE or 0 in x.shape:
         return f"x must not be empty and its last axis must be a multiple of {BLOCK_SIZE}, got shape {x.shape}"
-    if scale_layout not in SCALE_LAYOUTS:
-        return f"scale_layout must be one of {SCALE_LAYOUTS}, got {scale_layout!r}"
+    if scale_layout not in _LAYOUTS:
+        return f"scale_layout must be one of {_LAYOUTS}, got {scale_layout!r}"
     if scale_layout == "swizzled" and (x.ndim < 2 or isinstance(global_scale, str)):
         return f"swizzled scales need x [.., M, K] and given global scales, got shape {x.shape} and {global_scale}"
     if isinstance(global_scale, str):
@@ -70,7 +76,9 @@ def check_config(
     if masked_m is not None and x.ndim != 3:
         return f"masked_m needs x [E, M, K], got shape {x.shape}"
     m = x.shape[-2] if x.ndim > 1 else 1
-    padded = -(-m // 128) * 128 * (x.size // (m * x.shape[-1])) if scale_layout == "swizzled" else x.size // x.shape[-1]
+    padded = x.size // x.shape[-1]
+    if scale_layout == "swizzled":
+        padded = padded // m * (-(-m // SWIZZLE_ROWS) * SWIZZLE_ROWS)
     if padded * (x.shape[-1] // BLOCK_SIZE + 3) >= MAX_INDEX:
         return f"x {x.shape} exceeds the kernel's 32-bit block indices"
     return check_tuning(config)
@@ -111,7 +119,7 @@ def quantize(
     rows, blocks = int(np.prod(lead, dtype=np.int64)), k // BLOCK_SIZE
     m = lead[-1] if lead else 1
     per_token = isinstance(global_scale, str)
-    scale_shape = (*lead, blocks) if scale_layout == "linear" else _swizzled_shape(lead, m, blocks)
+    scale_shape = (*lead, blocks) if scale_layout == "linear" else swizzled_shape(lead[:-1], m, blocks)
     out_type = [jax.ShapeDtypeStruct((rows, k // 2), jnp.uint8), jax.ShapeDtypeStruct(scale_shape, jnp.float8_e4m3fn)]
     if per_token:
         out_type.append(jax.ShapeDtypeStruct((rows, 1), jnp.float32))
@@ -236,7 +244,7 @@ class SwizzledWork:
 
     def __init__(self, experts: int, m: int, blocks: int, config: TuningConfig):
         self.m, self.blocks, self.per_lane = m, blocks, min(4, 1 << (config.blocks_per_lane.bit_length() - 1))
-        self.m_tiles, self.k_tiles = -(-m // 128), -(-blocks // 4)
+        self.m_tiles, self.k_tiles = -(-m // SWIZZLE_ROWS), -(-blocks // SWIZZLE_COLUMNS)
         self.masked = False
         self.scratch_types: list[Any] = []
         self.grid = experts * self.m_tiles * self.k_tiles * 4 // self.per_lane
@@ -261,8 +269,8 @@ class SwizzledWork:
         items = []
         for j in range(self.per_lane):
             position = (lanes.block_index() * self.per_lane + j) * lanes.LANES + lanes.lane_index()
-            row = m_tile * 128 + ((position >> 2) & 3) * 32 + ((position >> 4) & 31)
-            column = k_tile * 4 + (position & 3)
+            row = m_tile * SWIZZLE_ROWS + ((position >> 2) & 3) * 32 + ((position >> 4) & 31)
+            column = k_tile * SWIZZLE_COLUMNS + (position & 3)
             valid = (row < rows) & (column < self.blocks)
             block = (expert * self.m + row) * self.blocks + column
             items.append(Item(block, expert * self.m + row, column, valid, position))
@@ -331,7 +339,3 @@ def store_block(qdata_ref: Any, scale_ref: Any, item: Item, encoded: Encoded) ->
     else:
         byte = jnp.where(item.valid, encoded.scale_byte, np.uint32(0))
         lanes.scatter(scale_ref, item.scale_position, [byte], dtype=jnp.uint8)
-
-
-def _swizzled_shape(lead, m, blocks):
-    return (*lead[:-1], -(-m // 128), -(-blocks // 4), 32, 4, 4)

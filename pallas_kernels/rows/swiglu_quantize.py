@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.rows.nvfp4_codec import (
-    BLOCK_SIZE,
     EncodeScales,
     block_amax,
     decoded_bf16,
@@ -27,7 +26,6 @@ from pallas_kernels.rows.nvfp4_codec import (
     unpack_bf16,
 )
 from pallas_kernels.rows.quantize import (
-    AMAX_DIVISOR,
     DEFAULT_CONFIG,
     MAX_BLOCKS_PER_LANE,
     MAX_INDEX,
@@ -42,6 +40,7 @@ from pallas_kernels.rows.quantize import (
     store_block,
 )
 from pallas_kernels.simt import lane_math, lanes, launch, tuning
+from pallas_kernels.simt.formats import AMAX_DIVISOR, BLOCK_SIZE
 
 OUTPUTS = ("nvfp4", "nvfp4_as_bf16", "bf16")
 # log2(e) = high + low with 16 significant bits in high.

@@ -8,6 +8,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.simt import lanes
+from pallas_kernels.simt.formats import E4M3_MAX
 
 
 def mul_rn(a: lanes.Value, b: lanes.Value) -> jax.Array:
@@ -76,7 +77,7 @@ def pack_e4m3(values: Sequence[jax.Array]) -> jax.Array:
     """Four f32 -> one u32 of four e4m3, rounded to nearest even, saturating at +-448; NaN becomes 0x7F."""
 
     def packed(*values):
-        x = jnp.clip(jnp.stack(values, axis=-1), -448, 448)
+        x = jnp.clip(jnp.stack(values, axis=-1), -E4M3_MAX, E4M3_MAX)
         codes = lax.bitcast_convert_type(lax.optimization_barrier(x.astype(jnp.float8_e4m3fn)), jnp.uint8)
         return lax.bitcast_convert_type(jnp.where(x != x, np.uint8(0x7F), codes), jnp.uint32)
 

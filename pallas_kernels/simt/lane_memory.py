@@ -13,16 +13,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
-LANES = 128  # threads of a warpgroup
+from pallas_kernels.simt.hardware import LANES, PIECE_BYTES
+
 LAYOUT = plgpu.Layout.WG_STRIDED((LANES,), vec_size=1)
-_MAX_VECTOR_BYTES = 16
 
 
 def elements_per_access(count, size):
     """Elements of one load or store: a power of two of at most 16 bytes that divides `count`; bytes go one by one."""
     if size < 4:
         return 1
-    return math.gcd(count, _MAX_VECTOR_BYTES // size)
+    return math.gcd(count, PIECE_BYTES // size)
 
 
 def i32():

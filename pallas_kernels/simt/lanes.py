@@ -24,12 +24,12 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
 from pallas_kernels.simt import lane_memory
+from pallas_kernels.simt.hardware import LANES, WARP, WARPS
 
-LANES = lane_memory.LANES
-SMEM_BYTES = 232448  # shared memory of a block
 # What the float instructions take: a lane array, or a number that is the same for all lanes.
 Value = jax.Array | np.floating | float
 _LAYOUT = lane_memory.LAYOUT
+_WARP_BITS = WARP.bit_length() - 1  # an index of a lane, shifted by so many bits, is that of its warp
 _interpreting = False
 
 
@@ -196,33 +196,35 @@ def prefix_sum(x: jax.Array, scratch_ref: Any, at: int) -> tuple[jax.Array, jax.
 
 def prefix_sums(many: Sequence[jax.Array], scratch_ref: Any, at: int) -> list[tuple[jax.Array, jax.Array]]:
     """`prefix_sum` of several lane arrays with two barriers in all; 4 words of `scratch_ref` for each."""
-    lane, warp = lane_index() & 31, lane_index() >> 5
+    lane, warp = lane_index() & (WARP - 1), lane_index() >> _WARP_BITS
     sums = []
     for x in many:
-        for step in (1, 2, 4, 8, 16):
+        for step in (1, 2, 4, 8, 16):  # less than a warp
             x = x + jnp.where(lane >= step, _shuffle(x, "up", step, 0), 0)
         sums.append(x)
     sync()  # whoever still reads what is there
     for i, x in enumerate(sums):
-        scatter(scratch_ref, at + 4 * i + warp, [x.astype(jnp.uint32)], where=lane == 31)
+        scatter(scratch_ref, at + WARPS * i + warp, [x.astype(jnp.uint32)], where=lane == WARP - 1)
     sync()
     found = []
     for i, x in enumerate(sums):
         before = jnp.int32(0)
-        for w in range(LANES // 32):
+        for w in range(WARPS):
             x = x + jnp.where(warp == w, before, 0)
-            before = before + scratch_ref[at + 4 * i + w]
+            before = before + scratch_ref[at + WARPS * i + w]
         found.append((x, before))
     return found
 
 
 def largest(x: jax.Array, scratch_ref: Any, at: int) -> jax.Array:
     """The largest of the 128 lanes of an i32 lane array, in every lane; what prefix_sum says of `scratch_ref`."""
-    x = largest_of_neighbours(x, 32)
+    x = largest_of_neighbours(x, WARP)
     sync()
-    scatter(scratch_ref, at + (lane_index() >> 5), [x.astype(jnp.uint32)], where=(lane_index() & 31) == 0)
+    scatter(
+        scratch_ref, at + (lane_index() >> _WARP_BITS), [x.astype(jnp.uint32)], where=(lane_index() & (WARP - 1)) == 0
+    )
     sync()
-    for w in range(LANES // 32):
+    for w in range(WARPS):
         x = jnp.maximum(x, scratch_ref[at + w])
     return x
 
@@ -231,7 +233,7 @@ def largest_of_neighbours(x: jax.Array, count: int) -> jax.Array:
     """The largest among every `count` (a power of two up to 32) successive lanes of an i32 lane array, in each."""
     step = 1
     while step < count:
-        x = jnp.maximum(x, _shuffle(x, "bfly", step, 31))
+        x = jnp.maximum(x, _shuffle(x, "bfly", step, WARP - 1))
         step *= 2
     return x
 

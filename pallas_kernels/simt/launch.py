@@ -8,8 +8,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.simt import lanes
-
-_MAX_GRID_AXIS = 2**16 - 1  # of CUDA's second and third grid axes
+from pallas_kernels.simt.hardware import MAX_GRID_AXIS
 
 
 def kernel(
@@ -68,14 +67,14 @@ def kernel(
         # A batch becomes an axis of the grid, and those have a limit.
         axes = tuple(0 if b else None for b in in_batched)
         many = jax.vmap(call, in_axes=axes)
-        if axis_size > _MAX_GRID_AXIS or warpgroups > 1:  # a persistent kernel fills the device by itself
+        if axis_size > MAX_GRID_AXIS or warpgroups > 1:  # a persistent kernel fills the device by itself
             split = [o for o, b in zip(operands, in_batched, strict=True) if b]
 
             def one(mapped: list[jax.Array]) -> Any:
                 rest = iter(mapped)
                 return call(*(next(rest) if b else o for o, b in zip(operands, in_batched, strict=True)))
 
-            results = lax.map(one, split, batch_size=None if warpgroups > 1 else _MAX_GRID_AXIS)
+            results = lax.map(one, split, batch_size=None if warpgroups > 1 else MAX_GRID_AXIS)
         else:
             results = many(*operands)
         return results, jax.tree.map(lambda _: True, results)

@@ -16,8 +16,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.simt import lanes
 
-H100_SMS = 132
-
 
 @dataclasses.dataclass(frozen=True)
 class ExpertUnits:

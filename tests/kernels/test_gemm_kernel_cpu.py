@@ -29,6 +29,7 @@ from fp4jax.nvfp4 import NVFP4Tensor
 from pallas_kernels.gemm import choice as gemm_choice, grouped_gemm as masked_gemm, tasks as group_tiles
 from pallas_kernels.gemm.config import TuningConfig
 from pallas_kernels.simt import lanes, launch
+from pallas_kernels.simt.hardware import SMEM_BYTES
 
 BLOCKS = 3  # of a grid in interpret mode
 CLOSE = TuningConfig((64, 176), k_tiles=2, num_stages=9)
@@ -169,7 +170,7 @@ def test_scales_and_sizes_that_do_not_fit_are_refused():
 def test_the_estimate_of_shared_memory_is_not_too_small():
     """Configurations just below the limit lower; Mosaic GPU refuses what does not fit."""
     for config, experts in ((TuningConfig((40,), 1, k_tiles=1, num_stages=29, in_flight=0), 700), (CLOSE, 130)):
-        while config.smem_bytes(experts) > lanes.SMEM_BYTES:
+        while config.smem_bytes(experts) > SMEM_BYTES:
             config = dataclasses.replace(config, num_stages=config.num_stages - 1)
         assert masked_gemm.check_config(*operands(experts), config=config) is None
         assert kernels_in(lambda *a, c=config: masked_gemm.grouped_gemm(*a, config=c), *operands(experts)) == 1
