@@ -27,9 +27,9 @@ from pallas_kernels.exchange.makers import check_parts, is_single, row_maker
 from pallas_kernels.exchange.meeting import CountedMeeting, Meeting
 from pallas_kernels.exchange.plan import MAX_DEVICES, MAX_SLOTS, Routes, RowPlan, TuningConfig, counts_of_blocks
 from pallas_kernels.exchange.targets import Payload, Peers
-from pallas_kernels.rows.quantize import MAX_INDEX, unsigned_div
 from pallas_kernels.simt import lanes, launch
 from pallas_kernels.simt.hardware import H100_SMS, PIECE_BYTES, SMEM_BYTES
+from pallas_kernels.simt.lane_math import unsigned_div
 
 _STAGES = 2
 _MAX_SHARED_BYTES = SMEM_BYTES - 7 * 1024  # the rest is for barriers, a semaphore and the alignment of buffers
@@ -78,7 +78,7 @@ def check_pack(
     row_bytes = _bytes_of(sent)
     config = config or default_config(routes, row_bytes)
     row_words = row_bytes // 4 + 2 * routes.k + 4
-    if routes.devices * routes.capacity * max(row_words, *(p.shape[1] for p in sent)) >= MAX_INDEX:
+    if routes.devices * routes.capacity * max(row_words, *(p.shape[1] for p in sent)) >= lanes.MAX_INDEX:
         return f"{routes.devices * routes.capacity} rows exceed the kernel's 32-bit indices"
     if not (1 <= config.blocks <= H100_SMS and 1 <= config.warpgroups <= 7):
         return f"blocks must be 1..{H100_SMS} and warpgroups 1..7, got {config}"

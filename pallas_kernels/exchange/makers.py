@@ -15,10 +15,11 @@ from pallas_kernels.rows.nvfp4_codec import (
     encode_scales,
     unpack_bf16,
 )
-from pallas_kernels.rows.quantize import as_u32, finite_amax
+from pallas_kernels.rows.quantize import finite_amax
 from pallas_kernels.simt import lanes
 from pallas_kernels.simt.formats import AMAX_DIVISOR, BLOCK_SIZE, FP8_BLOCK
 from pallas_kernels.simt.hardware import PIECE_BYTES, WARP
+from pallas_kernels.simt.lane_math import as_u32
 
 # Two rows per warpgroup are in registers: one that is made, one on its way.
 _MAX_ROW_BYTES = 2**15

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.rows.quantize import unsigned_div
 from pallas_kernels.simt import lanes, launch
 from pallas_kernels.simt.hardware import H100_SMS
+from pallas_kernels.simt.lane_math import unsigned_div
 
 MAX_DEVICES = 8
 MAX_SLOTS = 15  # a token's routes to one device are counted in 4 bits

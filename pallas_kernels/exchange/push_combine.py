@@ -20,9 +20,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.exchange.combine import TuningConfig, check_config as check_combine
 from pallas_kernels.exchange.meeting import CommonMeeting
 from pallas_kernels.rows.permute import check_depermute, row_access, sum_of_routes
-from pallas_kernels.rows.quantize import unsigned_div
 from pallas_kernels.simt import lanes, launch
 from pallas_kernels.simt.hardware import H100_SMS
+from pallas_kernels.simt.lane_math import unsigned_div
+from pallas_kernels.simt.schedule import PersistentLanes
 
 _FREE = 12  # multiprocessors
 
@@ -76,15 +77,13 @@ def push_combine(
     if problem := check_config(y, row_map, send_map, devices, config):
         raise NotImplementedError(f"push_combine kernel: {problem}")
     cut, capacity = row_access(hidden * y.dtype.itemsize), rows // devices
-    workers = config.blocks * config.warpgroups
 
     def body(y_ref, map_ref, weight_ref, ids_ref, send_ref, home_weight_ref, *rest):
         sums_ref, *_, counters_ref, out_ref = rest[: len(kept) + 2]
         meeting = CommonMeeting(counters_ref, config.blocks, *rest[len(kept) + 2 :])
         me = lax.axis_index(axis_name)
         peers = [plgpu.remote_ref(sums_ref, jnp.int32(d)) for d in range(devices)]
-        warpgroup = lanes.warpgroup_index() if config.warpgroups > 1 else 0
-        worker = lanes.block_index() * config.warpgroups + warpgroup
+        workers = PersistentLanes(config.blocks, config.warpgroups)
 
         def of_experts(row, column, where):  # a row beyond the last one reads the last, as in XLA
             return lanes.gather(y_ref, jnp.minimum(row, y.shape[0] - 1) * cut.items + column, cut.count, where=where)
@@ -92,8 +91,8 @@ def push_combine(
         def of_devices(row, column, where):
             return lanes.gather(sums_ref, row * cut.items + column, cut.count, where=where)
 
-        def send(i, _):
-            row, column, inside = item_of(i, rows)
+        def send(item):
+            row, column, inside = access_of(item, rows)
             ids = lanes.gather(ids_ref, row, local_ids.shape[1], where=inside)
             received = inside & (sum((i.astype(jnp.int32) >= 0).astype(jnp.int32) for i in ids) > 0)
             words = sum_of_routes(row, column, received, of_experts, map_ref, weight_ref, y.dtype)
@@ -101,19 +100,18 @@ def push_combine(
             there = (me - home) * capacity + row
             lanes.scatter(peers, there * cut.items + column, words, where=received, which=home)
 
-        def add(i, _):
-            token, column, inside = item_of(i, tokens)
+        def add(item):
+            token, column, inside = access_of(item, tokens)
             words = sum_of_routes(token, column, inside, of_devices, send_ref, home_weight_ref, y.dtype)
             lanes.scatter(out_ref, token * cut.items + column, words, where=inside)
 
-        def item_of(i, number):
-            item = (worker + i * workers) * lanes.LANES + lanes.lane_index()
+        def access_of(item, number):
             row = unsigned_div(item, cut.items)
             return row, item - row * cut.items, row < number
 
-        lax.fori_loop(0, -(-rows * cut.items // (workers * lanes.LANES)), send, None)
+        workers.for_each(rows * cut.items, send)
         meeting.meet(devices, config.warpgroups)
-        lax.fori_loop(0, -(-tokens * cut.items // (workers * lanes.LANES)), add, None)
+        workers.for_each(tokens * cut.items, add)
 
     return launch.kernel(
         body, jax.ShapeDtypeStruct((tokens, hidden), y.dtype), grid=config.blocks, warpgroups=config.warpgroups,

@@ -32,6 +32,7 @@ from pallas_kernels.fp8.config import TuningConfig, check_config, choose
 from pallas_kernels.simt import lanes, launch
 from pallas_kernels.simt.formats import FP8_BLOCK
 from pallas_kernels.simt.hardware import H100_SMS, SWIZZLE_BYTES, WGMMA_ROWS
+from pallas_kernels.simt.schedule import Schedule
 
 _WGMMA = plgpu.Layout.WGMMA
 _GROUP = 8  # row tiles that run side by side, so that they find the same columns of w in L2
@@ -138,14 +139,19 @@ class _Plan:
         """Stages of a task."""
         return -(-self.k // (FP8_BLOCK * self.config.k_blocks))
 
+    @property
+    def schedule(self) -> Schedule:
+        """Which tasks each cluster takes."""
+        return Schedule(self.clusters)
+
     def mine(self) -> jax.Array:
         """Number of this cluster's tasks."""
-        return lax.div(self._rows * self._columns - lanes.block_index() + (self.clusters - 1), jnp.int32(self.clusters))
+        return self.schedule.count(self._rows * self._columns)
 
     def place(self, number: jax.Array) -> tuple[jax.Array, jax.Array]:
         """First row and column of this block's part of the cluster's task of that number."""
         c = self.config
-        task = lanes.block_index() + number * self.clusters
+        task = self.schedule.task(number)
         group = lax.div(task, jnp.int32(_GROUP * self._columns))
         within = task - group * (_GROUP * self._columns)
         height = jnp.minimum(self._rows - group * _GROUP, _GROUP)

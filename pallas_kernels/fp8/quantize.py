@@ -14,10 +14,11 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.fp8.config import scale_columns
-from pallas_kernels.rows.quantize import MAX_INDEX, as_u32, load_values, unsigned_div
+from pallas_kernels.rows.quantize import load_values
 from pallas_kernels.simt import lane_math, lanes, launch
 from pallas_kernels.simt.formats import BLOCK_SIZE, E4M3_MAX, FP8_BLOCK
 from pallas_kernels.simt.hardware import H100_SMS
+from pallas_kernels.simt.lane_math import as_u32, unsigned_div
 
 LANES_OF_GROUP = FP8_BLOCK // BLOCK_SIZE
 _F32_TINY = np.float32(np.finfo(np.float32).tiny)
@@ -29,7 +30,7 @@ def check_config(x: Any) -> str | None:
     """None if `quantize` accepts x (an array or struct), else what does not fit."""
     if x.dtype not in (jnp.bfloat16, jnp.float32) or x.ndim != 2 or 0 in x.shape or x.shape[1] % BLOCK_SIZE:
         return f"x must be bfloat16 or float32 [T, K], not empty, K a multiple of {BLOCK_SIZE}, got {x.dtype} {x.shape}"
-    if x.shape[0] * (x.shape[1] + FP8_BLOCK) // BLOCK_SIZE >= MAX_INDEX:
+    if x.shape[0] * (x.shape[1] + FP8_BLOCK) // BLOCK_SIZE >= lanes.MAX_INDEX:
         return f"x {x.shape} exceeds the kernel's 32-bit indices"
     return None
 

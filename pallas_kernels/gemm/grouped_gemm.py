@@ -104,7 +104,7 @@ def grouped_gemm(
         flat, stride = rows_scale(act_scale, lead)
         act_scale_by = {0: "all", 1: "row"}.get(stride, "expert")
         operands.append(flat)
-    plan = GroupTiles(experts, lead[-1], max(config.tile_m), contiguous=x.ndim == 2)
+    plan = GroupTiles(experts, lead[-1], max(config.tile_m), contiguous=x.ndim == 2, blocks=H100_SMS)
     gemm = Gemm(config, n, k, plan, w_scale.shape[1] != 1, x_scale.ndim == 2, out, act_scale_by)
     columns = gemm.columns
     out_type = [jax.ShapeDtypeStruct((rows, columns), jnp.bfloat16)]
@@ -122,6 +122,6 @@ def grouped_gemm(
         gemm.run(Refs(*shared))
 
     found = launch.kernel(
-        body, tuple(out_type), grid=H100_SMS, scratch_types=gemm.scratch_types(), warpgroups=config.all_warpgroups
+        body, tuple(out_type), grid=plan.blocks, scratch_types=gemm.scratch_types(), warpgroups=config.all_warpgroups
     )(*operands)
     return tuple(r.reshape(*lead, r.shape[-1]) for r in found)

@@ -20,11 +20,12 @@ from pallas_kernels.gemm.fragments import DECODE_FACTOR, ROW_WORDS, decode_weigh
 from pallas_kernels.gemm.tasks import GroupTiles, Task
 from pallas_kernels.gemm.weight_layout import TILE, WORDS
 from pallas_kernels.rows.nvfp4_codec import encode_scales
-from pallas_kernels.rows.quantize import Item, unsigned_div
+from pallas_kernels.rows.quantize import Item
 from pallas_kernels.rows.swiglu_quantize import store_products, swiglu
 from pallas_kernels.simt import lanes
 from pallas_kernels.simt.formats import BLOCK_SIZE
 from pallas_kernels.simt.hardware import SWIZZLE_BYTES
+from pallas_kernels.simt.lane_math import unsigned_div
 
 _PIECES = TILE // 8  # 16-byte pieces of 64 bf16
 _COLUMNS_AT_A_TIME = 32  # of an accumulator, while it is rounded

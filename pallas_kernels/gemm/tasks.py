@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.simt import lanes
-from pallas_kernels.simt.hardware import H100_SMS
+from pallas_kernels.simt.schedule import Schedule
 
 _ROTATION = 37  # coprime to the number of blocks
 
@@ -36,12 +36,13 @@ class Task(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class GroupTiles:
-    """experts: their number. max_rows: per expert (masked), or in all (contiguous). tile_m: rows of a tile."""
+    """The tasks of one kernel."""
 
     experts: int
     max_rows: int
     tile_m: int
     contiguous: bool
+    blocks: int
 
     def scratch(self) -> Any:
         """Shared memory: ends of the experts' tiles, their first rows, their numbers of rows, room for prefix sums."""
@@ -74,18 +75,16 @@ class GroupTiles:
         lanes.sync()
 
     def for_each(self, plan_ref: Any, column_tiles: int, body: Callable[[Task], None]) -> None:
-        """body(task) for this block's share of the tasks: one of every `H100_SMS`, each time another one.
+        """body(task) for this block's share of the tasks: one of every `blocks`, each time another one.
 
         The same one every time could be in step with the row tiles, and some blocks would get all the small ones.
         """
         total = plan_ref[self.experts - 1] * column_tiles
-
-        def index_of(number):
-            return number * H100_SMS + lax.rem(lanes.block_index() + number * _ROTATION, jnp.int32(H100_SMS))
+        schedule = Schedule(self.blocks, _ROTATION)
 
         def run(state):
             index, expert, number = state
-            following = index_of(number + 1)
+            following = schedule.task(number + 1)
             tile = lax.div(index, jnp.int32(column_tiles))
             expert = lax.while_loop(lambda e: plan_ref[e] <= tile, lambda e: e + 1, expert)
             before = jnp.where(expert > 0, plan_ref[jnp.maximum(expert - 1, 0)], 0)

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.rows.nvfp4_codec import decode_word, e4m3_value, pack_exact_bf16, unpack_bf16
-from pallas_kernels.rows.quantize import MAX_INDEX, as_u32, unsigned_div
 from pallas_kernels.rows.route_metadata import MAX_TOP_K
 from pallas_kernels.simt import lane_math, lanes, launch, tuning
 from pallas_kernels.simt.formats import BLOCK_SIZE, SWIZZLE_COLUMNS, SWIZZLE_ROWS, swizzled_shape
 from pallas_kernels.simt.hardware import PIECE_BYTES
+from pallas_kernels.simt.lane_math import as_u32, unsigned_div
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ def check_config(rows: Sequence[Any], num_rows: int, config: TuningConfig = DEFA
             continue
         if r.ndim != 2 or 0 in r.shape or _bits(r.dtype) not in (8, 16, 32):
             return f"rows must be [T, n], not empty, of 8, 16 or 32 bit elements, got {r.dtype} {r.shape}"
-        if max(num_rows, r.shape[0]) * r.shape[1] >= MAX_INDEX:
+        if max(num_rows, r.shape[0]) * r.shape[1] >= lanes.MAX_INDEX:
             return f"{max(num_rows, r.shape[0])} rows of {r.shape[1]} elements exceed the kernel's 32-bit indices"
     if not 1 <= config.items_per_lane <= 8:
         return f"items_per_lane must be 1..8, got {config.items_per_lane}"
@@ -55,7 +55,7 @@ def check_depermute(y: Any, row_map: Any) -> str | None:
         return f"y must be bfloat16 or float32 [rows, H], not empty, got {y.dtype} {y.shape}"
     if y.dtype == jnp.bfloat16 and y.shape[1] % 2:
         return f"a bfloat16 y needs an even H, got {y.shape}"
-    if max(y.shape[0], row_map.shape[0]) * row_access(y.shape[1] * y.dtype.itemsize).items >= MAX_INDEX:
+    if max(y.shape[0], row_map.shape[0]) * row_access(y.shape[1] * y.dtype.itemsize).items >= lanes.MAX_INDEX:
         return f"y {y.shape} with row_map {row_map.shape} exceeds the kernel's 32-bit indices"
     if row_map.size == 0 or row_map.shape[1] > MAX_TOP_K:
         return f"row_map must be [T, k], not empty, k at most {MAX_TOP_K}, got {row_map.shape}"

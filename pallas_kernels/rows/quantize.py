@@ -37,11 +37,11 @@ from pallas_kernels.simt.formats import (
     swizzled_shape,
 )
 from pallas_kernels.simt.hardware import H100_SMS
+from pallas_kernels.simt.lane_math import as_u32, unsigned_div
 from pallas_kernels.simt.schedule import ExpertUnits
 
 _LAYOUTS = ("linear", "swizzled")  # of scales
 _F32_MAX = np.float32(np.finfo(np.float32).max)
-MAX_INDEX = 2**31 - 2**16  # room for the lanes beyond the last block
 MAX_BLOCKS_PER_LANE = 8  # they are unrolled
 
 
@@ -79,7 +79,7 @@ def check_config(
     padded = x.size // x.shape[-1]
     if scale_layout == "swizzled":
         padded = padded // m * (-(-m // SWIZZLE_ROWS) * SWIZZLE_ROWS)
-    if padded * (x.shape[-1] // BLOCK_SIZE + 3) >= MAX_INDEX:
+    if padded * (x.shape[-1] // BLOCK_SIZE + 3) >= lanes.MAX_INDEX:
         return f"x {x.shape} exceeds the kernel's 32-bit block indices"
     return check_tuning(config)
 
@@ -282,16 +282,6 @@ def counts_of_32_bits(counts: jax.Array, most: int) -> jax.Array:
     if counts.dtype.itemsize > 4:
         counts = jnp.clip(counts, 0, most)
     return counts.astype(jnp.int32)
-
-
-def unsigned_div(a: jax.Array, b: int) -> jax.Array:
-    """a // b for i32 a >= 0."""
-    return lax.div(a.astype(jnp.uint32), jnp.full(a.shape, b, jnp.uint32)).astype(jnp.int32)
-
-
-def as_u32(x: jax.Array) -> jax.Array:
-    """The bits of an f32 lane array."""
-    return lax.bitcast_convert_type(x, jnp.uint32)
 
 
 def load_values(ref: Any, dtype: Any, block: jax.Array, valid: jax.Array) -> list[jax.Array]:

@@ -28,11 +28,9 @@ from pallas_kernels.rows.nvfp4_codec import (
 from pallas_kernels.rows.quantize import (
     DEFAULT_CONFIG,
     MAX_BLOCKS_PER_LANE,
-    MAX_INDEX,
     Item,
     RowWork,
     TuningConfig,
-    as_u32,
     check_tuning,
     row_encode_scales,
     rows_scale,
@@ -41,6 +39,7 @@ from pallas_kernels.rows.quantize import (
 )
 from pallas_kernels.simt import lane_math, lanes, launch, tuning
 from pallas_kernels.simt.formats import AMAX_DIVISOR, BLOCK_SIZE
+from pallas_kernels.simt.lane_math import as_u32
 
 OUTPUTS = ("nvfp4", "nvfp4_as_bf16", "bf16")
 # log2(e) = high + low with 16 significant bits in high.
@@ -67,7 +66,7 @@ def check_config(
             return f"out={out!r} needs an array or 'per_token' as global_scale, got {global_scale!r}"
         if gate_up.shape[-1] > 2 * BLOCK_SIZE * lanes.LANES * MAX_BLOCKS_PER_LANE:
             return f"a per-token scale needs I of at most {BLOCK_SIZE * lanes.LANES * MAX_BLOCKS_PER_LANE}"
-    if gate_up.size // BLOCK_SIZE >= MAX_INDEX:
+    if gate_up.size // BLOCK_SIZE >= lanes.MAX_INDEX:
         return f"gate_up {gate_up.shape} exceeds the kernel's 32-bit block indices"
     return check_tuning(config)
 

@@ -129,3 +129,13 @@ def _in_float64(function):
             return lax.optimization_barrier(function(*args)).astype(jnp.float32)
 
     return run
+
+
+def unsigned_div(a: jax.Array, b: int) -> jax.Array:
+    """a // b for i32 a >= 0."""
+    return lax.div(a.astype(jnp.uint32), jnp.full(a.shape, b, jnp.uint32)).astype(jnp.int32)
+
+
+def as_u32(x: jax.Array) -> jax.Array:
+    """The bits of an f32 lane array."""
+    return lax.bitcast_convert_type(x, jnp.uint32)

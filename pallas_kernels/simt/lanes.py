@@ -28,6 +28,8 @@ from pallas_kernels.simt.hardware import LANES, WARP, WARPS
 
 # What the float instructions take: a lane array, or a number that is the same for all lanes.
 Value = jax.Array | np.floating | float
+# Indices of kernels stay below it: i32, with room for the lanes beyond the last item.
+MAX_INDEX = 2**31 - 2**16
 _LAYOUT = lane_memory.LAYOUT
 _WARP_BITS = WARP.bit_length() - 1  # an index of a lane, shifted by so many bits, is that of its warp
 _interpreting = False
