@@ -163,9 +163,7 @@ class _Block:
         in_chunk = jnp.minimum(self.sizes.routes - self.first, _CHUNK)
         lax.fori_loop(0, lax.div(in_chunk + 3, jnp.int32(4)), step, rows)
 
-    def report(
-        self, starts: list[jax.Array], limits: list[jax.Array], totals: list[jax.Array], bad: jax.Array
-    ) -> None:
+    def report(self, starts: list[jax.Array], limits: list[jax.Array], totals: list[jax.Array], bad: jax.Array) -> None:
         """The last block writes the experts' counts and the number of bad ids."""
         r = self.refs
 

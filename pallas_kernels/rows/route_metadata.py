@@ -94,52 +94,113 @@ def route_metadata(
     if routes > config.chunk * _MAX_CHUNKS:
         per_chunk_wanted = -(-routes // _MAX_CHUNKS)
         config = dataclasses.replace(config, chunk=-(-per_chunk_wanted // _UNROLL) * _UNROLL)
-    chunks = -(-routes // config.chunk)
-    ids = topk_ids.reshape(-1)
-    here = (ids >= 0) & (ids < num_experts)
-    # Two more columns take what goes nowhere, so that every route has its lane: bad ids, and ids of -1 (and padding).
-    bad_column, absent_column = num_experts, num_experts + 1
-    ids = jnp.where(here, ids, jnp.where(ids == -1, absent_column, bad_column))
-    ids = jnp.pad(ids, (0, chunks * config.chunk - routes), constant_values=absent_column)
-    tiles = -(-(num_experts + 2) // lanes.LANES)
-    columns = tiles * lanes.LANES
+    chunks = Chunks(num_experts, config.chunk, -(-routes // config.chunk))
+    ids = chunks.columns_of(topk_ids.reshape(-1))
+    per_chunk = count(ids, chunks, interpret)
+    counts = jnp.sum(per_chunk, axis=0, dtype=jnp.int32)
+    start, limit = _row_ranges(counts, num_experts, capacity, num_rows)
+    source_of = (num_rows, k) if with_source else None
+    row_map, source = assign(ids, per_chunk, start, limit, chunks, source_of, interpret)
+    filled = jnp.clip(limit - start, 0, counts)
+    return Metadata(
+        row_map[:routes].reshape(tokens, k), counts[:num_experts], filled[:num_experts], counts[chunks.bad_column],
+        source if with_source else None,
+    )  # fmt: skip
 
-    def count(ids_ref, counts_ref):
-        chunk = lanes.block_index()
-        mine = [lanes.lane_index() + t * lanes.LANES for t in range(tiles)]
-        _touch(ids_ref, chunk, config.chunk)
+
+@dataclasses.dataclass(frozen=True)
+class Chunks:
+    """How routes are cut: `number` chunks of `size`, walked over by lanes that stand for one column each.
+
+    Experts are the first columns. Two more take what goes nowhere, so that every route has its lane: bad ids, and ids
+    of -1 (and padding).
+    """
+
+    num_experts: int
+    size: int
+    number: int
+
+    @property
+    def bad_column(self) -> int:
+        """Where bad ids are counted."""
+        return self.num_experts
+
+    @property
+    def tiles(self) -> int:
+        """Groups of 128 columns: a lane stands for one column of each."""
+        return -(-(self.num_experts + 2) // lanes.LANES)
+
+    @property
+    def columns(self) -> int:
+        """Columns, and lanes that stand for none."""
+        return self.tiles * lanes.LANES
+
+    def columns_of(self, ids: jax.Array) -> jax.Array:
+        """Ids of routes -> their columns, whole chunks."""
+        here = (ids >= 0) & (ids < self.num_experts)
+        absent_column = self.num_experts + 1
+        ids = jnp.where(here, ids, jnp.where(ids == -1, absent_column, self.bad_column))
+        return jnp.pad(ids, (0, self.number * self.size - ids.size), constant_values=absent_column)
+
+    def mine(self) -> list[jax.Array]:
+        """Columns of this lane."""
+        return [lanes.lane_index() + t * lanes.LANES for t in range(self.tiles)]
+
+    def load(self, ids_ref: Any, chunk: jax.Array, i: jax.Array) -> list[jax.Array]:
+        """The i-th _UNROLL ids of a chunk, the same for all lanes."""
+        return _load_ids(ids_ref, chunk * (self.size // _UNROLL) + i)
+
+
+def count(ids: jax.Array, chunks: Chunks, interpret: Any) -> jax.Array:
+    """Routes of every column in every chunk, i32 [chunks, columns]."""
+
+    def body(ids_ref, counts_ref):
+        chunk, mine = lanes.block_index(), chunks.mine()
+        _touch(ids_ref, chunk, chunks.size)
 
         def step(i, totals):
-            for route_id in _load_ids(ids_ref, chunk * (config.chunk // _UNROLL) + i):
+            for route_id in chunks.load(ids_ref, chunk, i):
                 totals = [total + (route_id == m).astype(jnp.int32) for total, m in zip(totals, mine, strict=True)]
             return tuple(totals)
 
-        totals = lax.fori_loop(0, config.chunk // _UNROLL, step, tuple(lanes.splat(0, jnp.int32) for _ in mine))
+        totals = lax.fori_loop(0, chunks.size // _UNROLL, step, tuple(lanes.splat(0, jnp.int32) for _ in mine))
         for m, total in zip(mine, totals, strict=True):
-            lanes.scatter(counts_ref, chunk * columns + m, [total.astype(jnp.uint32)])
+            lanes.scatter(counts_ref, chunk * chunks.columns + m, [total.astype(jnp.uint32)])
 
-    per_chunk = launch.kernel(
-        count, jax.ShapeDtypeStruct((chunks, columns), jnp.int32), grid=chunks, interpret=interpret
-    )(ids)
-    counts = jnp.sum(per_chunk, axis=0, dtype=jnp.int32)
-    start, limit = _row_ranges(counts, num_experts, capacity, num_rows)
+    out = jax.ShapeDtypeStruct((chunks.number, chunks.columns), jnp.int32)
+    return launch.kernel(body, out, grid=chunks.number, interpret=interpret)(ids)
 
-    def assign(ids_ref, per_chunk_ref, start_ref, limit_ref, row_map_ref, source_ref):
-        chunk = lanes.block_index()
-        mine = [lanes.lane_index() + t * lanes.LANES for t in range(tiles)]
-        _touch(ids_ref, chunk, config.chunk)
+
+def assign(
+    ids: jax.Array,
+    per_chunk: jax.Array,
+    start: jax.Array,
+    limit: jax.Array,
+    chunks: Chunks,
+    source_of: tuple[int, int] | None,
+    interpret: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """Rows of all routes, i32 [chunks * size], and with source_of = (rows, k) the token of every row.
+
+    per_chunk: what `count` gives. start, limit i32 [columns]: first row and first row too many of every column.
+    """
+    num_rows, k = source_of or (1, 1)
+
+    def body(ids_ref, per_chunk_ref, start_ref, limit_ref, row_map_ref, source_ref):
+        chunk, mine = lanes.block_index(), chunks.mine()
+        _touch(ids_ref, chunk, chunks.size)
 
         def add(c, rows):
-            found = [lanes.gather(per_chunk_ref, c * columns + m)[0].astype(jnp.int32) for m in mine]
+            found = [lanes.gather(per_chunk_ref, c * chunks.columns + m)[0].astype(jnp.int32) for m in mine]
             return tuple(r + f for r, f in zip(rows, found, strict=True))
 
         rows = tuple(lanes.gather(start_ref, m)[0].astype(jnp.int32) for m in mine)
-        rows = _fori_unrolled(chunk, add, rows, max(4, _LOADS_IN_FLIGHT // tiles))
+        rows = _fori_unrolled(chunk, add, rows, max(4, _LOADS_IN_FLIGHT // chunks.tiles))
         limits = [lanes.gather(limit_ref, m)[0].astype(jnp.int32) for m in mine]
 
         def step(i, rows):
-            base = chunk * config.chunk + i * _UNROLL
-            for j, route_id in enumerate(_load_ids(ids_ref, chunk * (config.chunk // _UNROLL) + i)):
+            base = chunk * chunks.size + i * _UNROLL
+            for j, route_id in enumerate(chunks.load(ids_ref, chunk, i)):
                 position = base + j
                 next_rows = []
                 for row, limit, m in zip(rows, limits, mine, strict=True):
@@ -147,28 +208,16 @@ def route_metadata(
                     fits = row < limit
                     value = jnp.where(fits, row, -1).astype(jnp.uint32)
                     lanes.scatter(row_map_ref, position, [value], where=is_mine)
-                    if with_source:
+                    if source_of:
                         lanes.scatter(source_ref, row, [lanes.splat(position // k, jnp.uint32)], where=is_mine & fits)
                     next_rows.append(row + is_mine.astype(jnp.int32))
                 rows = tuple(next_rows)
             return rows
 
-        lax.fori_loop(0, config.chunk // _UNROLL, step, rows)
+        lax.fori_loop(0, chunks.size // _UNROLL, step, rows)
 
-    row_map, source = launch.kernel(
-        assign,
-        (
-            jax.ShapeDtypeStruct((chunks * config.chunk,), jnp.int32),
-            jax.ShapeDtypeStruct((num_rows if with_source else 1,), jnp.int32),
-        ),
-        grid=chunks,
-        interpret=interpret,
-    )(ids, per_chunk, start, limit)
-    filled = jnp.clip(limit - start, 0, counts)
-    return Metadata(
-        row_map[:routes].reshape(tokens, k), counts[:num_experts], filled[:num_experts], counts[bad_column],
-        source if with_source else None,
-    )  # fmt: skip
+    out = tuple(jax.ShapeDtypeStruct((n,), jnp.int32) for n in (chunks.number * chunks.size, num_rows))
+    return launch.kernel(body, out, grid=chunks.number, interpret=interpret)(ids, per_chunk, start, limit)
 
 
 def _row_ranges(counts, num_experts, capacity, num_rows):

@@ -58,37 +58,41 @@ def kernel(
         with jax.enable_x64(False):
             return traced_call(*operands)
 
-    @jax.custom_batching.custom_vmap
-    def within_grid_limit(*operands: jax.Array) -> Any:
-        return call(*operands)
-
-    @within_grid_limit.def_vmap
-    def batched(axis_size: int, in_batched: Sequence[bool], *operands: jax.Array) -> Any:
-        # A batch becomes an axis of the grid, and those have a limit.
-        axes = tuple(0 if b else None for b in in_batched)
-        many = jax.vmap(call, in_axes=axes)
-        if axis_size > MAX_GRID_AXIS or warpgroups > 1:  # a persistent kernel fills the device by itself
-            split = [o for o, b in zip(operands, in_batched, strict=True) if b]
-
-            def one(mapped: list[jax.Array]) -> Any:
-                rest = iter(mapped)
-                return call(*(next(rest) if b else o for o, b in zip(operands, in_batched, strict=True)))
-
-            results = lax.map(one, split, batch_size=None if warpgroups > 1 else MAX_GRID_AXIS)
-        else:
-            results = many(*operands)
-        return results, jax.tree.map(lambda _: True, results)
+    batchable = _batchable(call, persistent=warpgroups > 1)
 
     def run(*operands: Any) -> Any:
         if any(isinstance(a, jax.Ref) for a in operands):  # vmap does not know references
             return call(*operands)
         # Inside shard_map a result varies over the mesh axes that its operands vary over; the kernel does not say so.
         axes = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in operands))
-        return jax.tree.map(
-            lambda a: lax.pcast(a, tuple(axes), to="varying") if axes else a, within_grid_limit(*operands)
-        )
+        return jax.tree.map(lambda a: lax.pcast(a, tuple(axes), to="varying") if axes else a, batchable(*operands))
 
     return run
+
+
+def _batchable(call, persistent):
+    """The same call under vmap: a batch becomes an axis of the grid, as far as CUDA's limit allows."""
+
+    @jax.custom_batching.custom_vmap
+    def within_grid_limit(*operands: jax.Array) -> Any:
+        return call(*operands)
+
+    @within_grid_limit.def_vmap
+    def batched(axis_size: int, in_batched: Sequence[bool], *operands: jax.Array) -> Any:
+        if axis_size <= MAX_GRID_AXIS and not persistent:
+            results = jax.vmap(call, in_axes=tuple(0 if b else None for b in in_batched))(*operands)
+            return results, jax.tree.map(lambda _: True, results)
+        split = [o for o, b in zip(operands, in_batched, strict=True) if b]
+
+        def one(mapped: list[jax.Array]) -> Any:
+            rest = iter(mapped)
+            return call(*(next(rest) if b else o for o, b in zip(operands, in_batched, strict=True)))
+
+        # A persistent kernel fills the device by itself, so those of a batch run one after the other.
+        results = lax.map(one, split, batch_size=None if persistent else MAX_GRID_AXIS)
+        return results, jax.tree.map(lambda _: True, results)
+
+    return within_grid_limit
 
 
 def _name_of(body):
