@@ -10,7 +10,7 @@ Every product and sum is rounded where those two round, so the bits are theirs. 
 meeting, with many tokens the links.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.exchange.combine import TuningConfig, check_config as check_combine
 from pallas_kernels.exchange.meeting import CommonMeeting
-from pallas_kernels.rows.permute import check_depermute, row_access, sum_of_routes
+from pallas_kernels.rows.permute import Access, check_depermute, row_access, sum_of_routes
 from pallas_kernels.simt import lanes, launch
 from pallas_kernels.simt.hardware import H100_SMS
 from pallas_kernels.simt.lane_math import unsigned_div
@@ -76,44 +76,89 @@ def push_combine(
     rows, tokens, hidden = row_map.shape[0], send_map.shape[0], y.shape[1]
     if problem := check_config(y, row_map, send_map, devices, config):
         raise NotImplementedError(f"push_combine kernel: {problem}")
-    cut, capacity = row_access(hidden * y.dtype.itemsize), rows // devices
+    sizes = _Sizes(rows, tokens, rows // devices, devices, row_access(hidden * y.dtype.itemsize), y.dtype)
 
-    def body(y_ref, map_ref, weight_ref, ids_ref, send_ref, home_weight_ref, *rest):
-        sums_ref, *_, counters_ref, out_ref = rest[: len(kept) + 2]
-        meeting = CommonMeeting(counters_ref, config.blocks, *rest[len(kept) + 2 :])
-        me = lax.axis_index(axis_name)
-        peers = [plgpu.remote_ref(sums_ref, jnp.int32(d)) for d in range(devices)]
-        workers = PersistentLanes(config.blocks, config.warpgroups)
-
-        def of_experts(row, column, where):  # a row beyond the last one reads the last, as in XLA
-            return lanes.gather(y_ref, jnp.minimum(row, y.shape[0] - 1) * cut.items + column, cut.count, where=where)
-
-        def of_devices(row, column, where):
-            return lanes.gather(sums_ref, row * cut.items + column, cut.count, where=where)
-
-        def send(item):
-            row, column, inside = access_of(item, rows)
-            ids = lanes.gather(ids_ref, row, local_ids.shape[1], where=inside)
-            received = inside & (sum((i.astype(jnp.int32) >= 0).astype(jnp.int32) for i in ids) > 0)
-            words = sum_of_routes(row, column, received, of_experts, map_ref, weight_ref, y.dtype)
-            home = unsigned_div(row, capacity)
-            there = (me - home) * capacity + row
-            lanes.scatter(peers, there * cut.items + column, words, where=received, which=home)
-
-        def add(item):
-            token, column, inside = access_of(item, tokens)
-            words = sum_of_routes(token, column, inside, of_devices, send_ref, home_weight_ref, y.dtype)
-            lanes.scatter(out_ref, token * cut.items + column, words, where=inside)
-
-        def access_of(item, number):
-            row = unsigned_div(item, cut.items)
-            return row, item - row * cut.items, row < number
-
-        workers.for_each(rows * cut.items, send)
+    def body(*refs):
+        inputs, sums_ref, (*_, counters_ref) = refs[:6], refs[6], refs[7 : 7 + len(kept)]
+        out_ref, *barriers = refs[7 + len(kept) :]
+        meeting = CommonMeeting(counters_ref, config.blocks, *barriers)
+        block = _Block(sizes, _Refs(*inputs, sums_ref, out_ref), axis_name, config)
+        block.push()
         meeting.meet(devices, config.warpgroups)
-        workers.for_each(tokens * cut.items, add)
+        block.add()
 
     return launch.kernel(
         body, jax.ShapeDtypeStruct((tokens, hidden), y.dtype), grid=config.blocks, warpgroups=config.warpgroups,
         scratch_types=CommonMeeting.scratch(config.warpgroups), device_barrier=first,
     )(y, row_map, row_weights, local_ids, send_map, weights, sums, *kept)  # fmt: skip
+
+
+class _Refs(NamedTuple):
+    """Arguments of `push_combine` and its result, in global memory."""
+
+    y: Any
+    row_map: Any
+    row_weights: Any
+    local_ids: Any
+    send_map: Any
+    weights: Any
+    sums: Any
+    out: Any
+
+
+class _Sizes(NamedTuple):
+    """What is known when the kernel is traced. capacity: rows per sender and receiver; cut: how rows are cut."""
+
+    rows: int
+    tokens: int
+    capacity: int
+    devices: int
+    cut: Access
+    dtype: Any
+
+
+class _Block:
+    """The two stages of one block of threads; every lane takes 16 bytes of a row at a time."""
+
+    def __init__(self, sizes: _Sizes, refs: _Refs, axis_name: str, config: TuningConfig):
+        self.sizes, self.refs, self.me = sizes, refs, lax.axis_index(axis_name)
+        self.peers = [plgpu.remote_ref(refs.sums, jnp.int32(d)) for d in range(sizes.devices)]
+        self.lanes = PersistentLanes(config.blocks, config.warpgroups)
+
+    def push(self) -> None:
+        """What the experts made of each received row, weighted and added up, into the row's home."""
+        s, r = self.sizes, self.refs
+
+        def load(row, column, where):  # a row beyond the last one reads the last, as in XLA
+            position = jnp.minimum(row, r.y.shape[0] - 1) * s.cut.items + column
+            return lanes.gather(r.y, position, s.cut.count, where=where)
+
+        def send(item):
+            row, column, inside = self._access(item, s.rows)
+            ids = lanes.gather(r.local_ids, row, r.local_ids.shape[1], where=inside)
+            received = inside & (sum((i.astype(jnp.int32) >= 0).astype(jnp.int32) for i in ids) > 0)
+            words = sum_of_routes(row, column, received, load, r.row_map, r.row_weights, s.dtype)
+            home = unsigned_div(row, s.capacity)
+            there = (self.me - home) * s.capacity + row
+            lanes.scatter(self.peers, there * s.cut.items + column, words, where=received, which=home)
+
+        self.lanes.for_each(s.rows * s.cut.items, send)
+
+    def add(self) -> None:
+        """What arrived for each token, weighted and added up."""
+        s, r = self.sizes, self.refs
+
+        def load(row, column, where):
+            return lanes.gather(r.sums, row * s.cut.items + column, s.cut.count, where=where)
+
+        def add(item):
+            token, column, inside = self._access(item, s.tokens)
+            words = sum_of_routes(token, column, inside, load, r.send_map, r.weights, s.dtype)
+            lanes.scatter(r.out, token * s.cut.items + column, words, where=inside)
+
+        self.lanes.for_each(s.tokens * s.cut.items, add)
+
+    def _access(self, item, number):
+        """Row, 16-byte column and whether the row exists, of a lane's item."""
+        row = unsigned_div(item, self.sizes.cut.items)
+        return row, item - row * self.sizes.cut.items, row < number

@@ -54,7 +54,6 @@ from pallas_kernels.gemm.tasks import GroupTiles
 from pallas_kernels.gemm.weight_layout import TILE, WORDS
 from pallas_kernels.rows.quantize import rows_scale
 from pallas_kernels.simt import launch
-from pallas_kernels.simt.formats import BLOCK_SIZE
 from pallas_kernels.simt.hardware import H100_SMS
 
 __all__ = ["TuningConfig", "check_config", "grouped_gemm"]
@@ -106,13 +105,7 @@ def grouped_gemm(
         operands.append(flat)
     plan = GroupTiles(experts, lead[-1], max(config.tile_m), contiguous=x.ndim == 2, blocks=H100_SMS)
     gemm = Gemm(config, n, k, plan, w_scale.shape[1] != 1, x_scale.ndim == 2, out, act_scale_by)
-    columns = gemm.columns
-    out_type = [jax.ShapeDtypeStruct((rows, columns), jnp.bfloat16)]
-    if out == "nvfp4":
-        out_type = [
-            jax.ShapeDtypeStruct((rows, columns // 2), jnp.uint8),
-            jax.ShapeDtypeStruct((rows, columns // BLOCK_SIZE), jnp.float8_e4m3fn),
-        ]
+    out_type = gemm.out_type(rows)
 
     def body(*refs):
         inputs, refs = refs[: len(operands)], refs[len(operands) :]
@@ -122,6 +115,6 @@ def grouped_gemm(
         gemm.run(Refs(*shared))
 
     found = launch.kernel(
-        body, tuple(out_type), grid=plan.blocks, scratch_types=gemm.scratch_types(), warpgroups=config.all_warpgroups
+        body, out_type, grid=plan.blocks, scratch_types=gemm.scratch_types(), warpgroups=config.all_warpgroups
     )(*operands)
     return tuple(r.reshape(*lead, r.shape[-1]) for r in found)

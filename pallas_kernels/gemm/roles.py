@@ -78,6 +78,15 @@ class Gemm:
         """Columns of the result."""
         return self.n if self.out is None else self.n // 2
 
+    def out_type(self, rows: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Arrays of the result: bf16, or codes and block scales."""
+        if self.out != "nvfp4":
+            return (jax.ShapeDtypeStruct((rows, self.columns), jnp.bfloat16),)
+        return (
+            jax.ShapeDtypeStruct((rows, self.columns // 2), jnp.uint8),
+            jax.ShapeDtypeStruct((rows, self.columns // BLOCK_SIZE), jnp.float8_e4m3fn),
+        )
+
     @property
     def column_tiles(self) -> int:
         """Tasks per row tile."""

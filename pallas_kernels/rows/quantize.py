@@ -11,6 +11,7 @@ per value stay below that.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -119,55 +120,61 @@ def quantize(
     rows, blocks = int(np.prod(lead, dtype=np.int64)), k // BLOCK_SIZE
     m = lead[-1] if lead else 1
     per_token = isinstance(global_scale, str)
-    scale_shape = (*lead, blocks) if scale_layout == "linear" else swizzled_shape(lead[:-1], m, blocks)
-    out_type = [jax.ShapeDtypeStruct((rows, k // 2), jnp.uint8), jax.ShapeDtypeStruct(scale_shape, jnp.float8_e4m3fn)]
-    if per_token:
-        out_type.append(jax.ShapeDtypeStruct((rows, 1), jnp.float32))
-    operands, scale_stride = [x.reshape(rows, k)], 0
+    operands, scale_stride = [x.reshape(rows, k)], None
     if not per_token:
         flat, scale_stride = rows_scale(global_scale, lead)
         operands.append(flat)
-    divisor = AMAX_DIVISOR_FOUR_OVER_SIX if four_over_six else AMAX_DIVISOR
-
-    swizzled = scale_layout == "swizzled"
-    if swizzled:
+    if scale_layout == "swizzled":
         work = SwizzledWork(rows // m, m, blocks, config)
     else:
         work = RowWork(rows, blocks, m if masked_m is not None else rows, config, per_token)
     work.add_schedule(operands, masked_m)
+    encoder = _Encoder(x.dtype, four_over_six, scale_stride)
 
     def body(*refs):
         x_ref, *refs = refs
         g_ref, refs = (None, refs) if per_token else (refs[0], refs[1:])
-        counts_ref, refs, ends_ref = work.schedule_refs(refs)
-        qdata_ref, scale_ref, *row_scale_ref = refs
+        counts_ref, results, ends_ref = work.schedule_refs(refs)
+        work.run(counts_ref, ends_ref, functools.partial(encoder.unit, x_ref, g_ref, results))
 
-        def load(item):
-            return load_values(x_ref, x.dtype, item.block, item.valid)
-
-        def store(item, values, scales):
-            encoded = encode_block(values, block_amax(values), scales, four_over_six)
-            store_block(qdata_ref, scale_ref, item, encoded)
-
-        def unit(items):
-            if per_token:
-                scale = scale_of_row([load(item) for item in items], divisor)
-                is_first = items[0].valid & (items[0].column == 0)
-                lanes.scatter(row_scale_ref[0], items[0].row, [as_u32(scale)], where=is_first)
-                scales = encode_scales(scale)
-                for item in items:
-                    store(item, load(item), scales)
-                return
-            values = [load(item) for item in items]  # all loads first
-            for item, v in zip(items, values, strict=True):
-                store(item, v, row_encode_scales(g_ref, item, scale_stride))
-
-        work.run(counts_ref, ends_ref, unit)
-
+    scale_shape = (*lead, blocks) if scale_layout == "linear" else swizzled_shape(lead[:-1], m, blocks)
+    out_type = [jax.ShapeDtypeStruct((rows, k // 2), jnp.uint8), jax.ShapeDtypeStruct(scale_shape, jnp.float8_e4m3fn)]
+    if per_token:
+        out_type.append(jax.ShapeDtypeStruct((rows, 1), jnp.float32))
     qdata, block_scale, *row_scale = launch.kernel(
         body, tuple(out_type), grid=work.grid, scratch_types=work.scratch_types, interpret=interpret
     )(*operands)
     return qdata.reshape(*lead, k // 2), block_scale, row_scale[0].reshape(*lead, 1) if per_token else None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Encoder:
+    """What the lanes do with a unit of blocks. scale_stride: as in `rows_scale`, None: every row has its own scale."""
+
+    dtype: Any
+    four_over_six: bool
+    scale_stride: int | None
+
+    def unit(self, x_ref: Any, g_ref: Any, results: list[Any], items: "list[Item]") -> None:
+        """Quantizes the blocks of one unit, which is a row where rows have scales of their own."""
+        if self.scale_stride is None:
+            divisor = AMAX_DIVISOR_FOUR_OVER_SIX if self.four_over_six else AMAX_DIVISOR
+            scale = scale_of_row([self._load(x_ref, item) for item in items], divisor)
+            store_row_scale(results[2], items[0], scale)
+            scales = encode_scales(scale)
+            for item in items:
+                self._store(results, item, self._load(x_ref, item), scales)
+            return
+        values = [self._load(x_ref, item) for item in items]  # all loads first
+        for item, v in zip(items, values, strict=True):
+            self._store(results, item, v, row_encode_scales(g_ref, item, self.scale_stride))
+
+    def _load(self, x_ref, item):
+        return load_values(x_ref, self.dtype, item.block, item.valid)
+
+    def _store(self, results, item, values, scales):
+        encoded = encode_block(values, block_amax(values), scales, self.four_over_six)
+        store_block(results[0], results[1], item, encoded)
 
 
 # --- shared with swiglu_quantize: which blocks a lane works on, loads and stores of one block ---
@@ -309,6 +316,12 @@ def rows_scale(global_scale: jax.Array, lead: list[int]) -> tuple[jax.Array, int
     if g.ndim == 3 and g.shape == (lead[0], 1, 1):
         return g.reshape(-1), lead[1]
     return jnp.broadcast_to(g, (*lead, 1)).reshape(-1), 1
+
+
+def store_row_scale(ref: Any, first: Item, scale: jax.Array) -> None:
+    """The lane that has the first block of the row stores the row's global scale."""
+    is_first = first.valid & (first.column == 0)
+    lanes.scatter(ref, first.row, [as_u32(scale)], where=is_first)
 
 
 def row_encode_scales(g_ref: Any, item: Item, stride: int) -> EncodeScales:

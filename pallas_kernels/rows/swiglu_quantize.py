@@ -10,6 +10,8 @@ exponent costs nothing. Blocks with a gate below -80, where e^-x leaves the rang
 are done again in a branch that is hardly ever taken: there silu(x) = x e^(x + 80) e^-80. silu(-Inf) is NaN, not 0.
 """
 
+import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,10 +38,10 @@ from pallas_kernels.rows.quantize import (
     rows_scale,
     scale_of_row,
     store_block,
+    store_row_scale,
 )
 from pallas_kernels.simt import lane_math, lanes, launch, tuning
 from pallas_kernels.simt.formats import AMAX_DIVISOR, BLOCK_SIZE
-from pallas_kernels.simt.lane_math import as_u32
 
 OUTPUTS = ("nvfp4", "nvfp4_as_bf16", "bf16")
 # log2(e) = high + low with 16 significant bits in high.
@@ -96,6 +98,20 @@ def swiglu_quantize(
     rows, blocks = int(np.prod(lead, dtype=np.int64)), two_i // 2 // BLOCK_SIZE
     m = lead[-1]
     per_token = out != "bf16" and isinstance(global_scale, str)
+    operands, scale_stride = [gate_up.reshape(rows, two_i)], None
+    if out != "bf16" and not per_token:
+        flat, scale_stride = rows_scale(global_scale, lead)
+        operands.append(flat)
+    work = RowWork(rows, blocks, m if masked_m is not None else rows, config, per_token)
+    work.add_schedule(operands, masked_m)
+    products = _Products(blocks, out, scale_stride, per_token)
+
+    def body(*refs):
+        x_ref, *refs = refs
+        g_ref, refs = (None, refs) if scale_stride is None else (refs[0], refs[1:])
+        counts_ref, results, ends_ref = work.schedule_refs(refs)
+        work.run(counts_ref, ends_ref, functools.partial(products.unit, x_ref, g_ref, results))
+
     if out == "nvfp4":
         out_type = [
             jax.ShapeDtypeStruct((rows, two_i // 4), jnp.uint8),
@@ -105,45 +121,41 @@ def swiglu_quantize(
         out_type = [jax.ShapeDtypeStruct((rows, two_i // 2), jnp.bfloat16)]
     if per_token:
         out_type.append(jax.ShapeDtypeStruct((rows, 1), jnp.float32))
-    operands, scale_stride = [gate_up.reshape(rows, two_i)], 0
-    needs_scale = out != "bf16" and not per_token
-    if needs_scale:
-        flat, scale_stride = rows_scale(global_scale, lead)
-        operands.append(flat)
-    work = RowWork(rows, blocks, m if masked_m is not None else rows, config, per_token)
-    work.add_schedule(operands, masked_m)
-
-    def body(*refs):
-        x_ref, *refs = refs
-        g_ref, refs = (refs[0], refs[1:]) if needs_scale else (None, refs)
-        counts_ref, refs, ends_ref = work.schedule_refs(refs)
-
-        def load(item):
-            gate = item.block + item.row * blocks
-            return [lanes.gather(x_ref, b, 8, where=item.valid) for b in (gate, gate + blocks)]
-
-        def unit(items):
-            loaded = [load(item) for item in items]  # all loads first
-            if per_token:
-                products = [swiglu(*words) for words in loaded]
-                scale = scale_of_row([values for values, _ in products], AMAX_DIVISOR)
-                is_first = items[0].valid & (items[0].column == 0)
-                lanes.scatter(refs[len(out_type) - 1], items[0].row, [as_u32(scale)], where=is_first)
-                scales = encode_scales(scale)
-                for item, (values, amax) in zip(items, products, strict=True):
-                    store_products(refs, item, values, amax, scales, out)
-                return
-            for item, words in zip(items, loaded, strict=True):
-                scales = row_encode_scales(g_ref, item, scale_stride) if needs_scale else None
-                store_products(refs, item, *swiglu(*words), scales, out)
-
-        work.run(counts_ref, ends_ref, unit)
-
     results = launch.kernel(
         body, tuple(out_type), grid=work.grid, scratch_types=work.scratch_types, interpret=interpret
     )(*operands)
     results = tuple(r.reshape(*lead, r.shape[-1]) for r in results)
     return results if per_token else (*results, None)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Products:
+    """What the lanes do with a unit of blocks. blocks: of a row. scale_stride: as in `rows_scale`, None: none given."""
+
+    blocks: int
+    out: str
+    scale_stride: int | None
+    per_token: bool
+
+    def unit(self, x_ref: Any, g_ref: Any, results: list[Any], items: list[Item]) -> None:
+        """Products of the blocks of one unit, which is a row where rows have scales of their own."""
+        loaded = [self._load(x_ref, item) for item in items]  # all loads first
+        if self.per_token:
+            products = [swiglu(*words) for words in loaded]
+            scale = scale_of_row([values for values, _ in products], AMAX_DIVISOR)
+            store_row_scale(results[-1], items[0], scale)
+            scales = encode_scales(scale)
+            for item, (values, amax) in zip(items, products, strict=True):
+                store_products(results, item, values, amax, scales, self.out)
+            return
+        for item, words in zip(items, loaded, strict=True):
+            scales = None if self.scale_stride is None else row_encode_scales(g_ref, item, self.scale_stride)
+            store_products(results, item, *swiglu(*words), scales, self.out)
+
+    def _load(self, x_ref, item):
+        """Words of 16 gates and of 16 ups."""
+        gate = item.block + item.row * self.blocks
+        return [lanes.gather(x_ref, b, 8, where=item.valid) for b in (gate, gate + self.blocks)]
 
 
 # --- one block of 16 columns; shared with the fused epilogue of the grouped GEMM ---
