@@ -45,52 +45,74 @@ def check_config(y: Any, row_map: Any, send_map: Any, devices: int, config: Tuni
     return check_combine(received, send_map, devices, config)
 
 
+class Received(NamedTuple):
+    """Rows that this device received, C from each device, and what its experts made of them.
+
+    row_map: i32 [devices * C, k], the row of y for each slot, -1 = none.
+    weights: f32 [devices * C, k], by which those rows of y are multiplied.
+    local_ids: i32 [devices * C, k]. A row whose ids are all -1 is a pad: nothing is sent home for it.
+    """
+
+    row_map: Any
+    weights: Any
+    local_ids: Any
+
+
+class Home(NamedTuple):
+    """Where the tokens of this device went.
+
+    send_map: i32 [T, S], device * C + row there, -1 = nowhere.
+    weights: f32 [T, S], by which the partial sums are multiplied.
+    """
+
+    send_map: Any
+    weights: Any
+
+
+class Buffers(NamedTuple):
+    """References to arrays that outlive the kernel.
+
+    sums: [devices, C, H] in y's dtype; partial sums arrive there.
+    kept: references that the kernel does not touch, and last the counters of the meeting, i32 [blocks, 32].
+    first: whether XLA lets the devices meet before this kernel, as in `dispatch.Kernel.run_into`.
+    """
+
+    sums: Any
+    kept: list[Any]
+    first: bool
+
+
 def push_combine(
-    y: jax.Array,
-    row_map: jax.Array,
-    row_weights: jax.Array,
-    local_ids: jax.Array,
-    send_map: jax.Array,
-    weights: jax.Array,
-    sums: Any,
-    kept: list[Any],
-    *,
-    devices: int,
-    axis_name: str,
-    first: bool,
+    y: jax.Array, received: Received, home: Home, buffers: Buffers, *, devices: int, axis_name: str,
     config: TuningConfig,
-) -> jax.Array:
-    """out[t] = sum over columns s of weights[t, s] * partial(row send_map[t, s]) -> [T, H].
+) -> jax.Array:  # fmt: skip
+    """out[t] = sum over columns s of home.weights[t, s] * partial(row home.send_map[t, s]) -> [T, H].
 
-    partial(r) = sum over j of row_weights[r, j] * y[row_map[r, j]], on the device that received row r. Both sums are in
-    order and cast to y's dtype.
-
-    y: bf16 or f32 [rows, H] of this device's experts. row_map i32 [devices * C, k], -1 adds nothing; row_weights f32
-    and local_ids i32 like it: a row whose ids are all -1 is a pad and stays here. send_map i32 and weights f32 [T, S].
-    sums: reference to [devices, C, H] in y's dtype, where partial sums arrive. kept: references that nothing happens
-    to, and counters i32 [blocks, 32]. first: as in `dispatch.Kernel.run_into`.
+    partial(r) = sum over j of received.weights[r, j] * y[received.row_map[r, j]], on the device that received row r.
+    Both sums are in order and cast to y's dtype. y: bf16 or f32 [rows, H] of this device's experts.
 
     Raises:
       NotImplementedError: what `check_config` returns.
     """
-    rows, tokens, hidden = row_map.shape[0], send_map.shape[0], y.shape[1]
-    if problem := check_config(y, row_map, send_map, devices, config):
+    if problem := check_config(y, received.row_map, home.send_map, devices, config):
         raise NotImplementedError(f"push_combine kernel: {problem}")
+    (rows, _), (tokens, _), hidden = received.row_map.shape, home.send_map.shape, y.shape[1]
     sizes = _Sizes(rows, tokens, rows // devices, devices, row_access(hidden * y.dtype.itemsize), y.dtype)
 
     def body(*refs):
-        inputs, sums_ref, (*_, counters_ref) = refs[:6], refs[6], refs[7 : 7 + len(kept)]
-        out_ref, *barriers = refs[7 + len(kept) :]
+        inputs, (*_, counters_ref) = refs[:7], refs[7 : 7 + len(buffers.kept)]
+        out_ref, *barriers = refs[7 + len(buffers.kept) :]
         meeting = CommonMeeting(counters_ref, config.blocks, *barriers)
-        block = _Block(sizes, _Refs(*inputs, sums_ref, out_ref), axis_name, config)
+        shared: list[Any] = [*inputs, out_ref]
+        block = _Block(sizes, _Refs(*shared), axis_name, config)
         block.push()
         meeting.meet(devices, config.warpgroups)
         block.add()
 
     return launch.kernel(
         body, jax.ShapeDtypeStruct((tokens, hidden), y.dtype), grid=config.blocks, warpgroups=config.warpgroups,
-        scratch_types=CommonMeeting.scratch(config.warpgroups), device_barrier=first,
-    )(y, row_map, row_weights, local_ids, send_map, weights, sums, *kept)  # fmt: skip
+        scratch_types=CommonMeeting.scratch(config.warpgroups), device_barrier=buffers.first,
+    )(y, *received, *home, buffers.sums, *buffers.kept)  # fmt: skip
 
 
 class _Refs(NamedTuple):
