@@ -20,11 +20,10 @@ from fp4jax.implementations import Call, run_implementation
 from fp4jax.operands import axis_size, check_array, check_type, summary
 from fp4jax.rounding import div_rn, flush_subnormals, largest_magnitude, round_to_e2m1, round_to_e4m3
 from pallas_kernels.rows import quantize as quantize_kernel
-from pallas_kernels.simt.formats import AMAX_DIVISOR, AMAX_DIVISOR_FOUR_OVER_SIX, BLOCK_SIZE
+from pallas_kernels.simt.formats import AMAX_DIVISOR, AMAX_DIVISOR_FOUR_OVER_SIX, BLOCK_SIZE, GLOBAL_SCALE_RANGE
 
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # magnitude of codes 0..7; bit 3 is the sign
 DIALECTS = ("exact", "modelopt", "compressed_tensors")
-GLOBAL_SCALE_RANGE = (2.0**-100, 2.0**100)  # beyond it intermediate products leave the normal f32 range
 
 _F32_MAX = np.float32(np.finfo(np.float32).max)
 _E4M3_SATURATES_ABOVE = 464.0  # midpoint of 448 and the absent 480: up to here rounding alone gives 448

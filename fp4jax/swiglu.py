@@ -9,8 +9,7 @@ from fp4jax.implementations import Call, run_implementation
 from fp4jax.nvfp4 import BLOCK_SIZE, NVFP4Tensor, as_scale, decode_blocks, quantize
 from fp4jax.operands import check_array
 from pallas_kernels.rows import swiglu_quantize as swiglu_kernel
-
-OUTPUTS = ("nvfp4", "nvfp4_as_bf16", "bf16")
+from pallas_kernels.rows.swiglu_quantize import OUTPUTS
 
 
 def swiglu_quantize(

@@ -16,12 +16,11 @@ from jax import lax
 from pallas_kernels.fp8.config import scale_columns
 from pallas_kernels.rows.quantize import load_values
 from pallas_kernels.simt import lane_math, lanes, launch
-from pallas_kernels.simt.formats import BLOCK_SIZE, E4M3_MAX, FP8_BLOCK
+from pallas_kernels.simt.formats import BLOCK_SIZE, E4M3_MAX, F32_TINY, FP8_BLOCK
 from pallas_kernels.simt.hardware import H100_SMS
 from pallas_kernels.simt.lane_math import as_u32, unsigned_div
 
 LANES_OF_GROUP = FP8_BLOCK // BLOCK_SIZE
-_F32_TINY = np.float32(np.finfo(np.float32).tiny)
 _MANTISSA = np.int32(2**23 - 1)  # the bits of one in f32
 _BLOCKS_PER_LANE = 4  # in flight, where there are enough of them for all SMs
 
@@ -81,7 +80,7 @@ def encode(
     bits = [lax.bitcast_convert_type(v, jnp.int32) & np.int32(0x7FFFFFFF) for v in values]
     amax = lanes.largest_of_neighbours(functools.reduce(jnp.maximum, bits), lanes_of_group)
     amax = lax.bitcast_convert_type(amax, jnp.float32)
-    scale = jnp.where(amax < E4M3_MAX * _F32_TINY, np.float32(1), lane_math.div_rn(amax, E4M3_MAX))
+    scale = jnp.where(amax < E4M3_MAX * F32_TINY, np.float32(1), lane_math.div_rn(amax, E4M3_MAX))
     if power_of_two_scales:
         scale = power_of_two(scale)
     quotients = [lane_math.div_rn(v, scale) for v in values]

@@ -13,10 +13,8 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.simt import lane_math, lanes
-from pallas_kernels.simt.formats import E2M1_MAX, E4M3_MAX
+from pallas_kernels.simt.formats import E2M1_MAX, E4M3_MAX, F32_MAX, F32_TINY, GLOBAL_SCALE_RANGE
 
-_F32_MAX = np.float32(np.finfo(np.float32).max)
-_F32_TINY = np.float32(np.finfo(np.float32).tiny)
 _SIGN = np.uint32(1 << 31)
 
 # Adding 2^23 to a small positive f32 rounds it to an integer (nearest, ties to even), which then is the low end of the
@@ -50,7 +48,8 @@ def encode_scales(global_scale: lanes.Value) -> EncodeScales:
 
 def computed_scale(amax: jax.Array, divisor: float) -> jax.Array:
     """amax / divisor within [2^-100, 2^100], 1 where amax is 0."""
-    scale = jnp.clip(lane_math.div_rn(amax, divisor), np.float32(2.0**-100), np.float32(2.0**100))
+    smallest, largest = (np.float32(limit) for limit in GLOBAL_SCALE_RANGE)
+    scale = jnp.clip(lane_math.div_rn(amax, divisor), smallest, largest)
     return jnp.where(amax == 0, np.float32(1), scale)
 
 
@@ -59,8 +58,8 @@ def block_amax(values: Sequence[jax.Array]) -> jax.Array:
     amax = jnp.abs(values[0])
     for v in values[1:]:
         amax = jnp.maximum(amax, jnp.abs(v))  # max.NaN: NaN wins over everything
-    amax = jnp.where(amax <= _F32_MAX, amax, np.float32(np.nan))
-    return jnp.where(amax < _F32_TINY, np.float32(0), amax)
+    amax = jnp.where(amax <= F32_MAX, amax, np.float32(np.nan))
+    return jnp.where(amax < F32_TINY, np.float32(0), amax)
 
 
 def encode_block(values: Sequence[jax.Array], amax: jax.Array, scales: EncodeScales, four_over_six: bool) -> Encoded:
@@ -79,7 +78,7 @@ def encode_block(values: Sequence[jax.Array], amax: jax.Array, scales: EncodeSca
 def _encode_candidate(values, amax, scales, factor):
     raw = lane_math.mul_rn(amax, lane_math.mul_rn(scales.gs, np.float32(factor)))
     scale_byte, scale = round_to_e4m3(raw)
-    multiplier = jnp.minimum(lane_math.div_rn(1.0, lane_math.mul_rn(scale, scales.inverse)), _F32_MAX)
+    multiplier = jnp.minimum(lane_math.div_rn(1.0, lane_math.mul_rn(scale, scales.inverse)), F32_MAX)
     multiplier = jnp.where(amax == 0, np.float32(0), multiplier)
     codes = [round_to_e2m1(lane_math.abs_mul_flush(v, multiplier)) for v in values]
     # A block with a NaN or Inf, whose scale is NaN, has codes of zero in every implementation.
@@ -213,7 +212,7 @@ def _squared_error(values, encoded, scale):
 
 
 def _flush(x):
-    return jnp.where(jnp.abs(x) < _F32_TINY, np.float32(0), x)
+    return jnp.where(jnp.abs(x) < F32_TINY, np.float32(0), x)
 
 
 def _bits(value):

@@ -33,6 +33,7 @@ from pallas_kernels.simt.formats import (
     AMAX_DIVISOR,
     AMAX_DIVISOR_FOUR_OVER_SIX,
     BLOCK_SIZE,
+    F32_MAX,
     SWIZZLE_COLUMNS,
     SWIZZLE_ROWS,
     swizzled_shape,
@@ -42,7 +43,6 @@ from pallas_kernels.simt.lane_math import as_u32, unsigned_div
 from pallas_kernels.simt.schedule import ExpertUnits
 
 _LAYOUTS = ("linear", "swizzled")  # of scales
-_F32_MAX = np.float32(np.finfo(np.float32).max)
 MAX_BLOCKS_PER_LANE = 8  # they are unrolled
 
 
@@ -300,7 +300,7 @@ def load_values(ref: Any, dtype: Any, block: jax.Array, valid: jax.Array) -> lis
 
 def finite_amax(values: list[list[jax.Array]]) -> jax.Array:
     """Every lane's largest finite magnitude."""
-    return block_amax([jnp.where(jnp.abs(v) <= _F32_MAX, v, np.float32(0)) for block in values for v in block])
+    return block_amax([jnp.where(jnp.abs(v) <= F32_MAX, v, np.float32(0)) for block in values for v in block])
 
 
 def scale_of_row(values: list[list[jax.Array]], divisor: float) -> jax.Array:

@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.simt import lanes
-from pallas_kernels.simt.formats import E4M3_MAX
+from pallas_kernels.simt.formats import E4M3_MAX, F32_TINY
 
 
 def mul_rn(a: lanes.Value, b: lanes.Value) -> jax.Array:
@@ -35,10 +35,9 @@ def abs_mul_flush(a: lanes.Value, b: lanes.Value) -> jax.Array:
     """|a| * b with subnormal operands and results flushed to zero."""
 
     def flushed(a, b):
-        tiny = np.float32(np.finfo(np.float32).tiny)
-        a, b = (jnp.where(jnp.abs(v) < tiny, np.float32(0), jnp.abs(v)) for v in (a, b))
+        a, b = (jnp.where(jnp.abs(v) < F32_TINY, np.float32(0), jnp.abs(v)) for v in (a, b))
         product = a * b
-        return jnp.where(product < tiny, np.float32(0), product)
+        return jnp.where(product < F32_TINY, np.float32(0), product)
 
     return lanes.instruction("{ .reg .f32 t; abs.f32 t, $1; mul.rn.ftz.f32 $0, t, $2; }", flushed, a, b)
 
