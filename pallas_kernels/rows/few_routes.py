@@ -2,7 +2,7 @@
 
     row_map[t, j] = first row of expert ids[t, j] + number of earlier routes to that expert, or -1 where it has no row
 
-A block of threads hands out the rows of one chunk of 64 successive routes. First it reads the ids of *all* routes, a
+A thread block hands out the rows of one chunk of 64 successive routes. First it reads the ids of *all* routes, a
 lane per route, and counts in shared memory how many routes each expert has before the chunk and, where the experts'
 rows are back to back, how many it has in all. Reading everything costs less than a kernel that counts first. Then lane
 e stands for expert e and hands out that expert's rows while the block walks over its chunk in order.
@@ -21,12 +21,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.simt import lanes, launch
 
 MAX_ROUTES = 16384  # more routes take less time in two kernels (measured on an H100)
-_CHUNK = 64  # routes whose rows a block hands out
+_CHUNK = 64  # routes whose rows a thread block hands out
 _UNROLL = 8  # loads in flight
 
 
 class _Refs(NamedTuple):
-    """Operands, results, and shared memory: the ids of the chunk, two counts per expert, room for prefix sums."""
+    """Ids, results, and shared memory: the chunk's ids, two counts per expert, words for prefix sums."""
 
     ids: Any
     row_map: Any
@@ -42,7 +42,10 @@ class _Refs(NamedTuple):
 def metadata(
     topk_ids: jax.Array, num_experts: int, *, capacity: int | None, num_rows: int, interpret: Any = None
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """-> row_map i32 [T, k], counts i32 [E], filled i32 [E], bad i32 []: see `route_metadata.Metadata`."""
+    """row_map i32 [T, k], counts i32 [E], filled i32 [E] and bad i32 [], as `route_metadata.Metadata` describes them.
+
+    The arguments are those of `route_metadata.route_metadata`; topk_ids is i32 [T, k].
+    """
     (tokens, k), routes = topk_ids.shape, topk_ids.size
     sizes = _Sizes(routes, num_experts, capacity, num_rows)
     columns = sizes.tiles * lanes.LANES
@@ -68,7 +71,7 @@ def metadata(
 
 @dataclasses.dataclass(frozen=True)
 class _Sizes:
-    """What is known when the kernel is traced. capacity None: the experts' rows are back to back."""
+    """Static sizes. The fields are arguments of `metadata`; routes = T * k."""
 
     routes: int
     num_experts: int
@@ -77,33 +80,33 @@ class _Sizes:
 
     @property
     def blocks(self) -> int:
-        """Blocks of threads: one per chunk."""
+        """Number of thread blocks, one per chunk."""
         return -(-self.routes // _CHUNK)
 
     @property
     def tiles(self) -> int:
-        """Groups of 128 experts: a lane stands for one expert of each."""
+        """Groups of 128 experts. A lane stands for one expert of each group."""
         return -(-self.num_experts // lanes.LANES)
 
 
 class _Block:
-    """The stages of one block of threads."""
+    """The stages of one thread block."""
 
     def __init__(self, sizes: _Sizes, refs: _Refs):
         self.sizes, self.refs = sizes, refs
         block, self.lane = lanes.block_index(), lanes.lane_index()
         self.first, self.is_last = block * _CHUNK, block == sizes.blocks - 1
-        self.mine = [self.lane + t * lanes.LANES for t in range(sizes.tiles)]  # experts of this lane
+        self.mine = [self.lane + t * lanes.LANES for t in range(sizes.tiles)]  # the experts of this lane
 
     def clear(self) -> None:
-        """Zeros into both counts."""
+        """Sets both counts of each expert to 0."""
         for m in self.mine:
             for smem in (self.refs.before_smem, self.refs.all_smem):
                 lanes.scatter(smem, m, [lanes.splat(0, jnp.uint32)])
         lanes.sync()
 
     def count(self) -> jax.Array:
-        """Reads all ids, counts them and keeps those of the chunk; -> this lane's number of bad ids."""
+        """Reads all ids, counts them and keeps those of the chunk. Returns how many bad ids this lane saw."""
         r, routes, capacity = self.refs, self.sizes.routes, self.sizes.capacity
 
         def read(i, bad):
@@ -127,7 +130,7 @@ class _Block:
         return bad
 
     def counts(self) -> tuple[list[jax.Array], list[jax.Array]]:
-        """-> routes before the chunk and routes in all, of the lane's experts."""
+        """How many routes each of the lane's experts has before the chunk, and how many in all."""
         before, totals = (
             [lanes.gather(smem, m)[0].astype(jnp.int32) for m in self.mine]
             for smem in (self.refs.before_smem, self.refs.all_smem)
@@ -135,7 +138,7 @@ class _Block:
         return before, totals
 
     def row_ranges(self, totals: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
-        """-> first row and first row too many of the lane's experts."""
+        """First row of each of the lane's experts, and the limit that its rows stay below."""
         if self.sizes.capacity is not None:
             starts = [m * self.sizes.capacity for m in self.mine]
             return starts, [start + self.sizes.capacity for start in starts]
@@ -146,7 +149,7 @@ class _Block:
         return starts, [jnp.full_like(m, self.sizes.num_rows) for m in self.mine]
 
     def hand_out(self, starts: list[jax.Array], limits: list[jax.Array], before: list[jax.Array]) -> None:
-        """Walks over the chunk: every route gets the next row of its expert."""
+        """Goes through the chunk in order: each route gets the next row of its expert."""
 
         def step(i, rows):
             for j, word in enumerate(lanes.gather(self.refs.chunk_smem, i, 4)):
@@ -164,7 +167,7 @@ class _Block:
         lax.fori_loop(0, lax.div(in_chunk + 3, jnp.int32(4)), step, rows)
 
     def report(self, starts: list[jax.Array], limits: list[jax.Array], totals: list[jax.Array], bad: jax.Array) -> None:
-        """The last block writes the experts' counts and the number of bad ids."""
+        """The last thread block writes the experts' counts and the number of bad ids."""
         r = self.refs
 
         @lanes.when(self.is_last)

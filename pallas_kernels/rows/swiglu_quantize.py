@@ -1,13 +1,17 @@
-"""SwiGLU and requantization in one pass: v = silu(gate) * up in f32, then NVFP4, or bf16.
+"""SwiGLU and requantization in one pass: silu(gate) * up in f32, then rounded to NVFP4 or bf16.
 
-One lane owns 16 columns: it loads 16 gates and 16 ups (bf16), multiplies in f32, and quantizes from registers with the
-arithmetic of quantize.py. The valid rows of every expert are walked over by a persistent grid (schedule.py); rows
-beyond masked_m are neither read nor written.
+A lane takes 16 columns of a row at a time: it loads 16 gates and 16 ups (bf16), multiplies in f32, and quantizes from
+registers with the arithmetic of quantize.py. With `masked_m` a persistent grid goes through the valid rows of every
+expert (`schedule.ExpertUnits`); rows beyond them are neither read nor written. Device memory bounds the time.
 
-silu(x) = x / (1 + e^-x), within 4 ulp of float64 wherever the result is a normal number. Gates are bf16 values, so
-with log2(e) = high + low, high of 16 bits, x high is exact: e^-x = 2^(-x high) (1 - x low ln 2 + ..), and rounding the
-exponent costs nothing. Blocks with a gate below -80, where e^-x leaves the range, or with a product that is not finite
-are done again in a branch that is hardly ever taken: there silu(x) = x e^(x + 80) e^-80. silu(-Inf) is NaN, not 0.
+silu(x) = x / (1 + e^-x) is within 4 ulp of float64 wherever the result is a normal number. To compute e^-x, log2(e) is
+split into high + low with 16 bits in `high`. A gate is a bf16 value, so the product x * high is exact, and
+
+    e^-x = 2^(-x high) * (1 - x low ln 2 + ...)
+
+without an error from rounding the exponent. A block with a gate below -80 (e^-x leaves the range of f32) or with a
+product that is not finite is computed again in a branch, which is hardly ever taken: with silu(x) = x e^(x + 80) e^-80.
+silu(-Inf) is NaN, not 0.
 """
 
 import dataclasses
@@ -53,7 +57,7 @@ _BF16_MINUS_80 = 0xC2A0
 def check_config(
     gate_up: Any, masked_m: Any, global_scale: Any, out: str, config: TuningConfig = DEFAULT_CONFIG
 ) -> str | None:
-    """None if `swiglu_quantize` accepts these (arrays or structs), else what does not fit."""
+    """None if `swiglu_quantize` accepts these (arrays or ShapeDtypeStructs), else what does not fit."""
     if gate_up.dtype != jnp.bfloat16:
         return f"gate_up must be bfloat16, got {gate_up.dtype}"
     if gate_up.ndim != (2 if masked_m is None else 3) or 0 in gate_up.shape or gate_up.shape[-1] % (2 * BLOCK_SIZE):
@@ -82,14 +86,22 @@ def swiglu_quantize(
     config: TuningConfig | None = None,
     interpret: Any = None,
 ) -> tuple[Any, ...]:
-    """[E, M, 2I] with masked_m [E], or [rows, 2I] with None -> the form `out` of silu(gate) * up, [.., I].
+    """silu(gate) * up for gate_up = [gate, up] along the last axis, rounded to the form `out`.
 
-    "nvfp4": (codes u8 [.., I/2], scales e4m3 [.., I/16], global scales). "nvfp4_as_bf16": (bf16 code x block scale,
-    global scales). "bf16": (bf16, None). global_scale as in `quantize.quantize`; the global scales are f32 [.., 1]
-    where it is "per_token", else None.
+    Args:
+      gate_up: bf16, [E, M, 2I] with `masked_m`, or [rows, 2I] without; I a multiple of 16.
+      masked_m: valid rows of each expert, [E]. The other rows are neither read nor written.
+      global_scale: as in `quantize.quantize`; not used for "bf16".
+      out: "nvfp4", "nvfp4_as_bf16" or "bf16".
+
+    Returns:
+      "nvfp4": codes u8 [.., I/2], block scales e4m3 [.., I/16], global scales.
+      "nvfp4_as_bf16": code * block scale of the same as bf16 [.., I] (exact), global scales.
+      "bf16": bf16 [.., I], None.
+      The global scales are f32 [.., 1] if global_scale is "per_token", otherwise None.
 
     Raises:
-      NotImplementedError: what `check_config` returns.
+      NotImplementedError: the kernel does not accept the operands; the message is that of `check_config`.
     """
     config = config or tuning.tuned("swiglu_quantize", gate_up.size // (2 * BLOCK_SIZE), TuningConfig)
     if problem := check_config(gate_up, masked_m, global_scale, out, config):
@@ -130,7 +142,10 @@ def swiglu_quantize(
 
 @dataclasses.dataclass(frozen=True)
 class _Products:
-    """What the lanes do with a unit of blocks. blocks: of a row. scale_stride: as in `rows_scale`, None: none given."""
+    """What a thread block does with its items.
+
+    blocks: NVFP4 blocks of a row of the result. scale_stride: as in `rows_scale`; None if no scale is given.
+    """
 
     blocks: int
     out: str
@@ -138,7 +153,7 @@ class _Products:
     per_token: bool
 
     def unit(self, x_ref: Any, g_ref: Any, results: list[Any], items: list[Item]) -> None:
-        """Products of the blocks of one unit, which is a row where rows have scales of their own."""
+        """Computes and stores the NVFP4 blocks `items`. With a scale per token they are one whole row."""
         loaded = [self._load(x_ref, item) for item in items]  # all loads first
         if self.per_token:
             products = [swiglu(*words) for words in loaded]
@@ -153,7 +168,7 @@ class _Products:
             store_products(results, item, *swiglu(*words), scales, self.out)
 
     def _load(self, x_ref, item):
-        """Words of 16 gates and of 16 ups."""
+        """16 gates and 16 ups, as 8 words of two bf16 each."""
         gate = item.block + item.row * self.blocks
         return [lanes.gather(x_ref, b, 8, where=item.valid) for b in (gate, gate + self.blocks)]
 
@@ -164,7 +179,7 @@ class _Products:
 def store_products(
     refs: Sequence[Any], item: Item, values: list[jax.Array], amax: jax.Array, scales: EncodeScales | None, out: str
 ) -> None:
-    """16 products of one block per lane, in the form `out`, to the result's refs; scales are not needed for "bf16"."""
+    """Stores 16 products per lane, one NVFP4 block, in the form `out`. `scales` may be None for "bf16"."""
     if out == "bf16":
         pairs = zip(values[::2], values[1::2], strict=True)
         lanes.scatter(refs[0], item.block, [lane_math.pack_bf16(*pair) for pair in pairs], where=item.valid)
@@ -178,11 +193,11 @@ def store_products(
 
 
 def swiglu(gate_words: Sequence[jax.Array], up_words: Sequence[jax.Array]) -> tuple[list[jax.Array], jax.Array]:
-    """From 8 words of two bf16 each: the 16 products silu(gate) * up in f32, and their amax (`block_amax`)."""
+    """16 products silu(gate) * up in f32 and their `block_amax`. The arguments are 8 words of two bf16 each."""
     gates, ups = unpack_bf16(gate_words), unpack_bf16(up_words)
     values = [lane_math.mul_rn(silu(g), u) for g, u in zip(gates, ups, strict=True)]
     amax = block_amax(values)
-    # As unsigned integers the bf16 values below -80 are the largest, behind them only negative NaNs.
+    # Compared as unsigned integers, bf16 values below -80 are larger than all others, except for negative NaNs.
     largest = gate_words[0]
     for word in gate_words[1:]:
         largest = lane_math.max_u16x2(largest, word)
@@ -197,12 +212,12 @@ def swiglu(gate_words: Sequence[jax.Array], up_words: Sequence[jax.Array]) -> tu
 
 
 def silu(x: jax.Array) -> jax.Array:
-    """x * sigmoid(x) on f32 lane arrays of bf16 values from -80 up, finite."""
+    """x * sigmoid(x) in f32, for finite x >= -80 that bf16 can represent."""
     return lane_math.mul_rn(x, _reciprocal_of_one_plus(_exp_of_bf16(-x)))
 
 
 def _silu_anywhere(x):
-    """The same for any bf16 value."""
+    """x * sigmoid(x) in f32, for any x that bf16 can represent."""
     far = x < np.float32(-80)
     e = _exp_of_bf16(jnp.maximum(jnp.where(far, x + np.float32(80), -x), np.float32(-126)))
     near_value = lane_math.mul_rn(x, _reciprocal_of_one_plus(e))
@@ -211,7 +226,10 @@ def _silu_anywhere(x):
 
 
 def _exp_of_bf16(y):
-    """e^y for y of at most 8 significant bits, |y| <= 91: y high is exact, e^(y low ln 2) = 1 + y low ln 2 + 8e-8."""
+    """e^y for y of at most 8 significant bits.
+
+    y * high is exact, and e^(y low ln 2) = 1 + y low ln 2 within 8e-8 for |y| <= 91.
+    """
     power = lane_math.exp2_approx(lane_math.mul_rn(y, _LOG2E_HIGH))
     return lane_math.fma_rn(power, lane_math.mul_rn(y, _LOW_LN2), power)
 

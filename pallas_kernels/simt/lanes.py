@@ -95,7 +95,8 @@ def gather(
     Returns:
       `count` u32 lane arrays, each element zero-extended.
 
-    The kernel reads up to 16 bytes per instruction, so `ref` must be aligned to that (or to `count` elements, if fewer).
+    An instruction reads up to 16 bytes, so a lane's elements must be aligned to their total size, or to 16 bytes if that
+    is more.
     """
     size = jnp.dtype(dtype).itemsize
     refs = ref if isinstance(ref, list) else [ref]
@@ -211,7 +212,7 @@ def prefix_sum(x: jax.Array, scratch_ref: Any, at: int) -> tuple[jax.Array, jax.
 
 
 def prefix_sums(many: Sequence[jax.Array], scratch_ref: Any, at: int) -> list[tuple[jax.Array, jax.Array]]:
-    """`prefix_sum` of several lane arrays, with two barriers in all. Each needs 4 words of `scratch_ref` from `at` on."""
+    """`prefix_sum` of several lane arrays with two barriers in all. It uses 4 words of `scratch_ref` for each."""
     lane, warp = lane_index() & (WARP - 1), lane_index() >> _WARP_BITS
     sums = []
     for x in many:
@@ -246,7 +247,7 @@ def largest(x: jax.Array, scratch_ref: Any, at: int) -> jax.Array:
 
 
 def largest_of_neighbours(x: jax.Array, count: int) -> jax.Array:
-    """Maximum over each group of `count` successive lanes (a power of two up to 32), in every lane of the group, i32."""
+    """Maximum over each group of `count` successive lanes (a power of two up to 32), in all lanes of the group; i32."""
     step = 1
     while step < count:
         x = jnp.maximum(x, _shuffle(x, "bfly", step, WARP - 1))
