@@ -96,7 +96,7 @@ def _encode_candidate(values, amax, scales, factor):
 
 
 def round_to_e4m3(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Rounds f32 >= 0 to e4m3: nearest even, saturating at 448, NaN stays NaN. Returns the byte as u32, its value as f32."""
+    """Rounds f32 >= 0 to e4m3: nearest even, saturating at 448, NaN stays NaN. Returns byte (u32) and value (f32)."""
     x = jnp.where(x > E4M3_MAX, np.float32(E4M3_MAX), x)
     bits = lax.bitcast_convert_type(x, jnp.uint32)
     # Normal numbers keep 3 bits of the mantissa. The exponent bias changes from 127 to 7.

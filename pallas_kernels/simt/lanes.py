@@ -95,8 +95,8 @@ def gather(
     Returns:
       `count` u32 lane arrays, each element zero-extended.
 
-    An instruction reads up to 16 bytes, so a lane's elements must be aligned to their total size, or to 16 bytes if that
-    is more.
+    An instruction reads up to 16 bytes. Each lane's elements must be aligned to their total size, or to 16 bytes if
+    that is larger.
     """
     size = jnp.dtype(dtype).itemsize
     refs = ref if isinstance(ref, list) else [ref]
