@@ -29,7 +29,7 @@ _TUNED_WITHIN = 0.5  # an entry for m rows per expert is used for m / 2^0.5 to m
 def choose(k: int, n: int, experts: int, expected_m: float | int, *, fused: bool = False) -> TuningConfig:
     """The configuration for weights [experts, n, k] and `expected_m` rows per expert.
 
-    fused: whether SwiGLU is computed in the epilogue. Then `n` counts the columns of its result.
+    fused: whether SwiGLU is computed in the epilogue. Then `n` counts the rows of gate and up together.
     """
     if experts == 1 and not fused:
         return dense(k, n, expected_m)
