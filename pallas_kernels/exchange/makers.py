@@ -182,7 +182,7 @@ class FP8Rows(_EncodedRows):
     def store(
         self, sources: Any, loaded: Sequence[jax.Array], buffers: Any, stage: jax.Array, scratch: Any
     ) -> list[jax.Array]:
-        """Writes values and scales to the buffers number `stage`. If a row has one scale, returns it as single value."""
+        """Writes values and scales to the buffers number `stage`. Returns the scale of a row that has only one."""
         del sources, scratch
         values_ref, *scales_ref = buffers
         lanes_of_group = LANES_OF_GROUP if self.groups > 1 else WARP  # all lanes that may store the single value

@@ -115,9 +115,9 @@ def _few(tile_m: tuple[int, ...], warpgroups: int, row_tiles: int = 1, *, in_fli
     return TuningConfig(tile_m, warpgroups, row_tiles, k_tiles=4, num_stages=8, in_flight=in_flight)
 
 
-# The model of `few_rows`, fitted to experiments/results/h100/gemm_few_rows.json (see gemm_log.md there). A task takes
-# _STEP_US microseconds per tile of K while every SM of an H100 has a task, and _TASK_US per weight tile in addition.
-# The keys of _STEP_US are the most rows per expert that the numbers below them are for.
+# The model of `few_rows`, fitted to experiments/results/h100/gemm_few_rows.json; experiments/results/gemm_log.md tells
+# how. A task takes _STEP_US microseconds per tile of K while every SM of an H100 has a task, and _TASK_US per weight
+# tile in addition. The keys of _STEP_US are the most rows per expert that the numbers below them are for.
 _TASK_US = 0.3
 _WORTH_IT = 1.04  # the model must promise this speedup to replace the first configuration: about its own error
 _STEP_US: dict[int, dict[TuningConfig, float]] = {

@@ -23,7 +23,7 @@ from pallas_kernels.gemm.weight_layout import TILE, WORDS
 from pallas_kernels.simt.hardware import LANES, WARP
 
 # Decoding gives code * scale * 2^-7, from the factors 2^-126 and 2^119 of weight_layout.py. The epilogue multiplies by
-# the inverse, this.
+# this factor to undo that.
 DECODE_FACTOR = 2.0**7
 ROW_WORDS = TILE // 2  # u32 words of a row of 64 bf16
 _ROW_BYTES = 4 * ROW_WORDS

@@ -16,8 +16,8 @@ E4M3_MAX = 448.0  # largest finite e4m3 value
 # largest usual block scale is 256, and the largest stored one 384.
 FOUR_OVER_SIX_SCALE = 256.0
 GLOBAL_SCALE_RANGE = (2.0**-100, 2.0**100)  # outside it intermediate products leave the normal range of f32
-AMAX_DIVISOR = E2M1_MAX * E4M3_MAX  # 2688
-AMAX_DIVISOR_FOUR_OVER_SIX = E2M1_MAX * FOUR_OVER_SIX_SCALE  # 1536
+AMAX_DIVISOR = E2M1_MAX * E4M3_MAX  # = 2688
+AMAX_DIVISOR_FOUR_OVER_SIX = E2M1_MAX * FOUR_OVER_SIX_SCALE  # = 1536
 F32_MAX = np.float32(np.finfo(np.float32).max)
 F32_TINY = np.float32(np.finfo(np.float32).tiny)  # 2^-126, the smallest normal magnitude
 
