@@ -201,8 +201,8 @@ def to_fp8(
     groups = -(-hidden // BLOCK)
     wide = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, groups * BLOCK - hidden))).reshape(tokens, groups, BLOCK)
     amax = largest_magnitude(wide, axis=-1)
-    # Where amax is below 448 * 2^-126, amax / 448 would be subnormal, and CPUs flush it to zero. With scale 1 the values
-    # of such a group round to zero.
+    # For amax below 448 * 2^-126, amax / 448 would be subnormal, and CPUs flush it to zero. With scale 1 the values of
+    # such a group round to zero.
     scales = jnp.where(amax < E4M3_MAX * 2.0**-126, np.float32(1), div_rn(amax, np.float32(E4M3_MAX)))
     if power_of_two_scales:
         scales = quantize_fp8.power_of_two(scales)

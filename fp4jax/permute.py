@@ -1,8 +1,8 @@
 """Permute token rows to an expert-major layout and back, within one device.
 
 The rows of an expert are in token order, then slot order. A route (token, slot) whose id is -1 has no expert on this
-device and is skipped. A route whose id is out of range, or whose expert is full, is dropped and counted. Both are marked
--1 in `row_map`. Rows that no route fills may hold anything. Only the scale pads of the swizzled layout are zero, because
+device and is skipped. A route whose id is out of range, or whose expert is full, is dropped and counted. Both get -1 in
+`row_map`. Rows that no route fills may hold anything. Only the scale pads of the swizzled layout are zero, because
 hardware reads them.
 """
 

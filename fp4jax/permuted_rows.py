@@ -14,10 +14,10 @@ from pallas_kernels.rows import permute as permute_kernels, route_metadata as me
 
 
 class Rows(NamedTuple):
-    """The arrays that rows consist of, one row each along their second-last axis.
+    """The arrays that together hold rows.
 
     Attributes:
-      x: values or codes. (`permute` also puts a whole NVFP4Tensor here when it returns its result.)
+      x: values or NVFP4 codes; in the result of `permute._whole` also an NVFP4Tensor.
       scales: block scales, or None if the rows have none.
       row_scale: one f32 scale per row, or None if the rows have none.
     """
@@ -97,7 +97,7 @@ def _permute_kernels(x, scales, topk_ids, row_scale, *, target):
         if row_scale is not None:
             rows = rows._replace(row_scale=permute_kernels.scatter_rows([row_scale], meta.row_map, target.num_rows)[0])
     else:
-        leaves, structure = jax.tree.flatten(Rows(x, None if arrange else scales, row_scale))  # leaves out fields that are None
+        leaves, structure = jax.tree.flatten(Rows(x, None if arrange else scales, row_scale))  # without None fields
         rows = jax.tree.unflatten(structure, permute_kernels.scatter_rows(leaves, meta.row_map, target.num_rows))
     rows = _per_expert(rows, target)
     if arrange:
