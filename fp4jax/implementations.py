@@ -60,9 +60,9 @@ def run_implementation(
 ) -> Any:
     """Calls `xla(*operands)` or `mosaic_gpu(*operands)`.
 
-    Implementation None calls `mosaic_gpu` if JAX sees a Hopper GPU and the program is lowered for CUDA; a program of CPU
-    arrays on a machine with GPUs is not. Otherwise it calls `xla`, and also if there is a `problem` or if arrays outside
-    shard_map lie on several devices, where XLA partitions better. Derivatives are always those of `xla`.
+    Implementation None calls `mosaic_gpu` if JAX sees a Hopper GPU and the program is lowered for CUDA. (A program on
+    CPU arrays is not, on a machine with GPUs either.) Otherwise it calls `xla`, and also if there is a `problem` or if
+    arrays outside shard_map lie on several devices, where XLA partitions better. Derivatives are always those of `xla`.
 
     Args:
       op: the name of the op, for errors.

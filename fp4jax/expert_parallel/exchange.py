@@ -2,7 +2,7 @@
 
 On GPUs of one process with NVLink between them, kernels store rows straight into the buffers of the receivers, and read
 the results from there (pallas_kernels/exchange). Elsewhere an all_to_all moves rows of bytes: the token in its wire
-format and its expert ids, and in the form per_peer its weights. Both ways deliver the same rows in the same order.
+format and its expert ids, and in the form per_peer its weights. Both ways deliver the same bits in the same order.
 
 There are two forms of a dispatch and its combine:
 
@@ -45,7 +45,7 @@ class Dispatched(NamedTuple):
       send_map: i32 [T, R], or [T, k] per_slot: where this device's tokens went. An entry is receiver * C + row, which
         is also the index of the returned row at home, or -1 if nothing was sent.
       dropped: i32 (), the number of routes of this device's tokens lost to a bad id or to `pair_capacity`.
-      buffers: the receive buffers for `combine_into_buffers`; None if the dispatch was given none.
+      buffers: the receive buffers, which `combine_into_buffers` takes from here; None if the dispatch was given none.
     """
 
     x: Any
