@@ -70,7 +70,7 @@ def moe_layer(
       NotImplementedError: an implementation that the config names, or the buffers, cannot serve the call.
     """
     _check_arguments(x, topk_ids, topk_weights, weights, config)
-    if x.shape[0] == 0:  # so on every device, as shapes are alike: none waits in a collective
+    if x.shape[0] == 0:  # shapes are the same on every device, so all return here and none waits in a collective
         return x, MoEStats(jnp.int32(0), buffers)
     if config.differentiable:
         plain: Any = weights.w13, weights.w2
@@ -95,7 +95,7 @@ def dense_moe(
 ) -> Float[Array, "t h"]:
     """Computes the layer with every expert on every token: unquantized and differentiable, with E/k times the FLOPs.
 
-    It serves training, and as the reference that `moe_layer` is compared with.
+    It is meant for training, and as a reference for `moe_layer`.
 
     Args:
       x: bf16 or f32 [T, H].
@@ -144,7 +144,7 @@ def _token_scale(weights, config):
     scale = weights.input_scale_1
     if scale is None:
         return "per_token"
-    return agree_global_scale(scale, config.axis_name) if jnp.ndim(scale) else scale  # () is agreed already
+    return agree_global_scale(scale, config.axis_name) if jnp.ndim(scale) else scale  # a scalar is agreed already
 
 
 def _dispatch(x, topk_ids, topk_weights, scale_1, config, buffers):

@@ -346,7 +346,7 @@ def _sign_of_input(codes, blocks):
 
 
 def _squared_error(blocks, codes, block_scale, scale):
-    """Returns the f32 sum of (x - decoded value)^2 of every block; 16 squares are halved to 8, 4, 2 and 1 sums."""
+    """Returns the f32 sum of (x - decoded value)^2 of a block, adding halves: 16 to 8, 4, 2 and 1 values."""
     value = decode_blocks(pack_codes(codes.reshape(*codes.shape[:-2], -1)), block_scale, jnp.float32) * scale
     # The barriers keep XLA from contracting product and sum into one FMA, which would change the last bit. CPUs flush
     # subnormal errors and squares to zero and GPUs do not, so both are flushed here.

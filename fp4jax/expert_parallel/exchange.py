@@ -138,7 +138,7 @@ def _move(way, sent, ids, topk_weights, routes, axis_name, buffers, implementati
 
 
 def _count_dropped(topk_ids, ids, valid, send_map, routes):
-    """Counts the routes of this device's tokens that have a bad id (-1 is none) or found no room at the receiver."""
+    """Counts the routes of this device's tokens that have a bad id, other than -1, or found no room at the receiver."""
     row_of_route = send_map
     if routes.form == "per_peer":
         peer = jnp.where(valid, ids // routes.local_experts, 0)

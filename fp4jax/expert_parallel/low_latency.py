@@ -25,13 +25,14 @@ Why no other barrier is needed:
 Combines have two sets of arrays of their own. A combine stores partial sums into the peers' arrays, meets, and adds up
 what it received. The same steps hold, and the kernel itself is the only reader of its rows.
 
-The signals of a meeting increment counters. Nobody resets them, because a reset would need a barrier. Instead every
-block of threads counts its meetings, and so knows which value of the counter to wait for. The counters have 32 bits,
-which is enough for some million calls in one run of a program.
+The signals of a meeting increment counters. Nobody resets them, because a fast peer may signal again before the reset.
+Instead every block of threads counts its meetings, and so knows which value of the counter to wait for. The counters
+have 32 bits, which is enough for some million calls in one run of a program.
 
 What the caller must do:
 
-* Pass the buffers that each call returns to the next call, as above.
+* Pass the buffers that each call returns to the next call, as above. The loop is a Python loop: whose turn it is, is
+  static.
 * Run the same calls in the same order on all devices. All dispatches of a program must have the same shapes, and so
   must all its combines.
 * Finish reading the rows of a dispatch before the next dispatch (step 3 relies on it). XLA keeps this order only if an
@@ -103,8 +104,8 @@ class _Turn:
         if [(a.shape, a.dtype) for a in sets[0]] != shapes or counters.shape[0] != blocks:
             found = [(a.shape, str(a.dtype)) for a in sets[0]]
             raise ValueError(f"{op}: the buffers are {found} for other calls than this one, which needs {shapes}")
-        # Every kernel takes all arrays, the set that it does not use included. So XLA must make all of them before the
-        # first kernel, and its barrier, and not later, when a peer may have stored rows already.
+        # Every kernel takes all arrays, also the set that it does not use. XLA must then make all of them before the
+        # first kernel and its barrier. If it made a set later, a faster peer could store rows before the set exists.
         self._sets = [[jax.new_ref(a) for a in some] for some in sets]
         self._counters = jax.new_ref(counters)
         self._turn = arrays.turn

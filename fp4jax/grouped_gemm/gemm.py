@@ -273,7 +273,7 @@ def _row_scale(x, x_scale, lead):
 
 
 def _varying_like(value, tree):
-    """Makes `value` vary over the same shard_map axes as the leaves of `tree`, by adding sums of none of their rows.
+    """Makes `value` vary over the same shard_map axes as the leaves of `tree`, by adding sums of empty slices of them.
 
     A loop needs this: its carry must vary over the same axes at the start as after a step.
     """

@@ -139,7 +139,7 @@ def packed_if(w: Any, wanted: bool) -> Any:
 
 
 def packed_size(intermediate_size: int) -> int:
-    """Returns I after `pad_experts`: the next multiple of 64."""
+    """Returns I after `pad_experts`: I rounded up to a multiple of 64."""
     return -(-intermediate_size // weight_layout.TILE) * weight_layout.TILE
 
 
