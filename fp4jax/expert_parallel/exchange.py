@@ -39,8 +39,8 @@ class Dispatched(NamedTuple):
     Attributes:
       x: the rows in wire format "nvfp4": NVFP4Tensor [R*C, H]; "fp8": the pair (e4m3 [R*C, H], f32 scales
         [R*C, ceil(H/128)]), see `from_fp8`; "bf16": bf16 [R*C, H].
-      local_ids: i32 [R*C, k], or [R*C, 1] per_slot: the experts of a row, numbered within this device. -1 marks an
-        expert of another device, and in all of a row's entries a pad.
+      local_ids: i32 [R*C, k], or [R*C, 1] per_slot: the experts of a row, numbered within this device; -1 = an expert
+        of another device, or none. A pad has only -1.
       local_weights: f32 of the same shape, the weights of these experts; per_slot: ones. Those of pads mean nothing.
       send_map: i32 [T, R], or [T, k] per_slot: where this device's tokens went. An entry is receiver * C + row, which
         is also the index of the returned row at home, or -1 if nothing was sent.

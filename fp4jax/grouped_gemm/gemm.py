@@ -86,12 +86,11 @@ def contiguous_grouped_gemm(
 
     Args:
       x: NVFP4Tensor, bf16 or f32 [rows, K], sorted by expert.
-      w: as in `masked_grouped_gemm`.
       group_sizes: i32 or i64 [E], rows per expert. Rows at or beyond their sum are pads.
       x_scale: f32 scale of a plain x, () or [rows, 1]. None: 1.
-      expected_m: as in `masked_grouped_gemm`, but None means rows / E.
-      out_dtype: as in `masked_grouped_gemm`.
-      implementation: as in `masked_grouped_gemm`.
+      expected_m: the usual number of rows per expert, a hint. None: rows / E.
+
+    All other arguments are those of `masked_grouped_gemm`.
 
     Returns:
       [rows, N] in `out_dtype`; pads may hold anything.

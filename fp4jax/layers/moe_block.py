@@ -29,17 +29,11 @@ from fp4jax.sharded_moe import EP_AXIS, expert_mesh, sharded_moe_layer
 
 @dataclasses.dataclass(frozen=True)
 class RoutingConfig:
-    """The routing of a model: arguments of `routing.route`, which explains and checks them.
+    """How a model routes its tokens. The fields are arguments of `routing.route`, which explains them, except for two:
 
     Attributes:
       num_experts: the number of experts (E).
-      top_k: experts per token (k).
-      scoring: "softmax" or "sigmoid".
-      renormalize: whether the weights of a token are divided by their sum.
-      correction_bias: whether the block has a parameter `correction_bias` [E].
-      num_groups: groups of experts.
-      topk_groups: groups that a token may choose from.
-      routed_scaling_factor: factor on the weights.
+      correction_bias: whether the block has a parameter `correction_bias` [E], which it passes to `route`.
     """
 
     num_experts: int
