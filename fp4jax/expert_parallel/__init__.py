@@ -1,4 +1,4 @@
-"""Tokens cross a mesh to the devices that hold their experts, and come back."""
+"""Expert parallelism: tokens cross a mesh axis to the devices that hold their experts, and their results come back."""
 
 from fp4jax.block_fp8 import from_fp8 as from_fp8
 from fp4jax.expert_parallel.exchange import (

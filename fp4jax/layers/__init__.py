@@ -1,4 +1,4 @@
-"""Flax NNX modules, thin over the pure functions: dense layers and the expert layer."""
+"""Flax NNX modules, thin layers over the pure functions: linear layers, MLP, RMSNorm and the expert layer."""
 
 from fp4jax.layers.linear import (
     MLP as MLP,
