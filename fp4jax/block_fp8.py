@@ -19,9 +19,9 @@ from jaxtyping import Array, Float
 
 from fp4jax.implementations import Call, Implementation, run_implementation
 from fp4jax.operands import check_array, check_type, summary
-from fp4jax.rounding import E4M3_MAX, div_rn, largest_magnitude, round_to_e4m3
+from fp4jax.rounding import div_rn, largest_magnitude, round_to_e4m3
 from pallas_kernels.fp8 import config as fp8_config, gemm as fp8_gemm, quantize as quantize_fp8
-from pallas_kernels.fp8.config import BLOCK
+from pallas_kernels.simt.formats import E4M3_MAX, FP8_BLOCK as BLOCK
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["qdata", "block_scale"], meta_fields=[])

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import jax
 from jax import lax
 
-from pallas_kernels.simt.schedule import H100_SMS
+from pallas_kernels.simt.hardware import H100_SMS
 
 Implementation = Literal["xla", "mosaic_gpu"]
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)

@@ -18,20 +18,13 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from fp4jax.implementations import Call, Implementation, run_implementation
 from fp4jax.operands import axis_size, check_array, check_type, summary
-from fp4jax.rounding import E4M3_MAX, div_rn, flush_subnormals, largest_magnitude, round_to_e2m1, round_to_e4m3
+from fp4jax.rounding import div_rn, flush_subnormals, largest_magnitude, round_to_e2m1, round_to_e4m3
 from pallas_kernels.rows import quantize as quantize_kernel
+from pallas_kernels.simt.formats import AMAX_DIVISOR, AMAX_DIVISOR_FOUR_OVER_SIX, BLOCK_SIZE, GLOBAL_SCALE_RANGE
 
-BLOCK_SIZE = 16
-E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # magnitude of codes 0..7; bit 3 is the sign
-E2M1_MAX = 6.0
 Dialect = Literal["exact", "modelopt", "compressed_tensors"]
 DIALECTS: tuple[str, ...] = get_args(Dialect)
-GLOBAL_SCALE_RANGE = (2.0**-100, 2.0**100)  # outside, intermediate products leave the normal f32 range
 
-# A computed global scale is amax / divisor: the block that holds amax then gets the block scale 448. With four-over-six
-# a block may be stored with 6/4 = 1.5 times its usual scale, so that block gets 256 (256 * 1.5 = 384 is below 448).
-_AMAX_DIVISOR = E2M1_MAX * E4M3_MAX
-_AMAX_DIVISOR_FOUR_OVER_SIX = E2M1_MAX * 256.0
 _F32_MAX = np.float32(np.finfo(np.float32).max)
 _E4M3_SATURATES_ABOVE = 464.0  # midpoint of 448 and 480, the next step: up to it values round to 448
 _E4M3_ROUNDS_TO_ZERO = 2.0**-10  # half of the smallest subnormal 2^-9; the tie rounds to zero
@@ -192,7 +185,7 @@ def quantize(
     _check_quantize_args(x, global_scale, masked_m, axis_name, dialect, four_over_six)
     valid = None if masked_m is None else valid_rows(masked_m, x.shape[1])[..., None]
     per_token = isinstance(global_scale, str) and global_scale == "per_token"
-    divisor = np.float32(_AMAX_DIVISOR_FOUR_OVER_SIX if four_over_six else _AMAX_DIVISOR)
+    divisor = np.float32(AMAX_DIVISOR_FOUR_OVER_SIX if four_over_six else AMAX_DIVISOR)
     if global_scale is None or isinstance(global_scale, str):
         amax = _valid_amax(flush_subnormals(x.astype(jnp.float32)), valid, global_scale, axis_name)
         scale = _scale_from(amax, lambda a: div_rn(a, divisor))
@@ -367,7 +360,7 @@ def tensor_scale(x: Float[Array, "..."], axis_name: str | None = None) -> Float[
     With `axis_name`, inside shard_map, the scale covers the x of all devices of that mesh axis.
     """
     amax = _valid_amax(flush_subnormals(x.astype(jnp.float32)), None, None, axis_name)
-    return _scale_from(amax, lambda a: div_rn(a, np.float32(_AMAX_DIVISOR)))
+    return _scale_from(amax, lambda a: div_rn(a, np.float32(AMAX_DIVISOR)))
 
 
 def _valid_amax(x32, valid, mode, axis_name):

@@ -12,7 +12,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, UInt8
 
-E4M3_MAX = 448.0
+from pallas_kernels.simt.formats import E4M3_MAX
+
 _F32_TINY = np.float32(np.finfo(np.float32).tiny)
 _SIGN_BIT = np.uint32(1 << 31)
 _MAGNITUDE_BITS = np.int32(0x7FFFFFFF)

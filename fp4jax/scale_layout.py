@@ -4,23 +4,21 @@ S is the number of scales along K: K/16 for NVFP4, K/128 for block FP8. The func
 """
 
 import math
-from typing import Literal, get_args
 
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
-ScaleLayout = Literal["linear", "m_major", "swizzled"]
-SCALE_LAYOUTS: tuple[str, ...] = get_args(ScaleLayout)
-_ROWS, _COLS = 128, 4  # shape of one swizzled tile; its rows form 4 groups of 32
+from pallas_kernels.simt.formats import (
+    SCALE_LAYOUTS as SCALE_LAYOUTS,
+    SWIZZLE_COLUMNS,
+    SWIZZLE_ROWS,
+    ScaleLayout as ScaleLayout,
+    swizzled_shape,
+)
 
 
 def to_m_major(block_scale: Shaped[Array, "... m s"]) -> Shaped[Array, "... s m"]:
     """Transposes linear scales [..., M, S] to [..., S, M], the layout that masked FP8 GEMMs read."""
-    return jnp.swapaxes(block_scale, -1, -2)
-
-
-def from_m_major(block_scale: Shaped[Array, "... s m"]) -> Shaped[Array, "... m s"]:
-    """Inverse of `to_m_major`."""
     return jnp.swapaxes(block_scale, -1, -2)
 
 
@@ -43,9 +41,9 @@ def swizzle(block_scale: Shaped[Array, "... m s"]) -> Shaped[Array, "... mt st 3
     if block_scale.ndim < 2:
         raise ValueError(f"swizzle: block_scale must be [..., M, S], got shape {block_scale.shape}")
     *lead, m, s = block_scale.shape
-    m_tiles, s_tiles = -(-m // _ROWS), -(-s // _COLS)
-    pads = [(0, 0)] * len(lead) + [(0, m_tiles * _ROWS - m), (0, s_tiles * _COLS - s)]
-    tiles = jnp.pad(block_scale, pads).reshape(*lead, m_tiles, 4, 32, s_tiles, _COLS)
+    m_tiles, s_tiles = -(-m // SWIZZLE_ROWS), -(-s // SWIZZLE_COLUMNS)
+    pads = [(0, 0)] * len(lead) + [(0, m_tiles * SWIZZLE_ROWS - m), (0, s_tiles * SWIZZLE_COLUMNS - s)]
+    tiles = jnp.pad(block_scale, pads).reshape(*lead, m_tiles, 4, SWIZZLE_ROWS // 4, s_tiles, SWIZZLE_COLUMNS)
     n = len(lead)
     return tiles.transpose(*range(n), n, n + 3, n + 2, n + 1, n + 4)
 
@@ -64,10 +62,10 @@ def unswizzle(swizzled: Shaped[Array, "..."], shape: tuple[int, ...]) -> Shaped[
       ValueError: the number of elements does not belong to `shape`.
     """
     *lead, m, s = shape
-    m_tiles, s_tiles = -(-m // _ROWS), -(-s // _COLS)
-    physical = (*lead, m_tiles, s_tiles, 32, 4, _COLS)
+    m_tiles, s_tiles = -(-m // SWIZZLE_ROWS), -(-s // SWIZZLE_COLUMNS)
+    physical = swizzled_shape(lead, m, s)
     if swizzled.size != math.prod(physical):
         raise ValueError(f"unswizzle: shape {tuple(shape)} needs {math.prod(physical)} elements, got {swizzled.shape}")
     n = len(lead)
     tiles = swizzled.reshape(physical).transpose(*range(n), n, n + 3, n + 2, n + 1, n + 4)
-    return tiles.reshape(*lead, m_tiles * _ROWS, s_tiles * _COLS)[..., :m, :s]
+    return tiles.reshape(*lead, m_tiles * SWIZZLE_ROWS, s_tiles * SWIZZLE_COLUMNS)[..., :m, :s]

@@ -1,6 +1,6 @@
 """SwiGLU between the two grouped GEMMs: silu(gate) * up, and its quantization to NVFP4."""
 
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -9,9 +9,7 @@ from fp4jax.implementations import Call, Implementation, run_implementation
 from fp4jax.nvfp4 import BLOCK_SIZE, NVFP4Tensor, as_scale, decode_blocks, quantize
 from fp4jax.operands import check_array
 from pallas_kernels.rows import swiglu_quantize as swiglu_kernel
-
-Output = Literal["nvfp4", "nvfp4_as_bf16", "bf16"]
-OUTPUTS: tuple[str, ...] = get_args(Output)
+from pallas_kernels.rows.swiglu_quantize import OUTPUTS, Output
 
 
 def swiglu_quantize(

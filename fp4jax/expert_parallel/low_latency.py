@@ -167,8 +167,10 @@ def run_back(
     target = jax.ShapeDtypeStruct((devices, row_map.shape[0] // devices, y.shape[1]), y.dtype)
     turn = _Turn(dispatched.buffers.back, [target], config.blocks, "combine")
     out = combine_kernels.push_combine(
-        y, row_map, dispatched.local_weights, dispatched.local_ids, dispatched.send_map, topk_weights,
-        turn.now[0], turn.kept, devices=devices, axis_name=axis_name, first=turn.first, config=config,
+        y, combine_kernels.Received(row_map, dispatched.local_weights, dispatched.local_ids),
+        combine_kernels.Home(dispatched.send_map, topk_weights),
+        combine_kernels.Buffers(turn.now[0], turn.kept, turn.first),
+        devices=devices, axis_name=axis_name, config=config,
     )  # fmt: skip
     _, back = turn.end()
     return out, dataclasses.replace(dispatched.buffers, back=back)

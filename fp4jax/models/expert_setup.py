@@ -13,11 +13,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from fp4jax.layers.moe_block import ExpertAmax, MoEBlock
-from fp4jax.nvfp4 import E2M1_MAX, E4M3_MAX
 from fp4jax.operands import check_array
 from fp4jax.sharded_moe import EP_AXIS, expert_mesh
+from pallas_kernels.simt.formats import AMAX_DIVISOR
 
-_AMAX_PER_SCALE = np.float32(E2M1_MAX * E4M3_MAX)  # amax / scale: code 6 with block scale 448 decodes to this
+_AMAX_PER_SCALE = np.float32(AMAX_DIVISOR)  # amax / scale: code 6 with block scale 448 decodes to this
 
 
 @runtime_checkable

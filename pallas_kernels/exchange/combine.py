@@ -19,9 +19,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.exchange.meeting import Meeting
 from pallas_kernels.exchange.plan import MAX_DEVICES
 from pallas_kernels.rows.permute import check_depermute, row_access, sum_of_routes
-from pallas_kernels.rows.quantize import MAX_INDEX, unsigned_div
 from pallas_kernels.simt import lanes, launch
-from pallas_kernels.simt.schedule import H100_SMS
+from pallas_kernels.simt.hardware import H100_SMS
+from pallas_kernels.simt.lane_math import unsigned_div
+from pallas_kernels.simt.schedule import PersistentLanes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +50,7 @@ def check_config(y: Any, send_map: Any, devices: int, config: TuningConfig | Non
     if problem := check_depermute(y, send_map):
         return problem
     lanes_in_all = config.blocks * config.warpgroups * lanes.LANES
-    if send_map.shape[0] * row_access(y.shape[1] * y.dtype.itemsize).items + lanes_in_all >= MAX_INDEX:
+    if send_map.shape[0] * row_access(y.shape[1] * y.dtype.itemsize).items + lanes_in_all >= lanes.MAX_INDEX:
         return f"{send_map.shape[0]} rows of {y.shape[1]} exceed the kernel's 32-bit indices"
     return None
 
@@ -76,7 +77,6 @@ def combine(
         raise NotImplementedError(f"combine kernel: {problem}")
     tokens, capacity = send_map.shape[0], y.shape[0] // devices
     cut = row_access(y.shape[1] * y.dtype.itemsize)
-    workers = config.blocks * config.warpgroups
 
     def body(map_ref, weight_ref, y_ref, out_ref, *meeting):
         me = lax.axis_index(axis_name)
@@ -87,17 +87,13 @@ def combine(
             position = (me * capacity + row - device * capacity) * cut.items + column
             return lanes.gather(peers, position, cut.count, where=where, which=device)
 
-        warpgroup = lanes.warpgroup_index() if config.warpgroups > 1 else 0
-        worker = lanes.block_index() * config.warpgroups + warpgroup
-
-        def step(i, _):
-            item = (worker + i * workers) * lanes.LANES + lanes.lane_index()
+        def add(item):
             token = unsigned_div(item, cut.items)
             valid = token < tokens
             words = sum_of_routes(token, item - token * cut.items, valid, load, map_ref, weight_ref, y.dtype)
             lanes.scatter(out_ref, item, words, where=valid)
 
-        lax.fori_loop(0, -(-tokens * cut.items // (workers * lanes.LANES)), step, None)
+        PersistentLanes(config.blocks, config.warpgroups).for_each(tokens * cut.items, add)
         Meeting(*meeting).meet(devices, config.warpgroups)
 
     return launch.kernel(

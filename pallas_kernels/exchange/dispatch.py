@@ -23,16 +23,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.exchange.makers import PIECE, check_parts, is_single, row_maker
+from pallas_kernels.exchange.makers import check_parts, is_single, row_maker
 from pallas_kernels.exchange.meeting import CountedMeeting, Meeting
 from pallas_kernels.exchange.plan import MAX_DEVICES, MAX_SLOTS, Routes, RowPlan, TuningConfig, counts_of_blocks
 from pallas_kernels.exchange.targets import Payload, Peers
-from pallas_kernels.rows.quantize import MAX_INDEX, unsigned_div
 from pallas_kernels.simt import lanes, launch
-from pallas_kernels.simt.schedule import H100_SMS
+from pallas_kernels.simt.hardware import H100_SMS, PIECE_BYTES, SMEM_BYTES
+from pallas_kernels.simt.lane_math import unsigned_div
 
 _STAGES = 2
-_MAX_SHARED_BYTES = 220 * 1024
+_MAX_SHARED_BYTES = SMEM_BYTES - 7 * 1024  # the rest is for barriers, a semaphore and the alignment of buffers
 # From here on a kernel of its own counts the routes; below, every block reads the ids of all tokens.
 _COUNT_APART = 2048
 
@@ -78,7 +78,7 @@ def check_pack(
     row_bytes = _bytes_of(sent)
     config = config or default_config(routes, row_bytes)
     row_words = row_bytes // 4 + 2 * routes.k + 4
-    if routes.devices * routes.capacity * max(row_words, *(p.shape[1] for p in sent)) >= MAX_INDEX:
+    if routes.devices * routes.capacity * max(row_words, *(p.shape[1] for p in sent)) >= lanes.MAX_INDEX:
         return f"{routes.devices * routes.capacity} rows exceed the kernel's 32-bit indices"
     if not (1 <= config.blocks <= H100_SMS and 1 <= config.warpgroups <= 7):
         return f"blocks must be 1..{H100_SMS} and warpgroups 1..7, got {config}"
@@ -158,7 +158,7 @@ class Kernel:
         self.singles = [p for p in self.maker.sent if is_single(p)]
         self.big_bytes = [p.shape[1] * p.dtype.itemsize for p in self.big]
         self.widths = [1] * len(self.singles) + [self.ids_per_row] * (1 + self.with_weights)
-        self.row_bytes = -(-(sum(self.big_bytes[self.apart :]) + 4 * sum(self.widths)) // PIECE) * PIECE
+        self.row_bytes = -(-(sum(self.big_bytes[self.apart :]) + 4 * sum(self.widths)) // PIECE_BYTES) * PIECE_BYTES
 
     def targets(self) -> list[jax.ShapeDtypeStruct]:
         """The arrays that rows are sent to, of every receiver or of this device."""
@@ -234,7 +234,7 @@ class Kernel:
         else:
             types = [(p.shape[1], p.dtype) for p in self.big]
         buffers = [plgpu.SMEM((self.config.warpgroups * _STAGES, n), t) for n, t in types]
-        return [*buffers, self.plan.scratch(4 * self.config.warpgroups), plgpu.Barrier(num_arrivals=1)]
+        return [*buffers, self.plan.scratch(lanes.WARPS * self.config.warpgroups), plgpu.Barrier(num_arrivals=1)]
 
     @property
     def _own(self):
@@ -265,7 +265,7 @@ class Kernel:
     def _send_rows(self, mover, sources, buffers, rows, planned, target):
         r, movers = self.routes, self.config.warpgroups
         first, number = self.plan.tokens_of_block()
-        scratch = rows.at[pl.ds(self.plan.words + 4 * mover, 4)]
+        scratch = rows.at[pl.ds(self.plan.words + lanes.WARPS * mover, lanes.WARPS)]
 
         def load(i):
             local = mover + i * movers

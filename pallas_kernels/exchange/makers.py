@@ -7,21 +7,22 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.fp8.quantize import FP8_GROUP, LANES_OF_GROUP, encode as encode_fp8
+from pallas_kernels.fp8.quantize import LANES_OF_GROUP, encode as encode_fp8
 from pallas_kernels.rows.nvfp4_codec import (
-    BLOCK_SIZE,
     block_amax,
     computed_scale,
     encode_block,
     encode_scales,
     unpack_bf16,
 )
-from pallas_kernels.rows.quantize import AMAX_DIVISOR, as_u32, finite_amax
+from pallas_kernels.rows.quantize import finite_amax
 from pallas_kernels.simt import lanes
+from pallas_kernels.simt.formats import AMAX_DIVISOR, BLOCK_SIZE, FP8_BLOCK
+from pallas_kernels.simt.hardware import PIECE_BYTES, WARP
+from pallas_kernels.simt.lane_math import as_u32
 
 # Two rows per warpgroup are in registers: one that is made, one on its way.
 _MAX_ROW_BYTES = 2**15
-PIECE = 16  # bytes the copy engine moves at least, and a lane at most
 
 
 def is_single(part: Any) -> bool:
@@ -49,8 +50,8 @@ def check_parts(parts: Sequence[Any], encode: Any) -> str | None:
         return "single values must come last"
     for p in sent:
         row_bytes = p.shape[1] * p.dtype.itemsize
-        if not is_single(p) and (row_bytes % PIECE or not row_bytes):
-            return f"what is sent of a row must be a multiple of {PIECE} bytes, got {p.dtype} {p.shape}"
+        if not is_single(p) and (row_bytes % PIECE_BYTES or not row_bytes):
+            return f"what is sent of a row must be a multiple of {PIECE_BYTES} bytes, got {p.dtype} {p.shape}"
     return None
 
 
@@ -62,7 +63,7 @@ class CopiedRows:
 
     def _pieces(self, part):
         """Pieces of a row, and for each step of the lanes which they take."""
-        pieces = part.shape[1] * part.dtype.itemsize // PIECE
+        pieces = part.shape[1] * part.dtype.itemsize // PIECE_BYTES
         return pieces, [start + lanes.lane_index() for start in range(0, pieces, lanes.LANES)]
 
     def load(self, sources: Any, token: jax.Array, valid: jax.Array) -> list[jax.Array]:
@@ -74,7 +75,7 @@ class CopiedRows:
                 continue
             pieces, steps = self._pieces(part)
             for piece in steps:
-                words += lanes.gather(source, token * pieces + piece, PIECE // 4, where=valid & (piece < pieces))
+                words += lanes.gather(source, token * pieces + piece, PIECE_BYTES // 4, where=valid & (piece < pieces))
         return words
 
     def store(
@@ -90,7 +91,7 @@ class CopiedRows:
             buffer = buffers.pop(0)
             pieces, steps = self._pieces(part)
             for piece in steps:
-                four, words = words[: PIECE // 4], words[PIECE // 4 :]
+                four, words = words[: PIECE_BYTES // 4], words[PIECE_BYTES // 4 :]
                 lanes.scatter(buffer, stage * pieces + piece, four, where=piece < pieces)
         return singles
 
@@ -165,7 +166,7 @@ class FP8Rows(_EncodedRows):
     def __init__(self, x: Any):
         super().__init__(x)
         tokens, hidden = x.shape
-        self.groups = -(-hidden // FP8_GROUP)
+        self.groups = -(-hidden // FP8_BLOCK)
         self.sent = [
             jax.ShapeDtypeStruct((tokens, hidden), jnp.float8_e4m3fn),
             jax.ShapeDtypeStruct((tokens, self.groups), jnp.float32),
@@ -177,7 +178,7 @@ class FP8Rows(_EncodedRows):
         """Puts values and scales into the buffers; -> the scale, if it is the only one."""
         del sources, scratch
         values_ref, *scales_ref = buffers
-        lanes_of_group = LANES_OF_GROUP if self.groups > 1 else 32  # the lanes that store single values
+        lanes_of_group = LANES_OF_GROUP if self.groups > 1 else WARP  # the lanes that store single values
         singles = []
         for i, column in enumerate(self._columns()):
             words, scale = encode_fp8(self._values(loaded, i), lanes_of_group)

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.rows.quantize import unsigned_div
 from pallas_kernels.simt import lanes, launch
-from pallas_kernels.simt.schedule import H100_SMS
+from pallas_kernels.simt.hardware import H100_SMS
+from pallas_kernels.simt.lane_math import unsigned_div
 
 MAX_DEVICES = 8
 MAX_SLOTS = 15  # a token's routes to one device are counted in 4 bits
@@ -55,7 +55,7 @@ class RowPlan:
         self.per_block = -(-routes.tokens // config.blocks)
         self.tiles = -(-self.per_block // lanes.LANES)
         self.table = self.tiles * lanes.LANES * routes.columns
-        self.words = self.table + 8 * routes.devices  # and what prefix sums need
+        self.words = self.table + 2 * lanes.WARPS * routes.devices  # and what prefix sums need
 
     def scratch(self, more: int = 0) -> Any:
         """Shared memory for the rows and for making them, and some words more."""
@@ -173,6 +173,5 @@ def counts_of_blocks(ids: jax.Array, plan: RowPlan, *, interpret: Any = None) ->
         lanes.scatter(counts_ref, lanes.block_index() * devices + lane, [mine.astype(jnp.uint32)], where=lane < devices)
 
     out = jax.ShapeDtypeStruct((plan.config.blocks, devices), jnp.int32)
-    return launch.kernel(
-        body, out, grid=plan.config.blocks, scratch_types=[plgpu.SMEM((4 * devices,), jnp.int32)], interpret=interpret
-    )(ids)
+    scratch = [plgpu.SMEM((lanes.WARPS * devices,), jnp.int32)]
+    return launch.kernel(body, out, grid=plan.config.blocks, scratch_types=scratch, interpret=interpret)(ids)

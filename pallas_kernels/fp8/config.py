@@ -6,11 +6,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.simt import lanes
-from pallas_kernels.simt.schedule import H100_SMS
-
-BLOCK = 128  # of K per scale, and of N per scale of w
-ROWS = 64  # of a wgmma
+from pallas_kernels.simt.formats import FP8_BLOCK
+from pallas_kernels.simt.hardware import H100_SMS, SMEM_BYTES, WGMMA_ROWS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +27,11 @@ class TuningConfig:
     @property
     def tile_m(self) -> int:
         """Rows of a task."""
-        return self.warpgroups * ROWS
+        return self.warpgroups * WGMMA_ROWS
 
     def smem_bytes(self, out_bytes: int) -> int:
         """Shared memory of a block of threads, for results of `out_bytes` each."""
-        stage = self.k_blocks * ((self.tile_m + self.tile_n) * BLOCK + 4 * self.tile_m)
+        stage = self.k_blocks * ((self.tile_m + self.tile_n) * FP8_BLOCK + 4 * self.tile_m)
         return self.num_stages * stage + self.tile_m * self.tile_n * out_bytes + 16 * self.num_stages + 2048
 
 
@@ -57,8 +54,8 @@ def check_config(x: Any, w: Any, x_scale: Any, w_scale: Any, out_dtype: Any) -> 
     (m, k), n = x.shape, w.shape[0]
     if problem := shape_problem(m, n, k, out_dtype):
         return problem
-    groups = -(-k // BLOCK)
-    if w.shape[1] != k or x_scale.shape != (groups, scale_columns(m)) or w_scale.shape != (-(-n // BLOCK), groups):
+    groups = -(-k // FP8_BLOCK)
+    if w.shape[1] != k or x_scale.shape != (groups, scale_columns(m)) or w_scale.shape != (-(-n // FP8_BLOCK), groups):
         return f"w {w.shape}, x_scale {x_scale.shape} and w_scale {w_scale.shape} do not fit x {x.shape}"
     if x_scale.dtype != jnp.float32 or w_scale.dtype != jnp.float32:
         return f"scales must be float32, got {x_scale.dtype} and {w_scale.dtype}"
@@ -83,17 +80,17 @@ def scale_columns(rows: int) -> int:
 
 def choose(m: int, n: int, k: int, out_dtype: Any = jnp.bfloat16) -> TuningConfig:
     """The configuration that takes the least time by `_STEP_US`."""
-    blocks = -(-k // BLOCK)
+    blocks = -(-k // FP8_BLOCK)
 
     def us(config: TuningConfig) -> float:
         tasks = -(-m // config.tile_m) * -(-n // (config.tile_n * config.cluster))
         return -(-tasks // (H100_SMS // config.cluster)) * blocks * _STEP_US[config]
 
-    return fitted(min(_STEP_US, key=us), out_dtype)
+    return fitted(min(CONFIGS, key=us), out_dtype)
 
 
 def fitted(config: TuningConfig, out_dtype: Any) -> TuningConfig:
     """With as many stages as fit beside results of that type."""
-    while config.smem_bytes(np.dtype(out_dtype).itemsize) > lanes.SMEM_BYTES:
+    while config.smem_bytes(np.dtype(out_dtype).itemsize) > SMEM_BYTES:
         config = dataclasses.replace(config, num_stages=config.num_stages - 1)
     return config

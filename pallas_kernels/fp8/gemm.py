@@ -28,12 +28,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import math as mlir_math
 
-from pallas_kernels.fp8.config import BLOCK, ROWS, TuningConfig, check_config, choose
+from pallas_kernels.fp8.config import TuningConfig, check_config, choose
 from pallas_kernels.simt import lanes, launch
-from pallas_kernels.simt.schedule import H100_SMS
+from pallas_kernels.simt.formats import FP8_BLOCK
+from pallas_kernels.simt.hardware import H100_SMS, SWIZZLE_BYTES, WGMMA_ROWS
+from pallas_kernels.simt.schedule import Schedule
 
 _WGMMA = plgpu.Layout.WGMMA
-_SWIZZLE = 128  # bytes of a row in shared memory within which 16-byte pieces are permuted, at most
 _GROUP = 8  # row tiles that run side by side, so that they find the same columns of w in L2
 _REGISTERS = {1: (40, 240), 2: (40, 232), 3: (32, 160)}  # per thread that loads, multiplies; by consumers
 
@@ -81,10 +82,10 @@ def gemm(
     plan = _Plan(c, m, n, k, sms // c.cluster, np.dtype(out_dtype))
     barrier: dict[str, Any] = dict(num_arrivals=c.warpgroups, num_barriers=c.num_stages)
     scratch_types = [
-        _two_views((c.num_stages, c.k_blocks, c.tile_m, BLOCK), x.dtype, interpret),
-        _two_views((c.num_stages, c.k_blocks, c.tile_n, BLOCK), w.dtype, interpret),
+        _two_views((c.num_stages, c.k_blocks, c.tile_m, FP8_BLOCK), x.dtype, interpret),
+        _two_views((c.num_stages, c.k_blocks, c.tile_n, FP8_BLOCK), w.dtype, interpret),
         plgpu.SMEM((c.num_stages, c.k_blocks, c.tile_m), jnp.float32),
-        _two_views((c.warpgroups, c.tile_n // plan.piece, ROWS, plan.piece), out_dtype, interpret),
+        _two_views((c.warpgroups, c.tile_n // plan.piece, WGMMA_ROWS, plan.piece), out_dtype, interpret),
         plgpu.Barrier(num_arrivals=3 * c.k_blocks, num_barriers=c.num_stages),
         plgpu.Barrier(**barrier) if c.cluster == 1 else plgpu.ClusterBarrier(collective_axes=("cluster",), **barrier),
     ]
@@ -126,26 +127,31 @@ class _Plan:
     @property
     def piece(self) -> int:
         """Columns of a row of results that lie together in shared memory."""
-        return min(_SWIZZLE // self.out_dtype.itemsize, self.config.tile_n)
+        return min(SWIZZLE_BYTES // self.out_dtype.itemsize, self.config.tile_n)
 
     @property
     def groups(self) -> int:
         """Blocks of K."""
-        return -(-self.k // BLOCK)
+        return -(-self.k // FP8_BLOCK)
 
     @property
     def steps(self) -> int:
         """Stages of a task."""
-        return -(-self.k // (BLOCK * self.config.k_blocks))
+        return -(-self.k // (FP8_BLOCK * self.config.k_blocks))
+
+    @property
+    def schedule(self) -> Schedule:
+        """Which tasks each cluster takes."""
+        return Schedule(self.clusters)
 
     def mine(self) -> jax.Array:
         """Number of this cluster's tasks."""
-        return lax.div(self._rows * self._columns - lanes.block_index() + (self.clusters - 1), jnp.int32(self.clusters))
+        return self.schedule.count(self._rows * self._columns)
 
     def place(self, number: jax.Array) -> tuple[jax.Array, jax.Array]:
         """First row and column of this block's part of the cluster's task of that number."""
         c = self.config
-        task = lanes.block_index() + number * self.clusters
+        task = self.schedule.task(number)
         group = lax.div(task, jnp.int32(_GROUP * self._columns))
         within = task - group * (_GROUP * self._columns)
         height = jnp.minimum(self._rows - group * _GROUP, _GROUP)
@@ -203,7 +209,7 @@ def _load(plan, r):
 
             for j in range(c.k_blocks):
                 number_of_block = i * c.k_blocks + j
-                block = pl.ds(number_of_block * BLOCK, BLOCK)
+                block = pl.ds(number_of_block * FP8_BLOCK, FP8_BLOCK)
                 plgpu.copy_gmem_to_smem(r.x_gmem.at[rows, block], x_smem.at[slot, j], full, collective_axes=shared_by)
                 plgpu.copy_gmem_to_smem(r.w_gmem.at[pl.ds(column, c.tile_n), block], w_smem.at[slot, j], full)
                 # A scale beyond the last block is any other: it multiplies zeros.
@@ -222,15 +228,16 @@ def _load(plan, r):
 def _multiply(plan, r, warpgroup):
     """Role of the consumers: 64 rows of a task each."""
     c = plan.config
-    mine = pl.ds(warpgroup * ROWS, ROWS)
-    width = math.gcd(c.tile_n, BLOCK)  # columns with one scale of w
+    mine = pl.ds(warpgroup * WGMMA_ROWS, WGMMA_ROWS)
+    width = math.gcd(c.tile_n, FP8_BLOCK)  # columns with one scale of w
     starts = range(0, c.tile_n, width)
     (_, x_smem), (_, w_smem), (out_rows_smem, out_tiles_smem) = r.x_smem, r.w_smem, r.out_smem
 
     def task(number, _):
         row, column = plan.place(number)
         # Task columns beyond N have no scale; the last one does as well.
-        scale_rows = [jnp.minimum(lax.div(column + s, jnp.int32(BLOCK)), -(-plan.n // BLOCK) - 1) for s in starts]
+        last = -(-plan.n // FP8_BLOCK) - 1
+        scale_rows = [jnp.minimum(lax.div(column + start, jnp.int32(FP8_BLOCK)), last) for start in starts]
 
         def stage(i, totals):
             slot = plan.slot(number * plan.steps + i)
@@ -248,18 +255,18 @@ def _multiply(plan, r, warpgroup):
                 plgpu.wgmma_wait(0)
                 return [accumulator[...] for accumulator in accumulators]
 
-            products = pl.run_scoped(product, *[plgpu.ACC((ROWS, c.tile_n))] * c.k_blocks)
+            products = pl.run_scoped(product, *[plgpu.ACC((WGMMA_ROWS, c.tile_n))] * c.k_blocks)
             plgpu.barrier_arrive(r.empty.at[slot])
             for product_of_block, x_scale, w_scales_of_block in zip(products, x_scales, w_scales, strict=True):
                 added = []
                 for start, w_scale, total in zip(starts, w_scales_of_block, totals, strict=True):
-                    scales = lax.broadcast_in_dim(x_scale * w_scale, (ROWS, width), (0,))
+                    scales = lax.broadcast_in_dim(x_scale * w_scale, (WGMMA_ROWS, width), (0,))
                     part = product_of_block if width == c.tile_n else product_of_block[:, start : start + width]
                     added.append(_fma(part, scales, total))
                 totals = added
             return totals
 
-        zeros = plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), _WGMMA)
+        zeros = plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, width), jnp.float32), _WGMMA)
         totals = lax.fori_loop(0, plan.steps, stage, [zeros for _ in starts])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the task before
         pieces = range(c.tile_n // plan.piece)
@@ -270,7 +277,7 @@ def _multiply(plan, r, warpgroup):
                 total if plan.piece == width else total[:, start : start + plan.piece]
             )
         plgpu.commit_smem()
-        rows = pl.ds(row + warpgroup * ROWS, ROWS)
+        rows = pl.ds(row + warpgroup * WGMMA_ROWS, WGMMA_ROWS)
         for p in pieces:
             columns = pl.ds(column + p * plan.piece, plan.piece)
             plgpu.copy_smem_to_gmem(out_rows_smem.at[warpgroup, p], r.out_gmem.at[rows, columns])

@@ -13,15 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.fp8.config import BLOCK, scale_columns
-from pallas_kernels.rows.nvfp4_codec import BLOCK_SIZE, E4M3_MAX
-from pallas_kernels.rows.quantize import MAX_INDEX, as_u32, load_values, unsigned_div
+from pallas_kernels.fp8.config import scale_columns
+from pallas_kernels.rows.quantize import load_values
 from pallas_kernels.simt import lane_math, lanes, launch
-from pallas_kernels.simt.schedule import H100_SMS
+from pallas_kernels.simt.formats import BLOCK_SIZE, E4M3_MAX, F32_TINY, FP8_BLOCK
+from pallas_kernels.simt.hardware import H100_SMS
+from pallas_kernels.simt.lane_math import as_u32, unsigned_div
 
-FP8_GROUP = BLOCK  # values that share a scale
-LANES_OF_GROUP = FP8_GROUP // BLOCK_SIZE
-_F32_TINY = np.float32(np.finfo(np.float32).tiny)
+LANES_OF_GROUP = FP8_BLOCK // BLOCK_SIZE
 _MANTISSA = np.int32(2**23 - 1)  # the bits of one in f32
 _BLOCKS_PER_LANE = 4  # in flight, where there are enough of them for all SMs
 
@@ -30,7 +29,7 @@ def check_config(x: Any) -> str | None:
     """None if `quantize` accepts x (an array or struct), else what does not fit."""
     if x.dtype not in (jnp.bfloat16, jnp.float32) or x.ndim != 2 or 0 in x.shape or x.shape[1] % BLOCK_SIZE:
         return f"x must be bfloat16 or float32 [T, K], not empty, K a multiple of {BLOCK_SIZE}, got {x.dtype} {x.shape}"
-    if x.shape[0] * (x.shape[1] + FP8_GROUP) // BLOCK_SIZE >= MAX_INDEX:
+    if x.shape[0] * (x.shape[1] + FP8_BLOCK) // BLOCK_SIZE >= lanes.MAX_INDEX:
         return f"x {x.shape} exceeds the kernel's 32-bit indices"
     return None
 
@@ -46,7 +45,7 @@ def quantize(x: jax.Array, *, power_of_two_scales: bool = False, interpret: Any 
     if problem := check_config(x):
         raise NotImplementedError(f"FP8 quantize kernel: {problem}")
     rows, k = x.shape
-    blocks, groups, columns = k // BLOCK_SIZE, -(-k // FP8_GROUP), scale_columns(rows)
+    blocks, groups, columns = k // BLOCK_SIZE, -(-k // FP8_BLOCK), scale_columns(rows)
     slots = groups * LANES_OF_GROUP  # blocks of a row, whole groups of them
     per_lane = _BLOCKS_PER_LANE if rows * slots >= H100_SMS * lanes.LANES * _BLOCKS_PER_LANE else 1
     per_block_of_threads = lanes.LANES * per_lane
@@ -81,7 +80,7 @@ def encode(
     bits = [lax.bitcast_convert_type(v, jnp.int32) & np.int32(0x7FFFFFFF) for v in values]
     amax = lanes.largest_of_neighbours(functools.reduce(jnp.maximum, bits), lanes_of_group)
     amax = lax.bitcast_convert_type(amax, jnp.float32)
-    scale = jnp.where(amax < E4M3_MAX * _F32_TINY, np.float32(1), lane_math.div_rn(amax, E4M3_MAX))
+    scale = jnp.where(amax < E4M3_MAX * F32_TINY, np.float32(1), lane_math.div_rn(amax, E4M3_MAX))
     if power_of_two_scales:
         scale = power_of_two(scale)
     quotients = [lane_math.div_rn(v, scale) for v in values]
