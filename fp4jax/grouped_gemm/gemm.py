@@ -21,9 +21,11 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from fp4jax.global_scale import check_scale_shape
 from fp4jax.grouped_gemm.packed_weights import PackedWeights, pack_weights, unpack_weights
 from fp4jax.implementations import Call, Implementation, run_implementation
-from fp4jax.nvfp4 import NVFP4Tensor, check_scale_shape, decode_blocks
+from fp4jax.nvfp4 import NVFP4Tensor
+from fp4jax.nvfp4_codes import decode_blocks
 from fp4jax.operands import check_array, check_unsharded
 from pallas_kernels.gemm import choice as gemm_choice, config as gemm_config, grouped_gemm as masked_gemm, weight_layout
 
