@@ -1,5 +1,6 @@
 """The global scales of NVFP4: computed from data, or given and checked."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
