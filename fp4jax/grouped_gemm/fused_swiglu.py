@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from fp4jax.global_scale import as_scale
+from fp4jax.grouped_gemm.checks import check_operands
 from fp4jax.grouped_gemm.gemm import (
     KernelPlan,
     Weights,
-    check_operands,
     gemm_xla,
     kernel_operands,
     plan_kernel,
