@@ -128,7 +128,9 @@ def run_cell(cell: Cell, formats: list[str], names: list[str]) -> list[dict[str,
         out_specs=AXIS,
     )  # fmt: skip
     y = jax.jit(fill)(put(jax.random.split(jax.random.key(1), cell.ranks)))
-    options = dict(num_experts=cell.experts, form=cell.form, wire_format="bf16", pair_capacity=cell.capacity)
+    options: dict[str, Any] = dict(
+        num_experts=cell.experts, form=cell.form, wire_format="bf16", pair_capacity=cell.capacity
+    )
     placed = jax.shard_map(
         lambda *a: dispatch(*a, **options, implementation="xla").send_map, mesh=mesh, in_specs=AXIS, out_specs=AXIS
     )

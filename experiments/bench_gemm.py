@@ -30,6 +30,7 @@ from experiments.cases import gemm as gemm_cases
 from experiments.cases.gemm import GemmShape, Inputs
 from experiments.harness import outputs, script, timing
 from fp4jax.grouped_gemm import unpack_weights
+from fp4jax.implementations import Implementation
 from fp4jax.nvfp4 import dequantize
 from pallas_kernels.gemm import choice as gemm_choice, grouped_gemm as masked_gemm
 from pallas_kernels.gemm.config import TuningConfig
@@ -129,7 +130,7 @@ def _parse_shape(text):
 def run_cell(inputs: Inputs, ceilings: timing.Ceilings) -> tuple[list[dict[str, Any]], list[str]]:
     """Rows of one shape and distribution, and a line of text for each of our ops whose result was wrong."""
     gpu, shape = timing.on_gpu(), inputs.shape
-    implementation = "mosaic_gpu" if gpu else "xla"
+    implementation: Implementation = "mosaic_gpu" if gpu else "xla"
     ours = gemm_cases.our_functions(inputs, implementation, poisoned=False)
     fused = {}
     if shape.distribution == "multinomial" and (shape.m in _FUSED_M or not gpu) and shape.n % 128 == 0:
@@ -209,7 +210,7 @@ def compile_calls(
 
 
 def check(
-    inputs: Inputs, implementation: str, compiled: dict[str, Any], hot_copies: int, failures: dict[str, str]
+    inputs: Inputs, implementation: Implementation, compiled: dict[str, Any], hot_copies: int, failures: dict[str, str]
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """With NaN in the pads: errors of our ops (fused: share of values that differ), and what is wrong with which."""
     errors: dict[str, Any] = {}

@@ -33,7 +33,7 @@ from experiments.harness.chained_steps import ChainedSteps
 from experiments.harness.flag_values import choices, integers
 from experiments.harness.stages import compiler_options, stage_times
 from fp4jax import wire_bytes
-from fp4jax.expert_parallel import ReceiveBuffers
+from fp4jax.expert_parallel import ReceiveBuffers, WireFormat
 
 _MODELS = flags.DEFINE_list("models", None, f"Of {', '.join(moe_cases.MODELS)}; default: all but tiny (CPU: tiny).")
 _TOKENS = flags.DEFINE_list("tokens", None, "Tokens per device; default: 16,128,1024,4096 (CPU: 32).")
@@ -90,7 +90,7 @@ def main(argv):
     print(f"wrote {folder}/bench_moe.json and bench_moe.png")
 
 
-def run_cell(shape: moe_cases.Shape, wire: str, layers: list[str], ceilings) -> list[dict[str, Any]]:
+def run_cell(shape: moe_cases.Shape, wire: WireFormat, layers: list[str], ceilings) -> list[dict[str, Any]]:
     """A row for every layer of one shape; one that ran out of memory has no time, and an error that says so."""
     rows: list[dict[str, Any]] = []
     for name in layers:
@@ -113,7 +113,7 @@ def run_cell(shape: moe_cases.Shape, wire: str, layers: list[str], ceilings) -> 
     return rows
 
 
-def measure_layer(shape: moe_cases.Shape, wire: str, name: str, *, about_us: float) -> dict[str, Any]:
+def measure_layer(shape: moe_cases.Shape, wire: WireFormat, name: str, *, about_us: float) -> dict[str, Any]:
     """Columns of the row of one layer: microseconds, bytes of its collectives, and its stages where they are asked."""
     # With a second axis the kernels that store to peers stand back: what several hosts do.
     axes = {"host": 1, "ep": shape.ranks} if name.endswith("nccl") else {"ep": shape.ranks}

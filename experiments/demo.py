@@ -96,7 +96,7 @@ def compile_experts(model: Any, tokens: int) -> tuple[jax.stages.Compiled, tuple
     x = jax.random.normal(keys[0], (tokens, model.config.hidden_size)).astype(model.config.dtype)
     logits = jax.random.normal(keys[1], (tokens, model.config.num_experts))
     routed = route(logits, top_k=model.config.num_experts_per_tok)
-    x, routed = jax.device_put((x, routed), jax.NamedSharding(block.settings.mesh, jax.P("ep")))
+    x, routed = jax.device_put((x, routed), jax.NamedSharding(block.mesh, jax.P("ep")))
     program = jax.jit(lambda state, x, routed: nnx.merge(graphdef, state).experts(x, routed))
     return program.lower(state, x, routed).compile(compiler_options()), (state, x, routed)
 

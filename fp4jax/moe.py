@@ -1,103 +1,41 @@
-"""The expert layer, composed from the ops: quantize, dispatch, permute, GEMM, SwiGLU, GEMM, depermute, combine."""
+"""The expert layer as a pipeline of ops: dispatch, quantize, permute, GEMM 1 and SwiGLU, GEMM 2, depermute, combine."""
 
-import dataclasses
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from fp4jax.block_fp8 import from_fp8
-from fp4jax.expert_parallel.exchange import FORMS, agree_global_scale, combine, combine_into_buffers, dispatch
+from fp4jax.expert_parallel.exchange import (
+    Dispatched,
+    agree_global_scale,
+    combine,
+    combine_into_buffers,
+    dispatch,
+)
 from fp4jax.expert_parallel.low_latency import ReceiveBuffers
-from fp4jax.expert_parallel.wire_formats import WIRE_FORMATS
-from fp4jax.grouped_gemm.fused_swiglu import grouped_gemm_swiglu
-from fp4jax.grouped_gemm.gemm import contiguous_grouped_gemm, masked_grouped_gemm
-from fp4jax.grouped_gemm.packed_weights import PackedWeights
-from fp4jax.implementations import IMPLEMENTATIONS
+from fp4jax.experts import MoEWeights
+from fp4jax.grouped_gemm import contiguous_grouped_gemm, grouped_gemm_swiglu, masked_grouped_gemm
+from fp4jax.grouped_gemm.packed_weights import is_nvfp4
+from fp4jax.moe_config import MoEConfig
 from fp4jax.nvfp4 import NVFP4Tensor, quantize
-from fp4jax.operands import axis_size, check_array, check_routes, check_type, check_unsharded, described
+from fp4jax.operands import axis_size, check_array, check_routes, check_type, check_unsharded
 from fp4jax.permute import depermute_combine, permute_to_contiguous, permute_to_masked
-from fp4jax.swiglu import silu
-
-LAYOUTS = ("masked", "contiguous")
-ACTIVATION_FORMATS = ("nvfp4", "bf16")
-
-
-class MoEWeights(NamedTuple):
-    """Expert weights of one device, L local experts.
-
-    w13 [L, 2I, H] (gate rows first) and w2 [L, H, I]: PackedWeights (what the kernel on Hopper takes), NVFP4Tensor, or
-    bf16 / f32 arrays. input_scale_1: f32 decode scale of the tokens, (), the same on every device; per-expert scales
-    [L, 1, 1] are reduced to their maximum over all devices, in every call. input_scale_2: f32 [L, 1, 1]. None = a
-    dynamic scale per token.
-    """
-
-    w13: Any
-    w2: Any
-    input_scale_1: Any = None
-    input_scale_2: Any = None
+from fp4jax.swiglu import Output, silu
 
 
 class MoEStats(NamedTuple):
-    """dropped i32 []: routes lost to bad ids or capacities, summed over the devices of the axis.
+    """What a layer returns besides its result.
 
-    buffers: for the program's next layer, where this one was given some.
+    Attributes:
+      dropped: i32 (), the number of routes lost to bad ids or capacities, summed over the devices of the mesh axis.
+      buffers: the receive buffers to pass to the program's next layer; None if this layer was given none.
     """
 
     dropped: Int[Array, ""]
     buffers: ReceiveBuffers | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class MoEConfig:
-    """Static choices of `moe_layer`.
-
-    num_experts: of all devices together. wire_format and form: see `expert_parallel.dispatch`; unused without
-    `axis_name`.
-    layout: "masked" [L, M, ..] or "contiguous" (prefill). activation_format_1 / _2: "nvfp4" (W4A4) or "bf16" (W4A16)
-    operand of each GEMM; None = as its weights say: NVFP4 for NVFP4 weights that come with an input scale, bf16 for
-    all others, plain ones among them. Tokens that crossed as nvfp4 stay as they are. capacity: rows per local expert
-    (M), contiguous: rows in all; None = the worst case for distinct ids per token. pair_capacity: rows per (sender,
-    receiver), None = worst case.
-    axis_name: mesh axis of the surrounding shard_map, None = one device.
-    """
-
-    num_experts: int
-    wire_format: str = "bf16"
-    form: str = "per_peer"
-    layout: str = "masked"
-    activation_format_1: str | None = None
-    activation_format_2: str | None = None
-    capacity: int | None = None
-    pair_capacity: int | None = None
-    axis_name: str | None = None
-    implementation: str | None = None
-
-    def __post_init__(self):
-        for name, choices in (
-            ("wire_format", WIRE_FORMATS),
-            ("form", FORMS),
-            ("layout", LAYOUTS),
-            ("activation_format_1", (None, *ACTIVATION_FORMATS)),
-            ("activation_format_2", (None, *ACTIVATION_FORMATS)),
-            ("implementation", (None, *IMPLEMENTATIONS)),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"MoEConfig: {name}={getattr(self, name)!r} is unknown; choose one of {choices}")
-        if not isinstance(self.axis_name, str | None):
-            raise TypeError(f"MoEConfig: axis_name must be the name of one mesh axis or None, got {self.axis_name!r}")
-        for name in ("num_experts", "capacity", "pair_capacity"):
-            value = getattr(self, name)
-            if name != "num_experts" and value is None:
-                continue
-            if not isinstance(value, int | np.integer):
-                raise TypeError(f"MoEConfig: {name} must be an int, got {described(value)}")
-            if value < 1:
-                raise ValueError(f"MoEConfig: {name} must be at least 1, got {value}")
 
 
 def moe_layer(
@@ -108,56 +46,44 @@ def moe_layer(
     config: MoEConfig,
     buffers: ReceiveBuffers | None = None,
 ) -> tuple[Float[Array, "t h"], MoEStats]:
-    """y[t] = sum over slots j of topk_weights[t, j] * expert_{topk_ids[t, j]}(x[t]); expert(x) = w2 (silu(gate) * up).
+    """Sends every token through its experts and sums their weighted outputs.
 
-    x bf16 (or f32: then the GEMMs round to f32). With `config.axis_name`, called inside shard_map with this device's
-    tokens, routing and local experts; buffers: see `expert_parallel.dispatch`. Raises ValueError or TypeError for
-    arguments of another kind, shape or dtype, and where weights and config do not fit.
+        y[t] = sum over slots j of topk_weights[t, j] * expert_{topk_ids[t, j]}(x[t])
+        expert_e(x) = w2[e] @ (silu(gate) * up),  where (gate, up) are the halves of w13[e] @ x
+
+    With `config.axis_name`, call it inside shard_map with the tokens, the routing and the experts of one device.
+    `sharded_moe_layer` does that for global arrays.
+
+    Args:
+      x: bf16 or f32 [T, H]; with f32, the GEMMs return f32.
+      topk_ids: i32 or i64 [T, k], global ids of experts; -1 = no expert.
+      topk_weights: floating-point [T, k].
+      weights: the experts of this device.
+      config: how the experts run.
+      buffers: receive buffers that the program keeps, see `expert_parallel.low_latency`; None: new ones in every call.
+
+    Returns:
+      y [T, H] in the dtype of x, and `MoEStats`.
+
+    Raises:
+      TypeError, ValueError: arguments of another kind, shape or dtype, or weights and config that do not fit.
+      NotImplementedError: an implementation that the config names, or the buffers, cannot serve the call.
     """
     _check_arguments(x, topk_ids, topk_weights, weights, config)
-    _check_weights(x, weights, config)
-    config = _with_formats(config, weights)
-    if x.shape[0] == 0:  # on every device, as shapes are the same there: no device waits for another's collective
+    if x.shape[0] == 0:  # shapes are the same on every device, so all return here and none waits in a collective
         return x, MoEStats(jnp.int32(0), buffers)
-    axis, scope = config.axis_name, jax.named_scope
-    scale_1 = weights.input_scale_1
-    if scale_1 is not None and jnp.ndim(scale_1):  # a scalar is the same on all devices: no collective
-        scale_1 = agree_global_scale(scale_1, axis)
-    global_scale = "per_token" if scale_1 is None else scale_1
-    to_nvfp4 = functools.partial(quantize, global_scale=global_scale, implementation=config.implementation)
-    rows, ids, row_weights, dispatched = x, topk_ids, topk_weights, None
-    if axis is None and config.activation_format_1 == "nvfp4":
-        with scope("quantize"):
-            rows = to_nvfp4(x)
-    if axis is not None:
-        with scope("dispatch"):
-            dispatched = dispatch(
-                x, topk_ids, topk_weights, axis_name=axis, num_experts=config.num_experts, form=config.form,
-                wire_format=config.wire_format, pair_capacity=config.pair_capacity,
-                global_scale=global_scale if config.wire_format == "nvfp4" else None, buffers=buffers,
-                implementation=config.implementation,
-            )  # fmt: skip
-            rows, ids, row_weights = dispatched.x, dispatched.local_ids, dispatched.local_weights
-        if isinstance(rows, tuple):
-            rows = from_fp8(*rows)
-        if config.activation_format_1 == "nvfp4" and not isinstance(rows, NVFP4Tensor):
-            with scope("quantize"):
-                rows = to_nvfp4(rows)
-    expected_m = max(1, topk_ids.size // weights.w13.shape[0])  # all devices send topk_ids.size routes on average
-    y, row_map, dropped = _experts(rows, ids, weights, config, x.dtype, expected_m)
-    home: dict[str, Any] = dict(topk_weights=topk_weights if config.form == "per_slot" else None, axis_name=axis)
-    if dispatched is not None and buffers is not None:
-        with scope("combine"):
-            y, buffers = combine_into_buffers(y, row_map, dispatched, **home)
-    else:
-        with scope("depermute"):
-            y = depermute_combine(y, row_map, row_weights, implementation=config.implementation)
-        if dispatched is not None:
-            with scope("combine"):
-                y = combine(y, dispatched, **home, implementation=config.implementation)
-    if dispatched is not None and axis is not None:
-        dropped = lax.psum(dropped + dispatched.dropped, axis)
-    return y, MoEStats(dropped, buffers)
+    if config.differentiable:
+        plain: Any = weights.w13, weights.w2
+        return dense_moe(x, topk_ids, topk_weights, *plain), MoEStats(jnp.int32(0))
+    scale_1 = _token_scale(weights, config)
+    local = _dispatch(x, topk_ids, topk_weights, scale_1, config, buffers)
+    config = config.resolved(weights, local.ids.shape[0])
+    rows = _quantize(local.x, scale_1, config)
+    permuted = _permute(rows, local.ids, weights.w13.shape[0], config)
+    expected_m = max(1, topk_ids.size // weights.w13.shape[0])  # a device receives topk_ids.size routes on average
+    y = _experts(permuted, weights, config, x.dtype, expected_m)
+    y, buffers = _bring_home(y, permuted.row_map, local, topk_weights, config, buffers)
+    return y, MoEStats(_all_dropped(permuted.dropped, local.sent, config), buffers)
 
 
 def dense_moe(
@@ -167,82 +93,141 @@ def dense_moe(
     w13: Float[Array, "e two_i h"],
     w2: Float[Array, "e h i"],
 ) -> Float[Array, "t h"]:
-    """The same layer with every expert on every token, unquantized and differentiable: E/k times the FLOPs.
+    """Computes the layer with every expert on every token: unquantized and differentiable, with E/k times the FLOPs.
 
-    The reference for training and calibration; an id of -1 adds nothing.
+    It is meant for training, and as a reference for `moe_layer`.
+
+    Args:
+      x: bf16 or f32 [T, H].
+      topk_ids: integer [T, k], ids of experts; -1 adds nothing.
+      topk_weights: floating-point [T, k].
+      w13: plain weights [E, 2I, H], gate rows first.
+      w2: plain weights [E, H, I].
+
+    Returns:
+      y [T, H] in the dtype of x.
     """
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None  # GPUs would use TF32 otherwise
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None  # GPUs would round f32 to TF32 otherwise
     gate_up = jnp.einsum("th,enh->etn", x, w13.astype(x.dtype), precision=precision)
     gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
     y = jnp.einsum("eti,ehi->eth", (silu(gate) * up).astype(x.dtype), w2.astype(x.dtype), precision=precision)
     ids = jnp.asarray(topk_ids)[..., None]
     chosen = ids == jnp.arange(w13.shape[0], dtype=ids.dtype)[None, None, :]
     mixing = jnp.sum(jnp.where(chosen, topk_weights[..., None], 0), axis=1)
-    # An expert that was not chosen may have made Inf or NaN of a token, and times 0 that is NaN.
+    # An expert that a token did not choose may give Inf or NaN, and 0 * Inf is NaN: such outputs are set to 0.
     y = jnp.where(jnp.any(chosen, axis=1).T[..., None], y.astype(jnp.float32), 0)
     mixed = jnp.einsum("te,eth->th", mixing, y, precision=lax.Precision.HIGHEST)
     return mixed.astype(x.dtype)
 
 
-def _experts(rows, ids, weights, config, dtype, expected_m):
-    """Local experts on rows [rows, H] (plain or NVFP4) -> their outputs, which of them a route's is, dropped routes."""
-    scope, impl = jax.named_scope, config.implementation
-    local_experts = weights.w13.shape[0]
-    x, scales, row_scale, x_scale = rows, None, None, None
-    if isinstance(rows, NVFP4Tensor):
-        x, scales = rows.qdata, rows.block_scale
-        row_scale, x_scale = (None, rows.global_scale) if rows.global_scale.ndim == 0 else (rows.global_scale, None)
-    # Hopper multiplies code x block_scale in bf16, which is exact: NVFP4 rows are decoded while they are moved, and
-    # their global scales go to the epilogue.
-    decode = scales is not None
+# --- the stages of `moe_layer`; each runs under a named scope, whose name profiles show ---
 
-    with scope("permute"):
-        options = dict(row_scale=row_scale, num_experts=local_experts, decode=decode, implementation=impl)
-        if config.layout == "masked":
-            capacity = max(1, ids.shape[0]) if config.capacity is None else config.capacity
-            p = permute_to_masked(x, scales, ids, capacity=capacity, **options)
-            counts, gemm = p.masked_m, masked_grouped_gemm
-            scale_2 = weights.input_scale_2
-        else:
-            p = permute_to_contiguous(x, scales, ids, num_rows=config.capacity, **options)
-            counts, gemm = p.group_sizes, contiguous_grouped_gemm
-            scale_2 = _scale_of_row(weights.input_scale_2, p.group_sizes, p.x.shape[0])
-    x_scale = x_scale if p.row_scale is None else p.row_scale
-    options = dict(expected_m=expected_m, out_dtype=dtype, implementation=impl)
 
-    with scope("gemm_1_swiglu"):
-        out: str = "bf16"
-        act_scale: Any = None
-        if config.activation_format_2 == "nvfp4":
-            out, act_scale = "nvfp4_as_bf16", "per_token" if scale_2 is None else scale_2
-        act = grouped_gemm_swiglu(p.x, weights.w13, counts, x_scale=x_scale, global_scale=act_scale, out=out, **options)
-        if isinstance(act, tuple):
-            act, act_scale = act
-    with scope("gemm_2"):
-        return gemm(act, weights.w2, counts, x_scale=act_scale, **options), p.row_map, p.dropped
+class _Local(NamedTuple):
+    """The rows that this device's experts work on.
+
+    Attributes:
+      x: the rows, as an array or NVFP4Tensor [rows, H].
+      ids: i32 [rows, k], experts of this device; -1 = not here.
+      weights: f32 [rows, k].
+      sent: what `dispatch` returned; None on one device, which has no dispatch.
+    """
+
+    x: Any
+    ids: jax.Array
+    weights: jax.Array
+    sent: Dispatched | None
+
+
+def _token_scale(weights, config):
+    """Returns the global scale of the tokens, f32 () and the same on all devices, or "per_token"."""
+    scale = weights.input_scale_1
+    if scale is None:
+        return "per_token"
+    return agree_global_scale(scale, config.axis_name) if jnp.ndim(scale) else scale  # a scalar is agreed already
+
+
+def _dispatch(x, topk_ids, topk_weights, scale_1, config, buffers):
+    if config.axis_name is None:
+        return _Local(x, topk_ids, topk_weights, None)
+    with jax.named_scope("dispatch"):
+        sent = dispatch(
+            x, topk_ids, topk_weights, axis_name=config.axis_name, num_experts=config.num_experts, form=config.form,
+            wire_format=config.wire_format, pair_capacity=config.pair_capacity,
+            global_scale=scale_1 if config.wire_format == "nvfp4" else None, buffers=buffers,
+            implementation=config.implementation,
+        )  # fmt: skip
+    rows = from_fp8(*sent.x) if isinstance(sent.x, tuple) else sent.x
+    return _Local(rows, sent.local_ids, sent.local_weights, sent)
+
+
+def _quantize(rows, scale_1, config):
+    if config.activation_format_1 == "bf16" or isinstance(rows, NVFP4Tensor):
+        return rows
+    with jax.named_scope("quantize"):
+        return quantize(rows, global_scale=scale_1, implementation=config.implementation)
+
+
+def _permute(rows, ids, local_experts, config):
+    """Moves rows to their experts. NVFP4 rows become bf16 code x block_scale on the way: Hopper multiplies in bf16."""
+    options = dict(
+        num_experts=local_experts, decode=isinstance(rows, NVFP4Tensor), implementation=config.implementation
+    )
+    with jax.named_scope("permute"):
+        if config.layout == "contiguous":
+            return permute_to_contiguous(rows, None, ids, num_rows=config.capacity, **options)
+        return permute_to_masked(rows, None, ids, capacity=config.capacity or ids.shape[0], **options)
+
+
+def _experts(permuted, weights, config, dtype, expected_m):
+    if config.layout == "contiguous":
+        counts, gemm = permuted.group_sizes, contiguous_grouped_gemm
+        scale_2 = _scale_of_row(weights.input_scale_2, counts, permuted.x.shape[0])
+    else:
+        counts, gemm, scale_2 = permuted.masked_m, masked_grouped_gemm, weights.input_scale_2
+    options = dict(expected_m=expected_m, out_dtype=dtype, implementation=config.implementation)
+    out: Output = "bf16"
+    act_scale: Any = None
+    if config.activation_format_2 == "nvfp4":
+        out, act_scale = "nvfp4_as_bf16", "per_token" if scale_2 is None else scale_2
+    with jax.named_scope("gemm_1_swiglu"):
+        act: Any = grouped_gemm_swiglu(
+            permuted.x, weights.w13, counts, x_scale=permuted.row_scale, global_scale=act_scale, out=out, **options
+        )
+    if isinstance(act, tuple):  # scales per row, which SwiGLU computed
+        act, act_scale = act
+    with jax.named_scope("gemm_2"):
+        return gemm(act, weights.w2, counts, x_scale=act_scale, **options)
+
+
+def _bring_home(y, row_map, local, topk_weights, config, buffers):
+    """Returns the sums [T, H] of the tokens on their home device, and the buffers for the next layer."""
+    home: dict[str, Any] = dict(
+        topk_weights=topk_weights if config.form == "per_slot" else None, axis_name=config.axis_name
+    )
+    if local.sent is not None and buffers is not None:
+        with jax.named_scope("combine"):
+            return combine_into_buffers(y, row_map, local.sent, **home)
+    with jax.named_scope("depermute"):
+        y = depermute_combine(y, row_map, local.weights, implementation=config.implementation)
+    if local.sent is not None:
+        with jax.named_scope("combine"):
+            y = combine(y, local.sent, **home, implementation=config.implementation)
+    return y, buffers
+
+
+def _all_dropped(dropped, sent, config):
+    return dropped if sent is None else lax.psum(dropped + sent.dropped, config.axis_name)
 
 
 def _scale_of_row(scale, group_sizes, num_rows):
-    """Per-expert scales [L, 1, 1] -> [rows, 1] for rows sorted by expert; a pad takes the last expert's."""
+    """Expands scales per expert [L, 1, 1] to [rows, 1] for rows sorted by expert; pads get the last expert's scale."""
     if scale is None:
         return None
     ends = jnp.cumsum(group_sizes)
     row = jnp.arange(num_rows, dtype=ends.dtype)
-    expert = jnp.searchsorted(ends, row, side="right", method="compare_all")  # one kernel, no loop
+    expert = jnp.searchsorted(ends, row, side="right", method="compare_all")  # compare_all is one kernel without a loop
     return scale.reshape(-1)[jnp.minimum(expert, scale.shape[0] - 1)][:, None]
-
-
-def _with_formats(config, weights):
-    """The config with activation formats that are not given as the weights say."""
-    formats = {
-        "activation_format_1": (weights.w13, weights.input_scale_1),
-        "activation_format_2": (weights.w2, weights.input_scale_2),
-    }
-    for name, (w, scale) in formats.items():
-        if getattr(config, name) is None:
-            is_w4a4 = isinstance(w, NVFP4Tensor | PackedWeights) and scale is not None
-            config = dataclasses.replace(config, **{name: "nvfp4" if is_w4a4 else "bf16"})
-    return config
 
 
 def _check_arguments(x, topk_ids, topk_weights, weights, config):
@@ -254,18 +239,21 @@ def _check_arguments(x, topk_ids, topk_weights, weights, config):
         raise ValueError(f"{op}: x must be [T, H], one row per token, got {x.shape}; x.reshape(-1, H) makes rows")
     check_routes(op, x.shape[0], topk_ids, topk_weights)
     for name, w in (("w13", weights.w13), ("w2", weights.w2)):
-        if isinstance(w, NVFP4Tensor | PackedWeights):
-            w.validate()
-        else:
+        if not is_nvfp4(w):
             check_array(f"{op}: {name}", w, jnp.floating)
+            continue
+        w.validate()
+        if config.differentiable:
+            raise ValueError(f"{op}: differentiable=True needs plain expert weights, got {name} {w}")
     if not isinstance(weights.input_scale_1, float | None):
         check_array(f"{op}: input_scale_1", weights.input_scale_1, jnp.floating)
     if weights.input_scale_2 is not None:
         check_array(f"{op}: input_scale_2", weights.input_scale_2, jnp.floating)
     check_unsharded(op, x, topk_ids, topk_weights, weights)
+    _check_shapes(x, weights, config)
 
 
-def _check_weights(x, weights, config):
+def _check_shapes(x, weights, config):
     devices = 1 if config.axis_name is None else axis_size("moe_layer", config.axis_name)
     w13, w2 = weights.w13.shape, weights.w2.shape
     hidden = x.shape[-1]

@@ -1,122 +1,149 @@
-"""Token-major rows -> expert-major layouts and back, within one device.
+"""Permute token rows to an expert-major layout and back, within one device.
 
-Row order is stable: token order, then slot order. A route (token, slot) is dropped, counted and marked -1 in `row_map`
-when its id is out of range or its expert is full; an id of -1 means "not here" and is skipped without counting. Rows
-that no route fills may hold anything; only scale pads of the swizzled layout, which hardware reads, are zero.
+The rows of an expert are in token order, then slot order. A route (token, slot) whose id is -1 has no expert on this
+device and is skipped. A route whose id is out of range, or whose expert is full, is dropped and counted. Both get -1 in
+`row_map`. Rows that no route fills may hold anything. Only the scale pads of the swizzled layout are zero, because
+hardware reads them.
 """
 
-import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import checkify
 from jaxtyping import Array, Float, Int, Shaped
 
 from fp4jax import scale_layout as scale_layouts
-from fp4jax.implementations import Call, run_implementation
-from fp4jax.nvfp4 import BLOCK_SIZE, NVFP4Tensor, decode_blocks
+from fp4jax.implementations import Call, Implementation, run_implementation
+from fp4jax.nvfp4 import BLOCK_SIZE, NVFP4Tensor
 from fp4jax.operands import check_array, check_routes, check_unsharded
-from pallas_kernels.rows import permute as permute_kernels, route_metadata as metadata_kernels
+from fp4jax.permuted_rows import Rows, Target, permute_rows
+from pallas_kernels.rows import permute as permute_kernels
 
 
 class Permuted(NamedTuple):
-    """Masked layout. `scales` and `row_scale` are None where none were given, `scales` also after decoding.
+    """Rows in the masked layout: the valid rows of expert e are x[e, :masked_m[e]].
 
-    x [E, M, Hx]; scales [E, M, S], [E, S, M] or swizzled; row_scale [E, M, 1]; masked_m i32 [E] valid rows per expert;
-    row_map i32 [T, k] = e * M + row or -1; dropped i32 [].
+    Attributes:
+      x: an NVFP4Tensor [E, M, H] with global scale () or [E, M, 1] if x was one and decode=False, else an array
+        [E, M, Hx].
+      scales: the block scales of an array x, [E, M, S], [E, S, M] or swizzled; None if x had none, was decoded, or is
+        an NVFP4Tensor.
+      row_scale: f32 [E, M, 1], the moved `row_scale`; the global scale, () or [E, M, 1], of an NVFP4Tensor that was
+        decoded; else None.
+      masked_m: i32 [E], the number of valid rows per expert.
+      row_map: i32 [T, k], e * M + row of each route, or -1.
+      dropped: i32 (), the number of routes with a bad id or beyond the capacity.
     """
 
-    x: Shaped[Array, "e m hx"]
-    scales: Any
-    row_scale: Any
+    x: Shaped[Array, "e m hx"] | NVFP4Tensor
+    scales: Shaped[Array, "..."] | None
+    row_scale: Float[Array, "..."] | None
     masked_m: Int[Array, " e"]
     row_map: Int[Array, "t k"]
     dropped: Int[Array, ""]
 
 
 class PermutedContiguous(NamedTuple):
-    """Contiguous layout, sorted by expert; rows at or beyond sum(group_sizes) are pads.
+    """Rows in the contiguous layout: sorted by expert; rows at or beyond sum(group_sizes) are pads.
 
-    x [rows, Hx]; scales [rows, S], [S, rows] or swizzled; row_scale [rows, 1]; group_sizes i32 [E]; row_map i32 [T, k];
-    dropped i32 [].
+    Attributes:
+      x: an NVFP4Tensor [rows, H] with global scale () or [rows, 1] if x was one and decode=False, else an array
+        [rows, Hx].
+      scales: the block scales of an array x, [rows, S], [S, rows] or swizzled; None as in `Permuted`.
+      row_scale: f32 [rows, 1], the moved `row_scale`; the global scale, () or [rows, 1], of an NVFP4Tensor that was
+        decoded; else None.
+      group_sizes: i32 [E], the number of valid rows per expert.
+      row_map: i32 [T, k], the row of each route, or -1.
+      dropped: i32 (), the number of routes with a bad id or beyond `num_rows`.
     """
 
-    x: Shaped[Array, "rows hx"]
-    scales: Any
-    row_scale: Any
+    x: Shaped[Array, "rows hx"] | NVFP4Tensor
+    scales: Shaped[Array, "..."] | None
+    row_scale: Float[Array, "..."] | None
     group_sizes: Int[Array, " e"]
     row_map: Int[Array, "t k"]
     dropped: Int[Array, ""]
 
 
 def permute_to_masked(
-    x: Shaped[Array, "t hx"],
+    x: Shaped[Array, "t hx"] | NVFP4Tensor,
     scales: Shaped[Array, "t s"] | None,
     topk_ids: Int[Array, "t k"],
     *,
     row_scale: Float[Array, "t 1"] | None = None,
     num_experts: int,
     capacity: int,
-    scale_layout: str = "linear",
+    scale_layout: scale_layouts.ScaleLayout = "linear",
     decode: bool = False,
     checked: bool = False,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> Permuted:
-    """Copies every routed row of x (and its scales, untouched) to [expert, row]: at most `capacity` rows per expert.
+    """Copies the row of every route, with its scales, to its expert in the masked layout [E, M, ...].
 
     Args:
-      x: u8 packed NVFP4 [T, H/2], e4m3, bf16, ... [T, H].
-      scales: block scales of x, or None.
-      topk_ids: expert of each route, 0 <= id < num_experts; -1 = not here. Any k >= 1.
-      row_scale: f32 per token, copied along.
-      num_experts: experts of this device (E). capacity: rows per expert (M).
-      scale_layout: layout of the returned scales, "linear", "m_major" or "swizzled" (one byte per scale).
-      decode: x is packed NVFP4; return bf16 code x block_scale (exact) and no scales.
-      checked: `checkify.check` that no id is out of range and nothing overflows.
+      x: an NVFP4Tensor [T, H] with global scale () or [T, 1]; or an array [T, Hx] of any dtype, such as bf16 or e4m3
+        [T, H] or NVFP4 codes u8 [T, H/2].
+      scales: the block scales [T, S] of an array x; None if x has none or is an NVFP4Tensor.
+      topk_ids: i32 or i64 [T, k], the expert of each route, 0 <= id < num_experts; -1 = not here. Any k >= 1.
+      row_scale: f32 [T, 1], a scale per row of an array x, which is copied with the row. An NVFP4Tensor carries its
+        own.
+      num_experts: the number of experts on this device (E).
+      capacity: rows per expert (M).
+      scale_layout: the layout of the returned `scales`: "linear", "m_major" or "swizzled" (one-byte scales only). The
+        scales of an NVFP4Tensor stay linear.
+      decode: return NVFP4 rows as bf16 code x block_scale, which is exact, and the global scale of an NVFP4Tensor as
+        `row_scale`.
+      checked: use `checkify.check` to assert that no id is out of range and no expert overflows.
+      implementation: "xla", "mosaic_gpu", or None for the best one (`implementations.run_implementation`).
 
     Raises:
-      ValueError, TypeError: shapes, dtypes or options that do not fit.
+      ValueError, TypeError: shapes, dtypes or options do not fit.
+      NotImplementedError: implementation "mosaic_gpu" was named and cannot serve the call.
     """
     _check_args("permute_to_masked", x, scales, topk_ids, row_scale, num_experts, scale_layout, decode)
+    parts = _parts(x, scales, row_scale)
     if capacity < 1:
         raise ValueError(f"permute_to_masked: capacity must be at least 1, got {capacity}")
-    target = _Target(num_experts, capacity, num_experts * capacity, scale_layout, decode)
-    rows, filled, dropped, row_map = _permute(
-        "permute_to_masked", implementation, x, scales, topk_ids, row_scale, target
-    )
+    target = Target(num_experts, capacity, num_experts * capacity, scale_layout, decode)
+    rows, filled, dropped, row_map = permute_rows("permute_to_masked", implementation, parts, topk_ids, target)
+    rows = _whole(rows, x, decode)
     if checked:
         checkify.check(dropped == 0, "permute_to_masked: {n} routes have a bad id or exceed the capacity", n=dropped)
     return Permuted(rows.x, rows.scales, rows.row_scale, filled, row_map, dropped)
 
 
 def permute_to_contiguous(
-    x: Shaped[Array, "t hx"],
+    x: Shaped[Array, "t hx"] | NVFP4Tensor,
     scales: Shaped[Array, "t s"] | None,
     topk_ids: Int[Array, "t k"],
     *,
     row_scale: Float[Array, "t 1"] | None = None,
     num_experts: int,
     num_rows: int | None = None,
-    scale_layout: str = "linear",
+    scale_layout: scale_layouts.ScaleLayout = "linear",
     decode: bool = False,
     checked: bool = False,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> PermutedContiguous:
-    """The same rows back to back, sorted by expert: no capacity per expert, `num_rows` in all (None: T*k, never full).
+    """Copies the row of every route, with its scales, to the contiguous layout [rows, ...], sorted by expert.
 
-    With fewer rows the routes of the last experts that do not fit are dropped and counted. Other arguments and errors
-    as in `permute_to_masked`.
+    Experts have no capacity of their own.
+
+    Args:
+      num_rows: rows of the result. None: T * k, which every batch fits into. Where there are fewer rows than routes,
+        the routes that come last in the order of experts are dropped and counted.
+
+    All other arguments, and the errors, are those of `permute_to_masked`.
     """
     _check_args("permute_to_contiguous", x, scales, topk_ids, row_scale, num_experts, scale_layout, decode)
+    parts = _parts(x, scales, row_scale)
     num_rows = topk_ids.size if num_rows is None else num_rows
     if num_rows < 0:
         raise ValueError(f"permute_to_contiguous: num_rows must not be negative, got {num_rows}")
-    target = _Target(num_experts, None, num_rows, scale_layout, decode)
-    rows, filled, dropped, row_map = _permute(
-        "permute_to_contiguous", implementation, x, scales, topk_ids, row_scale, target
-    )
+    target = Target(num_experts, None, num_rows, scale_layout, decode)
+    rows, filled, dropped, row_map = permute_rows("permute_to_contiguous", implementation, parts, topk_ids, target)
+    rows = _whole(rows, x, decode)
     if checked:
         checkify.check(dropped == 0, "permute_to_contiguous: {n} routes have a bad id or exceed num_rows", n=dropped)
     return PermutedContiguous(rows.x, rows.scales, rows.row_scale, filled, row_map, dropped)
@@ -127,12 +154,27 @@ def depermute_combine(
     row_map: Int[Array, "t k"],
     topk_weights: Float[Array, "t k"],
     *,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> Float[Array, "t h"]:
-    """out[t] = cast(sum over slots j in order, row_map[t, j] >= 0, of f32(y[row_map[t, j]]) * topk_weights[t, j]).
+    """Sums the weighted expert rows of every token, in slot order.
 
-    y: [E, M, H] or [rows, H]. Each product is rounded to f32 before it is added and the sum is rounded once to y's
-    dtype. A slot of -1 adds exactly nothing, whatever its weight; a token without slots is zero.
+        out[t] = cast(sum over the slots j with row_map[t, j] >= 0 of f32(y[row_map[t, j]]) * topk_weights[t, j])
+
+    Each product is rounded to f32 before it is added, and the sum is rounded once to y's dtype. A slot with row_map -1
+    adds exactly nothing, even if its weight is NaN. A token with no other slots becomes zero.
+
+    Args:
+      y: floating-point [E, M, H] or [rows, H], the rows of the experts.
+      row_map: integer [T, k], the row of each route in y.reshape(-1, H), or -1.
+      topk_weights: floating-point [T, k].
+      implementation: "xla", "mosaic_gpu", or None for the best one (`implementations.run_implementation`).
+
+    Returns:
+      The tokens [T, H] in y's dtype.
+
+    Raises:
+      ValueError, TypeError: shapes or dtypes do not fit.
+      NotImplementedError: implementation "mosaic_gpu" was named and cannot serve the call.
     """
     op = "depermute_combine"
     check_array(f"{op}: y", y, jnp.floating)
@@ -167,139 +209,43 @@ def _combine_xla(rows, row_map, topk_weights):
     return total.astype(rows.dtype)
 
 
-class _Rows(NamedTuple):
-    x: jax.Array
-    scales: jax.Array | None
-    row_scale: jax.Array | None
+def _parts(x, scales, row_scale):
+    """Returns the arrays that move row by row. A global scale that all rows share does not move."""
+    if not isinstance(x, NVFP4Tensor):
+        return Rows(x, scales, row_scale)
+    own_scale = None if x.global_scale.ndim == 0 else jnp.broadcast_to(x.global_scale, (x.shape[0], 1))
+    return Rows(x.qdata, x.block_scale, own_scale)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Target:
-    """Where rows go: `capacity` rows per expert (masked), or None for `num_rows` back to back (contiguous)."""
-
-    num_experts: int
-    capacity: int | None
-    num_rows: int
-    scale_layout: str
-    decode: bool
-
-
-def _permute(op, implementation, x, scales, topk_ids, row_scale, target):
-    """-> _Rows in their final shapes, filled rows per expert, number of dropped routes, row_map."""
-    rows, counts, filled, bad, row_map = run_implementation(
-        op,
-        implementation,
-        (x, scales, topk_ids, row_scale),
-        xla=Call.of(_permute_xla, target=target),
-        mosaic_gpu=Call.of(_permute_kernels, target=target),
-        problem=_kernel_problem(x, scales, topk_ids, row_scale, target),
-    )
-    return rows, filled, bad + jnp.sum(counts - filled, dtype=jnp.int32), row_map
-
-
-def _permute_xla(x, scales, topk_ids, row_scale, *, target):
-    group, rank, counts, bad = _rank_in_expert(topk_ids, target.num_experts)
-    if target.capacity is None:
-        start = jnp.cumsum(counts) - counts
-        row = jnp.pad(start, (0, 1))[group] + rank
-        fits, filled = row < target.num_rows, jnp.clip(target.num_rows - start, 0, counts)
-    else:
-        row, fits, filled = group * target.capacity + rank, rank < target.capacity, jnp.minimum(counts, target.capacity)
-    row_map = jnp.where((group < target.num_experts) & fits, row, -1).reshape(topk_ids.shape)
-    rows = _per_expert(_gather_rows(x, scales, row_scale, row_map, target.num_rows, target.decode), target)
-    return rows._replace(scales=_lay_out(rows.scales, target.scale_layout)), counts, filled, bad, row_map
-
-
-def _permute_kernels(x, scales, topk_ids, row_scale, *, target):
-    arrange = scales is not None and not target.decode and target.scale_layout != "linear"
-    meta = metadata_kernels.route_metadata(
-        topk_ids, target.num_experts, capacity=target.capacity, num_rows=target.num_rows, with_source=arrange
-    )
-    if target.decode:
-        decoded = permute_kernels.scatter_decoded_rows(x, scales, meta.row_map, target.num_rows)
-        rows = _Rows(decoded, None, None)
-        if row_scale is not None:
-            rows = rows._replace(row_scale=permute_kernels.scatter_rows([row_scale], meta.row_map, target.num_rows)[0])
-    else:
-        leaves, structure = jax.tree.flatten(_Rows(x, None if arrange else scales, row_scale))  # without the Nones
-        rows = jax.tree.unflatten(structure, permute_kernels.scatter_rows(leaves, meta.row_map, target.num_rows))
-    rows = _per_expert(rows, target)
-    if arrange:
-        rows = rows._replace(scales=_arrange_by_kernel(scales, meta, target))
-    return rows, meta.counts, meta.filled, meta.bad, meta.row_map
-
-
-def _arrange_by_kernel(scales, meta, target):
-    if target.capacity is not None:
-        return permute_kernels.arrange_scales(scales, meta.source, meta.filled, target.capacity, target.scale_layout)
-    filled = jnp.sum(meta.filled, dtype=jnp.int32).reshape(1)
-    return permute_kernels.arrange_scales(scales, meta.source, filled, target.num_rows, target.scale_layout)[0]
-
-
-def _per_expert(rows, target):
-    if target.capacity is None:
+def _whole(rows, x, decode):
+    """Returns moved rows in the form of x: an NVFP4Tensor, or with `decode` its values and its global scale."""
+    if not isinstance(x, NVFP4Tensor):
         return rows
-    return jax.tree.map(lambda r: r.reshape(target.num_experts, target.capacity, -1), rows)
-
-
-def _rank_in_expert(topk_ids, num_experts):
-    """-> per route (flattened): its expert (E = none) and its stable rank within it; per expert its routes; bad ids."""
-    ids = topk_ids.reshape(-1)
-    here = (ids >= 0) & (ids < num_experts)
-    group = jnp.where(here, ids, num_experts).astype(jnp.int32)
-    counts = jnp.zeros(num_experts + 1, jnp.int32).at[group].add(1)
-    order = jnp.argsort(group, stable=True)
-    sorted_rank = jnp.arange(ids.size, dtype=jnp.int32) - (jnp.cumsum(counts) - counts)[group[order]]
-    rank = jnp.zeros(ids.size, jnp.int32).at[order].set(sorted_rank, unique_indices=True)
-    bad = jnp.sum(~here & (ids != -1), dtype=jnp.int32)
-    return group, rank, counts[:num_experts], bad
-
-
-def _gather_rows(x, scales, row_scale, row_map, num_rows, decode):
-    tokens, slots = row_map.shape
-    token = jnp.repeat(jnp.arange(tokens, dtype=jnp.int32), slots)
-    # A dropped route points beyond the last row, where the scatter ignores it.
-    target = jnp.where(row_map < 0, num_rows, row_map).reshape(-1)
-    source = jnp.full(num_rows, -1, jnp.int32).at[target].set(token, mode="drop")
-
-    def take(rows):
-        if tokens == 0:
-            return jnp.zeros((num_rows, rows.shape[1]), rows.dtype)
-        return jnp.take(rows, jnp.maximum(source, 0), axis=0, mode="clip")
-
-    rows = jax.tree.map(take, _Rows(x, scales, row_scale))
+    global_scale = x.global_scale if rows.row_scale is None else rows.row_scale
     if decode:
-        return rows._replace(x=decode_blocks(rows.x, rows.scales), scales=None)
-    if scales is not None:
-        rows = rows._replace(scales=jnp.where((source >= 0)[:, None], rows.scales, jnp.zeros_like(rows.scales)))
-    return rows
-
-
-def _kernel_problem(x, scales, topk_ids, row_scale, target):
-    """None, or why the GPU kernels cannot serve this call."""
-    arranged = scales is not None and target.scale_layout != "linear" and not target.decode
-    if arranged and scales.dtype.itemsize != 1:
-        return f"scale_layout={target.scale_layout!r} of {scales.dtype} scales; the kernel lays out one-byte scales"
-    if target.num_rows == 0:
-        return "no rows"
-    problem = metadata_kernels.check_config(topk_ids, target.num_experts)
-    return problem or permute_kernels.check_config((x, scales, row_scale), target.num_rows)
-
-
-def _lay_out(scales, layout):
-    if scales is None or layout == "linear":
-        return scales
-    return scale_layouts.to_m_major(scales) if layout == "m_major" else scale_layouts.swizzle(scales)
+        return Rows(rows.x, None, global_scale)
+    return Rows(NVFP4Tensor(rows.x, rows.scales, global_scale), None, None)
 
 
 def _check_args(op, x, scales, topk_ids, row_scale, num_experts, scale_layout, decode):
-    if isinstance(x, NVFP4Tensor):
-        raise TypeError(f"{op}: give x.qdata and x.block_scale as x and scales, with decode=True for bf16; got {x}")
     for name, value in (("x", x), ("scales", scales), ("row_scale", row_scale)):
-        if name == "x" or value is not None:
+        if isinstance(value, NVFP4Tensor) and name == "x":
+            value.validate()
+        elif name == "x" or value is not None:
             check_array(f"{op}: {name}", value)
     if x.ndim != 2:
         raise ValueError(f"{op}: x must be [T, Hx], one row per token, got {x.shape}")
+    if isinstance(x, NVFP4Tensor):
+        if scales is not None or row_scale is not None:
+            raise ValueError(
+                f"{op}: scales and row_scale belong to an array x; an NVFP4Tensor carries its own, got {x}"
+            )
+        if scale_layout != "linear":
+            raise ValueError(
+                f"{op}: the block scales of an NVFP4Tensor stay linear; for scale_layout={scale_layout!r} give x.qdata "
+                "and x.block_scale as x and scales"
+            )
+        x, scales = x.qdata, x.block_scale
     tokens = x.shape[0]
     check_routes(op, tokens, topk_ids)
     check_unsharded(op, x, scales, topk_ids, row_scale)

@@ -18,7 +18,7 @@ import pytest
 NUM_CPU_DEVICES = 8
 
 # Before the first import of our packages: every annotated function checks its arguments and its result.
-jaxtyping.install_import_hook(["fp4jax", "pallas_kernels"], "beartype.beartype")
+jaxtyping.install_import_hook(["fp4jax", "pallas_kernels"], "type_checks.check")
 
 hypothesis.settings.register_profile(
     "fp4jax",

@@ -9,6 +9,9 @@ from jax import lax
 
 from fp4jax.expert_parallel import Dispatched, combine, dispatch
 from fp4jax.expert_parallel.all_to_all import combine_all_to_all, dispatch_all_to_all
+from fp4jax.expert_parallel.wire_formats import kernel_encode
+from fp4jax.implementations import has_hopper_gpu
+from pallas_kernels.exchange.dispatch import check_pack
 from pallas_kernels.exchange.plan import Routes
 
 
@@ -83,10 +86,11 @@ def dispatch_step(state, operands, zero, *, ranks, cell, wire, implementation):
     scale = jnp.float32(0.01) if wire == "nvfp4" else None
     if implementation == "nccl":
         routes = Routes(cell.tokens, cell.top_k, ranks, cell.local_experts, cell.capacity, cell.form)
+        encode = None if wire == "bf16" else wire
+        packed = has_hopper_gpu() and check_pack([x], routes, encode=kernel_encode(encode, scale)) is None
         received = dispatch_all_to_all(
-            [x], scale, ids, weights, routes=routes, axis_name="ep", encode=None if wire == "bf16" else wire,
-            implementation=None,
-        )  # fmt: skip
+            [x], scale, ids, weights, routes=routes, axis_name="ep", encode=encode, packed=packed
+        )
         return received[1][0, 0], received
     d = dispatch(
         x, ids, weights, num_experts=cell.experts, form=cell.form, wire_format=wire, global_scale=scale,

@@ -18,6 +18,7 @@ from fp4jax.grouped_gemm import (
     masked_grouped_gemm,
     unpack_weights,
 )
+from fp4jax.implementations import Implementation
 from fp4jax.nvfp4 import dequantize
 from fp4jax.swiglu import swiglu_quantize
 from pallas_kernels.gemm import weight_layout
@@ -140,7 +141,7 @@ Call = tuple[Callable[..., Any], tuple[Any, ...]]  # a function and its argument
 Calls = dict[str, Call]
 
 
-def our_functions(inputs: Inputs, implementation: str, *, poisoned: bool) -> Calls:
+def our_functions(inputs: Inputs, implementation: Implementation, *, poisoned: bool) -> Calls:
     """Op -> (function, arguments). poisoned: NaN in every pad of x."""
     options = dict(expected_m=inputs.shape.m, implementation=implementation)
     found: Calls = {
@@ -157,7 +158,7 @@ def our_functions(inputs: Inputs, implementation: str, *, poisoned: bool) -> Cal
     return found
 
 
-def fused_functions(inputs: Inputs, implementation: str, *, poisoned: bool, fused: bool = True) -> Calls:
+def fused_functions(inputs: Inputs, implementation: Implementation, *, poisoned: bool, fused: bool = True) -> Calls:
     """Form of the result -> GEMM 1 with SwiGLU in its epilogue, or (not fused) one op after the other."""
     experts, options = inputs.shape.experts, dict(expected_m=inputs.shape.m, implementation=implementation)
 

@@ -10,8 +10,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from experiments.cases.gemm import BYTES_PER_WEIGHT, densify, random_weights
 from experiments.harness import timing
-from fp4jax.expert_parallel import combine, dispatch
+from fp4jax.expert_parallel import WireFormat, combine, dispatch
 from fp4jax.grouped_gemm import PackedWeights
+from fp4jax.implementations import Implementation
 from fp4jax.moe import MoEConfig, MoEWeights, moe_layer
 from fp4jax.permute import depermute_combine, permute_to_contiguous
 from fp4jax.swiglu import swiglu_quantize
@@ -132,7 +133,7 @@ def _everywhere(local: Any, shape: Shape, mesh: Mesh) -> Any:
     return jax.tree.map(spread, local)
 
 
-def nvfp4_layer(shape: Shape, wire_format: str):
+def nvfp4_layer(shape: Shape, wire_format: WireFormat):
     """(x, ids, weights, packed weights, receive buffers or None) -> y with 4-bit weights and activations, buffers."""
     prefill = shape.rows > 128 * shape.local_experts
     config = MoEConfig(
@@ -151,7 +152,7 @@ def nvfp4_layer(shape: Shape, wire_format: str):
 
 def bf16_layer(shape: Shape, *, own: bool):
     """The same in bf16 around JAX's Pallas ragged dot. own: with our kernels where they are faster; else XLA's ops."""
-    implementation = None if own else "xla"
+    implementation: Implementation | None = None if own else "xla"
 
     def layer(x, ids, weights, dense, buffers):
         scope, options = jax.named_scope, dict(implementation=implementation)

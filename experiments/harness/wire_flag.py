@@ -7,11 +7,12 @@ The name is that of the serving system whose deployments this library is compare
 
 import os
 import warnings
+from typing import cast
 
 from absl import flags
 
 from experiments.harness.flag_values import switch
-from fp4jax.expert_parallel import WIRE_FORMATS
+from fp4jax.expert_parallel import WIRE_FORMATS, WireFormat
 
 _USE_FP4, _STALE = "FD_DISPATCH_USE_FP4", "FD_USE_NVFP4_COMM_QUANT"
 
@@ -20,7 +21,7 @@ WIRE_FORMAT = flags.DEFINE_enum(
 )
 
 
-def wire_format(config_value: str) -> str:
+def wire_format(config_value: WireFormat) -> WireFormat:
     """The wire format: of the flag, else of the environment, else of the script or its config.
 
     Raises:
@@ -29,6 +30,6 @@ def wire_format(config_value: str) -> str:
     if _STALE in os.environ:
         warnings.warn(f"{_STALE} is not read any more; set {_USE_FP4}", stacklevel=2)
     if WIRE_FORMAT.value is not None:
-        return WIRE_FORMAT.value
+        return cast(WireFormat, WIRE_FORMAT.value)
     use_fp4 = switch(_USE_FP4, None)
     return config_value if use_fp4 is None else "nvfp4" if use_fp4 else "bf16"

@@ -18,8 +18,7 @@ from experiments.text.corpora import Corpus, windows
 from experiments.text.evaluation import cross_entropy, evaluate
 from experiments.training.run_limits import RunLimits, Stopped
 from experiments.training.state import History, TrainState, restore_state, run_identity, save_state, write_log
-from fp4jax.layers import ExpertSettings
-from fp4jax.models.qwen3_moe import Qwen3Moe, Qwen3MoeConfig
+from fp4jax.models import Qwen3Moe, Qwen3MoeConfig, configure_experts
 
 
 def compute_dtype(train: ConfigDict) -> str:
@@ -86,8 +85,7 @@ class Training:
         self.settings, self.state_path, self.limits = config.train, state_path, limits
         model_config = Qwen3MoeConfig.from_hf({**config.model, "dtype": compute_dtype(config.train)})
         model = Qwen3Moe(model_config, param_dtype=jnp.float32, rngs=nnx.Rngs(config.train.seed))
-        for block in model.moe_blocks():
-            block.configure(ExpertSettings(differentiable=True))
+        configure_experts(model, differentiable=True)
         self.graphdef, params = nnx.split(model)
         self.optimizer = make_optimizer(config.train)
         self.state = TrainState(params, jax.jit(self.optimizer.init)(params), jnp.int32(0))

@@ -1,4 +1,7 @@
-"""Functions compiled once per token count, so that calls with any number of tokens never compile."""
+"""Functions that are compiled ahead of time for a few token counts (buckets) and then run for any number of tokens.
+
+`block_graph` wraps a function, `plan_buckets` chooses the buckets, `compile_all` compiles several wrapped functions.
+"""
 
 from fp4jax.block_graph.arguments import Bucketed as Bucketed
 from fp4jax.block_graph.graph import BlockGraph as BlockGraph, block_graph as block_graph

@@ -1,6 +1,7 @@
-"""Arrays padded to the size of a bucket, where they are; trees of them whose token axes are given like vmap's.
+"""The arguments of a block: padding their token axes to a bucket, and the facts that select an executable.
 
-And what a block knows about the arguments of a call: `Argument`.
+A block is a function that `block_graph` wrapped. Token axes are given as `jax.vmap` gives its axes: a tree that is a
+prefix of the arguments, with an axis for arrays that have tokens and None for arrays that have none (weights, say).
 """
 
 import functools
@@ -14,17 +15,25 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 
 class Bucketed(NamedTuple):
-    """Arrays of one bucket's size along their token axis, of which the first `tokens` count."""
+    """An array (or a tree of arrays) whose token axis has the size of a bucket; only the first `tokens` rows are valid.
+
+    Blocks pass it to one another, so that arrays stay on the device, without padding and cutting in between.
+    """
 
     values: Any
     tokens: int
 
 
 def pad_tokens(x: Any, axis: int, size: int, place: Any = None, copy: bool = False) -> jax.Array:
-    """An array with zeros appended along `axis` up to `size`, put together on the host: nothing compiles.
+    """Returns x with zeros appended along `axis` up to `size`, padded on the host so that nothing compiles.
 
-    place: a sharding or device, None: the default one. Memory of the caller's is copied, never shared, but for a
-    jax.Array of that size, which is given back as it is without `copy`.
+    Args:
+      x: a NumPy or JAX array with at most `size` entries along `axis`.
+      axis: the token axis, counted from the front.
+      size: the token count of the result.
+      place: the sharding or device of the result; None is JAX's default device.
+      copy: whether the result must own its memory. Without it, a jax.Array of exactly `size` entries comes back as it
+        is (moved to `place` if it is elsewhere); all other arrays are copied in any case.
     """
     if isinstance(x, jax.Array) and x.shape[axis] == size and not copy:
         return x if place is None or x.sharding == place else jax.device_put(x, place)
@@ -33,24 +42,32 @@ def pad_tokens(x: Any, axis: int, size: int, place: Any = None, copy: bool = Fal
 
 
 def values_of(leaf: Any) -> Any:
-    """The array of a Bucketed, or the array itself."""
+    """Returns `leaf.values` if `leaf` is a Bucketed, else `leaf` itself."""
     return leaf.values if isinstance(leaf, Bucketed) else leaf
 
 
 def is_bucketed(leaf: Any) -> bool:
-    """For `is_leaf` of tree functions."""
+    """Whether a node is a Bucketed; passed as `is_leaf` to the functions of `jax.tree`."""
     return isinstance(leaf, Bucketed)
 
 
 def place_of(leaf: Any) -> jax.sharding.Sharding | None:
-    """Where an array has been put on purpose, else None."""
+    """Returns the sharding of an array that was committed to devices on purpose (`jax.device_put` with a place).
+
+    Returns None for an array that JAX may move (uncommitted), for a NumPy array and for a number. A ShapeDtypeStruct
+    gives its `sharding` field.
+    """
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf.sharding
     return leaf.sharding if isinstance(leaf, jax.Array) and leaf.committed else None
 
 
 def home_of(args: Any) -> jax.sharding.Sharding | None:
-    """Where arguments without a place of their own go: to all devices of the first that has one, whole; or None."""
+    """Returns the sharding for the arrays that were not committed to devices: the home of this call's arguments.
+
+    It is derived from the first committed array in the tree `args`. If this array has a NamedSharding, the home is
+    replication over all devices of its mesh, else the home is the array's own sharding. None: no array is committed.
+    """
     for leaf in jax.tree.leaves(args, is_leaf=is_bucketed):
         if (place := place_of(values_of(leaf))) is not None:
             return NamedSharding(place.mesh, PartitionSpec()) if isinstance(place, NamedSharding) else place
@@ -58,12 +75,15 @@ def home_of(args: Any) -> jax.sharding.Sharding | None:
 
 
 def take_tokens(leaf: Any, axis: int, some: slice) -> np.ndarray:
-    """Some of an array's tokens, copied to the host."""
+    """Returns the tokens `some` of an array along `axis`, copied to the host."""
     return np.array(np.asarray(leaf)[(slice(None),) * axis + (some,)])
 
 
 def map_axes(fn: Callable[..., Any], axes: Any, *trees: Any) -> Any:
-    """fn(axis, *leaves) over trees of which `axes` is a prefix; Bucketed counts as a leaf."""
+    """Maps `fn(axis, *leaves)` over trees of the same structure, of which `axes` is a prefix; a Bucketed is a leaf.
+
+    An axis of None is passed to `fn` for every leaf below it. The results come back in a tree of the same structure.
+    """
 
     def below(axis, *subtrees):
         return jax.tree.map(lambda *leaves: fn(axis, *leaves), *subtrees, is_leaf=is_bucketed)
@@ -72,7 +92,7 @@ def map_axes(fn: Callable[..., Any], axes: Any, *trees: Any) -> Any:
 
 
 def leaves_of_axes(axes: Any) -> list[int | None]:
-    """All axes of such a tree."""
+    """Returns all axes of a prefix tree of axes as a list; None counts as a leaf."""
     return jax.tree.leaves(axes, is_leaf=lambda a: a is None)
 
 
@@ -80,7 +100,10 @@ def leaves_of_axes(axes: Any) -> list[int | None]:
 
 
 class Kinds:
-    """What an executable knows about an argument: its tree, and `kind_of` of every leaf. Hashed once."""
+    """The part of an executable's key that one argument contributes: its tree structure, and `kind_of` of every leaf.
+
+    The hash is computed once, since a call looks its executable up by it and an argument may have hundreds of leaves.
+    """
 
     __slots__ = ("_hash", "leaves", "structure")
 
@@ -96,10 +119,11 @@ class Kinds:
 
 
 class Argument:
-    """One argument of a call, looked at: what would be too slow to find out in every call.
+    """One argument of a call, flattened, with the facts about it that would be slow to find in every call.
 
-    axes: the token axis of each leaf or None. home: where what has no place of its own goes, None: this argument does
-    not tell. has_tokens: whether a leaf has tokens.
+    leaves: the arrays, Bucketed values and numbers of the argument. structure: its treedef. axes: the token axis of
+    each leaf, None for a leaf without tokens. home: `home_of` the argument, None if none of its arrays is committed to
+    devices. has_tokens: whether any leaf has a token axis.
     """
 
     __slots__ = ("_kinds", "_whole", "axes", "has_tokens", "home", "leaves", "structure")
@@ -109,11 +133,11 @@ class Argument:
         self.home = home_of(leaves)
         self.has_tokens = any(axis is not None for axis in axes)
         self._kinds: dict[Any, Kinds] = {}
-        # A tree of its own: what the caller does to his does not reach a bound argument.
+        # The tree is rebuilt here, so that later changes to the caller's containers do not reach a bound argument.
         self._whole = None if self.has_tokens else jax.tree.unflatten(structure, leaves)
 
     def kinds(self, home: Any) -> Kinds:
-        """With `home` for what the whole call has as home."""
+        """Returns the kinds of this argument's leaves in a call whose home is `home`; see `home_of` and `kind_of`."""
         found = self._kinds.get(home)
         if found is None:
             kinds = tuple(kind_of(leaf, axis, home) for leaf, axis in zip(self.leaves, self.axes, strict=True))
@@ -121,7 +145,10 @@ class Argument:
         return found
 
     def chunk(self, some: slice) -> "Argument":
-        """The same for some of its tokens, on the host; of the same kinds."""
+        """Returns the argument with only the tokens `some`, as arrays on the host; leaves without tokens stay.
+
+        The kinds are the same, since they do not depend on the number of tokens.
+        """
         if not self.has_tokens:
             return self
         leaves = [
@@ -133,7 +160,14 @@ class Argument:
         return part
 
     def padded(self, bucket: int, home: Any, donated: bool) -> Any:
-        """What an executable takes. What is donated is a copy, unless it came as Bucketed."""
+        """Returns the tree that the executable of `bucket` takes: leaves with tokens are padded to `bucket` rows.
+
+        Args:
+          bucket: the token count of the executable.
+          home: where padded arrays go; None is JAX's default device.
+          donated: whether the executable may overwrite the argument. Then an array with tokens is copied, so that the
+            caller keeps his; a Bucketed is handed over without a copy and is gone after the call.
+        """
         if not self.has_tokens:
             return self._whole
 
@@ -146,7 +180,19 @@ class Argument:
 
 
 def kind_of(leaf: Any, axis: int | None, home: Any) -> tuple[Any, ...]:
-    """Shape but for the token axis, dtype, weak type, and the place that a leaf keeps where it is not at `home`."""
+    """Returns what an executable depends on of one leaf: (shape without the token axis, dtype, weak type, place).
+
+    Args:
+      leaf: an array, a Bucketed, a ShapeDtypeStruct or a number.
+      axis: the token axis, None if the leaf has none.
+      home: the sharding of leaves that are not committed to devices; see `home_of`.
+
+    The place is a sharding. It is None for a leaf at `home`, for an uncommitted leaf, and for every leaf with tokens:
+    the call moves these leaves to `home`. Leaves with tokens count as not weakly typed.
+
+    Raises:
+      ValueError: a Bucketed where the argument has no token axis.
+    """
     if axis is None and isinstance(leaf, Bucketed):
         raise ValueError(f"Bucketed {np.shape(leaf.values)} where an argument has no token axis")
     leaf = values_of(leaf)
@@ -165,12 +211,15 @@ def kind_of(leaf: Any, axis: int | None, home: Any) -> tuple[Any, ...]:
 
 
 def home_of_all(arguments: Sequence[Argument]) -> jax.sharding.Sharding | None:
-    """`home_of` for arguments that were looked at."""
+    """Returns the home of the first argument that has one, or None: `home_of` for arguments already wrapped."""
     return next((argument.home for argument in arguments if argument.home is not None), None)
 
 
 def structs_of(arguments: Sequence[Argument], home: jax.sharding.Sharding | None, bucket: int) -> tuple[Any, ...]:
-    """What an executable takes: the number of tokens, then the arguments."""
+    """Returns ShapeDtypeStructs of what the executable of `bucket` takes: the token count i32 [], then the arguments.
+
+    Token axes have `bucket` entries. Leaves without a place of their own are at `home`.
+    """
 
     def struct(kind, axis):
         shape, dtype, weak, place = kind
@@ -182,7 +231,10 @@ def structs_of(arguments: Sequence[Argument], home: jax.sharding.Sharding | None
 
 
 def map_tokens(fn: Callable[..., Any], axes: Any, tree: Any) -> Any:
-    """`map_axes` that leaves what has no token axis as it is: a cache is not walked through."""
+    """Maps `fn(axis, leaf)` over the leaves that have a token axis; subtrees without one come back as they are.
+
+    Unlike `map_axes` it does not walk through a subtree whose axis is None, such as a cache with hundreds of arrays.
+    """
 
     def below(axis, subtree):
         return subtree if axis is None else jax.tree.map(functools.partial(fn, axis), subtree)

@@ -1,12 +1,14 @@
-"""Blocks compiled ahead of time for a few token counts (buckets), so that any number of tokens runs without compiling.
+"""Compiles a function ahead of time for a few token counts (buckets) and runs it for any number of tokens.
 
-A call is padded up to the next bucket, runs that bucket's executable, and is cut back. Above the largest bucket it runs
-in chunks, unless its tokens meet. Weights are arguments: all layers of one shape share executables. Pads are zeroed
-inside the executable, so that nothing can depend on what they hold; a block whose tokens meet (attention, experts with
-capacities) also gets the number of tokens.
+Such a function is called a block. A call pads its tokens up to the next bucket, runs the executable of that bucket and
+cuts the outputs back to the number of tokens. A call above the largest bucket runs in chunks, unless the block mixes
+tokens (attention, experts with capacities): then it raises. Weights are arguments of the block, so that all layers of
+one shape share executables. The executable sets the pads to zero first, so that no output depends on what they held. A
+block that mixes tokens also receives the number of valid tokens.
 
-XLA compiles for one shape: even cutting a device array of a new length compiles. Arrays of exact size therefore go over
-the host, where nothing compiles; between blocks, hand on `Bucketed` values, which stay on the device as they are.
+XLA compiles a program for one shape: even slicing a device array to a new length compiles. Arrays of exact size are
+therefore padded and cut on the host, where nothing compiles. Between blocks the caller passes `Bucketed` values, which
+stay on the device and are neither padded nor cut.
 """
 
 import functools
@@ -37,9 +39,10 @@ from fp4jax.block_graph.stats import BlockStats, CompileSeconds, compile_all
 
 
 class BlockGraph:
-    """What `block_graph` returns; call it like the function.
+    """A function that runs in executables of fixed token counts; `block_graph` makes it and documents its options.
 
-    on_compile(name, CompileSeconds), where set, is called after each compilation.
+    It is called like the wrapped function. buckets: the token counts, ascending. name: what messages call the block.
+    on_compile: a function that the caller may set; it is called with (name, CompileSeconds) after each compilation.
     """
 
     def __init__(
@@ -59,8 +62,8 @@ class BlockGraph:
         self._executables: dict[Any, jax.stages.Compiled] = {}
         self._compiling: dict[Any, threading.RLock] = {}
         self._axes: dict[Any, tuple[int | None, ...]] = {}
-        self._outputs: dict[Any, Any] = {}  # structs of what a key's program gives
-        # A number that is on the device already costs no copy in the call.
+        self._outputs: dict[Any, Any] = {}  # key of an executable -> ShapeDtypeStructs of its outputs
+        # Token counts are kept on the device, so that a call with a known count copies nothing there.
         self._count_of = functools.lru_cache(4096)(lambda tokens, home: jax.device_put(np.int32(tokens), home))
         self._lock = threading.Lock()
         self._warm = False
@@ -72,22 +75,26 @@ class BlockGraph:
     # --- calling ---
 
     def __call__(self, *args: Any, **static: Any) -> Any:
-        """The block's outputs for as many tokens as the arguments have.
+        """Runs the block on all tokens of the arguments, and returns outputs with the same number of tokens.
+
+        Where the arguments are Bucketed, the outputs with tokens are Bucketed too. A bucket that was not compiled yet
+        for arguments like these is compiled first.
 
         Raises:
-          ValueError: no argument with a token axis, arguments of different token counts; no tokens, or more than the
-            largest bucket, where outputs that belong to no token, or donated arguments, allow neither; more than the
-            largest bucket where `chunks` is off.
+          ValueError: no argument has a token axis; the arguments have different token counts; there are no tokens, or
+            more than the largest bucket, and the block has donated arguments or outputs without a token axis; there are
+            more tokens than the largest bucket, and `chunks` is off.
         """
         return self._call(self._looked_at(args), static)
 
     def bind(self, *args: Any, **static: Any) -> Callable[..., Any]:
-        """This block with its first arguments (weights) and all static ones fixed, as a function of the others.
+        """Fixes the first arguments (weights) and all static arguments, and returns a function of the other arguments.
 
-        The arguments are looked at once and not in every call: with hundreds of weights that is most of a call's time.
+        The fixed arguments are flattened and examined only once. With hundreds of weights, this examination takes most
+        of the time of a call.
 
         Raises:
-          ValueError: more arguments than the block has, or donated ones, which are gone after one call.
+          ValueError: there are more arguments than the block takes, or one is donated: it would be gone after one call.
         """
         first = self._looked_at(args)
         if donated := [i for i in self._donate if i < len(first)]:
@@ -161,7 +168,7 @@ class BlockGraph:
         return map_axes(lambda axis, *vs: jax.device_put(np.concatenate(vs, axis), home), self._out_axes, *parts)
 
     def _empty(self, arguments, home, static):
-        """Outputs of size 0 along their token axis; nothing runs."""
+        """Returns outputs of size 0 along their token axis, without running an executable."""
         self._check_whole("there are no tokens")
         bucket = self.buckets[0]
         key = self._key(arguments, home, bucket, static)
@@ -184,15 +191,25 @@ class BlockGraph:
     # --- compiling ---
 
     def warm_up(self, *args: Any, workers: int = 1, progress: bool = True, **static: Any) -> None:
-        """Compiles every bucket for arguments like these (arrays or structs, of any token count).
+        """Compiles all buckets for arguments of these shapes and dtypes, whatever their token counts.
 
-        May be called again for arguments of other shapes or dtypes. workers: threads that compile side by side, which
-        settings of this thread alone (`jax.default_matmul_precision(..)` as a context) do not reach; 1: this thread.
+        It may be called again for arguments of other shapes or dtypes.
+
+        Args:
+          *args: arrays or ShapeDtypeStructs, one tree per positional argument of the block.
+          workers: threads that compile in parallel; 1 compiles in the calling thread. Other threads do not see settings
+            of the calling thread, such as `jax.default_matmul_precision(..)` used as a context.
+          progress: whether to show a progress bar.
+          **static: the block's static arguments.
         """
         compile_all(self.compilations(*args, **static), workers=workers, progress=progress, name=self.name)
 
     def compilations(self, *args: Any, **static: Any) -> dict[Any, Callable[[], None]]:
-        """What `warm_up` does, one call per executable, the largest first: for `compile_all` of several blocks."""
+        """Returns the compilations that `warm_up` would run, without running them: {key: function without arguments}.
+
+        There is one entry per bucket, the largest bucket first. The dicts of several blocks can be merged and passed to
+        `compile_all`. The arguments are those of `warm_up`.
+        """
         self._check_call(args, static)
         arguments = self._looked_at(args)
         home = home_of_all(arguments)
@@ -220,7 +237,7 @@ class BlockGraph:
         with self._lock:
             one_at_a_time = self._compiling.setdefault(key, threading.RLock())
         try:
-            with one_at_a_time:  # a compilation that fails leaves nothing: whoever waited tries again
+            with one_at_a_time:  # if a compilation fails, nothing is stored, and the next thread that waited compiles
                 return self._executables.get(key) or self._compile(key, arguments, home, bucket, static, warming)
         finally:
             with self._lock:
@@ -244,7 +261,8 @@ class BlockGraph:
 
     def _lower(self, structs, bucket, static, home):
         donated = tuple(i + 1 for i in self._donate)
-        # Outputs stay where everything else is: what one block gives, the next one takes without another compilation.
+        # Outputs are placed at the home of the arguments, so that the next block finds them there and needs no other
+        # executable for them.
         placed = {} if home is None else {"out_shardings": home}
         lowered = jax.jit(self._traced(bucket, static), donate_argnums=donated, **placed).lower(*structs)
 
@@ -279,7 +297,7 @@ class BlockGraph:
             raise ValueError(f"{self.name}: static arguments are {sorted(self._statics)}, got {sorted(static)}")
 
     def _count_tokens(self, arguments):
-        """-> tokens, and of Bucketed arguments their size, else None."""
+        """Returns (number of tokens, size of the bucket if the arguments are Bucketed, else None)."""
         found: set[tuple[int, int | None]] = set()
 
         def note(axis, leaf):
@@ -311,7 +329,7 @@ class BlockGraph:
 
     @property
     def stats(self) -> BlockStats:
-        """What happened so far."""
+        """Counts of calls, tokens and compilations up to now."""
         with self._lock:
             rows = sum(bucket * calls for bucket, calls in self._calls.items())
             return BlockStats(
@@ -336,26 +354,31 @@ def block_graph(
     """Wraps `fn(*args, **static)` so that it runs for any number of tokens in executables of fixed token counts.
 
     Args:
-      buckets: token counts to compile, ascending.
-      in_axes: for every positional argument the axis of its tokens, counted from the front, None for what has none
-        (weights, caches, positions); as for `jax.vmap` an entry may be a tree that is a prefix of the argument. Every
-        leaf with tokens is an array or a `Bucketed`. out_axes: the same for what `fn` returns.
-      static_argnames: keyword arguments that are part of the program, and so of the key of an executable; hashable.
-      donate_argnums: arguments whose memory the outputs may take; they are gone after the call (of arrays with
-        tokens, a copy is; a Bucketed itself).
-      count_argname: keyword under which `fn` gets the number of tokens that count, a traced i32 [].
-      chunks: whether calls above the largest bucket run in chunks, each by itself: right where a token's output depends
-        on that token only, wrong for attention, positions or random numbers per token. None: unless `count_argname` is
-        set, which is for blocks whose tokens meet.
-      compiler_options: for XLA, e.g. {"xla_gpu_enable_command_buffer": ""}.
-      name: for messages; None: the function's.
-      check_compiled: gets every executable before it is ever used, and raises where it must not be.
+      fn: a traceable function.
+      buckets: the token counts to compile for, ascending.
+      in_axes: one entry per positional argument: the axis of its tokens, counted from the front, or None for an
+        argument without tokens (weights, caches, positions). As in `jax.vmap`, an entry may be a tree that is a prefix
+        of the argument. Every leaf with tokens is an array or a `Bucketed`.
+      out_axes: the token axes of what `fn` returns, in the same form.
+      static_argnames: keyword arguments of `fn` that are constants of the program. Their values must be hashable; other
+        values need another executable.
+      donate_argnums: positions of arguments whose memory the outputs may reuse. A donated argument cannot be used after
+        the call; but an array with tokens that is no `Bucketed` is copied first, so that the caller keeps it.
+      count_argname: the keyword under which `fn` receives the number of valid tokens, a traced i32 []; None: `fn` does
+        not receive it. A block that mixes tokens needs the number.
+      chunks: whether a call above the largest bucket runs in chunks, one after the other. This is correct where each
+        token's output depends on that token only, and wrong for attention, positions or random numbers per token.
+        None: True if `count_argname` is None, else False.
+      compiler_options: options for XLA, e.g. {"xla_gpu_enable_command_buffer": ""}.
+      name: what messages call the block; None takes the name of `fn`.
+      check_compiled: a function that receives every executable before it is first used, and raises to refuse it.
 
-    Arguments that were put on devices (weights on a mesh) stay there; all others, and the outputs, are on all of these
-    devices, whole.
+    Arrays that were committed to devices (weights on a mesh) stay there. The other arrays and the outputs are put on
+    the devices of the first committed array; on a mesh they are replicated.
 
     Raises:
-      ValueError: buckets that are not positive and ascending, a negative axis, donated arguments that do not exist.
+      ValueError: the buckets are not positive and ascending, a token axis is negative, or `donate_argnums` names an
+        argument that does not exist.
     """
     return BlockGraph(
         fn, buckets, in_axes, out_axes, static_argnames, donate_argnums, count_argname, chunks, compiler_options,

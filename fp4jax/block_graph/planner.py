@@ -1,4 +1,4 @@
-"""Which token counts to compile for: the set of buckets with the least padded work for a histogram of token counts."""
+"""Chooses the token counts to compile for (buckets): those with the least padding for a histogram of token counts."""
 
 import itertools
 import json
@@ -8,13 +8,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-# What the serving system that this project re-implements captures unless it is told otherwise.
+# Token counts that the serving system which this project re-implements captures by default.
 REFERENCE_BUCKETS = (128, 256, 512, 1024, 2048)
-_TOO_MUCH = 2**61  # rows; sums of two stay in 64 bits
+_TOO_MUCH = 2**61  # a number of rows that no plan may reach; the sum of two still fits a signed 64-bit integer
 
 
 class BucketPlan(NamedTuple):
-    """buckets: ascending token counts. tokens, padded: of all calls of the histogram, and what runs for them."""
+    """Buckets for a histogram of calls, and what they cost.
+
+    buckets: token counts, ascending. tokens: the tokens of all calls together. padded: the rows that run for all calls
+    together, pads included.
+    """
 
     buckets: tuple[int, ...]
     tokens: int
@@ -22,7 +26,7 @@ class BucketPlan(NamedTuple):
 
     @property
     def waste(self) -> float:
-        """Part of the padded work that is padding."""
+        """The fraction of the rows that are pads, 0 to 1."""
         return 1 - self.tokens / self.padded if self.padded else 0.0
 
 
@@ -33,21 +37,28 @@ def plan_buckets(
     granularity: int = 1,
     largest: int | None = None,
 ) -> BucketPlan:
-    """The buckets, at most `max_buckets` and up to `largest`, that run the calls of `histogram` with the fewest rows.
+    """Returns at most `max_buckets` buckets that run all calls of `histogram` with the fewest rows.
 
-    A call of n tokens runs in the smallest bucket that holds it; above the largest, in chunks of the largest and a
-    rest. Exact for that largest bucket (by default no call is chunked); a smaller one may do with fewer rows.
+    A call of n tokens runs in the smallest bucket of at least n tokens. A call above the largest bucket runs in chunks
+    of the largest bucket, and its remainder runs in the smallest bucket that holds it.
 
-    Dynamic programming over the sizes that end where a call does: the cheapest k buckets up to one size are the
-    cheapest k - 1 up to a smaller one, and that size for every call between them.
+    The largest bucket is fixed first: it is `largest`, or else the largest token count, so that no call is chunked.
+    For this largest bucket no other choice of the remaining buckets needs fewer rows; another largest bucket might.
+
+    The method is dynamic programming over the candidate sizes: the token counts of the calls (of a chunked call, the
+    remainder), rounded up to `granularity`. The cheapest k buckets that hold all calls up to size s are the cheapest
+    k - 1 buckets for all calls up to some smaller size, plus the bucket s for the calls between the two sizes.
 
     Args:
-      histogram: calls per token count: {tokens: calls}, or a sequence with the calls of n tokens at index n.
-      granularity: buckets are multiples of it (the rows of a kernel's tile), but for `largest`.
-      largest: the largest bucket; None: the largest count, rounded up.
+      histogram: how many calls have how many tokens: {tokens: calls}, or a sequence whose entry n counts the calls
+        with n tokens.
+      max_buckets: the greatest number of buckets.
+      granularity: every bucket is a multiple of it, except `largest`. A kernel's tile height is a good value.
+      largest: the largest bucket; None takes the largest token count, rounded up to `granularity`.
 
     Raises:
-      ValueError: a negative or fractional entry, no call with tokens, or limits below 1.
+      ValueError: the histogram has a negative or fractional entry, has no call with tokens, or has more rows than
+        64-bit sums can count; or `max_buckets`, `granularity` or `largest` is no whole number from 1 up.
     """
     calls = read_histogram(histogram)
     if not calls:
@@ -56,7 +67,7 @@ def plan_buckets(
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1):
             raise ValueError(f"plan_buckets: {name} must be a whole number from 1 up, got {value}")
     largest = _round_up(max(calls), granularity) if largest is None else int(largest)
-    rests: dict[int, int] = {}  # calls per size, of what is left behind full chunks of the largest
+    rests: dict[int, int] = {}  # size -> calls that need this size, once their full chunks of `largest` are taken off
     for tokens, count in calls.items():
         if rest := tokens % largest or (largest if tokens == largest else 0):
             size = min(_round_up(rest, granularity), largest)
@@ -65,12 +76,12 @@ def plan_buckets(
     sizes = np.array(sorted(rests))
     if sum(rests.values()) * largest >= _TOO_MUCH:
         raise ValueError(f"plan_buckets: {sum(rests.values())} calls of up to {largest} tokens are too many to add up")
-    calls_up_to = np.cumsum([0, *(rests[size] for size in sizes.tolist())])  # that fit one of the first i sizes
-    cost = np.full(len(sizes) + 1, _TOO_MUCH)  # of the calls that fit the first i sizes, with the buckets so far
+    calls_up_to = np.cumsum([0, *(rests[size] for size in sizes.tolist())])  # [i]: calls that need one of sizes[:i]
+    cost = np.full(len(sizes) + 1, _TOO_MUCH)  # [i]: fewest rows for those calls with the buckets allowed so far
     cost[0] = 0
     choices = []
     for _ in range(min(max_buckets, len(sizes))):
-        # One bucket more, sizes[i - 1], for the calls behind the first j sizes.
+        # Allow one more bucket: sizes[i - 1] is the largest one and serves the calls that need one of sizes[j:i].
         choice = np.zeros(len(cost), np.int64)
         cheapest = cost.copy()
         for i in range(1, len(cost)):
@@ -90,7 +101,15 @@ def plan_buckets(
 
 
 def work(buckets: Sequence[int], histogram: Mapping[int, int] | Sequence[int] | np.ndarray) -> tuple[int, int]:
-    """-> tokens of all calls, and the rows that run for them with these buckets."""
+    """Returns (tokens of all calls, rows that run for all calls with these buckets), both summed over the histogram.
+
+    Args:
+      buckets: token counts, ascending.
+      histogram: as in `plan_buckets`. Calls above the largest bucket run in chunks, as `plan_buckets` says.
+
+    Raises:
+      ValueError: for buckets that `check_buckets` refuses, or a histogram that `read_histogram` refuses.
+    """
     ascending, calls = np.array(check_buckets(buckets)), read_histogram(histogram)
     tokens = padded = 0
     for n, count in calls.items():
@@ -101,16 +120,20 @@ def work(buckets: Sequence[int], histogram: Mapping[int, int] | Sequence[int] | 
 
 
 def powers_of_two(largest: int, number: int) -> tuple[int, ...]:
-    """The `number` >= 1 powers of two up to the first that reaches `largest`: the usual choice."""
+    """Returns powers of two as buckets, the usual choice: the smallest one >= `largest` and the `number` - 1 below it.
+
+    Both arguments are at least 1. There are fewer than `number` buckets where the powers of two end at 1.
+    """
     top = max(0, int(largest - 1).bit_length())
     return tuple(2**i for i in range(max(0, top - number + 1), top + 1))
 
 
 def parse_buckets(text: str) -> tuple[int, ...]:
-    """'128,256,512', or the path of a plan that `save_plan` wrote -> buckets.
+    """Reads buckets from a flag's text: "128,256,512", or the path of a .json file that `save_plan` wrote.
 
     Raises:
-      ValueError: anything but positive numbers in ascending order, naming it.
+      ValueError: naming the text, where it gives anything but positive whole numbers in ascending order, or names a
+        file that cannot be read or holds no plan.
     """
     if text.endswith(".json"):
         try:
@@ -128,7 +151,11 @@ def parse_buckets(text: str) -> tuple[int, ...]:
 
 
 def check_buckets(buckets: Iterable[int]) -> tuple[int, ...]:
-    """The buckets as a tuple; ValueError unless they are positive whole numbers in ascending order."""
+    """Returns the buckets as a tuple of Python ints.
+
+    Raises:
+      ValueError: unless they are positive whole numbers in ascending order, at least one of them.
+    """
     found = tuple(buckets)
     if not found or any(isinstance(b, bool) or not isinstance(b, int | np.integer) or b < 1 for b in found):
         raise ValueError(f"buckets must be positive whole numbers, at least one, got {found}")
@@ -138,12 +165,18 @@ def check_buckets(buckets: Iterable[int]) -> tuple[int, ...]:
 
 
 def save_plan(plan: BucketPlan, path: Path) -> None:
-    """Writes what `parse_buckets` reads."""
+    """Writes a plan to a JSON file; `parse_buckets` reads its buckets if the file's name ends with ".json"."""
     path.write_text(json.dumps({"buckets": plan.buckets, "tokens": plan.tokens, "padded": plan.padded}) + "\n")
 
 
 def read_trace(path: Path) -> dict[int, int]:
-    """A file with one token count per call, a line each -> {tokens: calls}."""
+    """Reads a file that has one line per call with the call's token count, and returns {tokens: calls}.
+
+    Empty lines are skipped.
+
+    Raises:
+      ValueError: naming the file and the line number, for a line that is no whole number.
+    """
     calls: dict[int, int] = {}
     for number, line in enumerate(path.read_text().splitlines(), 1):
         if text := line.strip():
@@ -154,7 +187,11 @@ def read_trace(path: Path) -> dict[int, int]:
 
 
 def read_histogram(histogram: Mapping[int, int] | Sequence[int] | np.ndarray) -> dict[int, int]:
-    """{tokens: calls} of either form, without what never happens and without calls of no tokens."""
+    """Returns either form of a histogram as {tokens: calls}, without entries of 0 calls or of 0 tokens.
+
+    Raises:
+      ValueError: for a token count, or number of calls, that is no whole number from 0 up.
+    """
     pairs = histogram.items() if isinstance(histogram, Mapping) else enumerate(histogram)
     found = {}
     for tokens, calls in pairs:

@@ -1,4 +1,4 @@
-"""What compiling ahead of time took and what the programs did, and many compilations side by side."""
+"""Counters of a block's compilations and calls, and `compile_all`, which runs many compilations in parallel."""
 
 import concurrent.futures
 from collections.abc import Callable
@@ -6,7 +6,12 @@ from typing import Any, NamedTuple
 
 
 class CompileSeconds(NamedTuple):
-    """Of one executable: tracing and lowering it (Python, one thread at a time), and what XLA took, cache included."""
+    """Seconds that the compilation of one executable took.
+
+    bucket: the token count that the executable was compiled for. lowering: seconds to trace the function and lower it
+    to StableHLO, which is Python code and runs in one thread at a time. compiling: seconds in XLA (less when the
+    executable comes from JAX's compilation cache) and in the block's `check_compiled`.
+    """
 
     bucket: int
     lowering: float
@@ -14,10 +19,13 @@ class CompileSeconds(NamedTuple):
 
 
 class BlockStats(NamedTuple):
-    """What a block did. calls, tokens, rows: per bucket, runs of its executable, tokens in them, and bucket x runs.
+    """What a block has done so far.
 
-    seconds: of every executable, in the order of compilation. chunked: calls above the largest bucket, each of which is
-    a call of every chunk too. misses: compilations after the end of a `warm_up` that no `warm_up` made.
+    calls: runs of the executables of each bucket, {bucket: runs}. tokens: valid tokens of all runs together. rows: rows
+    that were computed in all runs together, pads included. chunked: calls with more tokens than the largest bucket; the
+    run of each of their chunks also counts in `calls`. misses: compilations during calls that happened after a
+    `warm_up` had finished, so that a request waited for them. seconds: one entry per executable, in the order in which
+    they were compiled.
     """
 
     calls: dict[int, int]
@@ -29,14 +37,24 @@ class BlockStats(NamedTuple):
 
     @property
     def waste(self) -> float:
-        """Part of the rows that were pads."""
+        """The fraction of computed rows that were pads, 0 to 1."""
         return 1 - self.tokens / self.rows if self.rows else 0.0
 
 
 def compile_all(
     compilations: dict[Any, Callable[[], None]], *, workers: int = 1, progress: bool = True, name: str = "blocks"
 ) -> None:
-    """Runs what `BlockGraph.compilations` of one or several blocks gave, `workers` at a time; 1: in this thread."""
+    """Runs the compilations that `BlockGraph.compilations` returned, of one block or of several blocks together.
+
+    Args:
+      compilations: {key: function that compiles one executable}; the dicts of several blocks may be merged.
+      workers: how many compilations run at a time, each in a thread of its own; 1 runs all in the calling thread.
+      progress: whether to show a progress bar.
+      name: what the progress bar says is compiled.
+
+    Raises:
+      Exception: the first exception that a compilation raises; compilations that have not started then never start.
+    """
     from tqdm import tqdm
 
     with tqdm(total=len(compilations), desc=f"compiling {name}", unit="program", disable=not progress) as bar:
@@ -51,6 +69,6 @@ def compile_all(
                 for done in concurrent.futures.as_completed(started):
                     done.result()
                     bar.update()
-            except BaseException:  # a failure, or Ctrl-C: what has not begun does not begin
+            except BaseException:  # a compilation failed, or Ctrl-C: compilations that have not started are dropped
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise

@@ -1,6 +1,7 @@
-"""The JSON files of a folder: which model it is, how it says that it is quantized, and which tokens end a text.
+"""Reads the JSON files of a folder: which model it holds, how it is quantized, and which tokens end a text.
 
-A setting may stand in several places; each is read here, once, for everybody.
+Some settings may stand in several files or keys. Only this module knows these places, so that all callers see the same
+value.
 """
 
 import dataclasses
@@ -35,10 +36,11 @@ _MODELS: dict[str, tuple[Callable[..., Any], Any]] = {
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Reads a file that holds one JSON object.
 
     Raises:
-      FileNotFoundError, ValueError: naming the file, if it does not exist or is no JSON object.
+      FileNotFoundError: the file does not exist.
+      ValueError: the file is no JSON, or no JSON object; the message names it.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; a model is a folder in Hugging Face layout")
@@ -52,10 +54,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def model_and_config(folder: Path, dtype: str | None = None) -> tuple[Callable[..., Any], Any]:
-    """The class of the folder's model and its config; dtype: instead of the config's.
+    """Returns (the class of the folder's model, the config that config.json describes).
+
+    Args:
+      folder: the folder of the model.
+      dtype: the name of the compute type; None takes the type that config.json names.
 
     Raises:
-      FileNotFoundError, ValueError: no config.json, or one that is not of a supported model.
+      FileNotFoundError: there is no config.json.
+      ValueError: config.json does not describe a supported model.
     """
     values = read_json(folder / CONFIG_NAME)
     model_type = values.get("model_type")
@@ -68,15 +75,24 @@ def model_and_config(folder: Path, dtype: str | None = None) -> tuple[Callable[.
 
 
 def read_config(folder: Path, dtype: str | None = None) -> Any:
-    """The config of a folder's model, without a look at its tensors; arguments and errors as in `model_and_config`."""
+    """Returns the config of a folder's model from config.json; arguments and errors are those of `model_and_config`."""
     return model_and_config(folder, dtype)[1]
 
 
 def quantization_plan(folder: Path, user: Mapping[str, Any] | str | None) -> QuantizationPlan:
-    """The plan for a folder and a user's wishes, see `quant_config.plan_quantization`.
+    """Returns the quantization plan for a folder and the user's config; see `quant_config.plan_quantization`.
 
-    The section of config.json is followed, or of its text_config, else ModelOpt's own file. Where both are there and do
-    not say the same of all layers, a note of the plan says so.
+    The plan follows the quantization section of config.json (or of its text_config). If there is no section, or it says
+    MIXED_PRECISION without naming layers, the plan follows hf_quant_config.json. If both configs exist and disagree
+    about a layer, a note of the plan says so.
+
+    Args:
+      folder: the folder of the model.
+      user: the user's config, a dict or JSON text; None: the user has no wishes.
+
+    Raises:
+      FileNotFoundError: there is no config.json.
+      ValueError: a config is no JSON object, or `plan_quantization` refuses it.
     """
     values, file = read_json(folder / CONFIG_NAME), folder / QUANT_CONFIG_NAME
     try:
@@ -86,7 +102,7 @@ def quantization_plan(folder: Path, user: Mapping[str, Any] | str | None) -> Qua
     other = read_json(file) if file.is_file() else None
     names_layers = section is not None and (section.get("quantized_layers") or section.get("config_groups"))
     mixed = section is not None and section.get("quant_algo") == "MIXED_PRECISION"
-    if section is None or (mixed and not names_layers and other is not None):  # then the layers stand in the file
+    if section is None or (mixed and not names_layers and other is not None):  # hf_quant_config.json names the layers
         return plan_quantization(other, user)
     plan = plan_quantization(values, user)
     if other is None or _says_the_same(values, other):
@@ -104,10 +120,13 @@ def _says_the_same(values: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def end_token_ids(folder: Path) -> set[int]:
-    """Every token that ends a text: `eos_token_id` of config.json, of its text_config and of generation_config.json.
+    """Returns the ids of all tokens that end a text.
+
+    These are the `eos_token_id` of config.json, of its text_config and of generation_config.json, taken together.
 
     Raises:
-      FileNotFoundError, ValueError: no config.json, or an eos_token_id that is no token id and no list of them.
+      FileNotFoundError: there is no config.json.
+      ValueError: an eos_token_id is neither a token id nor a list of token ids, or a file is no JSON object.
     """
     values, generation = read_json(folder / CONFIG_NAME), folder / GENERATION_CONFIG_NAME
     homes = {CONFIG_NAME: values, f"text_config of {CONFIG_NAME}": values.get("text_config")}

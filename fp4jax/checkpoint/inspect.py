@@ -1,7 +1,7 @@
-"""A report on a folder before it is loaded: formats, scales, what runs as what, memory, and whether it loads at all.
+"""Reports on a folder before it is loaded: whether it loads, its formats, its scales, and the memory that it needs.
 
-Whether it loads is decided by the code that loads: `match.examine_folder`, and the checks that come with every tensor
-of scales (`stored.Source.problems`). The rest of the report counts.
+Whether a folder loads is decided by the code that the loader uses: `match.examine_folder`, and the checks of the
+tensors of scales (`stored.Source.problems`). This module itself only counts.
 """
 
 import collections
@@ -23,19 +23,21 @@ from fp4jax.checkpoint.match import Match, examine_folder
 from fp4jax.checkpoint.names import Path, stacked_name
 from fp4jax.checkpoint.storage.reader import Reader
 from fp4jax.checkpoint.storage.stored import Source
+from fp4jax.experts import runs_on_kernel
 from fp4jax.grouped_gemm.packed_weights import arrange_experts
-from fp4jax.layers.moe_block import runs_on_kernel
 from fp4jax.nvfp4 import NVFP4Tensor
 from pallas_kernels.simt.formats import FOUR_OVER_SIX_SCALE
 
-# Suffix of the global scale -> of the input scale; behind a dot, or "_" where experts are stacked in one parameter.
+# Suffix of a global scale's name -> suffix of the input scale's name. The character before the suffix is a dot, or "_"
+# if experts are stacked in one parameter.
 _SCALES = {"weight_scale_2": "input_scale", "weight_global_scale": "input_global_scale"}
 _GLOBAL_SCALE = re.compile(rf"(.+[._])({'|'.join(_SCALES)})$")
-# Block scales end at 256 where the top of a block is 6, and at 256 * 6 / 4 where it is 4; others reach 448.
+# With four-over-six, block scales reach 256 in blocks whose largest code is 6, and 256 * 6 / 4 where it is 4. Without
+# it, the largest block scale is near 448.
 _FOUR_OVER_SIX_MAX = FOUR_OVER_SIX_SCALE * 6 / 4
-RATIOS = (1.0, 1.001, 1.1, 2.0, 10.0)  # edges of the histogram of gate and up scales; the last bin is open
-_PROGRESS_FROM = 1000
-# Of the text for people: the JSON has everything.
+RATIOS = (1.0, 1.001, 1.1, 2.0, 10.0)  # lower edges of the bins that count gate-to-up ratios; the last bin is open
+_PROGRESS_FROM = 1000  # steps; a shorter loop ends before a user can read the progress bar
+# Limits of `as_text`: columns of a line, texts of one kind, entries of a list. The report itself is complete.
 _COLUMNS, _MOST_TEXTS, _MOST_ENTRIES = 100, 10, 10
 _LONG_LIST = re.compile(rf"(?:\S+, ){{{_MOST_ENTRIES},}}\S+")
 
@@ -48,16 +50,33 @@ def inspect_folder(
     dtype: Any = None,
     input_scales: str = "stored",
 ) -> dict[str, Any]:
-    """What `load_model` would make of a folder, as a JSON object; reads headers and scales, no weights.
+    """Reports what `load_model` would make of a folder; it reads headers and scales, but not the weights.
 
-    quantization, dtype and input_scales are those of `load_model`; ep: the devices of its mesh.
+    The only weights that it reads are the embedding and the head of a folder that stores both although they are tied.
 
-    Keys: loads, problems (why not), plan (text), formats ({how it is stored: parameters}), runs_as ({method: modules}),
-    disagreements (of the config's exclude list and the tensors), scales (see `_scales`), bytes_per_device with `ep`
-    devices, experts split over them and the rest on each.
+    Args:
+      folder, quantization, dtype, input_scales: as in `load_model`.
+      ep: the number of devices that the experts are split over.
+
+    Returns:
+      A dict that can be written as JSON:
+        folder: the path.
+        loads: whether `load_model` accepts the folder; problems: the reasons why it does not.
+        model_type: the type of the model, as in config.json.
+        plan: the quantization plan as text.
+        formats: {how weights are stored: number of parameters}.
+        runs_as: {in which format weights run: number of parameters}.
+        disagreements: lines about modules that are not stored as the config says.
+        bytes_per_device: bytes of weights and activation scales on each of `ep` devices: `experts`, which are split
+          over the devices, and `other`, which every device holds.
+        scales: statistics of NVFP4 scales. layers: number of NVFP4 layers. zero_block_scales: the fraction of block
+          scales that are 0. largest_block_scale: the largest one. four_over_six: whether all block scales are in the
+          range of four-over-six. gate_up_ratios: a histogram of max(gate, up) / min(gate, up) of the global scales of
+          gate and up. input_scales_missing: number of layers without an input scale.
+      The keys from model_type to bytes_per_device are missing if `match.examine_folder` raises or finds problems.
 
     Raises:
-      FileNotFoundError, ValueError: only where there is nothing to report on: no readable folder, or an `ep` below 1.
+      FileNotFoundError, ValueError: there is nothing to report on, since the folder cannot be read or `ep` is below 1.
     """
     if ep < 1:
         raise ValueError(f"ep must be at least 1, got {ep}")
@@ -73,7 +92,7 @@ def inspect_folder(
     )
     report["problems"] = match.problems + [problem for source in sources for problem in source.problems()]
     report["loads"] = not report["problems"]
-    if not match.problems:  # every parameter has a method
+    if not match.problems:  # otherwise some parameters have no method
         report |= _match_report(match, ep)
     read = {tensor.name for source in match.sources.values() for tensor in source.tensors}
     return report | {"scales": _scales(reader, read)}
@@ -110,7 +129,10 @@ def _match_report(match: Match, ep: int) -> dict[str, Any]:
 
 
 def _arrays(source: Source, online: str | None, path: Path) -> Any:
-    """What a parameter will be, as structs; online: the format that a plain weight is quantized to."""
+    """Returns the arrays that a parameter will have in the model, as ShapeDtypeStructs.
+
+    online: the format that plain weights are quantized to while they are loaded; None: they are not quantized.
+    """
     structs = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in source.leaves.items()}
     if "global_scale" in structs:
         return NVFP4Tensor(**structs)
@@ -128,9 +150,9 @@ def _size(arrays: Any) -> int:
 
 
 def _scales(reader: Reader, read: set[str]) -> dict[str, Any]:
-    """Of the NVFP4 layers that are read: how many, block scales of zero (a part of all), the largest, gate to up.
+    """Counts the scales of NVFP4 layers; `inspect_folder` lists the keys of the result.
 
-    four_over_six: whether no block scale is above the bound of that choice.
+    read: names of the tensors that the loader would read; layers are found by their global scales among these.
     """
     modules = sorted(m.groups() for name in read if (m := _GLOBAL_SCALE.match(name)) and name in reader)
     zeros = total = missing = 0
@@ -151,7 +173,7 @@ def _scales(reader: Reader, read: set[str]) -> dict[str, Any]:
         up = globals_.get(module.replace(".gate_proj.", ".up_proj.")) if ".gate_proj." in module else None
         if up is not None and scale.size == up.size == 1:
             ratios.append(_ratio(scale.item(), up.item()))
-        elif scale.shape[1:2] == (2,):  # stacked, gate beside up
+        elif scale.shape[1:2] == (2,):  # experts are stacked: the scales of gate and up are in one tensor [E, 2]
             ratios += [_ratio(gate, up) for gate, up in scale.reshape(-1, 2).tolist()]
     counts = np.histogram(ratios, [*RATIOS, np.inf])[0].tolist() if ratios else []
     return {
@@ -169,12 +191,12 @@ def _ratio(gate: float, up: float) -> float:
 
 
 def as_text(report: Mapping[str, Any]) -> str:
-    """The report for people, in lines of about 100 columns."""
+    """Formats a report of `inspect_folder` for people, in lines of about 100 columns; long lists are shortened."""
     lines = [f"{report['folder']}: {'loads' if report['loads'] else 'DOES NOT LOAD'}"]
     lines += _some([f"problem: {problem}" for problem in report["problems"]], "  ")
     if "plan" in report:
         plan = report["plan"].splitlines()
-        last = [line for line in plan if line.startswith(("as they are:", "note:"))]  # behind a line for every layer
+        last = [line for line in plan if line.startswith(("as they are:", "note:"))]  # shown even if layers are cut
         lines += [f"model: {report['model_type']}", *_some([line for line in plan if line not in last]), *_some(last)]
         for title, key in (("parameters stored as", "formats"), ("parameters that run as", "runs_as")):
             lines += _wrapped(f"{title}: " + ", ".join(f"{kind}: {count}" for kind, count in report[key].items()))
@@ -199,19 +221,19 @@ def as_text(report: Mapping[str, Any]) -> str:
 
 
 def _size_text(num_bytes: int) -> str:
-    """In GiB, or in MiB below a hundredth of one."""
+    """Returns a size in GiB, or in MiB if it is below 0.01 GiB."""
     gib = num_bytes / 2**30
     return f"{gib:.2f} GiB" if gib >= 0.01 else f"{num_bytes / 2**20:.2f} MiB"
 
 
 def _some(texts: Sequence[str], indent: str = "") -> list[str]:
-    """The first of many texts in lines, and how many more there are."""
+    """Returns the first texts in wrapped lines, and a line that says how many more there are."""
     lines = [line for text in texts[:_MOST_TEXTS] for line in _wrapped(text, indent)]
     return lines + ([f"{indent}... and {len(texts) - _MOST_TEXTS} more"] if len(texts) > _MOST_TEXTS else [])
 
 
 def _wrapped(text: str, indent: str = "") -> list[str]:
-    """The text in lines, of lists in it only the first entries; a name or path that is too long stays whole."""
+    """Wraps a text into lines; long lists in it are shortened, and names longer than a line are not broken."""
     text = _LONG_LIST.sub(_shortened, text)
     return textwrap.wrap(
         text, _COLUMNS, initial_indent=indent, subsequent_indent=indent + "    ", break_long_words=False,

@@ -1,9 +1,10 @@
-"""Read a Hugging Face folder into a model: every tensor checked by name, shape and type before any is read.
+"""Loads a model from a folder in Hugging Face layout.
 
-The tensors decide how a layer is stored (plain, NVFP4 of ModelOpt or compressed-tensors, block-wise FP8); the plan of
-`quant_config` decides what plain layers become, and is compared with the tensors. Parameters are filled one at a time
-from memory-mapped files, and with a mesh the experts go straight to the device that owns them, so that the host never
-holds more than one parameter.
+Every tensor is checked by name, shape and type before any parameter is filled. How a layer is stored (plain, NVFP4 of
+ModelOpt or compressed-tensors, block-wise FP8) follows from its tensors. What a plain layer becomes follows from the
+plan of `quant_config`, which is also compared with the tensors. Parameters are filled one at a time from memory-mapped
+files. With a mesh, each expert goes straight to the device that owns it, so that the host never holds more than one
+parameter.
 """
 
 import math
@@ -11,6 +12,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +28,16 @@ from fp4jax.checkpoint.match import Match, at, match_folder
 from fp4jax.checkpoint.names import Path as ParamPath
 from fp4jax.checkpoint.storage import stored
 from fp4jax.checkpoint.storage.reader import some
-from fp4jax.layers import EP_AXIS, BlockFP8Linear, ExpertSettings, MoEBlock, NVFP4Linear, expert_mesh
+from fp4jax.checkpoint.storage.scales import positive_scales
+from fp4jax.layers import BlockFP8Linear, MoEBlock, NVFP4Linear
 from fp4jax.nvfp4 import NVFP4Tensor
 from fp4jax.quant_config.methods import Method
+from fp4jax.sharded_moe import EP_AXIS, expert_mesh
 
-_PROGRESS_FROM = 1000  # tensors; smaller checkpoints load faster than a bar is read
-_THREADS = min(8, os.cpu_count() or 1)  # that copy tensors of a parameter from the files
-_PARALLEL_FROM = 1 << 20  # bytes
-_ALIGNMENT = 64
+_PROGRESS_FROM = 1000  # tensors; a smaller checkpoint loads before a user can read the progress bar
+_THREADS = min(8, os.cpu_count() or 1)  # threads that copy the tensors of one parameter from the files
+_PARALLEL_FROM = 1 << 20  # bytes; smaller arrays are copied by one thread
+_ALIGNMENT = 64  # bytes; JAX's CPU backend takes a NumPy array without a copy if its memory is aligned to this
 
 
 def load_model(
@@ -44,24 +48,31 @@ def load_model(
     dtype: Any = None,
     input_scales: str = "stored",
 ) -> tuple[Any, Any]:
-    """Model and config of a folder with `config.json` and safetensors (one file, or shards with an index).
+    """Loads the model of a folder that has config.json and safetensors (one file, or several with an index).
 
     Args:
-      dtype: bfloat16 or float32, as a name or a type, what the model computes in and keeps plain weights in; None is
-        the config's.
-      mesh: one with the one axis "ep", over which the experts are split; tokens then cross it in bfloat16 unless
-        `configure_experts` says otherwise, in a float32 model too.
-      quantization: the user's wishes, see `quant_config.plan_quantization`; None: as the folder is.
-      input_scales: of layers that run with NVFP4 activations; "per_token" replaces what the folder has, or lacks.
+      folder: the path of the folder.
+      mesh: a mesh with the single axis "ep", over which the experts are split; None: one device. Tokens cross the mesh
+        in bfloat16, also in a float32 model, unless `configure_experts` changes the wire format.
+      quantization: the user's quantization config, a dict or JSON text as in `quant_config.plan_quantization`; None
+        follows the folder.
+      dtype: bfloat16 or float32, as a name or a type: the type that the model computes in and keeps plain weights in.
+        None takes the type that config.json names.
+      input_scales: where layers with NVFP4 activations get the activation scales from: "stored" reads them from the
+        folder, "per_token" computes one for each token at run time, whether the folder has scales or not.
 
-    The model class follows from `model_type`. Experts in FP8 become plain. Scales of a KV cache become `k_scale` and
-    `v_scale` of a layer's attention, which does not use them. A warning tells where tensors are not what the folder's
-    own config says.
+    Returns:
+      (model, config). `model_type` in config.json selects the class of both.
+
+    Experts that are stored in FP8 are decoded to plain weights. The scales of a KV cache become `k_scale` and `v_scale`
+    of a layer's attention, which does not use them yet. A warning names the modules whose tensors are not what the
+    folder's config says.
 
     Raises:
-      FileNotFoundError: for a missing file, by name.
-      ValueError: for an unsupported model or quantization, unreadable files, missing, unexpected or misshapen tensors,
-        and scales that are missing, zero, negative or not finite; with file, tensor, expected and found.
+      FileNotFoundError: a file is missing; the message names it.
+      ValueError: the model or the quantization is not supported; a file cannot be read; a tensor is missing, unexpected
+        or has a wrong shape or type; or a scale is missing, zero, negative or not finite. The message names the file,
+        the tensor, what was expected and what was found, as far as they apply.
     """
     folder = Path(folder)
     mesh = None if mesh is None else expert_mesh(mesh)
@@ -85,19 +96,19 @@ def load_model(
     for block, path in _blocks(match.model):
         _set_up_experts(match, block, path, mesh)
     for name, (layer, attribute) in match.kv_scales.items():
-        scale = jnp.float32(stored.positive_scales(match.reader, name).reshape(()))
+        scale = jnp.float32(positive_scales(match.reader, name).reshape(()))
         setattr(match.model.layers[layer].self_attn, attribute, nnx.Variable(scale))
     return match.model, match.config
 
 
-# --- arrays ---
+# --- filling arrays and modules ---
 
 
 def _fill(leaf: stored.Leaf, sharding: NamedSharding | None, pool: Executor) -> jax.Array:
-    """An array from its parts, which the threads of a pool copy where that is worth it."""
+    """Makes one array of a parameter from its parts; the threads of `pool` copy the parts of large arrays."""
 
     def piece(index: tuple[slice, ...] | None) -> np.ndarray:
-        """What one device owns: a range of leading rows (experts)."""
+        """Returns what one device owns, a range of the leading axis (experts); index None: the whole array."""
         rows = index[0] if index else slice(None)
         start, stop, _ = rows.indices(leaf.shape[0]) if leaf.shape else (0, 1, 1)
         out = _aligned((stop - start, *leaf.shape[1:]) if leaf.shape else (), leaf.dtype)
@@ -120,7 +131,7 @@ def _fill(leaf: stored.Leaf, sharding: NamedSharding | None, pool: Executor) -> 
 
 
 def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Uninitialized memory that a CPU device takes as it is, without a copy."""
+    """Returns an uninitialized array whose memory JAX's CPU backend takes over without a copy."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     raw = np.empty(size + _ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT
@@ -128,7 +139,11 @@ def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 def _set(model: Any, path: ParamPath, arrays: dict[str, jax.Array], method: Method, input_scale: Any) -> None:
-    """Gives a parameter its value; a linear layer that is quantized, or is to be, becomes one of another class."""
+    """Sets the value of one parameter from its arrays.
+
+    A Linear whose weights are quantized, in the folder or now by `method`, is replaced by an NVFP4Linear or a
+    BlockFP8Linear.
+    """
     owner = at(model, path[:-1])
     if isinstance(owner, MoEBlock):
         getattr(owner, str(path[-1])).set_value(NVFP4Tensor(**arrays) if "global_scale" in arrays else arrays[""])
@@ -150,11 +165,14 @@ def _set(model: Any, path: ParamPath, arrays: dict[str, jax.Array], method: Meth
 
 
 def _set_up_experts(match: Match, block: MoEBlock, path: ParamPath, mesh: Mesh | None) -> None:
-    """Settings, activation scales and weights that are quantized now, of a block whose parameters have their values."""
+    """Finishes a block of experts whose weights are loaded.
+
+    It applies the settings, sets the activation scales, and quantizes weights that the plan quantizes while loading.
+    """
     of_1, of_2 = (match.methods[(*path, name)] for name in ("w13", "w2"))
-    if mesh is not None or "nvfp4" in (of_1.format, of_2.format):  # packs what is NVFP4
+    if mesh is not None or "nvfp4" in (of_1.format, of_2.format):  # `configure` also packs NVFP4 weights for the kernel
         formats: dict[str, Any] = dict(activation_format_1=of_1.activations, activation_format_2=of_2.activations)
-        block.configure(ExpertSettings(mesh=mesh, **formats))
+        block.configure(replace(block.config, **formats), mesh)
     scale_1, scale_2 = (match.scales.get((*path, name)) for name in ("w13", "w2"))
     if scale_1 is not None or scale_2 is not None:
         block.set_input_scales(

@@ -1,4 +1,4 @@
-"""Which tensors of a folder fill which parameters of which model, before any is read: what fits and what does not."""
+"""Matches the tensors of a folder with the parameters of its model, and finds problems before parameters are filled."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -22,6 +22,7 @@ from fp4jax.checkpoint.names import (
 from fp4jax.checkpoint.run_as import activation_scales, method_of
 from fp4jax.checkpoint.storage import stacked, stored
 from fp4jax.checkpoint.storage.reader import Reader, some
+from fp4jax.checkpoint.storage.scales import positive_scales
 from fp4jax.layers import Linear
 from fp4jax.quant_config.methods import Method, QuantizationPlan, disagreements
 
@@ -29,12 +30,20 @@ _KV_SCALE = re.compile(r"layers\.(\d+)\.self_attn\.(?:[kv]_proj\.)?([kv]_scale)$
 
 
 class Match(NamedTuple):
-    """A folder whose tensors are those of a model.
+    """A folder, its model, and how the tensors of the one fill the parameters of the other.
 
-    model: of structs, no arrays yet. sources: where every parameter comes from. methods: what every parameter runs as.
-    scales: of NVFP4 activations, by parameter; see `run_as.activation_scales`; no entry: a scale per token.
-    kv_scales: tensor -> (layer, "k_scale" or "v_scale"). disagreements: lines about modules that are not stored as the
-    folder's config says. problems: why the folder cannot be loaded all the same.
+    config: the config of the model.
+    plan: the quantization plan of the folder and the user.
+    reader: the tensors of the folder.
+    prefix: what the folder puts before the names of modules, such as "model."; see `names.find_prefix`.
+    model: the model, whose parameters hold ShapeDtypeStructs instead of arrays.
+    sources: for every parameter, the tensors that it is read from.
+    methods: for every parameter, how it is stored and runs; incomplete where `problems` says why.
+    scales: the stored scales of NVFP4 activations by parameter, see `run_as.activation_scales`. A parameter with NVFP4
+      activations and no entry gets a scale per token.
+    kv_scales: {name of a tensor with a scale of the KV cache: (index of its layer, "k_scale" or "v_scale")}.
+    disagreements: one line of text for each module that is not stored as the folder's config says.
+    problems: reasons why the folder cannot be loaded although its tensors are those of the model; empty if it can.
     """
 
     config: Any
@@ -51,7 +60,12 @@ class Match(NamedTuple):
 
 
 def match_folder(folder: Path, *arguments: Any, **options: Any) -> Match:
-    """What `examine_folder` finds; its problems, if there are any, are raised as ValueError."""
+    """Examines a folder like `examine_folder`, with the same arguments, and raises if it cannot be loaded.
+
+    Raises:
+      FileNotFoundError, ValueError: as `examine_folder` does.
+      ValueError: `examine_folder` finds problems; the message has the first of them and the number of the others.
+    """
     match = examine_folder(folder, *arguments, **options)
     if match.problems:
         others = len(match.problems) - 1
@@ -67,13 +81,19 @@ def examine_folder(
     input_scales: str = "stored",
     devices: int = 1,
 ) -> Match:
-    """Everything that `load_model` checks before it reads weights, for so many devices; other arguments are its own.
+    """Makes all checks that `load_model` makes before it fills parameters.
 
-    The loader raises the first of the problems, the report shows them all.
+    Problems of single modules are collected in the result: `load_model` raises the first one, and the report of
+    `inspect_folder` shows all of them.
+
+    Args:
+      folder, quantization, dtype, input_scales: as in `load_model`.
+      devices: the number of devices that the experts are split over.
 
     Raises:
-      FileNotFoundError, ValueError: the folder is not of a model at all, or has other tensors; an option that does not
-        exist.
+      FileNotFoundError: a file is missing.
+      ValueError: the folder holds no supported model, its tensors are not exactly those of the model, a tensor has a
+        wrong shape or type, or an argument has a value that does not exist.
     """
     if input_scales not in ("stored", "per_token"):
         raise ValueError(f"input_scales must be 'stored' or 'per_token', got {input_scales!r}")
@@ -106,7 +126,7 @@ def examine_folder(
             problems.append(str(error))
     for name in kv_scales:
         try:
-            stored.positive_scales(reader, name)
+            positive_scales(reader, name)
         except ValueError as error:
             problems.append(str(error))
     lines = [] if problems else _check_plan(reader, plan, sources, prefix)
@@ -114,23 +134,23 @@ def examine_folder(
 
 
 def model_params(model: nnx.Module) -> dict[Any, nnx.Param]:
-    """Path -> parameter of a model; the experts' activation scales, which are not weights, left out."""
+    """Returns {path: parameter} of a model's weights; the activation scales of experts are left out."""
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
     return {path: param for path, param in flat if not str(path[-1]).startswith("input_scale")}
 
 
 def at(model: Any, path: ParamPath) -> Any:
-    """The module or parameter at a path."""
+    """Returns the module or parameter at a path of a model; path elements are attribute names and indices."""
     for key in path:
         model = model[key] if isinstance(key, int) else getattr(model, key)
     return model
 
 
-# --- tensors ---
+# --- from parameters to tensors ---
 
 
 def _source(reader: Reader, model: Any, path: ParamPath, struct: Any, prefix: str) -> stored.Source:
-    """Where a parameter comes from, by what the folder has."""
+    """Returns the tensors that a parameter is read from: the folder decides how they are named and stored."""
     owner, shape = at(model, path[:-1]), struct.shape
     base = stacked_name(path, prefix)
     if base is not None and (names := stacked.names_of(reader, base)) is not None:
@@ -147,7 +167,7 @@ def _source(reader: Reader, model: Any, path: ParamPath, struct: Any, prefix: st
         whole = [stored.Module(name, None, 0, shape[0])]
         return stored.weight_source(reader, whole, shape, struct.dtype, decode=False)
     full = tensor_name(path, model.TENSOR_NAMES, prefix)
-    row = (1, *shape)  # some models keep their correction bias as one row
+    row = (1, *shape)  # ERNIE checkpoints store the correction bias as [1, E]
     tensor = stored.Tensor(full, row if full in reader and reader.shape(full) == row else shape, stored.FLOATS)
     return stored.plain_source(reader, [(stored.Module(name, None, 0, shape[0]), tensor)], shape, struct.dtype)
 
@@ -155,7 +175,10 @@ def _source(reader: Reader, model: Any, path: ParamPath, struct: Any, prefix: st
 def expert_places(
     reader: Reader, path: ParamPath, shape: tuple[int, ...], prefix: str
 ) -> Iterator[tuple[str, int, int, int]]:
-    """`expert_modules` under the names that the folder has: some of ModelOpt's put the expert behind the projection."""
+    """Yields what `names.expert_modules` yields, with the module names that the folder uses.
+
+    Some ModelOpt folders put the expert's index after the projection: `experts.down_proj.3` for `experts.3.down_proj`.
+    """
     for module, expert, start, rows in expert_modules(path, shape, prefix):
         experts, _, projection = module.rsplit(".", 2)
         behind = any(f"{experts}.{projection}.0.{end}" in reader for end in ("weight", "weight_packed"))
@@ -163,7 +186,7 @@ def expert_places(
 
 
 def _check_tensors(reader, config, sources, prefix, kv_scales):
-    """Raises where the folder's tensors are not exactly the model's."""
+    """Raises ValueError unless the folder has exactly the tensors of the model, with the right shapes and types."""
     expected = {tensor.name: tensor for source in sources.values() for tensor in source.tensors}
     found = {name for name in reader.names() - kv_scales.keys() if not _is_redundant(name, config, prefix)}
     missing, unexpected = sorted(expected.keys() - reader.names()), sorted(found - expected.keys())
@@ -179,7 +202,7 @@ def _check_tensors(reader, config, sources, prefix, kv_scales):
 
 
 def _check_head(reader, config, prefix):
-    """Raises for a head of its own in a folder whose config says that it has none."""
+    """Raises ValueError if the config ties the head to the embedding, but the folder has a different head."""
     head, embedding = tensor_name(("lm_head", "weight"), {}, prefix), f"{prefix}embed_tokens.weight"
     if not config.tie_word_embeddings or head not in reader:
         return
@@ -192,9 +215,10 @@ def _check_head(reader, config, prefix):
 
 
 def _is_redundant(name: str, config: Any, prefix: str) -> bool:
-    """What is not a weight of the text model, or follows from others.
+    """Whether the loader may skip a tensor, since it is no weight of the text model or follows from other tensors.
 
-    A tied head, RoPE frequencies, activation scales (read apart), layers that predict further tokens, other models.
+    Such tensors are: a tied head, RoPE frequencies, activation scales (`run_as` reads them), layers that predict
+    further tokens, and the tensors of other models in the folder, such as an image encoder.
     """
     if name.endswith(("rotary_emb.inv_freq", ".input_scale", "_proj_input_scale", ".input_global_scale")):
         return True
@@ -202,14 +226,18 @@ def _is_redundant(name: str, config: Any, prefix: str) -> bool:
         return config.tie_word_embeddings
     if not name.startswith(prefix):
         return prefix != "model." and "language_model" in prefix
-    if re.match(r"mtp_\w+\.", name.removeprefix(prefix)):  # ERNIE's name for them
+    if re.match(r"mtp_\w+\.", name.removeprefix(prefix)):  # ERNIE's layers that predict further tokens
         return True
     layer = re.match(r"layers\.(\d+)\.", name.removeprefix(prefix))
     return layer is not None and int(layer[1]) >= config.num_hidden_layers
 
 
 def _check_plan(reader, plan, sources, prefix) -> list[str]:
-    """Lines where the tensors are not what the folder's config says; raises where a user says that they are."""
+    """Returns one line of text for each module whose tensors are not what the config says.
+
+    Raises:
+      ValueError: the user's config says that a module is quantized in the folder, and its tensors are plain.
+    """
     linears: dict[str, str] = {}
     blocks: dict[str, dict[str, str]] = {}
     for path, source in sources.items():

@@ -1,4 +1,4 @@
-"""What each parameter of a folder runs as, by its tensors and the plan, and the activation scales that it gets."""
+"""Decides how each parameter of a folder runs, from its tensors and the plan, and reads its activation scales."""
 
 import numpy as np
 
@@ -6,18 +6,27 @@ from fp4jax.checkpoint.names import Path as ParamPath, projections_of, stacked_n
 from fp4jax.checkpoint.storage import stacked, stored
 from fp4jax.checkpoint.storage.layouts import NAMES
 from fp4jax.checkpoint.storage.reader import Reader
+from fp4jax.checkpoint.storage.scales import decoded
 from fp4jax.nvfp4 import BLOCK_SIZE, GLOBAL_SCALE_RANGE
 from fp4jax.quant_config.methods import BF16, FP8_EXPERTS, FP8_STORED, Method, QuantizationPlan, shortened
 
 
 def method_of(plan: QuantizationPlan, source: stored.Source, path: ParamPath, shape: tuple[int, ...]) -> Method:
-    """What a linear layer's weight, or the stacked weights of experts, run as; other parameters are plain.
+    """Returns the method of a parameter: how its weights are stored, and in which format they run.
 
-    The tensors say how it is stored. The plan says what plain weights become, and what the activations of quantized
-    ones are; where its lists do not know the layer, those of the plan's other layers.
+    How weights are stored follows from the tensors. What plain weights become, and which activations quantized weights
+    get, follows from the plan. If the plan does not name an NVFP4 layer, the layer gets the activations of the plan's
+    other NVFP4 layers. Parameters that are no weights of linear layers are plain.
+
+    Args:
+      plan: the plan of the folder and the user.
+      source: the tensors of the parameter.
+      path: the path of the parameter.
+      shape: the shape of the parameter.
 
     Raises:
-      ValueError: naming the layer, for what the config says of it and is not supported.
+      ValueError: the plan says something that is not supported for the layer, or is ambiguous; K is no multiple of 16
+        for a layer that is to be quantized to NVFP4. The message names the layer.
     """
     if not source.modules:
         return BF16
@@ -44,7 +53,13 @@ def method_of(plan: QuantizationPlan, source: stored.Source, path: ParamPath, sh
 
 
 def _of_the_others(plan: QuantizationPlan, source: stored.Source) -> Method:
-    """What NVFP4 layers run as that the config does not name: as those that it does, which must be alike then."""
+    """Returns a method of the plan's NVFP4 layers, for an NVFP4 layer that the plan does not describe as NVFP4.
+
+    If the plan has no NVFP4 layers, the activations are NVFP4 with stored scales.
+
+    Raises:
+      ValueError: the plan's NVFP4 layers differ in their activations.
+    """
     others = [plan.dense, plan.experts, *(method for _, method in plan.layers if isinstance(method, Method))]
     kinds = {(m.activations, m.input_scales): m for m in others if m.format == "nvfp4"}
     if len(kinds) > 1:
@@ -56,7 +71,7 @@ def _of_the_others(plan: QuantizationPlan, source: stored.Source) -> Method:
 
 
 def _asked_for(plan: QuantizationPlan, source: stored.Source, experts: bool) -> list[str]:
-    """The modules to ask the plan for: all of them only where it has entries for single ones."""
+    """Returns the modules to ask the plan for: a single name for all experts if the plan has no entries for modules."""
     if not experts or plan.layers:
         return source.modules
     container = source.modules[0].split(".experts.")[0]
@@ -66,12 +81,21 @@ def _asked_for(plan: QuantizationPlan, source: stored.Source, experts: bool) -> 
 def activation_scales(
     reader: Reader, source: stored.Source, path: ParamPath, prefix: str, shape: tuple[int, ...]
 ) -> float | list[float]:
-    """The stored scales of NVFP4 activations, decode direction: w13 the largest of all experts, w2 one per expert.
+    """Reads the stored scales of a parameter's NVFP4 activations, in the decode direction (to multiply with).
 
-    A linear layer has one of its own.
+    Args:
+      reader: the folder.
+      source: the tensors of the parameter.
+      path: the path of the parameter.
+      prefix: as in `names.find_prefix`.
+      shape: the shape of the parameter.
+
+    Returns:
+      For w2 a list with one scale per expert; for w13 the largest scale of all experts, since a token is quantized once
+      for all of its experts; for a linear layer its scale.
 
     Raises:
-      ValueError: naming file, tensor and what it holds, for a scale that is missing or cannot be used.
+      ValueError: a scale is missing or cannot be used; the message names the file, the tensor and its value.
     """
     base = stacked_name(path, prefix)
     names = None if base is None else stacked.names_of(reader, base)
@@ -88,11 +112,14 @@ def _one_scale(reader: Reader, module: str) -> np.float32:
     name = f"{module}.{NAMES[layout].input_scale}"
     _check_usable(reader, name)
     reader.check(name, reader.shape(name) if reader.shape(name) in ((), (1,)) else (), ("F32",))
-    return np.float32(stored.decoded(reader, layout, name).reshape(()))
+    return np.float32(decoded(reader, layout, name).reshape(()))
 
 
 def _check_usable(reader: Reader, name: str) -> None:
-    """Raises for scales of activations that are not there, not positive or not finite; reciprocals have one range."""
+    """Raises ValueError if activation scales are missing or outside of GLOBAL_SCALE_RANGE.
+
+    The check also fits scales that are stored as reciprocals, since the range is the same for them.
+    """
     if name not in reader:
         raise ValueError(
             f"{reader.folder}: {name} is missing; layers with NVFP4 activations need it (input_scales='per_token': not)"

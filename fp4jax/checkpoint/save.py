@@ -1,4 +1,4 @@
-"""Write a model as a Hugging Face folder: config.json and safetensors with the names other tools expect."""
+"""Saves a model as a folder in Hugging Face layout: config.json, and safetensors with the usual tensor names."""
 
 import json
 import os
@@ -25,15 +25,22 @@ def save_model(
     layout: Layout = "modelopt",
     max_shard_bytes: int = 5 << 30,
 ) -> None:
-    """Write `config.json` and the weights: plain ones in `config.dtype`, NVFP4 and block-wise FP8 as they are.
+    """Writes config.json and the weights of a model to a folder.
 
-    What is loaded from the folder computes the same bits. layout: of layers in NVFP4, names and configs of ModelOpt or
-    of compressed-tensors. More than `max_shard_bytes` become numbered shards. Files are replaced one by one, each
-    atomically, the config last.
+    Plain weights are written in `config.dtype`, NVFP4 and block-wise FP8 weights as they are. A model that is loaded
+    from the folder computes the same bits. Existing files are replaced one by one, each atomically, and the config
+    last.
+
+    Args:
+      model: a model of `fp4jax.models`.
+      config: its config.
+      folder: the path of the folder, which is created if it does not exist.
+      layout: whose tensor names and configs NVFP4 layers get: those of ModelOpt or those of compressed-tensors.
+      max_shard_bytes: the size in bytes above which the weights are split into several numbered files, with an index.
 
     Raises:
-      ValueError: an unknown layout; naming the layer, for NVFP4 rows with global scales of their own, and for FP8
-        layers in compressed-tensors' layout beside NVFP4.
+      ValueError: the layout is unknown; rows of one NVFP4 layer have different global scales; or the layout is
+        compressed_tensors, and the model has FP8 layers beside NVFP4 ones. The message names the layer.
     """
     if layout not in ("modelopt", "compressed_tensors"):
         raise ValueError(f"layout must be 'modelopt' or 'compressed_tensors', got {layout!r}")
@@ -42,7 +49,7 @@ def save_model(
     described = describe_methods(layout, saved.methods)
     folder.mkdir(parents=True, exist_ok=True)
     _write_shards(saved.tensors, saved.kept_scales, folder, max_shard_bytes)
-    if described.file is None:  # one of an earlier save would be read
+    if described.file is None:  # a file of an earlier save describes other weights, and a loader would read it
         (folder / QUANT_CONFIG_NAME).unlink(missing_ok=True)
     else:
         write_text(folder / QUANT_CONFIG_NAME, json.dumps(described.file, indent=2) + "\n")
@@ -75,5 +82,5 @@ def _write_shards(
         total = sum(value.nbytes for value in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_text(folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
-    else:  # an index of an earlier save would send readers to its shards
+    else:  # the index of an earlier save would send readers to its files
         (folder / INDEX_NAME).unlink(missing_ok=True)

@@ -1,3 +1,3 @@
-"""A model that serves a stream of requests."""
+"""Serving: language models that run prefill and decode in programs compiled ahead of time."""
 
 from fp4jax.engine.bucketed_model import BucketedModel as BucketedModel, Prefilled as Prefilled

@@ -1,31 +1,45 @@
-"""A language model that serves requests of any length without compiling: prefill block by block, decode in one program.
+"""A language model that answers prompts of any length in programs that were compiled ahead of time.
 
-Prefill runs one request at a time through three kinds of blocks (embedding, decoder layer, head), each compiled for a
-few token counts; layers of one shape share executables. Prompts above the largest count run in chunks through the
-cache. Decoding runs a batch of requests, each at its own position, in one executable per batch size.
+Prefill runs one request at a time through three kinds of blocks: embedding, decoder layer and head. Each block is
+compiled for a few token counts (buckets), and layers of one shape share executables. A prompt above the largest bucket
+runs in chunks, and each chunk attends to the earlier ones through the cache. Decoding runs a batch of requests, each at
+its own position, in one executable per batch size.
 """
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from fp4jax.block_graph import BlockGraph, Bucketed, block_graph, check_buckets, compile_all
-from fp4jax.block_graph.arguments import home_of, place_of
-from fp4jax.expert_parallel.low_latency import ReceiveBuffers, check_no_copies
-from fp4jax.layers.moe_block import MoEBlock
-from fp4jax.models.decoder import Decoder, DecoderLayer
-
-Cache = list[tuple[jax.Array, jax.Array]]  # keys and values of every layer, [B, kv heads, length, head dim]
+from fp4jax.block_graph.arguments import home_of
+from fp4jax.engine.blocks import (
+    Cache,
+    Structure,
+    decode_step,
+    embed,
+    insert_request,
+    is_low_latency,
+    placed_together,
+    run_head,
+    run_layer,
+    split,
+    split_layer,
+    without_layers,
+)
+from fp4jax.expert_parallel.low_latency import check_no_copies
+from fp4jax.models.decoder import Decoder
 
 
 class Prefilled(NamedTuple):
-    """logits f32 [1, V] of the next token; cache of one request; its length."""
+    """The result of a prefill.
+
+    logits: f32 [1, V], for the token after the prompt. cache: keys and values of the prompt, with B = 1. length: the
+    number of tokens in the prompt, which are the filled positions of the cache.
+    """
 
     logits: jax.Array
     cache: Cache
@@ -33,10 +47,20 @@ class Prefilled(NamedTuple):
 
 
 class BucketedModel:
-    """Serves `model` as it is now: configure and quantize it before.
+    """Prefills prompts and generates answers with a model, in executables of fixed token counts.
 
-    buckets: token counts of prefill. batch_buckets: requests that are decoded together. max_length: tokens of a
-    request, prompt and answer together. compiler_options: for XLA, for every executable.
+    The weights and settings of `model` are taken when the object is made: configure and quantize the model before.
+
+    Args:
+      model: the language model.
+      buckets: token counts that prefill is compiled for, ascending.
+      batch_buckets: numbers of requests that decoding is compiled for, ascending.
+      max_length: the most tokens of a request, prompt and answer together.
+      compiler_options: options for XLA that every executable is compiled with.
+
+    Raises:
+      ValueError: `max_length` is below 1 or above the model's number of positions; buckets are not positive and
+        ascending.
     """
 
     def __init__(
@@ -53,29 +77,30 @@ class BucketedModel:
         buckets, batch_buckets = check_buckets(buckets), check_buckets(batch_buckets)
         self.config, self.max_length = model.config, max_length
         self._cache_parts = model.cache_parts(model.config)
-        # A bucket's pads are written too, behind the tokens: they must not be pushed back by the end of the cache.
+        # Prefill also writes the pads of a bucket into the cache, behind the tokens. The cache has room for them: XLA
+        # moves an update that reaches beyond the end of an array back to fit, and it would overwrite valid positions.
         self._cache_length = max_length + max(buckets)
         options: dict[str, Any] = dict(static_argnames=("structure",), compiler_options=compiler_options)
         counted: dict[str, Any] = dict(count_argname="num_tokens", **options)
         in_place: dict[str, Any] = dict(donate_argnums=(3,), **counted)
-        structures: dict[Any, _Structure] = {}
-        model = _placed(model)
-        self._embed = _split(model.embed_tokens, structures)
-        self._layers = [_split_layer(layer, structures) for layer in model.layers]
-        self._rest = _split(_without_layers(model), structures)
-        self._whole = _split(model, structures)
+        structures: dict[Any, Structure] = {}
+        model = placed_together(model)
+        self._embed = split(model.embed_tokens, structures)
+        self._layers = [split_layer(layer, structures) for layer in model.layers]
+        self._rest = split(without_layers(model), structures)
+        self._whole = split(model, structures)
         self.embed = block_graph(
-            _embed, buckets=buckets, in_axes=(None, 1), out_axes=1, name="embedding", **options
+            embed, buckets=buckets, in_axes=(None, 1), out_axes=1, name="embedding", **options
         )  # fmt: skip
         self.layer = block_graph(
-            _layer, buckets=buckets, in_axes=(None, 1, None, None), out_axes=(1, None), name="layer", **in_place
+            run_layer, buckets=buckets, in_axes=(None, 1, None, None), out_axes=(1, None), name="layer", **in_place
         )
-        self.head = block_graph(_head, buckets=buckets, in_axes=(None, 1), out_axes=None, name="head", **counted)
+        self.head = block_graph(run_head, buckets=buckets, in_axes=(None, 1), out_axes=None, name="head", **counted)
         axes: dict[str, Any] = dict(in_axes=(None, 0, 0, None), out_axes=(0, 0, None))
-        check = check_no_copies if _is_low_latency(model) else None
+        check = check_no_copies if is_low_latency(model) else None
         decoding: dict[str, Any] = dict(**axes, **in_place, check_compiled=check)
         self.decoders = {
-            size: block_graph(_decode, buckets=(size,), name=f"decode step of {size}", **decoding)
+            size: block_graph(decode_step, buckets=(size,), name=f"decode step of {size}", **decoding)
             for size in batch_buckets
         }
         home = home_of(self._whole[1])
@@ -84,27 +109,32 @@ class BucketedModel:
         self._run_head = self.head.bind(self._rest[1], structure=self._rest[0])
         whole, weights = self._whole
         self._run_decoders = {size: d.bind(weights, structure=whole) for size, d in self.decoders.items()}
-        # A prompt begins at 0, its chunks behind one another.
+        # First positions of chunks are kept on the device: 0 for every prompt, then multiples of the largest bucket.
         self._start_of = functools.lru_cache(1024)(lambda start: jax.device_put(np.int32(start), home))
         placed: dict[str, Any] = {} if home is None else {"out_shardings": home}
-        self._insert = jax.jit(_insert, donate_argnums=0, **placed)
+        self._insert = jax.jit(insert_request, donate_argnums=0, **placed)
         self._zeros = jax.jit(self._make_zeros, static_argnums=0, **placed)
 
     @property
     def graphs(self) -> list[BlockGraph]:
-        """All blocks, for reports."""
+        """All blocks of the model, whose `stats` a report can show."""
         return [self.embed, self.layer, self.head, *self.decoders.values()]
 
     def warm_up(self, *, workers: int = 1, progress: bool = True) -> None:
-        """Compiles everything that `generate` will ever need."""
+        """Compiles every program that `prefill` and `generate` use, so that they never compile afterwards.
+
+        Args:
+          workers: threads that compile in parallel; 1 compiles in the calling thread.
+          progress: whether to show a progress bar.
+        """
         one = jax.ShapeDtypeStruct((1, 1), jnp.int32)
         x = jax.ShapeDtypeStruct((1, 1, self.config.hidden_size), jnp.dtype(self.config.dtype))
         start, cache = self._start_of(0), self.empty_cache(1)
         todo = dict(self.embed.compilations(self._embed[1], one, structure=self._embed[0]))
-        for size, decoder in self.decoders.items():  # these take longest
+        for size, decoder in self.decoders.items():  # decode steps take longest to compile, so they start early
             batch, numbers = self.empty_cache(size), jax.ShapeDtypeStruct((size,), jnp.int32)
             todo |= decoder.compilations(self._whole[1], numbers, numbers, batch, structure=self._whole[0])
-        for structure, weights in self._layers:  # layers of one kind are one program
+        for structure, weights in self._layers:  # layers of one structure have equal keys, and are compiled once
             todo |= self.layer.compilations(weights, x, start, cache[0], structure=structure)
         todo |= self.head.compilations(self._rest[1], x, structure=self._rest[0])
         compile_all(todo, workers=workers, progress=progress)
@@ -113,7 +143,14 @@ class BucketedModel:
             jax.block_until_ready(self._insert(batch, cache, np.int32(0)))
 
     def prefill(self, ids: Sequence[int]) -> Prefilled:
-        """Runs a prompt; ValueError where it is empty, leaves no room for a token, or has ids that are none."""
+        """Runs a prompt through the model, and returns the logits of the next token and the prompt's cache.
+
+        Args:
+          ids: token ids, 1 to `max_length` - 1 of them.
+
+        Raises:
+          ValueError: the prompt is empty, leaves no room for one more token, or has an id outside of the vocabulary.
+        """
         if not 1 <= len(ids) < self.max_length:
             raise ValueError(
                 f"a prompt of {len(ids)} tokens; 1..{self.max_length - 1} fit max_length={self.max_length}"
@@ -134,10 +171,18 @@ class BucketedModel:
         return Prefilled(logits, cache, len(ids))
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
-        """The most likely continuation of every prompt, `max_new_tokens` tokens each; at most the largest batch.
+        """Continues every prompt greedily (the most likely token at each step) by `max_new_tokens` tokens.
+
+        Args:
+          prompts: token ids of each prompt; at least one prompt, and at most the largest of `batch_buckets`.
+          max_new_tokens: tokens to generate per prompt, at least 1. Generation does not stop at an end token.
+
+        Returns:
+          The generated ids of each prompt, without the prompt.
 
         Raises:
-          ValueError: too many prompts, or more tokens than `max_length`.
+          ValueError: there are no or too many prompts, `max_new_tokens` is below 1, a prompt and its answer exceed
+            `max_length`, or `prefill` refuses a prompt.
         """
         size = next((s for s in self.decoders if s >= len(prompts)), None)
         if not prompts or size is None:
@@ -153,124 +198,46 @@ class BucketedModel:
             batch = self._insert(batch, done.cache, np.int32(slot))
         steps: list[Any] = [last]
         newest, places = (Bucketed(jax.device_put(a), len(prompts)) for a in (last, lengths))
-        for _ in range(max_new_tokens - 1):  # nothing comes back to the host before the end
+        for _ in range(max_new_tokens - 1):  # tokens stay on the device until the last step, so no step waits for them
             newest, places, batch = self.decode(newest, places, batch)
             steps.append(newest.values)
         answers = np.stack([np.asarray(step) for step in steps], axis=1)
         return answers[: len(prompts)].tolist()
 
     def run_embedding(self, ids: Bucketed) -> Bucketed:
-        """ids i32 [1, bucket] -> [1, bucket, H]."""
+        """Embeds tokens: ids i32 [1, bucket] -> hidden states [1, bucket, H]."""
         return self._run_embedding(ids)
 
     def layer_caller(self, index: int) -> Callable[[Bucketed, int, Any], tuple[Bucketed, Any]]:
-        """(x, first position, keys and values) -> (x, keys and values) of a layer; the old ones are gone."""
+        """Returns a function that runs decoder layer `index` on one request.
+
+        The function maps (x [1, bucket, H], position of the first token, the layer's (keys, values)) to (x of the same
+        shape, new (keys, values)). The old keys and values are donated and cannot be used afterwards.
+        """
         return lambda x, start, cache: self._run_layers[index](x, self._start_of(start), cache)
 
     def run_head(self, x: Bucketed) -> jax.Array:
-        """Logits [1, V] behind the last token."""
+        """Computes the logits f32 [1, V] for the token after the last valid one of x [1, bucket, H]."""
         return self._run_head(x)
 
     def decode(self, last: Bucketed, lengths: Bucketed, batch: Cache) -> tuple[Bucketed, Bucketed, Cache]:
-        """Newest tokens i32 [size] at positions `lengths` -> the next ones, their positions, the new cache."""
+        """Runs one decode step for a batch of requests.
+
+        Args:
+          last: the newest token of each request, i32 [size], where size is one of `batch_buckets`.
+          lengths: the position of this token in its request, i32 [size].
+          batch: the cache of the batch, with B = size; it is donated and cannot be used afterwards.
+
+        Returns:
+          (the most likely next tokens, their positions, the new cache), in the same forms.
+        """
         return self._run_decoders[last.values.shape[0]](last, lengths, batch)
 
     def empty_cache(self, batch: int) -> Cache:
-        """Zeros for `batch` requests."""
+        """Returns a cache of zeros for `batch` requests, with `max_length` + largest prefill bucket positions each."""
         return self._zeros(batch)
 
     def _make_zeros(self, batch):
         zeros = lambda heads, dim: jnp.zeros((batch, heads, self._cache_length, dim), self.config.dtype)  # noqa: E731
         keys, values = self._cache_parts
         return [(zeros(*keys), zeros(*values)) for _ in range(self.config.num_hidden_layers)]
-
-
-# --- the blocks: functions of a list of weights ---
-
-
-def _placed(model):
-    """The model with every weight that has no place put where the others are (often only experts have one)."""
-    graphdef, state = nnx.split(model)
-    home = home_of(state)
-    if home is None:
-        return model
-    put = lambda leaf: leaf if place_of(leaf) is not None else jax.device_put(leaf, home)  # noqa: E731
-    return nnx.merge(graphdef, jax.tree.map(put, state))
-
-
-class _Structure:
-    """How a module is made of its list of weights; modules alike share one, so that comparing them is quick."""
-
-    def __init__(self, graphdef, treedef):
-        self._graphdef, self._treedef = graphdef, treedef
-
-    def module(self, weights):
-        return nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, weights))
-
-
-def _split(module, structures):
-    graphdef, state = nnx.split(module)
-    weights, treedef = jax.tree.flatten(state)
-    return structures.setdefault((graphdef, treedef), _Structure(graphdef, treedef)), weights
-
-
-def _embed(weights, ids, *, structure):
-    return structure.module(weights)(ids)
-
-
-def _layer(weights, x, start, cache, *, structure, num_tokens):
-    valid = jnp.arange(x.shape[1], dtype=jnp.int32) < num_tokens
-    x, cache, _ = structure.module(weights)(x, start, cache, functools.partial(MoEBlock.__call__, valid=valid))
-    return x, cache
-
-
-def _head(weights, x, *, structure, num_tokens):
-    last = jax.lax.dynamic_slice_in_dim(x, num_tokens - 1, 1, axis=1)
-    return structure.module(weights).head(last)[:, 0]
-
-
-def _decode(weights, last, lengths, cache, *, structure, num_tokens):
-    """One token for every request, from position `lengths` of its own."""
-    model = structure.module(weights)
-    valid = jnp.arange(last.shape[0], dtype=jnp.int32) < num_tokens
-    x, kept = model.embed_tokens(last[:, None]), []
-    buffers = ReceiveBuffers() if _is_low_latency(model) else None
-    for layer, old in zip(model.layers, cache, strict=True):
-        x, new, aux = layer(x, lengths, old, functools.partial(MoEBlock.__call__, valid=valid, buffers=buffers))
-        buffers = buffers if aux is None else aux.buffers
-        kept.append(new)
-    return jnp.argmax(model.head(x)[:, 0], axis=-1).astype(jnp.int32), lengths + 1, kept
-
-
-def _is_low_latency(model):
-    return any(block.settings.low_latency for block in model.moe_blocks())
-
-
-def _insert(batch, one, slot):
-    """A request's cache into its place of a batch's."""
-    return jax.tree.map(lambda b, o: jax.lax.dynamic_update_slice_in_dim(b, o, slot, 0), batch, one)
-
-
-@contextlib.contextmanager
-def _without_name(layer: DecoderLayer) -> Iterator[None]:
-    """Layers that differ in nothing but the name of their experts are one program."""
-    if not isinstance(layer.mlp, MoEBlock):
-        yield
-        return
-    path, layer.mlp.path = layer.mlp.path, "mlp"
-    try:
-        yield
-    finally:
-        layer.mlp.path = path
-
-
-def _split_layer(layer, structures):
-    with _without_name(layer):
-        return _split(layer, structures)
-
-
-def _without_layers(model):
-    """What the head needs of a model, sharing its parameters."""
-    head = nnx.merge(*nnx.split(model))
-    head.layers = nnx.List([])
-    return head

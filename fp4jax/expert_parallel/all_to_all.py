@@ -1,6 +1,6 @@
-"""Dispatch and combine through one all_to_all of rows of bytes: where kernels cannot store to peers, between hosts say.
+"""Dispatch and combine by an all_to_all of rows of bytes, for devices that kernels cannot reach, on other hosts say.
 
-On Hopper a kernel quantizes the tokens and puts the rows where they leave from, in one pass; elsewhere XLA does.
+On Hopper a kernel quantizes the tokens and packs the rows to be sent, in one pass. Elsewhere XLA does both.
 """
 
 from typing import Any
@@ -10,53 +10,59 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from fp4jax.expert_parallel.wire_formats import from_bytes, to_bytes, wire_arrays
-from fp4jax.implementations import Call, has_hopper_gpu, run_implementation
-from fp4jax.nvfp4 import quantize, valid_rows
+from fp4jax.expert_parallel.wire_formats import encoded, from_bytes, kernel_encode, to_bytes
+from fp4jax.implementations import Call, Implementation, run_by_platform
+from fp4jax.nvfp4 import valid_rows
 from fp4jax.permute import depermute_combine, permute_to_masked
 from pallas_kernels.exchange import dispatch as dispatch_kernels
 from pallas_kernels.exchange.plan import Routes
 
-# From this many bytes of a first part on (16 MB: 1024 tokens of 7168 values in NVFP4 for each of 4 devices) cutting it
-# out of the received rows costs more than an all_to_all of its own.
+# The first part of a row holds its codes or values. If the first parts of all rows together have at least this many
+# bytes (16 MiB: 1170 tokens of 7168 values in NVFP4 for each of 4 devices), they cross in an all_to_all of their own:
+# that costs less than cutting them out of the received rows.
 _APART_BYTES = 2**24
 
 
 def dispatch_all_to_all(
     parts: list[Array],
-    scale: Float[Array, ""] | None,
+    global_scale: Float[Array, ""] | None,
     ids: Int[Array, "t k"],
     topk_weights: Float[Array, "t k"],
     *,
     routes: Routes,
     axis_name: str,
     encode: str | None,
-    implementation: str | None,
+    packed: bool,
 ) -> tuple[list[Array], Int[Array, "rows s"], Float[Array, "rows s"], Int[Array, "t c"]]:
-    """The exchange as one all_to_all of u8 rows -> (received parts, local ids, local weights, send map).
+    """Dispatches tokens by one all_to_all of u8 rows, or by two if the first parts of the rows are large.
 
-    Where they are large, the first part of all rows crosses in an all_to_all of its own.
+    Args:
+      parts: as in `wire_formats.WireTokens`.
+      global_scale: as in `wire_formats.WireTokens`.
+      ids: i32 [T, k], global ids of experts; ids out of range go nowhere.
+      topk_weights: f32 [T, k].
+      routes: the sizes of the exchange and its form.
+      axis_name: the mesh axis that tokens cross.
+      encode: as in `wire_formats.WireTokens`.
+      packed: whether a kernel packs the rows if the program runs on a GPU; else XLA does. The caller makes sure that
+        the kernel can serve the call (`ways.dispatch_way`).
 
-    parts: what a row consists of, [T, n]; or, to be encoded here, one [T, H]. encode: None, "fp8", or "nvfp4" with a
-    `scale` (None: per token).
+    Returns:
+      The received parts [R*C, n], and local_ids, local_weights and send_map as in `exchange.Dispatched`.
     """
-    kernel_encode = encode_option(scale, encode)
-    problem = dispatch_kernels.check_pack(parts, routes, encode=kernel_encode)
-    like = _row_of(parts, scale, routes, encode)
-    apart = routes.devices * routes.capacity * like[0].shape[1] * like[0].dtype.itemsize >= _APART_BYTES
-    split = [like[:1], like[1:]] if apart else [like]
+    row = _row_of(parts, global_scale, routes, encode)
+    apart = routes.devices * routes.capacity * row[0].shape[1] * row[0].dtype.itemsize >= _APART_BYTES
+    split = [row[:1], row[1:]] if apart else [row]
     widths = [sum(p.shape[1] * p.dtype.itemsize for p in group) for group in split]
-    if implementation != "xla" and problem is None and has_hopper_gpu():
-        widths[-1] = -(-widths[-1] // 16) * 16  # what the kernel writes
-    options = dict(routes=routes, encode=encode)
-    payloads, send_map = run_implementation(
-        "dispatch",
-        implementation,
-        (parts, scale, ids, topk_weights),
-        xla=Call.of(_pack_xla, **options, widths=tuple(widths), implementation=implementation),
-        mosaic_gpu=Call.of(_pack_kernel, **options, apart=apart),
-        problem=problem,
-    )
+    if packed:
+        widths[-1] = -(-widths[-1] // 16) * 16  # the kernel writes rows of a multiple of 16 bytes
+    operands = parts, global_scale, ids, topk_weights
+    pack = Call.of(_pack_xla, routes=routes, encode=encode, widths=tuple(widths))
+    if packed:
+        kernel = Call.of(_pack_kernel, routes=routes, encode=encode, apart=apart)
+        payloads, send_map = run_by_platform(operands, xla=pack, mosaic_gpu=kernel)
+    else:
+        payloads, send_map = pack(*operands)
     received = [_exchange(payload, axis_name) for payload in payloads]
     arrays = received[:-1] + from_bytes(received[-1], split[-1])
     local_weights = arrays.pop() if routes.form == "per_peer" else None
@@ -66,33 +72,26 @@ def dispatch_all_to_all(
     return arrays, local_ids, local_weights, send_map
 
 
-def encode_option(scale: Any, encode: str | None) -> Any:
-    """What the kernels call `encode`."""
-    return ("per_token" if scale is None else scale) if encode == "nvfp4" else encode
-
-
-def _encoded(x, scale, encode, implementation=None):
-    if encode == "nvfp4":
-        x = quantize(x, global_scale=encode_option(scale, encode), implementation=implementation)
-    return wire_arrays(x, encode)
-
-
-def _row_of(parts, scale, routes, encode):
-    """Structs of what a row of the payload consists of."""
+def _row_of(parts, global_scale, routes, encode):
+    """Returns structs [T, n] of what a row consists of: encoded parts, expert ids and, per_peer, weights."""
     tokens = parts[0].shape[0]
     row = [jax.ShapeDtypeStruct(p.shape, p.dtype) for p in parts]
     if encode is not None:
-        row = jax.eval_shape(lambda x: _encoded(x, scale, encode, "xla"), row[0])
+        row = jax.eval_shape(lambda x: encoded(x, encode, global_scale), row[0])
     ids = jax.ShapeDtypeStruct((tokens, routes.k if routes.form == "per_peer" else 1), jnp.int32)
     weights = jax.ShapeDtypeStruct(ids.shape, jnp.float32)
     return [*row, ids, weights] if routes.form == "per_peer" else [*row, ids]
 
 
-def _pack_xla(parts, scale, ids, topk_weights, *, routes, encode, widths, implementation):
-    """-> ([devices, capacity, width in bytes] each, map): the rows for every device; u8, but for a part of its own."""
+def _pack_xla(parts, global_scale, ids, topk_weights, *, routes, encode, widths):
+    """Packs the rows for every device.
+
+    Returns the payloads and the send map. The last payload is u8 [R, C, width]; a first part that crosses on its own
+    comes before it, [R, C, n] in its own dtype.
+    """
     if encode is not None:
         with jax.named_scope("quantize"):
-            parts = _encoded(parts[0], scale, encode, implementation)
+            parts = encoded(parts[0], encode, global_scale)
     valid = (ids >= 0) & (ids < routes.devices * routes.local_experts)
     peer = jnp.where(valid, ids // routes.local_experts, -1)
     rows = [*parts, ids]
@@ -100,15 +99,15 @@ def _pack_xla(parts, scale, ids, topk_weights, *, routes, encode, widths, implem
         ranks = jnp.arange(routes.devices, dtype=jnp.int32)[None, :]
         destination = jnp.where(jnp.any(peer[:, :, None] == ranks[None], axis=1), ranks, -1)
         rows.append(topk_weights)
-    else:  # every route is a row of its own; its weight stays at home
+    else:  # every route is a row, and its weight stays at home
         destination = peer.reshape(-1, 1)
         rows = [*(jnp.repeat(a, routes.k, axis=0) for a in parts), ids.reshape(-1, 1)]
     payload = to_bytes(rows)
     payload = jnp.pad(payload, ((0, 0), (0, sum(widths) - payload.shape[1])))
-    sent = permute_to_masked(
-        payload, None, destination, num_experts=routes.devices, capacity=routes.capacity, implementation=implementation
+    sent: Any = permute_to_masked(
+        payload, None, destination, num_experts=routes.devices, capacity=routes.capacity, implementation="xla"
     )
-    # 0xFF in every pad: ids become -1 and floats NaN, so that nothing can come to depend on a pad unnoticed.
+    # Every pad is filled with 0xFF: its ids are then -1 and its floats NaN, so that no use of a pad goes unnoticed.
     filled = valid_rows(sent.masked_m, routes.capacity)[..., None]
     payload = jnp.where(filled, sent.x, jnp.uint8(0xFF))
     send_map = sent.row_map.reshape(ids.shape[0], routes.columns)
@@ -118,8 +117,9 @@ def _pack_xla(parts, scale, ids, topk_weights, *, routes, encode, widths, implem
     return [first.reshape(*payload.shape[:2], -1), payload[..., widths[0] :]], send_map
 
 
-def _pack_kernel(parts, scale, ids, topk_weights, *, routes, encode, apart):
-    return dispatch_kernels.pack(parts, ids, topk_weights, routes, encode=encode_option(scale, encode), apart=apart)
+def _pack_kernel(parts, global_scale, ids, topk_weights, *, routes, encode, apart):
+    encode = kernel_encode(encode, global_scale)
+    return dispatch_kernels.pack(parts, ids, topk_weights, routes, encode=encode, apart=apart)
 
 
 def combine_all_to_all(
@@ -129,15 +129,27 @@ def combine_all_to_all(
     *,
     devices: int,
     axis_name: str,
-    implementation: str | None,
+    implementation: Implementation | None,
 ) -> Float[Array, "t h"]:
-    """The way back as one all_to_all of rows, summed at home."""
+    """Brings rows back by one all_to_all and sums them at home.
+
+    Args:
+      y: floating-point [R*C, H], one row per received row.
+      send_map: i32 [T, S] as in `exchange.Dispatched`; S is R per_peer and k per_slot.
+      weights: f32 [T, S]: the top-k weights per_slot, ones per_peer.
+      devices: R.
+      axis_name: the mesh axis that rows cross.
+      implementation: of the sum, `permute.depermute_combine`.
+    """
     home = _exchange(y.reshape(devices, y.shape[0] // devices, -1), axis_name)
     return depermute_combine(home, send_map, weights, implementation=implementation)
 
 
 def _exchange(payload, axis_name):
-    """[R, C, n], block r for device r -> [R*C, n], block r from device r; as integers: floats some backends widen."""
+    """Sends block r of [R, C, n] to device r -> [R*C, n], where block r came from device r.
+
+    Values cross as integers, because some backends widen floats.
+    """
     integers = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[payload.dtype.itemsize]
     received = lax.all_to_all(lax.bitcast_convert_type(payload, integers), axis_name, split_axis=0, concat_axis=0)
     return lax.bitcast_convert_type(received.reshape(-1, payload.shape[-1]), payload.dtype)

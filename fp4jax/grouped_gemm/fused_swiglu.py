@@ -1,8 +1,8 @@
-"""GEMM 1 of an expert layer and its SwiGLU in one op: the [.., 2I] between them need not reach memory.
+"""GEMM 1 of an expert layer and its SwiGLU as one op, so that gate and up [.., 2I] need not be written to memory.
 
-The kernel rounds where the two ops round: the product to bf16 once, after the scales; silu(gate) * up in f32, not
-rounded before it is quantized. So it equals `grouped_gemm` followed by `swiglu_quantize` bit for bit, kernel against
-kernel.
+The kernel rounds where the two separate ops round: it rounds the product to bf16 once, after the scales, and does not
+round silu(gate) * up before it quantizes. Its result therefore equals that of the GEMM kernel followed by the SwiGLU
+kernel bit for bit.
 """
 
 from typing import Any
@@ -11,20 +11,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from fp4jax.global_scale import as_scale
+from fp4jax.grouped_gemm.checks import check_operands
 from fp4jax.grouped_gemm.gemm import (
+    KernelPlan,
     Weights,
-    check_operands,
-    contiguous_grouped_gemm,
     gemm_xla,
-    kernel_config,
     kernel_operands,
-    kernel_problem,
-    masked_grouped_gemm,
+    plan_kernel,
+    run_gemm,
 )
-from fp4jax.implementations import Call, run_implementation
-from fp4jax.nvfp4 import NVFP4Tensor, as_scale
+from fp4jax.implementations import Call, Implementation, run_implementation
+from fp4jax.nvfp4 import NVFP4Tensor
 from fp4jax.operands import check_array
-from fp4jax.swiglu import OUTPUTS, swiglu_quantize
+from fp4jax.swiglu import OUTPUTS, Output, swiglu_quantize
 from pallas_kernels.gemm import grouped_gemm as masked_gemm
 
 
@@ -35,27 +35,32 @@ def grouped_gemm_swiglu(
     *,
     x_scale: Float[Array, "..."] | None = None,
     global_scale: Any = None,
-    out: str = "nvfp4",
+    out: Output = "nvfp4",
     out_dtype: Any = jnp.bfloat16,
     expected_m: int | None = None,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> Any:
-    """swiglu_quantize(grouped_gemm(x, w13, counts), global_scale=.., out=..) for x [E, M, K] or [rows, K].
+    """Computes swiglu_quantize(grouped_gemm(x, w13, counts)), in the layout that the rank of x says.
 
     Args:
-      x, w13, counts, x_scale, expected_m: as in `masked_grouped_gemm` (x of rank 3) or `contiguous_grouped_gemm`;
-        w13 [E, 2I, K], gate rows first.
-      global_scale, out: as in `swiglu_quantize`. A scale per token needs a whole row, so the two ops run one after
-        the other then.
-      out_dtype: of the product, before SwiGLU.
+      x: NVFP4Tensor, bf16 or f32: masked [E, M, K] or contiguous [rows, K].
+      w13: weights [E, 2I, K], gate rows first, as in `masked_grouped_gemm`.
+      counts: i32 or i64 [E], valid rows per expert: masked_m of a masked x, group_sizes of a contiguous x.
+      x_scale: scale of a plain x, as in `masked_grouped_gemm` or `contiguous_grouped_gemm`.
+      global_scale: as in `swiglu_quantize`. If scales are to be computed here ("per_token", say), the two ops run one
+        after the other, because a scale per token needs a whole row.
+      out: as in `swiglu_quantize`.
+      out_dtype: dtype of gate and up; the kernel has bfloat16 only.
+      expected_m: as in `masked_grouped_gemm` or `contiguous_grouped_gemm`.
+      implementation: "xla", "mosaic_gpu", or None for the best one.
 
     Returns:
-      NVFP4Tensor, or an array [E, M, I] or [rows, I]; for "nvfp4_as_bf16" with a scale per token a pair of that and the
-      scales, f32 [E, M, 1] or [rows, 1].
+      What `swiglu_quantize` returns: an NVFP4Tensor or an array, [E, M, I] or [rows, I]; with "nvfp4_as_bf16" and a
+      scale computed here, the pair of that array and the scale.
 
     Raises:
-      ValueError, TypeError: shapes or dtypes that do not fit.
-      NotImplementedError: a named implementation that cannot do it.
+      ValueError, TypeError: shapes or dtypes do not fit.
+      NotImplementedError: implementation "mosaic_gpu" was named and cannot serve the call.
     """
     if not isinstance(x, NVFP4Tensor):
         check_array("grouped_gemm_swiglu: x", x)
@@ -66,17 +71,14 @@ def grouped_gemm_swiglu(
     if w13.shape[1] % 2:
         raise ValueError(f"grouped_gemm_swiglu: w13 must be [E, 2I, K], got {w13.shape}")
     if out != "bf16" and isinstance(global_scale, str | None):
-        scale, problem = global_scale, "a scale per token needs whole rows"
+        scale, plan = global_scale, KernelPlan(None, "a scale per token needs whole rows")
     else:
         scale = None if out == "bf16" else as_scale(global_scale, (*x.shape[:-1], w13.shape[1] // 2))
-        problem = kernel_problem(x, w13, counts, expected_m, implementation, out=out, act_scale=scale)
-        if problem is None and jnp.dtype(out_dtype) != jnp.bfloat16:
-            problem = f"out_dtype must be bfloat16, got {jnp.dtype(out_dtype)}"
-    if (isinstance(scale, str | None) and out != "bf16") or (problem is not None and implementation is None):
-        gemm = masked_grouped_gemm if rank == 3 else contiguous_grouped_gemm
-        gate_up = gemm(
-            x, w13, counts, x_scale=x_scale, expected_m=expected_m, out_dtype=out_dtype, implementation=implementation
-        )
+        plan = plan_kernel(x, w13, counts, expected_m, implementation, out=out, act_scale=scale)
+        if plan.problem is None and jnp.dtype(out_dtype) != jnp.bfloat16:
+            plan = KernelPlan(None, f"out_dtype must be bfloat16, got {jnp.dtype(out_dtype)}")
+    if (isinstance(scale, str | None) and out != "bf16") or (plan.problem is not None and implementation is None):
+        gate_up = run_gemm("grouped_gemm_swiglu", x, w13, counts, x_scale, expected_m, out_dtype, implementation)
         valid = counts if rank == 3 else None
         return swiglu_quantize(gate_up, valid, global_scale=scale, out=out, implementation=implementation)
     return run_implementation(
@@ -84,8 +86,8 @@ def grouped_gemm_swiglu(
         implementation,
         (x, w13, counts, x_scale, scale),
         xla=Call.of(_xla, out=out, out_dtype=out_dtype),
-        mosaic_gpu=Call.of(_kernel, out=out, expected_m=expected_m),
-        problem=problem,
+        mosaic_gpu=Call.of(_kernel, out=out, config=plan.config),
+        problem=plan.problem,
     )
 
 
@@ -95,8 +97,7 @@ def _xla(x, w13, counts, x_scale, scale, *, out, out_dtype):
     return swiglu_quantize(gate_up, valid, global_scale=scale, out=out, implementation="xla")
 
 
-def _kernel(x, w13, counts, x_scale, scale, *, out, expected_m):
-    config = kernel_config(x, w13, expected_m, fused=True)
+def _kernel(x, w13, counts, x_scale, scale, *, out, config):
     x, words, w_scale, x_scale = kernel_operands(x, w13, x_scale)
     found: tuple[jax.Array, ...] = masked_gemm.grouped_gemm(
         x, words, w_scale, counts, x_scale, out=out, act_scale=scale, config=config

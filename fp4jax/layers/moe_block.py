@@ -1,124 +1,69 @@
-"""The expert layer as a Flax NNX module: router, routed experts, shared experts, latent projections.
+"""The expert layer as a Flax NNX module: router, routed experts, shared experts and latent projections.
 
-Experts are stored stacked, w13 [E, 2I, H] (gate rows first) and w2 [E, H, I], plain, as NVFP4Tensor, or as
-PackedWeights where the grouped GEMM's kernel runs (`configure` packs them). What the model fixes is in `RoutingConfig`,
-what the serving side chooses in `ExpertSettings`.
+The experts are stored stacked: w13 [E, 2I, H] with gate rows first, and w2 [E, H, I]. They are plain arrays,
+NVFP4Tensor, or PackedWeights where the kernel of the grouped GEMM runs (`MoEBlock.configure` packs them).
+`RoutingConfig` holds what the model fixes, `MoEConfig` what its user chooses.
 """
 
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal, NamedTuple
+import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from fp4jax import implementations, moe, nvfp4, routing
+from fp4jax import routing
 from fp4jax.expert_parallel.low_latency import ReceiveBuffers
-from fp4jax.grouped_gemm.packed_weights import PackedWeights, arrange_experts
-from fp4jax.layers.linear import MLP, Linear, exact_precision, largest, normal_param
-from fp4jax.nvfp4 import NVFP4Tensor
+from fp4jax.experts import MoEWeights, quantize_experts, quantize_gate_up, runs_on_kernel
+from fp4jax.grouped_gemm.packed_weights import arrange_experts, is_nvfp4
+from fp4jax.layers.calibration import ExpertAmax, check_input_scale, measure_experts
+from fp4jax.layers.linear import MLP, Linear, normal_param
+from fp4jax.layers.routing_config import RoutingConfig
+from fp4jax.moe import MoEStats, moe_layer
+from fp4jax.moe_config import MoEConfig
 from fp4jax.operands import check_type
-
-EP_AXIS = "ep"
-
-
-@dataclass(frozen=True)
-class RoutingConfig:
-    """Arguments of `routing.route` that belong to the model; `correction_bias=True` makes it a parameter."""
-
-    num_experts: int
-    top_k: int
-    scoring: routing.Scoring = "softmax"
-    renormalize: bool = True
-    correction_bias: bool = False
-    num_groups: int = 1
-    topk_groups: int = 1
-    routed_scaling_factor: float = 1.0
-
-    def __post_init__(self) -> None:
-        routing.check_routing(
-            self.num_experts,
-            top_k=self.top_k,
-            scoring=self.scoring,
-            num_groups=self.num_groups,
-            topk_groups=self.topk_groups,
-        )
-
-
-def expert_mesh(mesh: Mesh) -> Mesh:
-    """The mesh with Auto axes, whatever they were (`jax.make_mesh` makes Explicit ones): experts run in shard_map.
-
-    Raises:
-      ValueError, TypeError: for other axes than the one named "ep", or what is no mesh of devices.
-    """
-    check_type("mesh", mesh, Mesh, f"`jax.make_mesh((devices,), ({EP_AXIS!r},))` makes one")
-    if mesh.axis_names != (EP_AXIS,):
-        raise ValueError(f"the mesh of the experts must have the one axis {EP_AXIS!r}, got {mesh.axis_names}")
-    return Mesh(mesh.devices, mesh.axis_names)
-
-
-@dataclass(frozen=True)
-class ExpertSettings:
-    """How the experts run; changes numerics and traffic, never the weights.
-
-    `differentiable` chooses `moe.dense_moe` (training, plain weights, one device); otherwise `moe.moe_layer`, inside
-    shard_map over the axis "ep" of `mesh` when one is given. `low_latency`: decode steps of `models.BucketedModel` keep
-    their receive buffers (`fp4jax.expert_parallel.low_latency`; GPUs whose kernels reach each other only). The other
-    fields are those of `moe.MoEConfig`.
-    """
-
-    differentiable: bool = False
-    activation_format_1: Literal["nvfp4", "bf16"] | None = None
-    activation_format_2: Literal["nvfp4", "bf16"] | None = None
-    wire_format: Literal["nvfp4", "fp8", "bf16"] = "bf16"
-    form: Literal["per_peer", "per_slot"] = "per_peer"
-    layout: Literal["masked", "contiguous"] = "masked"
-    capacity: int | None = None
-    pair_capacity: int | None = None
-    mesh: Mesh | None = None
-    low_latency: bool = False
-    implementation: str | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("activation_format_1", "activation_format_2"):
-            if getattr(self, name) not in (None, *moe.ACTIVATION_FORMATS):
-                raise ValueError(f"{name} must be None, 'nvfp4' or 'bf16', got {getattr(self, name)!r}")
-        if self.mesh is not None:
-            object.__setattr__(self, "mesh", expert_mesh(self.mesh))
-        if self.low_latency and self.mesh is None:
-            raise ValueError("low_latency=True is about tokens that cross a mesh, and there is none")
-        formats = self.activation_format_1, self.activation_format_2
-        if self.differentiable and (self.mesh is not None or "nvfp4" in formats):
-            raise ValueError(
-                "differentiable=True runs on one device with activations in bf16, "
-                f"got mesh={self.mesh} and activation formats {formats}"
-            )
+from fp4jax.sharded_moe import EP_AXIS, expert_mesh, sharded_moe_layer
 
 
 class MoEAux(NamedTuple):
-    """What a forward pass reports besides its result, summed over MoE layers; buffers: of one block, see its call."""
+    """What a forward pass returns besides its result: of one block, or of a model, summed over its blocks.
+
+    Attributes:
+      dropped: i32 (), the number of routes lost to bad ids or capacities.
+      balance_loss: f32 (), see `routing.load_balance_loss`.
+      buffers: the receive buffers to pass to the program's next block; None if this block was given none.
+    """
 
     dropped: Int[Array, ""]
     balance_loss: Float[Array, ""]
     buffers: ReceiveBuffers | None = None
 
 
-class ExpertAmax(NamedTuple):
-    """Largest absolute values seen by one block: inputs of GEMM 1, and per expert inputs of GEMM 2 (0: never hit)."""
-
-    input_1: Float[Array, ""]
-    input_2: Float[Array, "E"]
-
-
 class MoEBlock(nnx.Module):
-    """Router and routed experts, plus optional shared experts and latent projections.
+    """Router and routed experts, and optionally shared experts, their gate, and latent projections.
 
-    y = fc2_latent_proj(experts(fc1_latent_proj(x))) + sigmoid(shared_gate(x)) * shared(x); each optional part only when
-    its size is given. The router and the shared experts see the original x. `path` is the block's name in errors.
+        y = fc2_latent_proj(experts(fc1_latent_proj(x))) + sigmoid(shared_expert_gate(x)) * shared_experts(x)
+
+    The router and the shared experts see the original x.
+
+    Args:
+      hidden_size: H.
+      moe_intermediate_size: I of the routed experts.
+      router: how tokens are routed.
+      shared_intermediate_size: the intermediate size of the shared experts; None: there are none.
+      shared_gate: whether the shared experts have a gate.
+      latent_size: the width of the routed experts' inputs and outputs behind latent projections; None: H, without
+        projections.
+      dtype: dtype of the computation.
+      param_dtype: dtype of new parameters.
+      stddev: standard deviation of new parameters.
+      path: the name of the block in errors and in the names of its tensors.
+      rngs: random numbers for new parameters.
+
+    Raises:
+      ValueError: shared_gate=True without shared_intermediate_size.
     """
 
     def __init__(
@@ -138,7 +83,9 @@ class MoEBlock(nnx.Module):
     ):
         linear = dict(dtype=dtype, param_dtype=param_dtype, stddev=stddev, rngs=rngs)
         self.dtype, self.path = jnp.dtype(dtype), path
-        self.router_config, self.settings = router, ExpertSettings()
+        self.router_config = router
+        self.mesh: Mesh | None = None
+        self.config = MoEConfig(num_experts=router.num_experts)
         self.gate = Linear(hidden_size, router.num_experts, **{**linear, "dtype": jnp.float32})
         self.correction_bias = nnx.data(None)
         if router.correction_bias:
@@ -167,10 +114,17 @@ class MoEBlock(nnx.Module):
         valid: Bool[Array, "..."] | None = None,
         buffers: ReceiveBuffers | None = None,
     ) -> tuple[Float[Array, "... H"], MoEAux]:
-        """Tokens that are not `valid` go to no routed expert (and take no capacity); what they become means nothing.
+        """Runs the layer on tokens x [..., H].
 
-        The balance loss is that of all tokens, valid or not. buffers: what the program's block before reported, to
-        receive into; None: into new arrays.
+        Args:
+          x: floating-point tokens [..., H].
+          valid: bool [...], which tokens are valid; None: all. The others go to no routed expert and take no capacity,
+            and their results mean nothing. They still count in the balance loss.
+          buffers: receive buffers, `MoEAux.buffers` of the program's previous block; None: new buffers. See
+            `expert_parallel.low_latency`.
+
+        Returns:
+          The result, of the shape of x, and `MoEAux` of this block.
         """
         rows = x.reshape(-1, x.shape[-1])
         route, balance_loss = self._route(rows)
@@ -197,7 +151,7 @@ class MoEBlock(nnx.Module):
         return route, routing.load_balance_loss(logits, route.topk_ids, scoring=config.scoring)
 
     def _finish(self, y: jax.Array, rows: jax.Array) -> jax.Array:
-        """Latent projection up, then shared experts on the original rows."""
+        """Projects the routed experts' result y up from the latent size, and adds the shared experts' result."""
         if self.fc2_latent_proj is not None:
             y = self.fc2_latent_proj(y)
         if self.shared_experts is None:
@@ -209,140 +163,131 @@ class MoEBlock(nnx.Module):
 
     def experts(
         self, x: jax.Array, route: routing.Routing, buffers: ReceiveBuffers | None = None
-    ) -> tuple[jax.Array, moe.MoEStats]:
-        """Routed experts on rows x [T, H] with a given routing: weighted sums [T, H], and what `moe_layer` reports."""
-        w13, w2 = self.w13.get_value(), self.w2.get_value()
-        settings = self.settings
-        if settings.differentiable:
-            if _is_quantized(w13) or _is_quantized(w2):
-                raise ValueError(f"{self.path}: differentiable=True needs plain expert weights; these are NVFP4")
-            y = moe.dense_moe(x, *route, w13.astype(self.dtype), w2.astype(self.dtype))
-            return y.astype(self.dtype), moe.MoEStats(jnp.int32(0))
-        w13, w2 = (w if _is_quantized(w) else w.astype(self.dtype) for w in (w13, w2))
-        weights = moe.MoEWeights(
-            w13,
-            w2,
-            None if self.input_scale_1 is None else self.input_scale_1[...],
-            None if self.input_scale_2 is None else self.input_scale_2[...],
-        )
-        config = moe.MoEConfig(
-            num_experts=self.router_config.num_experts,
-            wire_format=settings.wire_format,
-            form=settings.form,
-            layout=settings.layout,
-            activation_format_1=settings.activation_format_1,
-            activation_format_2=settings.activation_format_2,
-            capacity=settings.capacity,
-            pair_capacity=settings.pair_capacity,
-            axis_name=None if settings.mesh is None else EP_AXIS,
-            implementation=settings.implementation,
-        )
-        if settings.mesh is None:
-            y, stats = moe.moe_layer(x, *route, weights, config)
-            return y.astype(self.dtype), stats
-        return _sharded_experts(x, route, weights, config, settings.mesh, buffers)
+    ) -> tuple[jax.Array, MoEStats]:
+        """Runs the routed experts alone, with a given routing.
 
-    def configure(self, settings: ExpertSettings) -> None:
-        """Set how the experts run and place their weights: sharded over "ep" with a mesh, else on one device.
+        Args:
+          x: rows [T, H], behind the latent projection if there is one.
+          route: the experts and weights of the T rows.
+          buffers: as in the call of the block.
 
-        NVFP4 weights are packed where the kernel of the grouped GEMM will run, and unpacked where not. The other
-        parameters are not moved; `models.configure_experts` does that for a whole model.
+        Returns:
+          The weighted sums [T, H], and the `MoEStats` of `moe_layer`.
         """
-        mesh = settings.mesh
-        if mesh is not None and self.router_config.num_experts % mesh.size:
-            raise ValueError(
-                f"{self.path}: {self.router_config.num_experts} experts cannot be split over {mesh.size} devices"
-            )
-        self.settings = settings
+        w13, w2 = (w if is_nvfp4(w) else w.astype(self.dtype) for w in (self.w13.get_value(), self.w2.get_value()))
+        if self.config.differentiable and (is_nvfp4(w13) or is_nvfp4(w2)):
+            raise ValueError(f"{self.path}: differentiable=True needs plain expert weights; these are NVFP4")
+        scales = (None if scale is None else scale[...] for scale in (self.input_scale_1, self.input_scale_2))
+        weights = MoEWeights(w13, w2, *scales)
+        if self.mesh is None:
+            y, stats = moe_layer(x, *route, weights, self.config)
+        else:
+            y, stats = sharded_moe_layer(x, *route, weights, self.config, self.mesh, buffers)
+        return y.astype(self.dtype), stats
+
+    def configure(self, config: MoEConfig, mesh: Mesh | None = None) -> None:
+        """Sets how the experts run, and places their weights on the devices.
+
+        NVFP4 weights are packed if the kernel of the grouped GEMM will run them, and else unpacked. Parameters other
+        than the experts' are not moved; `models.configure_experts` moves those of a whole model.
+
+        Args:
+          config: the new settings. `num_experts` must be the block's. `axis_name` is set here, "ep" with a mesh and
+            None without.
+          mesh: a mesh with the one axis "ep", over which the experts are split; None: all go to the first device.
+
+        Raises:
+          TypeError, ValueError: the config or the mesh does not fit the block.
+        """
+        check_type(f"{self.path}: config", config, MoEConfig, "e.g. MoEConfig(num_experts=8)")
+        experts, mesh = self.router_config.num_experts, None if mesh is None else expert_mesh(mesh)
+        if config.num_experts != experts:
+            raise ValueError(f"{self.path}: config.num_experts={config.num_experts} for a block of {experts} experts")
+        if mesh is not None and experts % mesh.size:
+            raise ValueError(f"{self.path}: {experts} experts cannot be split over {mesh.size} devices")
+        self.config = dataclasses.replace(config, axis_name=None if mesh is None else EP_AXIS)
+        self.mesh = mesh
         place = jax.devices()[0] if mesh is None else NamedSharding(mesh, P(EP_AXIS))
         for param in self.sharded_params():
             param.set_value(jax.device_put(param.get_value(), place))
         self._pack_or_unpack()
 
     def _pack_or_unpack(self) -> None:
-        """Kernel layout for NVFP4 weights if and only if the settings lead to the kernel."""
-        on_kernel = runs_on_kernel(self.dtype, self.settings.implementation)
+        """Packs NVFP4 weights if the kernel of the grouped GEMM will run them, and else unpacks them."""
+        on_kernel = runs_on_kernel(self.dtype, self.config.implementation)
         pair = arrange_experts(self.w13.get_value(), self.w2.get_value(), self.intermediate_size, packed=on_kernel)
         for param, value in zip((self.w13, self.w2), pair, strict=True):
             param.set_value(value)
 
     def sharded_params(self) -> list[nnx.Param]:
-        """Parameters with a leading expert axis; all others are the same on every device."""
+        """Returns the parameters with a leading axis of experts. All others are the same on every device."""
         return [param for param in (self.w13, self.w2, self.input_scale_2) if param is not None]
 
     def quantize_experts(self, *, four_over_six: bool = False) -> None:
-        """Replace plain expert weights by NVFP4 with one global scale per expert and projection (gate and up apart).
+        """Replaces plain expert weights by NVFP4 ones; gate, up and down of every expert get a global scale each.
+
+        Args:
+          four_over_six: choose the better of two scales for every block of weights, see `nvfp4.quantize`.
 
         Raises:
           ValueError: the weights of both GEMMs are NVFP4 already.
         """
         w13, w2 = self.w13.get_value(), self.w2.get_value()
-        if _is_quantized(w13) and _is_quantized(w2):
+        if is_nvfp4(w13) and is_nvfp4(w2):
             raise ValueError(f"{self.path}: the experts are quantized already")
-        quantize = partial(nvfp4.quantize, global_scale="per_expert", four_over_six=four_over_six)
-        if not _is_quantized(w13):
+        if not is_nvfp4(w13):
             half = w13.shape[1] // 2
-            gate, up = quantize(w13[:, :half]), quantize(w13[:, half:])
-            scales = [jnp.broadcast_to(t.global_scale, (w13.shape[0], half, 1)) for t in (gate, up)]
-            codes_and_blocks = [(t.qdata, t.block_scale) for t in (gate, up)]
-            parts = [*zip(*codes_and_blocks, strict=True), scales]
-            self.w13.set_value(NVFP4Tensor(*(jnp.concatenate(part, axis=1) for part in parts)))
-        if not _is_quantized(w2):
-            self.w2.set_value(quantize(w2))
+            self.w13.set_value(quantize_gate_up(w13[:, :half], w13[:, half:], four_over_six=four_over_six))
+        if not is_nvfp4(w2):
+            self.w2.set_value(quantize_experts(w2, four_over_six=four_over_six))
         self._pack_or_unpack()
 
     def calibrate(
         self, x: Float[Array, "... H"], *, all_tokens: bool = False
     ) -> tuple[Float[Array, "... H"], ExpertAmax]:
-        """Forward pass with plain weights that also reports the amax of both GEMMs' inputs (one expert at a time).
+        """Runs the layer with plain weights, one expert at a time, and measures the inputs of both GEMMs.
 
-        all_tokens: an expert's amax is over every token, routed to it or not; a NaN is reported as such.
+        Args:
+          x: tokens [..., H].
+          all_tokens: measure an expert's GEMM 2 on all tokens, not only on those that are routed to it.
+
+        Returns:
+          The result, of the shape of x, and the amax of the inputs of both GEMMs; NaN if an input is NaN.
+
+        Raises:
+          ValueError: the expert weights are NVFP4 already.
         """
         w13, w2 = self.w13.get_value(), self.w2.get_value()
-        if _is_quantized(w13) or _is_quantized(w2):
+        if is_nvfp4(w13) or is_nvfp4(w2):
             raise ValueError(f"{self.path}: calibrate before quantize_experts, with plain expert weights")
         rows = x.reshape(-1, x.shape[-1])
         route, _ = self._route(rows)
         hidden = (rows if self.fc1_latent_proj is None else self.fc1_latent_proj(rows)).astype(self.dtype)
 
-        def add_expert(y: jax.Array, expert_and_weights: Any) -> tuple[jax.Array, jax.Array]:
-            expert, *weights = expert_and_weights
-            product = partial(jnp.einsum, "tk,nk->tn", precision=exact_precision(self.dtype))
-            gate_up = product(hidden, weights[0].astype(self.dtype))
-            gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=1)
-            act = jax.nn.silu(gate) * up
-            chosen = route.topk_ids == expert
-            hit = jnp.any(chosen, axis=1, keepdims=True)
-            amax = largest(act, where=hit | all_tokens)
-            out = product(act.astype(self.dtype), weights[1].astype(self.dtype)).astype(jnp.float32)
-            weight = jnp.sum(jnp.where(chosen, route.topk_weights, 0), axis=1, keepdims=True)
-            return y + jnp.where(hit, weight * out, 0), amax
-
-        zeros = jnp.zeros((rows.shape[0], w2.shape[1]), jnp.float32)
-        y, amax_2 = jax.lax.scan(add_expert, zeros, (jnp.arange(w13.shape[0], dtype=jnp.int32), w13, w2))
-        return self._finish(y.astype(self.dtype), rows).reshape(x.shape), ExpertAmax(largest(hidden), amax_2)
+        y, amax = measure_experts(hidden, route, w13, w2, all_tokens=all_tokens)
+        return self._finish(y.astype(self.dtype), rows).reshape(x.shape), amax
 
     def set_input_scales(self, input_scale_1: Float[Array, ""] | None, input_scale_2: Float[Array, "E"] | None) -> None:
-        """Static activation scales (decode direction): one for GEMM 1, one per expert for GEMM 2; None: per token.
+        """Sets static scales of the activations, in decode direction (multiply).
+
+        Args:
+          input_scale_1: f32 (), the scale of the inputs of GEMM 1; None: no static scale.
+          input_scale_2: f32 [E], the scales of the inputs of GEMM 2, one per expert; None: no static scales.
 
         Raises:
-          ValueError: naming the tensor, when one of the two is missing (unless only the other GEMM's weights are
-            NVFP4), or a scale is zero, negative or not finite.
+          ValueError: a scale is zero, negative or not finite, or input_scale_2 is not [E]; or only one of the two is
+            given, and the GEMM of the other has NVFP4 weights or both GEMMs have plain ones. The message names the
+            tensor.
         """
         given = {"input_scale_1": input_scale_1, "input_scale_2": input_scale_2}
-        quantized = [_is_quantized(w.get_value()) for w in (self.w13, self.w2)]
+        quantized = [is_nvfp4(w.get_value()) for w in (self.w13, self.w2)]
         needed = dict(zip(given, quantized if any(quantized) else (True, True), strict=True))
         missing = [name for name, value in given.items() if value is None and needed[name]]
         if missing and any(value is not None for value in given.values()):
             raise ValueError(f"{self.path}.experts.{missing[0]} is missing while the other input scale is given")
         for name, value in given.items():
-            if value is None:
-                continue
-            flat = np.atleast_1d(np.asarray(value, np.float32))
-            bad = np.flatnonzero(~(np.isfinite(flat) & (flat > 0)))
-            if bad.size:
-                where = f"[{bad[0]}]" if flat.size > 1 else ""
-                raise ValueError(f"{self.path}.experts.{name}{where} = {flat[bad[0]]} must be positive and finite")
+            if value is not None:
+                check_input_scale(f"{self.path}.experts.{name}", value)
         if input_scale_2 is not None and input_scale_2.shape != (self.router_config.num_experts,):
             raise ValueError(
                 f"{self.path}.experts.input_scale_2 has shape {input_scale_2.shape}, "
@@ -354,41 +299,4 @@ class MoEBlock(nnx.Module):
         if input_scale_2 is not None:
             self.input_scale_2 = nnx.Param(jnp.asarray(input_scale_2, jnp.float32).reshape(-1, 1, 1))
         if input_scale_1 is not None or input_scale_2 is not None:
-            self.configure(self.settings)
-
-
-def runs_on_kernel(dtype: Any, implementation: str | None = None) -> bool:
-    """Whether NVFP4 experts of a block that computes in `dtype` go to the grouped GEMM's kernel, and are packed."""
-    return implementations.has_hopper_gpu() and implementation in (None, "mosaic_gpu") and dtype == jnp.bfloat16
-
-
-def _is_quantized(w: Any) -> bool:
-    return isinstance(w, NVFP4Tensor | PackedWeights)
-
-
-@partial(jax.jit, static_argnums=(3, 4))
-def _sharded_experts(
-    x: jax.Array, route: routing.Routing, weights: moe.MoEWeights, config: moe.MoEConfig, mesh: Mesh, buffers: Any
-) -> tuple[jax.Array, moe.MoEStats]:
-    """`moe.moe_layer` with tokens and experts split over "ep"; tokens that fill up the last device go to no expert."""
-    tokens = x.shape[0]
-    pad = -tokens % mesh.size
-    x = jnp.pad(x, ((0, pad), (0, 0)))
-    ids = jnp.pad(route.topk_ids, ((0, pad), (0, 0)), constant_values=-1)
-    topk_weights = jnp.pad(route.topk_weights, ((0, pad), (0, 0)))
-    split = jax.tree.map(lambda _: P(EP_AXIS), weights)
-    if weights.input_scale_1 is not None:
-        split = split._replace(input_scale_1=P())
-
-    def on_device(x: Any, ids: Any, topk_weights: Any, weights: Any, buffers: Any) -> tuple[jax.Array, moe.MoEStats]:
-        y, stats = moe.moe_layer(x, ids, topk_weights, weights, config, buffers)
-        return y.astype(x.dtype), stats  # drops are summed over the devices already
-
-    specs: Any = (P(), P(EP_AXIS))
-    sharded = jax.shard_map(
-        on_device, mesh=mesh, in_specs=(P(EP_AXIS), P(EP_AXIS), P(EP_AXIS), split, P(EP_AXIS)),
-        out_specs=(P(EP_AXIS), moe.MoEStats(*specs)),
-        check_vma=buffers is None,  # JAX knows no references that vary over a mesh
-    )  # fmt: skip
-    y, stats = sharded(x, ids, topk_weights, weights, buffers)
-    return y[:tokens], stats
+            self.configure(self.config, self.mesh)

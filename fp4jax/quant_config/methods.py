@@ -1,4 +1,7 @@
-"""What every module of a checkpoint runs as and how its weights are stored: the plan, and patterns of module names."""
+"""The quantization plan of a model: for each module, how its weights are stored and in which format it runs.
+
+A module is named as in the checkpoint, for example model.layers.3.self_attn.q_proj.
+"""
 
 import dataclasses
 import fnmatch
@@ -7,16 +10,19 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-_NAMES_SHOWN = 3  # modules of one method in a printed plan
+_NAMES_SHOWN = 3  # a printed plan names so many of the modules that share a method
 
 
 class Method(NamedTuple):
-    """What a module runs as, and how its weights are stored.
+    """How the weights of one module are stored in the checkpoint, and in which format the module runs.
 
-    format: "bf16", "block_wise_fp8" or "nvfp4". stored: "bf16", "block_wise_fp8", "modelopt" or "compressed_tensors".
-    activations: of nvfp4 "nvfp4" (W4A4) or "bf16" (W4A16); of block_wise_fp8 "fp8", or "fp8_ue8m0" where their scales
-    are powers of two; else "bf16". input_scales: "stored" where NVFP4 activations have a scale in the checkpoint,
-    "per_token" where each token gets its own when it comes.
+    format: the format of the weights at run time: "bf16" (any plain floats), "block_wise_fp8" or "nvfp4".
+    stored: the format of the weights in the checkpoint: "bf16" (any plain floats), "block_wise_fp8", or for NVFP4 the
+      layout of the tool that wrote them, "modelopt" or "compressed_tensors".
+    activations: the format of the module's inputs. For "nvfp4" weights it is "nvfp4" (W4A4) or "bf16" (W4A16); for
+      "block_wise_fp8" weights it is "fp8", or "fp8_ue8m0" if the scales are powers of two; else it is "bf16".
+    input_scales: where the scales of NVFP4 activations come from: "stored" reads them from the checkpoint, "per_token"
+      computes one for each token at run time. The field has no meaning for other activations.
     """
 
     format: str
@@ -26,7 +32,7 @@ class Method(NamedTuple):
 
     @property
     def online(self) -> bool:
-        """Whether weights are quantized while they are loaded."""
+        """Whether the weights are plain in the checkpoint and are quantized while they are loaded."""
         return self.stored == "bf16" != self.format
 
     def __str__(self) -> str:
@@ -38,7 +44,11 @@ class Method(NamedTuple):
 
 
 class Refusal(NamedTuple):
-    """Why a module cannot be loaded. Configs also name modules that nobody reads, so it is raised on asking for one."""
+    """The reason why a module cannot be loaded; it stands in a plan in the place of a Method.
+
+    A config may also name modules that the model does not have. So reading the config does not raise:
+    `QuantizationPlan.method` raises the reason when it is asked for such a module.
+    """
 
     reason: str
 
@@ -49,21 +59,26 @@ class Refusal(NamedTuple):
 BF16 = Method("bf16", "bf16", "bf16")
 FP8_STORED = Method("block_wise_fp8", "block_wise_fp8", "fp8")
 FP8_STORED_UE8M0 = Method("block_wise_fp8", "block_wise_fp8", "fp8_ue8m0")
-FP8_EXPERTS = Method("bf16", "block_wise_fp8", "bf16")
+FP8_EXPERTS = Method("bf16", "block_wise_fp8", "bf16")  # decoded while loading: experts have no FP8 kernels
 FP8_ONLINE = Method("block_wise_fp8", "bf16", "fp8")
 NVFP4_ONLINE = Method("nvfp4", "bf16", "nvfp4", "per_token")
 
 
 class Patterns:
-    """Module names, names with wildcards (fnmatch) and regular expressions ("re:.."): which of them is a module's?
+    """A list of patterns of module names, which finds the pattern that matches a given module.
 
-    A name, with wildcards or without, also stands for everything inside the module. Plain names are looked up, so that
-    a config with an entry for each of ten thousands of modules costs no more than one entry per module.
+    A pattern is a plain name, a name with wildcards as in `fnmatch`, or "re:" followed by a regular expression, which
+    must match from the start of the module's name. A name, with or without wildcards, matches its module and
+    everything inside that module. Plain names are kept in a dict, so that a lookup stays fast in a config that lists
+    tens of thousands of modules.
+
+    Raises:
+      re.error: a pattern after "re:" is no regular expression.
     """
 
     def __init__(self, patterns: Iterable[str]):
         self._names: dict[str, int] = {}
-        self._inside: dict[str, int] = {}  # a module -> the first name of something inside it
+        self._inside: dict[str, int] = {}  # a module -> the index of the first plain name of a module inside it
         self._wild: list[tuple[int, re.Pattern[str]]] = []
         for index, pattern in enumerate(patterns):
             if pattern.startswith("re:"):
@@ -77,11 +92,14 @@ class Patterns:
                     self._inside.setdefault(container, index)
 
     def named(self, module: str) -> int | None:
-        """The index of the plain name that is the module's own, or else of the first one inside the module."""
+        """Returns the index of the plain name that equals `module`, or else of the first one inside the module.
+
+        Returns None if there is neither. Patterns with wildcards and regular expressions are not considered.
+        """
         return self._names.get(module, self._inside.get(module))
 
     def first(self, module: str) -> int | None:
-        """The smallest index of a pattern for the module or for one that contains it."""
+        """Returns the smallest index of a pattern that matches `module` or a module that contains it, else None."""
         found = [self._names[name] for name in (module, *_containers(module)) if name in self._names]
         found += [index for index, wild in self._wild if wild.match(module)]
         return min(found, default=None)
@@ -95,11 +113,15 @@ def _containers(module: str) -> Iterable[str]:
 
 @dataclasses.dataclass(frozen=True)
 class QuantizationPlan:
-    """A method for every linear layer (`dense`) and every expert layer (`experts`) of a model.
+    """How every module of a model is stored and runs; `method` answers for one module, `str` prints the plan.
 
-    source: which config decided. ignore: patterns of modules that stay as they are. layers: methods of single modules
-    (mixed precision), by name or pattern; those that name a module go before `ignore`, which goes before the others.
-    notes: what a user should know about the decision.
+    dense: the method of all linear layers that are not experts, unless `ignore` or `layers` says otherwise.
+    experts: the method of all linear layers of experts, unless `ignore` or `layers` says otherwise.
+    source: a name for the config that decided, such as "the checkpoint (fp8)" or "--quantization".
+    ignore: patterns of modules that are not quantized.
+    layers: (pattern, method) of single modules, for checkpoints in mixed precision. An entry that is the plain name of
+      the module, or of a module inside it, takes precedence over `ignore`; `ignore` takes precedence over all others.
+    notes: remarks for the user, one sentence each.
     """
 
     dense: Method = BF16
@@ -118,10 +140,13 @@ class QuantizationPlan:
         return Patterns(self.ignore)
 
     def method(self, module: str) -> Method:
-        """The method of a module by its name in the checkpoint, such as model.layers.3.self_attn.q_proj.
+        """Returns the method of a module, given by its name in the checkpoint: model.layers.3.self_attn.q_proj, say.
+
+        While dense layers are quantized during loading, the head, embeddings, routers and the gates of shared experts
+        stay bf16.
 
         Raises:
-          ValueError: with the reason, for a module that the config stores in a way that is not supported.
+          ValueError: the config stores the module in a way that is not supported; the message gives the reason.
         """
         expert = module.endswith(".experts") or ".experts." in module
         index = self._layer_patterns.named(module)
@@ -139,7 +164,7 @@ class QuantizationPlan:
         return self.experts if expert else self.dense
 
     def ignored_by(self, module: str) -> str | None:
-        """The first pattern that excludes a module or one that contains it."""
+        """Returns the first pattern of `ignore` that matches `module` or a module that contains it, else None."""
         index = self._ignore_patterns.first(module)
         return None if index is None else self.ignore[index]
 
@@ -158,19 +183,27 @@ class QuantizationPlan:
 
 
 def shortened(names: Iterable[str]) -> str:
-    """The first names of a list, and how many more there are."""
+    """Returns the first names of a list as text, and how many more there are: "a, b, c and 5 more"."""
     names = list(names)
     more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
     return ", ".join(names[:_NAMES_SHOWN]) + more
 
 
 def _stays_plain(module: str) -> bool:
-    """Modules that are never quantized on the way: heads, embeddings, routers and the gates of shared experts."""
+    """Whether a module is one that loading never quantizes: head, embedding, router, or gate of shared experts."""
     return module.rsplit(".", 1)[-1] in ("lm_head", "embed_tokens", "gate", "shared_expert_gate", "correction_bias")
 
 
 def disagreements(plan: QuantizationPlan, stored: Mapping[str, str]) -> Iterable[str]:
-    """Lines about modules whose tensors ({module: how it is stored}) are not what the checkpoint's config says."""
+    """Compares a plan with the tensors of a checkpoint, and yields one line of text for each module that differs.
+
+    Args:
+      plan: what the config says.
+      stored: {module: how its tensors are stored}, in the words of `Method.stored`.
+
+    Raises:
+      ValueError: the plan refuses one of the modules.
+    """
     for module, found in stored.items():
         expected = plan.method(module).stored
         if found != expected:

@@ -1,8 +1,9 @@
-"""Which modules of a checkpoint are quantized, how they are stored and what they run as: one pure function.
+"""Makes the quantization plan of a model from two configs: the checkpoint's own, and the user's.
 
-Two configs speak: the checkpoint's own (`quantization_config` of config.json, or hf_quant_config.json) and the user's
-(`--quantization`, the JSON of the serving system that this project re-implements). `plan_quantization` says which of
-the two wins and gives a plan that can be printed. How weights are stored, the tensors of a checkpoint say in the end.
+The checkpoint's own config is the `quantization_config` of config.json, or hf_quant_config.json. The user's config is
+the `--quantization` flag, the JSON of the serving system that this project re-implements. `plan_quantization` decides
+which of the two wins. It reads no files and no tensors; the loader later compares the plan with the tensors, and where
+they differ it follows the tensors.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ _USER_DEFAULTS: dict[str, Any] = {
     "is_channel_wise": False, "has_zero_point": False, "is_permuted": True, "is_quantized": False,
     "is_moe_quantized": False, "moe_quant_config": {}, "hadamard_block_size": 128, "moe_dynamic_quant": False,
 }  # fmt: skip
-# What this project does not have a choice for: only the default may be given.
+# Keys that the serving system lets the user choose, but this project does not: only the default value is accepted.
 _FIXED = ("kv_cache_quant_type", "is_channel_wise", "has_zero_point", "is_permuted", "hadamard_block_size",
           "moe_dynamic_quant")  # fmt: skip
 _USER_METHODS = ("block_wise_fp8", "modelopt_fp4")
@@ -27,21 +28,24 @@ _USER_METHODS = ("block_wise_fp8", "modelopt_fp4")
 def plan_quantization(
     checkpoint_config: Mapping[str, Any] | None, user_config: Mapping[str, Any] | str | None
 ) -> QuantizationPlan:
-    """The plan for a checkpoint and a user's wishes.
+    """Returns the plan for a checkpoint and the wishes of the user.
 
     Args:
-      checkpoint_config: `quantization_config`, a whole config.json that may hold one, or hf_quant_config.json; None.
-      user_config: dict or JSON text with "quantization" ("mix_quant" or one method for everything) and its keys, or the
-        bare name of a method; None or "" for the checkpoint's own.
+      checkpoint_config: the contents of config.json (with or without a quantization section), of hf_quant_config.json,
+        or the quantization section alone; None: the checkpoint has no config.
+      user_config: a dict, or its JSON text, with the key "quantization", which is "mix_quant" or one method for the
+        whole model, and the further keys of mix_quant. The bare name of a method is accepted too. None or "": the user
+        has no wishes.
 
-    The checkpoint's own config wins, except that mix_quant wins over one that says modelopt_fp4: its dict then is the
-    `moe_quant_config`, where the user gives none. A checkpoint may itself say mix_quant, as those of the serving system
-    do: it is read as the user's would be.
+    If both configs ask for quantization, the checkpoint's wins, and a note of the plan says so. There is one exception:
+    the user's mix_quant wins over a checkpoint that says modelopt_fp4. Then the checkpoint's config serves as the
+    `moe_quant_config` if the user gives none. A checkpoint may also say "quantization": "mix_quant" itself, as
+    checkpoints of the serving system do; its keys are read like the user's.
 
     Raises:
-      ValueError: for keys of the user's that are unknown, for a checkpoint's section that names no method, and for
-        methods, algorithms, formats and values, anywhere, that are unknown or not supported; with key and value. What
-        is said of single modules is refused when `QuantizationPlan.method` is asked for one.
+      ValueError: the user's config has an unknown key; the checkpoint's section names no method; or either config has
+        a method, algorithm, format or value that is unknown or not supported. The message has the key and the value. A
+        problem with a single module does not raise here, but when `QuantizationPlan.method` is asked for the module.
     """
     own, user = own_config(checkpoint_config), _read_user(user_config, "--quantization")
     kind, stored = ("", None) if own is None else _read_own(own)
@@ -54,7 +58,7 @@ def plan_quantization(
 
 
 def _read_own(own: Mapping[str, Any]) -> tuple[str, QuantizationPlan]:
-    """-> (the checkpoint's method, its plan)."""
+    """Returns (the checkpoint's quantization method, its plan)."""
     if "quant_method" in own or not isinstance(own.get("quantization"), str):
         return read_checkpoint_config(own)
     found = _read_user(own, "the checkpoint's quantization section")
@@ -101,7 +105,8 @@ def _mixed(user: Mapping[str, Any], stored: QuantizationPlan | None, source: str
         return config.experts
 
     dense, experts = method("dense_quant_type", "is_quantized"), method("moe_quant_type", "is_moe_quantized")
-    # The checkpoint's list says what its own quantization left out; it does not keep layers from being quantized now.
+    # The checkpoint's ignore list says which layers its own quantization left plain. It is not meant for dense layers
+    # that are quantized now, while they are loaded.
     ignore = config.ignore if config is not None and not dense.online else ()
     return QuantizationPlan(dense, experts, source, ignore, notes=notes)
 
@@ -110,7 +115,10 @@ def _mixed(user: Mapping[str, Any], stored: QuantizationPlan | None, source: str
 
 
 def _read_user(config: Mapping[str, Any] | str | None, where: str) -> dict[str, Any] | None:
-    """The user's config with all its keys; where: what to call it in errors."""
+    """Checks a config in the user's form and fills in the defaults of mix_quant; None if there is no config.
+
+    where: what error messages call the config.
+    """
     if config is None or config == "":
         return None
     if isinstance(config, str) and not config.lstrip().startswith(("{", "[", '"')):

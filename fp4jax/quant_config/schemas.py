@@ -1,7 +1,8 @@
-"""What a checkpoint's own config says about its quantization, as a plan.
+"""Reads the quantization config of a checkpoint into a plan.
 
-Three kinds of configs: ModelOpt's (hf_quant_config.json, or inside config.json), compressed-tensors' NVFP4, and
-block-wise FP8 as DeepSeek stores it. Every key that is known either acts or is refused at values that are not done.
+Three schemas are supported: ModelOpt's (in hf_quant_config.json or config.json), compressed-tensors' for NVFP4, and
+DeepSeek's for block-wise FP8. A value that would change how a model is loaded or runs, and is not supported, is
+refused. A note of the plan names the keys that are unknown.
 """
 
 import dataclasses
@@ -20,10 +21,10 @@ from fp4jax.quant_config.methods import (
 )
 
 BLOCK_SIZE = 16  # values per NVFP4 block scale
-FP8_BLOCK = (128, 128)
-_QUANT_ALGOS = {"NVFP4": "nvfp4", "W4A16_NVFP4": "bf16"}  # ModelOpt's name: what the activations are
-# Of single layers in a mixed checkpoint: ModelOpt's name -> group sizes that it may give. Whether scales are per block
-# or per tensor, the tensors say.
+FP8_BLOCK = (128, 128)  # rows and columns of a weight that share one FP8 scale
+_QUANT_ALGOS = {"NVFP4": "nvfp4", "W4A16_NVFP4": "bf16"}  # ModelOpt's name -> format of the activations
+# FP8 algorithms that a mixed checkpoint may name for a single layer: ModelOpt's name -> supported group sizes. Whether
+# the scales are per block or per tensor is read from the tensors, not from the name.
 _FP8_ALGOS = {
     "FP8": (None,),
     "FP8_PB_WO": (None, *FP8_BLOCK[:1]),
@@ -38,14 +39,18 @@ _CHECKPOINT_KEYS = {
     "fp8": {"quant_method", "fmt", "activation_scheme", "weight_block_size", "modules_to_not_convert",
             "ignored_layers", "scale_fmt"},
 }  # fmt: skip
-SECTIONS = ("quantization_config", "compression_config")  # the second is an older name of compressed-tensors
+SECTIONS = ("quantization_config", "compression_config")  # older versions of compressed-tensors wrote the second key
 
 
 def own_config(config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """The quantization section of a config.json or hf_quant_config.json, or the section itself; None: there is none.
+    """Returns the quantization section of a checkpoint's config, or None if the config has none.
+
+    Args:
+      config: the contents of config.json (the section may also be inside its `text_config`), of hf_quant_config.json,
+        or the section alone, which is returned as it is.
 
     Raises:
-      ValueError: the section is no object.
+      ValueError: the section is no JSON object.
     """
     if not config:
         return None
@@ -61,10 +66,12 @@ def own_config(config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
 
 
 def read_checkpoint_config(config: Mapping[str, Any]) -> tuple[str, QuantizationPlan]:
-    """-> ("modelopt_fp4", "compressed-tensors" or "fp8", what the config says).
+    """Reads a quantization section, and returns (the checkpoint's method, its plan).
+
+    The method is "modelopt_fp4", "compressed-tensors" or "fp8".
 
     Raises:
-      ValueError: for methods, algorithms, formats and values that are unknown or not supported.
+      ValueError: a method, algorithm, format or value is unknown or not supported.
     """
     readers = {
         "modelopt": _read_modelopt, "modelopt_fp4": _read_modelopt,
@@ -106,7 +113,7 @@ def _read_modelopt(config: Mapping[str, Any]) -> QuantizationPlan:
     groups = _groups(config, "modelopt")
     if algo is None and groups:
         return _of_groups(groups, ignore, notes)
-    if algo is None and notes:  # the cache alone is quantized
+    if algo is None and notes:  # the config quantizes the KV cache only
         return QuantizationPlan(ignore=ignore, notes=notes)
     if not isinstance(algo, str) or algo not in _QUANT_ALGOS:
         raise ValueError(f"quant_algo={algo!r} of the checkpoint is not supported; supported: MIXED_PRECISION, "
@@ -124,7 +131,10 @@ def _read_modelopt(config: Mapping[str, Any]) -> QuantizationPlan:
 
 
 def _modelopt_layer(name: str, entry: Any) -> Method | Refusal:
-    """One entry of quantized_layers; `dynamic` and `scale_fmt` are what `checkpoint.save_model` adds where needed."""
+    """Reads one entry of quantized_layers.
+
+    The keys `dynamic` (a scale per token) and `scale_fmt` are not ModelOpt's: `checkpoint.save_model` writes them.
+    """
     entry = entry if isinstance(entry, Mapping) else {"quant_algo": entry}
     algo, size = entry.get("quant_algo"), entry.get("group_size")
     if not isinstance(algo, str) or algo not in (*_QUANT_ALGOS, *_FP8_ALGOS):
@@ -178,13 +188,14 @@ def _read_fp8(config: Mapping[str, Any]) -> QuantizationPlan:
     return QuantizationPlan(scale_formats[scale_format], FP8_EXPERTS, ignore=ignore, notes=(note,))
 
 
-# --- config_groups, which ModelOpt and compressed-tensors have ---
+# --- config_groups, a key of both ModelOpt and compressed-tensors ---
 
 
 def _groups(config: Mapping[str, Any], stored: str) -> list[tuple[list[str], Method | Refusal]]:
-    """(targets, method) of every group; no targets stand for all linear layers.
+    """Returns (targets, method) of every group; an empty list of targets stands for all linear layers.
 
-    A group that is not supported is refused at once if it is for all layers, else when one of its targets is loaded.
+    An unsupported group raises at once if it is for all linear layers. Else it gives a Refusal, which raises when one
+    of the group's targets is loaded.
     """
     found: list[tuple[list[str], Method | Refusal]] = []
     groups = _object(config, "config_groups")
@@ -212,7 +223,7 @@ def _method_of_group(name: str, group: Mapping[str, Any], stored: str) -> Method
 
 
 def _check_scheme(where: str, scheme: Any, *, dynamic: tuple[Any, ...]) -> None:
-    """ValueError unless a scheme is NVFP4: floats of 4 bits, a scale for every 16 values, nothing reordered."""
+    """Raises ValueError unless a scheme is NVFP4: 4-bit floats with a scale for every 16 values, in stored order."""
     if not isinstance(scheme, Mapping) or (scheme.get("num_bits"), scheme.get("type")) != (4, "float"):
         raise ValueError(f"{where} is {scheme!r}, supported are floats of 4 bits")
     accepted = {
@@ -226,7 +237,7 @@ def _check_scheme(where: str, scheme: Any, *, dynamic: tuple[Any, ...]) -> None:
 
 
 def _targets(name: str, group: Mapping[str, Any]) -> list[str]:
-    """Names and patterns of the modules of a group; none for all linear layers."""
+    """Returns names and patterns of the modules of a group; an empty list stands for all linear layers."""
     targets = group.get("targets") or []
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
         raise ValueError(f"config_groups: {name}.targets={targets!r} must be a list of names")
@@ -256,7 +267,11 @@ def _of_groups(
 def _of_layers(
     layers: Mapping[str, Method | Refusal], ignore: tuple[str, ...], notes: tuple[str, ...]
 ) -> QuantizationPlan:
-    """A plan of single modules; experts that have no entry count as those that do, if these are all alike."""
+    """Returns a plan in which each module of `layers` has a method of its own.
+
+    Experts without an entry run like the experts with entries if all of those have one method, else they are bf16.
+    Other modules without an entry are bf16.
+    """
     experts = {method for name, method in layers.items() if ".experts" in name and isinstance(method, Method)}
     return QuantizationPlan(
         BF16, experts.pop() if len(experts) == 1 else BF16, ignore=ignore, layers=tuple(layers.items()), notes=notes
@@ -274,7 +289,7 @@ def _object(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def _patterns(config: Mapping[str, Any], *keys: str) -> tuple[str, ...]:
-    """The module names and patterns under all of the keys, each once."""
+    """Returns the module names and patterns that the config lists under any of the keys, without repetitions."""
     found: dict[str, None] = {}
     for key in keys:
         names = config.get(key) or []
@@ -285,7 +300,7 @@ def _patterns(config: Mapping[str, Any], *keys: str) -> tuple[str, ...]:
 
 
 def _expressions(key: str, names: Iterable[str]) -> tuple[str, ...]:
-    """The names, of which those after "re:" must be regular expressions."""
+    """Returns the names as a tuple; raises ValueError if a name begins with "re:" and the rest is no expression."""
     names = tuple(names)
     for name in names:
         try:

@@ -17,7 +17,7 @@ silu(-Inf) is NaN, not 0.
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,8 @@ from pallas_kernels.rows.quantize import (
 from pallas_kernels.simt import lane_math, lanes, launch, tuning
 from pallas_kernels.simt.formats import AMAX_DIVISOR, BLOCK_SIZE
 
-OUTPUTS = ("nvfp4", "nvfp4_as_bf16", "bf16")
+Output = Literal["nvfp4", "nvfp4_as_bf16", "bf16"]
+OUTPUTS: tuple[str, ...] = get_args(Output)
 # log2(e) = high + low with 16 significant bits in high.
 _LOG2E_HIGH = np.float32(np.round(np.log2(np.e) * 2**15) / 2**15)
 _LOW_LN2 = np.float32((np.log2(np.e) - float(_LOG2E_HIGH)) * np.log(2))

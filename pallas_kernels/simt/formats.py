@@ -4,6 +4,7 @@ Every other module, those of fp4jax too, takes these numbers from here.
 """
 
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -23,7 +24,8 @@ F32_TINY = np.float32(np.finfo(np.float32).tiny)  # 2^-126, the smallest normal 
 
 # Layouts of block scales: linear [.., M, S]; m_major [.., S, M]; swizzled, the tiles of 128 x 4 scales that Blackwell's
 # tensor cores read.
-SCALE_LAYOUTS = ("linear", "m_major", "swizzled")
+ScaleLayout = Literal["linear", "m_major", "swizzled"]
+SCALE_LAYOUTS: tuple[str, ...] = get_args(ScaleLayout)
 SWIZZLE_ROWS, SWIZZLE_COLUMNS = 128, 4  # of one tile, stored as [32, 4, 4]: row % 32, row // 32, column
 
 

@@ -174,7 +174,7 @@ def test_weight_only_stays_weight_only(make_folder, tmp_path_factory, kind):
     out = tmp_path_factory.mktemp("out")
     convert_folder(folder, out / "there", LAYOUT[OTHER[kind]])
     model = load_model(out / "there")[0]  # no warning: the config says what the tensors are
-    assert model.layers[0].mlp.settings.activation_format_1 == "bf16"
+    assert model.layers[0].mlp.config.activation_format_1 == "bf16"
     convert_folder(out / "there", out / "back", LAYOUT[kind])
     assert tensors_of(out / "back").keys() == tensors_of(folder).keys()
 

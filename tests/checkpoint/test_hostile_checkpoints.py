@@ -461,7 +461,7 @@ def test_layers_that_the_config_does_not_name_are_not_guessed(folder):
         assert any(p.startswith(layer) and "does not say what the activations are" in p for p in problems)
     edit_config(folder, quantization_config=two_kinds(EXPERTS[:-1], Q[:-1]))
     layer = load_model(folder)[0].layers[0]
-    assert layer.mlp.settings.activation_format_1 == "nvfp4" and layer.self_attn.q_proj.activation_format == "bf16"
+    assert layer.mlp.config.activation_format_1 == "nvfp4" and layer.self_attn.q_proj.activation_format == "bf16"
 
 
 def test_mixed_precision_whose_layers_stand_in_the_other_file(folder):
@@ -473,8 +473,8 @@ def test_mixed_precision_whose_layers_stand_in_the_other_file(folder):
     layers = dict.fromkeys((EXPERTS[:-1], Q[:-1]), "W4A16_NVFP4")
     file = {"quantization": {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}}
     (folder / "hf_quant_config.json").write_text(json.dumps(file))
-    assert load_model(folder)[0].layers[0].mlp.settings.activation_format_1 == "bf16"
+    assert load_model(folder)[0].layers[0].mlp.config.activation_format_1 == "bf16"
     (folder / "hf_quant_config.json").unlink()
     group = {"weights": GROUP["weights"], "input_activations": None, "targets": ["re:.*"]}
     edit_config(folder, quantization_config={**alone, "config_groups": {"g": group}})
-    assert load_model(folder)[0].layers[0].mlp.settings.activation_format_1 == "bf16"
+    assert load_model(folder)[0].layers[0].mlp.config.activation_format_1 == "bf16"

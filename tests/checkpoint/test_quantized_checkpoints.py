@@ -89,12 +89,12 @@ def test_activation_scales(make_folder, kind):
     with pytest.warns(UserWarning, match="are not as the config says"):  # the layers that are plain
         model, _ = load_model(folder)
     block = model.layers[0].mlp
-    assert block.settings.activation_format_1 == "nvfp4"
+    assert block.config.activation_format_1 == "nvfp4"
     assert float(block.input_scale_1[...]) == max(scale(e, name) for e in range(4) for name in ("gate", "up"))
     np.testing.assert_array_equal(np.ravel(block.input_scale_2[...]), [scale(e, "down") for e in range(4)])
     per_token, _ = load_model(folder, input_scales="per_token")
     assert per_token.layers[0].mlp.input_scale_1 is None
-    assert per_token.layers[0].mlp.settings.activation_format_1 == "nvfp4"
+    assert per_token.layers[0].mlp.config.activation_format_1 == "nvfp4"
 
 
 @pytest.mark.parametrize(("attention", "experts"), [("NVFP4", "W4A16_NVFP4"), ("W4A16_NVFP4", "NVFP4")])
@@ -107,7 +107,7 @@ def test_layers_of_a_mixed_checkpoint_keep_their_own_activations(make_folder, at
     layer = load_model(folder)[0].layers[0]
     formats = {"NVFP4": "nvfp4", "W4A16_NVFP4": "bf16"}
     assert layer.self_attn.q_proj.activation_format == formats[attention]
-    assert layer.mlp.settings.activation_format_1 == formats[experts]
+    assert layer.mlp.config.activation_format_1 == formats[experts]
     assert (layer.self_attn.q_proj.input_scale is not None) == (attention == "NVFP4")
     assert (layer.mlp.input_scale_1 is not None) == (experts == "NVFP4")
     x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 32)), jnp.bfloat16)
@@ -233,7 +233,7 @@ def test_the_command_line_of_the_serving_system(make_folder):
     layer, dense = model.layers
     assert isinstance(layer.self_attn.q_proj, BlockFP8Linear) and isinstance(dense.mlp.down_proj, BlockFP8Linear)
     assert isinstance(layer.mlp.gate, Linear) and isinstance(model.lm_head, Linear)
-    assert isinstance(layer.mlp.w13.get_value(), NVFP4Tensor) and layer.mlp.settings.activation_format_1 == "nvfp4"
+    assert isinstance(layer.mlp.w13.get_value(), NVFP4Tensor) and layer.mlp.config.activation_format_1 == "nvfp4"
     assert np.isfinite(np.asarray(model(jnp.arange(6, dtype=jnp.int32)[None]))).all()
 
 
@@ -244,7 +244,7 @@ def test_everything_quantized_while_loading(tmp_path):
     loaded, _ = load_model(tmp_path, quantization=USERS["online"])
     assert isinstance(loaded.layers[0].self_attn.q_proj, BlockFP8Linear)
     assert isinstance(loaded.layers[0].mlp.w13.get_value(), NVFP4Tensor)
-    assert loaded.layers[0].mlp.input_scale_1 is None and loaded.layers[0].mlp.settings.activation_format_1 == "nvfp4"
+    assert loaded.layers[0].mlp.input_scale_1 is None and loaded.layers[0].mlp.config.activation_format_1 == "nvfp4"
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.down_proj: K = 24 is no multiple of 16"):
         load_model(tmp_path, quantization="modelopt_fp4")
     save_model(*make_model(intermediate_size=32), tmp_path)
@@ -295,7 +295,7 @@ def test_the_file_of_modelopt_counts_without_a_section(make_folder):
     edit_config(folder, quantization_config=None)
     own = {"quant_algo": "W4A16_NVFP4", "exclude_modules": ["lm_head", "*self_attn*", "model.layers.1*", "*.gate"]}
     (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": own}))
-    assert load_model(folder)[0].layers[0].mlp.settings.activation_format_1 == "bf16"
+    assert load_model(folder)[0].layers[0].mlp.config.activation_format_1 == "bf16"
 
 
 @pytest.mark.parametrize(

@@ -51,8 +51,8 @@ def assert_same_model(first, second):
 
 def formats(block):
     """Of the activations of both GEMMs: as set, or as the scales say."""
-    settings = block.settings
-    given = settings.activation_format_1, settings.activation_format_2
+    config = block.config
+    given = config.activation_format_1, config.activation_format_2
     scales = block.input_scale_1, block.input_scale_2
     return [f or ("bf16" if scale is None else "nvfp4") for f, scale in zip(given, scales, strict=True)]
 
@@ -93,7 +93,7 @@ def test_a_scale_per_token_is_said_in_the_config(tmp_path, layout):
     quantize_experts(model)
     configure_experts(model, activation_format_1="nvfp4", activation_format_2="nvfp4")
     loaded = round_trip(model, config, tmp_path, layout)
-    assert loaded.layers[0].mlp.settings.activation_format_2 == "nvfp4"
+    assert loaded.layers[0].mlp.config.activation_format_2 == "nvfp4"
     assert "scale per token" in inspect_folder(tmp_path)["plan"]
 
 

@@ -8,8 +8,9 @@ import pytest
 from flax import nnx
 
 from experiments.harness.timing import count_compilations
+from fp4jax import MoEConfig
 from fp4jax.engine import BucketedModel
-from fp4jax.layers.moe_block import ExpertSettings, MoEBlock, RoutingConfig
+from fp4jax.layers import MoEBlock, RoutingConfig
 from fp4jax.models import Qwen3Moe, Qwen3MoeConfig, configure_experts, generate, quantize_experts
 
 CONFIG = Qwen3MoeConfig(
@@ -140,7 +141,7 @@ def test_free_places_of_a_batch_take_no_capacity(rng):
 
 def test_tokens_that_are_not_valid_take_no_capacity(rng):
     block = MoEBlock(32, 16, RoutingConfig(4, 2), dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
-    block.configure(ExpertSettings(layout="contiguous", capacity=4))  # of two tokens
+    block.configure(MoEConfig(4, layout="contiguous", capacity=4))  # of two tokens
     x = jnp.asarray(rng.standard_normal((6, 32)), jnp.float32)
     few, aux = block(x[4:])
     assert int(aux.dropped) == 0

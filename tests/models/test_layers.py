@@ -8,9 +8,9 @@ import pytest
 from flax import nnx
 from model_oracles import calc_diff, sigmoid, silu, swiglu
 
-from fp4jax import implementations, nvfp4
+from fp4jax import MoEConfig, implementations, nvfp4
 from fp4jax.grouped_gemm import PackedWeights
-from fp4jax.layers import ExpertSettings, Linear, MoEBlock, NVFP4Linear, RMSNorm, RoutingConfig
+from fp4jax.layers import Linear, MoEBlock, NVFP4Linear, RMSNorm, RoutingConfig
 from fp4jax.layers.attention import attention
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -210,7 +210,7 @@ def _block_reference(block, x, ids, weights):
 def test_moe_block_equals_the_reference(rng, parts, differentiable):
     """The router and the shared experts see the original x, also with latent projections."""
     block, x = make_block(**_PARTS[parts]), tokens(rng)
-    block.configure(ExpertSettings(differentiable=differentiable))
+    block.configure(MoEConfig(EXPERTS, differentiable=differentiable))
     ids, weights = model_oracles.topk_softmax(f64(x) @ f64(block.gate.weight[...]).T, 2, True)
     y, aux = run(block, x.reshape(2, -1, HIDDEN))
     expected = _block_reference(block, x, ids, weights)
@@ -234,7 +234,7 @@ def test_correction_bias_is_a_parameter(rng):
 def test_gradient_of_the_dense_path(rng):
     """Directional derivative against central differences of the float64 reference."""
     block, x = make_block(), tokens(rng, count=4)
-    block.configure(ExpertSettings(differentiable=True))
+    block.configure(MoEConfig(EXPERTS, differentiable=True))
     direction = rng.normal(size=block.w2.get_value().shape)
     grad = nnx.grad(lambda block: jnp.sum(block(x)[0] ** 2))(block)
     found = np.sum(f64(grad.w2.get_value()) * direction)
@@ -275,17 +275,17 @@ def test_experts_are_packed_where_the_kernel_will_run(rng, make_mesh, monkeypatc
     block.quantize_experts()
     x = tokens(rng, "bfloat16")
     mesh = None if devices is None else make_mesh(devices)
-    block.configure(ExpertSettings(mesh=mesh, implementation="xla"))
+    block.configure(MoEConfig(EXPERTS, implementation="xla"), mesh)
     expected, plain = run(block, x), block.w13.get_value()
     monkeypatch.setattr(implementations, "has_hopper_gpu", lambda: True)
-    block.configure(ExpertSettings(mesh=mesh))
+    block.configure(MoEConfig(EXPERTS), mesh)
     packed = block.w13.get_value()
     assert isinstance(packed, PackedWeights) and isinstance(block.w2.get_value(), PackedWeights)
     assert packed.words.sharding.is_equivalent_to(plain.qdata.sharding, 5)
     monkeypatch.setattr(implementations, "has_hopper_gpu", lambda: False)
     for a, b in zip(jax.tree.leaves(run(block, x)), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
-    block.configure(ExpertSettings(mesh=mesh, implementation="xla"))
+    block.configure(MoEConfig(EXPERTS, implementation="xla"), mesh)
     for a, b in zip(jax.tree.leaves(block.w13.get_value()), jax.tree.leaves(plain), strict=True):
         np.testing.assert_array_equal(np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8))
 
@@ -333,7 +333,7 @@ def test_broken_input_scales_are_refused_by_name(scales, message):
 def test_input_scales_can_be_removed(rng):
     block, x = make_block(), tokens(rng)
     block.quantize_experts()
-    block.configure(ExpertSettings(activation_format_1="nvfp4", activation_format_2="nvfp4"))
+    block.configure(MoEConfig(EXPERTS, activation_format_1="nvfp4", activation_format_2="nvfp4"))
     dynamic, _ = run(block, x)
     block.set_input_scales(*_GOOD)
     static, _ = run(block, x)
@@ -354,13 +354,14 @@ def test_per_slot_experts_give_the_same_bits_on_every_mesh(rng, make_mesh, stati
     for devices in (1, 2, 4):
         mesh = make_mesh(devices)
         block.configure(
-            ExpertSettings(
+            MoEConfig(
+                EXPERTS,
                 activation_format_1="nvfp4",
                 activation_format_2="nvfp4",
                 wire_format="nvfp4",
                 form="per_slot",
-                mesh=mesh,
-            )
+            ),
+            mesh,
         )
         found[devices], aux = block(x)  # eager: the router runs on one device
         assert int(aux.dropped) == 0
@@ -371,10 +372,10 @@ def test_per_slot_experts_give_the_same_bits_on_every_mesh(rng, make_mesh, stati
 def test_tokens_that_do_not_divide_and_drops_are_reported(rng, make_mesh):
     block, x = make_block(), tokens(rng, count=10)
     whole, _ = run(block, x)
-    block.configure(ExpertSettings(mesh=make_mesh(4)))
+    block.configure(MoEConfig(EXPERTS), make_mesh(4))
     y, aux = block(x)
     assert int(aux.dropped) == 0 and calc_diff(y, whole) < 1e-4  # the wire rounds float32 to bf16
-    block.configure(ExpertSettings(capacity=1))
+    block.configure(MoEConfig(EXPERTS, capacity=1))
     _, aux = run(block, x)
     logits = f64(x) @ f64(block.gate.weight[...]).T
     ids, _ = model_oracles.topk_softmax(logits, 2, True)
@@ -385,7 +386,7 @@ def test_what_fills_up_a_mesh_goes_to_no_expert(rng, make_mesh):
     """One token on 4 devices: every expert has a row for it, and none for what fills up the others."""
     block, x = make_block(), tokens(rng, count=1)
     whole, _ = block(x)
-    block.configure(ExpertSettings(mesh=make_mesh(4), wire_format="bf16", capacity=1))
+    block.configure(MoEConfig(EXPERTS, capacity=1), make_mesh(4))
     y, aux = block(x)
     assert y.shape == x.shape and int(aux.dropped) == 0
     assert calc_diff(y, whole) < 1e-4  # the wire rounds float32 to bf16
@@ -394,8 +395,9 @@ def test_what_fills_up_a_mesh_goes_to_no_expert(rng, make_mesh):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda mesh: make_block().configure(ExpertSettings(mesh=mesh(3))), "8 experts cannot be split over 3 devices"),
-        (lambda mesh: ExpertSettings(mesh=mesh(2, "x")), r"one axis 'ep', got \('x',\)"),
+        (lambda mesh: make_block().configure(MoEConfig(8), mesh(3)), "8 experts cannot be split over 3 devices"),
+        (lambda mesh: make_block().configure(MoEConfig(8), mesh(2, "x")), r"one axis 'ep', got \('x',\)"),
+        (lambda mesh: make_block().configure(MoEConfig(4)), "num_experts=4 for a block of 8 experts"),
         (lambda mesh: make_block(shared_gate=True), "shared_gate=True needs shared_intermediate_size"),
         (lambda mesh: RoutingConfig(8, 9), "top_k=9"),
     ],

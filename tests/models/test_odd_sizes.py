@@ -16,12 +16,12 @@ from tensor_files import read_tensors
 from test_layers import f64, run, tokens
 
 from cuda_lowering import kernels_in, struct
-from fp4jax import implementations, nvfp4
+from fp4jax import MoEConfig, implementations, nvfp4
 from fp4jax.checkpoint import load_model, save_model
 from fp4jax.checkpoint.inspect import inspect_folder
 from fp4jax.grouped_gemm import PackedWeights, grouped_gemm_swiglu, masked_grouped_gemm, pack_weights
 from fp4jax.grouped_gemm.packed_weights import arrange_experts, pad_experts, trim_experts
-from fp4jax.layers import ExpertSettings, MoEBlock, RoutingConfig
+from fp4jax.layers import MoEBlock, RoutingConfig
 from fp4jax.models import Qwen3Moe, configure_experts
 
 pytestmark = [
@@ -130,19 +130,19 @@ def test_padding_changes_no_bit(rng, make_mesh, monkeypatch, intermediate, devic
         activation_format_1=activations,
         activation_format_2=activations,
         layout=layout,
-        mesh=None if devices is None else make_mesh(devices),
     )
-    block.configure(ExpertSettings(implementation="xla", **settings))
+    mesh = None if devices is None else make_mesh(devices)
+    block.configure(MoEConfig(block.router_config.num_experts, implementation="xla", **settings), mesh)
     expected, plain = run(block, x), (block.w13.get_value(), block.w2.get_value())
     onto_hopper(monkeypatch)
-    block.configure(ExpertSettings(**settings))
+    block.configure(MoEConfig(block.router_config.num_experts, **settings), mesh)
     packed = block.w13.get_value()
     assert isinstance(packed, PackedWeights) and packed.shape[1] == 2 * (-(-intermediate // 64) * 64)
     assert packed.words.sharding.is_equivalent_to(plain[0].qdata.sharding, 5)
     onto_hopper(monkeypatch, False)
     for a, b in zip(jax.tree.leaves(run(block, x)), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
-    block.configure(ExpertSettings(implementation="xla", **settings))
+    block.configure(MoEConfig(block.router_config.num_experts, implementation="xla", **settings), mesh)
     for a, b in zip(
         jax.tree.leaves((block.w13.get_value(), block.w2.get_value())), jax.tree.leaves(plain), strict=True
     ):

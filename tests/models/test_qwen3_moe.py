@@ -13,10 +13,11 @@ from safetensors.numpy import load_file
 from small_models import QWEN3_MOE as CONFIG, make_qwen3_moe as make_model, sample_ids
 
 from configs import qwen3_30b_a3b
+from fp4jax import MoEConfig
 from fp4jax.checkpoint import load_model, save_model
 from fp4jax.checkpoint.match import model_params
 from fp4jax.checkpoint.names import tensor_slots
-from fp4jax.layers import ExpertSettings, MoEBlock
+from fp4jax.layers import MoEBlock
 from fp4jax.models import (
     Qwen3Moe,
     Qwen3MoeConfig,
@@ -305,9 +306,9 @@ def test_quantized_model_is_a_pytree_for_jit_and_state():
 
 def test_training_settings_refuse_what_they_cannot_do(make_mesh):
     with pytest.raises(ValueError, match="differentiable=True"):
-        ExpertSettings(differentiable=True, activation_format_1="nvfp4")
+        MoEConfig(8, differentiable=True, activation_format_1="nvfp4")
     with pytest.raises(ValueError, match="differentiable=True"):
-        ExpertSettings(differentiable=True, mesh=make_mesh(2))
+        configure_experts(make_model(), differentiable=True, mesh=make_mesh(2))
     model = make_model()
     quantize_experts(model)
     configure_experts(model, differentiable=True)

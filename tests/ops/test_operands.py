@@ -29,7 +29,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from fp4jax import *
 from fp4jax.block_fp8 import block_fp8_matmul, dequantize_blocks, quantize_blocks
 from fp4jax.expert_parallel import agree_global_scale
-from fp4jax.layers import expert_mesh
+from fp4jax.sharded_moe import expert_mesh
 from fp4jax.models import quantize_experts
 
 jax.config.update("jax_num_cpu_devices", 2)
@@ -88,8 +88,11 @@ WRONG = {
     "swiglu_quantize(x3, [4, 4], global_scale=1.0)": ("TypeError", "masked_m must be an array, got a list of 2"),
     "route([[1.0, 2.0]], top_k=1)": ("TypeError", "route: logits must be an array, got a list of 1", ASARRAY),
     "route(x[0], top_k=1)": ("ValueError", "route: logits must be [T, E], got (64,)"),
-    "permute_to_masked(rows, None, ids, num_experts=2, capacity=4)": (
-        "TypeError", "permute_to_masked: give x.qdata and x.block_scale", NVFP4,
+    "permute_to_masked(rows, rows.block_scale, ids, num_experts=2, capacity=4)": (
+        "ValueError", "permute_to_masked: scales and row_scale belong to an array x", NVFP4,
+    ),
+    "permute_to_contiguous(rows, None, ids, num_experts=2, scale_layout='m_major')": (
+        "ValueError", "permute_to_contiguous: the block scales of an NVFP4Tensor stay linear", "m_major",
     ),
     "permute_to_masked((x, x), None, ids, num_experts=2, capacity=4)": ("TypeError", "x must be an array, got a tuple"),
     "permute_to_masked(x3, None, ids, num_experts=2, capacity=4)": ("ValueError", "x must be [T, Hx]", "(2, 4, 64)"),
@@ -130,6 +133,20 @@ WRONG = {
     "MoEConfig(num_experts='2')": ("TypeError", "MoEConfig: num_experts must be an int, got a str"),
     "MoEConfig(num_experts=2, capacity=2.5)": ("TypeError", "MoEConfig: capacity must be an int, got a float"),
     "MoEConfig(num_experts=2, axis_name=('a', 'b'))": ("TypeError", "name of one mesh axis or None, got ('a', 'b')"),
+    "MoEConfig(2, implementation='triton')": ("ValueError", "implementation='triton' is unknown", "mosaic_gpu"),
+    "MoEConfig(2, axis_name='ep', differentiable=True)": ("ValueError", "differentiable=True runs on one device"),
+    "moe_layer(x, ids, weights, MoEWeights(q, q), MoEConfig(2, differentiable=True))": (
+        "ValueError", "differentiable=True needs plain expert weights", "w13",
+    ),
+    "prepare_experts([1.0], w2, w2)": ("TypeError", "prepare_experts: gate must be an array, got a list", ASARRAY),
+    "prepare_experts(w13, w2, w2)": ("ValueError", "gate and up must be [E, I, H] and down [E, H, I]", "(2, 128, 64)"),
+    "prepare_experts(w2, w2, w2, activation_format='fp4')": ("ValueError", "activation_format='fp4' is unknown"),
+    "sharded_moe_layer(x, ids, weights, experts, None, auto)": ("TypeError", "config must be of type MoEConfig, got N"),
+    "sharded_moe_layer(x, ids, weights, experts, MoEConfig(2, axis_name='data'), auto)": (
+        "ValueError", "sharded_moe_layer: axis_name must be None or 'ep', got 'data'",
+    ),
+    "sharded_moe_layer(x, ids, weights, experts, MoEConfig(3), auto)": ("ValueError", "3 experts cannot be split over"),
+    "sharded_moe_layer(x, ids, weights, experts, two, 'ep')": ("TypeError", "mesh must be of type Mesh, got a str"),
     # models
     "expert_mesh('ep')": ("TypeError", "mesh must be of type Mesh, got a str; `jax.make_mesh((devices,), ('ep',))`"),
     "quantize_experts(None, [[1, 2]])": ("TypeError", "quantize_experts: sample_ids must be an array, got a list of 1"),

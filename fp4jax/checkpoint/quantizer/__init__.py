@@ -1,1 +1,1 @@
-"""From a folder of plain weights to a quantized one, and from one layout to another."""
+"""Tools that write new checkpoints: quantizing a folder to NVFP4, and converting a folder to the other NVFP4 layout."""

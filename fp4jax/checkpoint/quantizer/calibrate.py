@@ -1,7 +1,8 @@
-"""Largest inputs of every linear layer and expert on sample text, one decoder layer in memory at a time.
+"""Measures the largest input (amax) of every linear layer and expert on sample text, for the activation scales.
 
-Every expert sees every token, so that rare ones are calibrated too; what goes on to the next layer is routed as usual.
-Between layers the hidden states of all sequences lie in a file, so that a run that was interrupted goes on from there.
+Only one decoder layer is in memory at a time. Every expert is measured on every token, so that experts which are rarely
+chosen are calibrated too; the hidden states for the next layer are computed with the usual routing. The hidden states
+of all sequences between two layers are in a file, so that an interrupted run resumes from there.
 """
 
 from functools import partial
@@ -20,13 +21,22 @@ from fp4jax.checkpoint.storage.tensor_file import part_of
 from fp4jax.layers import Linear, MoEBlock
 from fp4jax.layers.linear import largest
 
-_ROUTERS = ("gate", "shared_expert_gate")
+_ROUTERS = ("gate", "shared_expert_gate")  # names of the linear layers that are never quantized
 
-Amax = dict[str, np.ndarray]
+Amax = dict[str, np.ndarray]  # name of a linear layer inside its decoder layer -> largest magnitude of its input, f32
 
 
 def check_ids(config: Any, ids: np.ndarray) -> None:
-    """ValueError unless they are sequences [sequences, length] that the model knows."""
+    """Checks the token ids of the sample text.
+
+    Args:
+      config: the model's config.
+      ids: should be [sequences, length], with ids below the vocabulary's size.
+
+    Raises:
+      ValueError: the shape is another one, an id is outside of the vocabulary, or a sequence has more tokens than the
+        model has positions.
+    """
     if ids.ndim != 2 or ids.size == 0 or ids.min() < 0 or ids.max() >= config.vocab_size:
         raise ValueError(f"calibration needs ids [sequences, length] below {config.vocab_size}, got {ids}")
     if ids.shape[1] > config.max_position_embeddings:
@@ -34,41 +44,50 @@ def check_ids(config: Any, ids: np.ndarray) -> None:
 
 
 class HiddenStates:
-    """What goes into the decoder layers, [sequences, length, H] in the model's dtype, in files of a folder.
+    """The inputs of the decoder layers on the sample text, [sequences, length, H] each, kept in files of a folder.
 
-    ids: i32 [sequences, length].
+    Args:
+      match: the folder that is quantized, and its model.
+      ids: the token ids of the sample text, i32 [sequences, length].
+      folder: where the files are written, one per layer, with values in the model's dtype.
     """
 
     def __init__(self, match: Match, ids: np.ndarray, folder: Path):
         self._match, self._ids, self._folder = match, ids, folder
         self._dtype = np.dtype(jnp.dtype(match.config.dtype))
-        self._raw = np.dtype(f"u{self._dtype.itemsize}")  # numpy's files do not know bf16
+        self._raw = np.dtype(f"u{self._dtype.itemsize}")  # .npy files have no bf16, so that values are stored as bits
         self._shape = (*ids.shape, match.config.hidden_size)
 
     def embed(self) -> None:
-        """Make those of the first layer."""
+        """Writes the inputs of the first decoder layer: the embeddings of all tokens."""
         (source,) = (source for path, source in self._match.sources.items() if path == ("embed_tokens", "weight"))
         table = self._match.reader.read(source.tensors[0].name)
         self._write(0, lambda sequence: np.asarray(table[self._ids[sequence]]).astype(self._dtype))
 
     def run_layer(self, index: int, graphdef: Any, state: Any) -> Amax:
-        """Make those behind a layer from those before it; {module inside of the layer: largest input}, f32.
+        """Runs decoder layer `index`, writes the inputs of the next layer, and returns the largest inputs.
 
-        A block of experts is [E + 1] under its own name: the input of GEMM 1, and those of GEMM 2.
+        Args:
+          index: the index of the layer, whose inputs must have been written.
+          graphdef, state: the layer with its weights, from `layer_state`.
+
+        Returns:
+          {name of a linear layer inside the decoder layer: largest magnitude of its input}, f32. The experts are
+          "mlp.experts" with values [E + 1]: the largest input of GEMM 1, then that of GEMM 2 of each expert.
         """
         before, amax = self._open(index), {}
 
         def through_layer(sequence: int) -> np.ndarray:
             after, found = _run_layer(graphdef, state, jax.device_put(before[sequence].view(self._dtype)))
             for name, value in jax.device_get(found).items():
-                amax[name] = np.asarray(np.maximum(amax.get(name, np.float32(0)), value))  # keeps NaN
+                amax[name] = np.asarray(np.maximum(amax.get(name, np.float32(0)), value))  # a NaN stays NaN
             return np.asarray(after)
 
         self._write(index + 1, through_layer)
         return amax
 
     def forget(self, index: int) -> None:
-        """Those before a layer that is written."""
+        """Deletes the inputs of decoder layer `index`."""
         self._file(index).unlink(missing_ok=True)
 
     def _file(self, index: int) -> Path:
@@ -87,7 +106,14 @@ class HiddenStates:
 
 
 def layer_state(match: Match, layer: int) -> tuple[Any, Any]:
-    """A decoder layer with its weights, as (graphdef, state); layers of one kind have equal graphdefs."""
+    """Reads the weights of one decoder layer, and returns the layer as (graphdef, state).
+
+    Layers of the same structure have equal graphdefs, so that `run_layer` compiles once for all of them.
+
+    Args:
+      match: the folder, whose weights are all plain.
+      layer: the index of the layer.
+    """
     module = match.model.layers[layer]
     if isinstance(module.mlp, MoEBlock):
         module.mlp.path = "mlp"
@@ -101,13 +127,16 @@ def layer_state(match: Match, layer: int) -> tuple[Any, Any]:
 
 
 def linear_modules(module: nnx.Module) -> dict[ParamPath, Linear]:
-    """Linear layers of a decoder layer that may be quantized: all but routers and gates."""
+    """Returns {path: linear layer} of a decoder layer's linear layers that may be quantized: all but routers and gates.
+
+    Experts are no linear layers in the model, and so are not included.
+    """
     found: list[tuple[Any, Any]] = list(nnx.iter_graph(module))
     return {path: node for path, node in found if isinstance(node, Linear) and path[-1] not in _ROUTERS}
 
 
 class _Watched:
-    """A linear layer that remembers the largest input of its one call."""
+    """Wraps a linear layer that is called once, and keeps the largest magnitude of its input."""
 
     def __init__(self, linear: Linear):
         self.linear = linear
@@ -118,10 +147,11 @@ class _Watched:
         return self.linear(x)
 
 
-# A choice of algorithms by timing them would differ from process to process, and a run that goes on from another one.
+# XLA must not choose algorithms by timing them: the choice can differ between processes, and a resumed run would then
+# give other bytes than an uninterrupted one.
 @partial(jax.jit, static_argnums=0, compiler_options={"xla_gpu_deterministic_ops": True})
 def _run_layer(graphdef: Any, state: Any, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """x [length, H]."""
+    """Runs a decoder layer on one sequence x [length, H], and returns its output and the largest inputs by name."""
     layer = nnx.merge(graphdef, state)
     watched = {path: _Watched(linear) for path, linear in linear_modules(layer).items()}
     for path, one in watched.items():

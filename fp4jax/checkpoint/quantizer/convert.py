@@ -1,8 +1,10 @@
-"""An NVFP4 folder in the other layout: names and configs change, codes and block scales are copied byte for byte.
+"""Converts an NVFP4 folder to the other layout: ModelOpt's to compressed-tensors', or back.
 
-Global scales become their reciprocals, and 1 / (1 / x) is not always x: where it is not, the file's metadata keep the
-bytes of x, so that converting back gives every tensor as it was. Likewise what the config said, where it would not
-come back by itself. What was changed since is not taken from there.
+Tensor names and configs change; codes and block scales are copied byte for byte. Global scales and input scales become
+their reciprocals. Since 1 / (1 / x) is not always x in f32, the metadata of the file keeps the bytes of x where it
+differs, so that converting back restores every tensor exactly. The metadata of the first file also keeps the source's
+config where converting back would not reproduce it. If a tensor or the config was changed in between, the kept value
+is not used.
 """
 
 import json
@@ -32,17 +34,25 @@ from fp4jax.checkpoint.storage.reader import INDEX_NAME, Reader
 from fp4jax.checkpoint.storage.tensor_file import header_bytes, part_of, publish, read_header
 from fp4jax.quant_config.schemas import own_config
 
-_COPY_BYTES = 1 << 24
+_COPY_BYTES = 1 << 24  # 16 MiB per read: little memory, and few system calls for files of gigabytes
 
 
 def convert_folder(source: str | os.PathLike, output: str | os.PathLike, layout: Layout) -> None:
-    """An NVFP4 folder in `layout`, which is the other one than it has; files keep their names and the order of tensors.
+    """Writes an NVFP4 folder in the other layout to a new folder.
 
-    Files are streamed. The same call again goes on where one was stopped.
+    The files keep their names and their order of tensors. They are copied in pieces of 16 MiB, so that little memory is
+    needed. If a call is stopped, the same call resumes it and skips the files that are complete.
+
+    Args:
+      source: the folder to convert.
+      output: the folder to write.
+      layout: the layout to write; the source must have the other one.
 
     Raises:
-      FileNotFoundError, ValueError: a source that is not NVFP4, has this layout already, both, or layers in another
-        format; scales without a finite reciprocal; an output folder with anything else in it. With file and tensor.
+      FileNotFoundError: a file of the source is missing.
+      ValueError: the source has no NVFP4 layers, has this layout already, has both layouts, has layers in another
+        quantized format, or has a scale without a finite reciprocal; or `begin` refuses the output folder. The message
+        names the file and the tensor.
     """
     source, output = Path(source), Path(output)
     reader = Reader(source)
@@ -95,10 +105,13 @@ def _nvfp4_modules(reader: Reader, layout: Layout) -> list[str]:
 
 
 def _configs(reader: Reader, old: Layout, new: Layout, modules: list[str]) -> tuple[Described, dict[str, Any] | None]:
-    """What the output's configs say, and what of the source's to keep for converting back."""
+    """Returns (the configs of the output, the configs of the source to keep in metadata).
+
+    The second value is None if converting the output back reproduces the configs of the source.
+    """
     folder = reader.folder
     file = folder / QUANT_CONFIG_NAME
-    section = own_config(read_json(folder / CONFIG_NAME))  # wherever it stands, as for loading
+    section = own_config(read_json(folder / CONFIG_NAME))  # finds the section where the loader finds it
     found = Described(
         None if section is None else dict(section),
         json.loads(file.read_text()) if old == "modelopt" and file.is_file() else None,
@@ -126,7 +139,18 @@ def _convert_file(
     layout: Layout,
     config: dict[str, Any] | None,
 ) -> None:
-    """The data stay where they are in the file; only scales are written anew, each in its own four bytes."""
+    """Copies one safetensors file with renamed tensors and converted scales.
+
+    The data of every tensor keeps its place after the header, since a scale and its reciprocal both have four bytes.
+
+    Args:
+      source: the file to read.
+      output: the file to write.
+      renamed: {name in the source: name in the output}; other tensors keep their names.
+      scales: names in the source of the tensors that become reciprocals.
+      layout: the layout of the output.
+      config: the source's configs to keep in the metadata of this file, or None.
+    """
     entries, metadata, start = read_header(source)
     before = kept_in(metadata).get("scales", {})
     converted, changed, kept = {}, {}, {}
@@ -161,7 +185,11 @@ def _convert_file(
 
 
 def _reciprocal(file: Path, name: str, value: bytes) -> bytes:
-    """Of a little-endian f32."""
+    """Returns the reciprocal of a little-endian f32, both as four bytes.
+
+    Raises:
+      ValueError: the value or its reciprocal is not positive and finite.
+    """
     scale = np.frombuffer(value, "<f4")
     found = reciprocal(scale)
     if not (np.isfinite(scale) & (scale > 0) & np.isfinite(found) & (found > 0)).all():

@@ -1,7 +1,8 @@
-"""A plain folder quantized to NVFP4, layer by layer: each layer becomes a file, and a run that was stopped goes on.
+"""Quantizes a folder of plain weights to NVFP4, layer by layer, and writes the result as a new folder.
 
-Weights are rounded as the tool whose layout is written rounds them (`nvfp4.quantize`'s dialects), in the type that the
-config names. Activation scales come from sample text, see `calibrate`.
+Each decoder layer becomes one file, so that a run that was stopped can be resumed. Weights are first cast to the type
+that the config names, then rounded like the tool whose layout is written does (`dialect` of `nvfp4.quantize`).
+Activation scales are calibrated on sample text; see the module `calibrate`.
 """
 
 import dataclasses
@@ -29,6 +30,7 @@ from fp4jax.checkpoint.storage.tensor_file import Spec, TensorFile, read_header
 from fp4jax.layers.linear import largest
 from pallas_kernels.simt.formats import AMAX_DIVISOR, AMAX_DIVISOR_FOUR_OVER_SIX
 
+# Serving systems concatenate these projections and multiply them in one GEMM: projection -> name of the GEMM.
 _MULTIPLIED_AS_ONE = {
     "gate_proj": "gate_up", "up_proj": "gate_up", "q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv",
     "q_a_proj": "qkv_a", "kv_a_proj_with_mqa": "qkv_a",
@@ -37,12 +39,15 @@ _MULTIPLIED_AS_ONE = {
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How a folder is quantized.
+    """The choices of `quantize_folder`.
 
-    shared_scales: projections that serving systems multiply as one (gate and up; q, k and v; the first ones of latent
-    attention) get one global scale, of the largest amax, as systems that know only one per product expect.
-    four_over_six: see `nvfp4.quantize`. quantize_dense: also attention, dense MLPs and shared experts; embeddings,
-    routers, norms and the head never are.
+    layout: the layout to write, "modelopt" or "compressed_tensors".
+    shared_scales: whether projections that serving systems multiply in one GEMM (gate and up; q, k and v; the first
+      projections of latent attention) share one global scale, from their largest amax. Systems that support only one
+      global scale per GEMM need this.
+    four_over_six: as in `nvfp4.quantize`; weights are then rounded in the dialect "exact".
+    quantize_dense: whether attention, dense MLPs and shared experts are quantized too, not only the routed experts.
+      Embeddings, routers, norms and the head are never quantized.
     """
 
     layout: Layout = "modelopt"
@@ -52,7 +57,11 @@ class Recipe:
 
 
 class _Module(NamedTuple):
-    """A linear layer to quantize: `rows` from `start` on of a parameter, of expert `expert` where it has experts."""
+    """A linear layer to quantize, [rows, k], and its place in a parameter of the model.
+
+    name: the layer's name in the folder. path: the parameter. expert: the index of the expert, None if the parameter
+    has no experts. start: the first of the layer's rows in the parameter (of that expert).
+    """
 
     name: str
     path: ParamPath
@@ -62,7 +71,7 @@ class _Module(NamedTuple):
     k: int
 
     def specs(self, layout: Layout) -> dict[str, Spec]:
-        """Its tensors in the folder."""
+        """Returns {name: spec} of the layer's tensors in the output folder."""
         scalar = Spec("F32", SCALE_SHAPES[layout])
         made = (
             Spec("U8", (self.rows, self.k // 2)),
@@ -76,16 +85,24 @@ class _Module(NamedTuple):
 def quantize_folder(
     source: str | os.PathLike, output: str | os.PathLike, ids: np.ndarray, recipe: Recipe = Recipe()
 ) -> None:
-    """NVFP4 in `output` of a plain folder; ids i32 [sequences, length] are the sample text for activation scales.
+    """Quantizes a folder of plain weights to NVFP4.
 
-    The output has one file per decoder layer and one for the rest, an index, the config and every file of the source
-    that is no weight. The same call again goes on where one was stopped, to the same bytes. Memory: one layer, and a
-    sequence; the hidden states of all sequences are in a file of the output folder until it is finished.
+    The output has one file per decoder layer, one file for all other weights, an index, the configs, and every file of
+    the source that is no weight. If a call is stopped, the same call resumes it, and the result has the same bytes as
+    that of an uninterrupted call. It needs memory for one decoder layer and the hidden states of one sequence; the
+    hidden states of all sequences are in files of the output folder until it is finished.
+
+    Args:
+      source: the folder of plain weights.
+      output: the folder to write.
+      ids: the token ids of the sample text that calibrates activation scales, integers [sequences, length].
+      recipe: the choices of how to quantize.
 
     Raises:
-      FileNotFoundError, ValueError: a source that `load_model` would refuse or that is not plain, ids that the model
-        does not know, an output folder with anything else in it or begun otherwise, K no multiple of 16, weights or
-        activations that are not finite; naming file, tensor or setting.
+      FileNotFoundError: a file of the source is missing.
+      ValueError: `load_model` would refuse the source, or it is quantized already; the sample text does not fit the
+        model; the output folder holds something else, or was begun with other settings; K of a layer is no multiple of
+        16; or weights or activations are not finite. The message names the file, the tensor or the setting.
     """
     source, output = Path(source), Path(output)
     match = match_folder(source)
@@ -95,7 +112,8 @@ def quantize_folder(
     ids = np.asarray(ids, np.int32)
     check_ids(match.config, ids)
     digest = f"{ids.shape} ids, sha256 {hashlib.sha256(ids.tobytes()).hexdigest()}"
-    # Other machines and versions round activations otherwise: the bytes would be those of neither.
+    # Other devices and JAX versions round activations differently. A run that they resumed would mix both results, so
+    # that they are part of the settings, which `begin` compares.
     place = f"jax {jax.__version__} on {jax.devices()[0].device_kind}"
     work = begin(source, output, {**dataclasses.asdict(recipe), "calibration": digest, "computed by": place})
 
@@ -126,13 +144,17 @@ def _check_plain(match: Match) -> None:
         if source.stored != "bf16":
             name = source.tensors[0].name
             raise ValueError(f"{match.reader.file_of(name)}: {name} is quantized already ({source.stored})")
-    for name in sorted(match.reader.names()):  # tensors that the model does not know are copied too
+    for name in sorted(match.reader.names()):  # also tensors that the model does not use, since they are copied
         if (dtype := match.reader.dtype(name)) not in DTYPES:
             raise ValueError(f"{match.reader.file_of(name)}: tensor {name} has type {dtype}, which is not supported")
 
 
 def _targets(match: Match, path: ParamPath, recipe: Recipe) -> list[_Module]:
-    """The linear layers of a parameter that become NVFP4."""
+    """Returns the linear layers of a parameter that become NVFP4; an empty list if it stays plain.
+
+    Raises:
+      ValueError: K of a layer is no multiple of 16.
+    """
     shape = at(match.model, path).get_value().shape
     if stacked_name(path) is not None:
         modules = [
@@ -150,7 +172,7 @@ def _targets(match: Match, path: ParamPath, recipe: Recipe) -> list[_Module]:
 
 
 def _groups(modules: list[_Module], shared: bool) -> Iterator[list[_Module]]:
-    """Modules with one global scale for all."""
+    """Yields groups of modules whose weights share a global scale; shared: see `Recipe.shared_scales`."""
     groups: dict[str, list[_Module]] = {}
     for module in modules:
         parent, _, last = module.name.rpartition(".")
@@ -167,7 +189,10 @@ def _of_layer(match: Match, layer: int) -> list[ParamPath]:
 
 
 def _rest(match: Match, made: set[str]) -> list[str]:
-    """Tensors of no decoder layer: embeddings, norm, head, and what the model does not know, unless it is made anew."""
+    """Returns the names of all tensors that belong to no decoder layer and are not among those made by quantizing.
+
+    These are embeddings, norm, head, and the tensors of the source that the model does not use.
+    """
     in_layers = {t.name for path, source in match.sources.items() if path[0] == "layers" for t in source.tensors}
     return sorted(match.reader.names() - in_layers - made)
 
@@ -229,7 +254,17 @@ def _write_weights(out: TensorFile, group: list[_Module], weights: list[jax.Arra
 
 @partial(jax.jit, static_argnames=("places", "dialect", "four_over_six"))
 def _quantize(weights, experts, *, places, dialect, four_over_six) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Rows of one or several weights [N, K] or [E, N, K] with one global scale -> codes, block scales and amax."""
+    """Quantizes rows of one or several weights with one common global scale.
+
+    Args:
+      weights: arrays [N, K] or [E, N, K].
+      experts: for each weight, the index of the expert to take, i32 []; it has no effect for [N, K].
+      places: for each weight, (first row, number of rows) to take.
+      dialect, four_over_six: as in `nvfp4.quantize`.
+
+    Returns:
+      (codes, block scales, amax) of the rows of all weights, concatenated.
+    """
     parts = []
     for weight, expert, (start, rows) in zip(weights, experts, places, strict=True):
         whole = weight if weight.ndim == 2 else jax.lax.dynamic_index_in_dim(weight, expert, keepdims=False)
@@ -239,7 +274,7 @@ def _quantize(weights, experts, *, places, dialect, four_over_six) -> tuple[jax.
     return quantized.qdata, quantized.block_scale, largest(w)
 
 
-# --- numbers ---
+# --- scales ---
 
 
 def _input_amax(module: _Module, amax: Amax) -> Any:
@@ -250,7 +285,20 @@ def _input_amax(module: _Module, amax: Amax) -> Any:
 
 
 def _scale(what: str, amax: Any, divisor: float, layout: Layout) -> np.ndarray:
-    """amax (f32) / divisor or its reciprocal, as `nvfp4.quantize` computes them: 1 for zeros, within its range."""
+    """Returns the global scale of an amax as `layout` stores it, in the same arithmetic as `nvfp4.quantize`.
+
+    It is amax / divisor for ModelOpt, and divisor / amax for compressed-tensors, clipped to the range of global scales.
+    It is 1 if the amax is 0 or subnormal.
+
+    Args:
+      what: the name of the values in messages.
+      amax: the largest magnitude of the values, f32.
+      divisor: the amax that a global scale of 1 stands for.
+      layout: the layout that is written.
+
+    Raises:
+      ValueError: the amax is NaN or infinite.
+    """
     if not np.isfinite(amax):
         raise ValueError(f"{what} has {amax}: only finite numbers can be quantized")
     scale = np.float32(1)

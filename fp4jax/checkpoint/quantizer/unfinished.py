@@ -1,4 +1,8 @@
-"""A folder that is written in several runs: which run began it, and how it is finished."""
+"""Output folders that may be written in several runs: starting or resuming one, and finishing it.
+
+An unfinished folder has a hidden folder inside with the settings that it was begun with. A later run resumes it only
+with the same settings and an unchanged source.
+"""
 
 import itertools
 import json
@@ -19,7 +23,17 @@ _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpac
 
 
 def begin(source: Path, output: Path, settings: Mapping[str, Any]) -> Path:
-    """A hidden folder in `output` for what a later run needs; ValueError where it cannot go on with what is there."""
+    """Starts an output folder, or resumes an unfinished one, and returns the hidden folder inside for working files.
+
+    Args:
+      source: the folder that is read.
+      output: the folder that is written, created if it does not exist.
+      settings: everything that the written bytes depend on, by name; the values can be written as JSON.
+
+    Raises:
+      ValueError: `output` is the source, is a file, holds something else than an unfinished run, or was begun with
+        other settings or another source; the message names the setting.
+    """
     if source.resolve() == output.resolve():
         raise ValueError(f"{output} is the folder that is read; write to another one")
     wanted = {**settings, **{f"source file {name}": kind for name, kind in _fingerprint(source).items()}}
@@ -48,7 +62,17 @@ def finish(
     described: Described,
     index: Mapping[str, Any] | None,
 ) -> None:
-    """Files that are no weights, then the index and config.json, without which nobody takes the folder for a model."""
+    """Finishes an output folder whose weight files are written: adds all other files and removes the hidden folder.
+
+    It copies the source's other files, such as the tokenizer's, and writes hf_quant_config.json (if the layout has it),
+    the index and config.json. config.json comes last: no loader takes a folder without it for a model.
+
+    Args:
+      source: the folder that was read.
+      output: the folder that is written.
+      described: the quantization configs of the output.
+      index: the contents of model.safetensors.index.json; None: the output has a single weight file.
+    """
     for path in sorted(source.iterdir()):
         apart = path.name in (CONFIG_NAME, QUANT_CONFIG_NAME, INDEX_NAME) or path.suffix in _WEIGHT_FILES
         if path.is_file() and not apart and not path.name.startswith("."):
@@ -61,7 +85,7 @@ def finish(
     inner = config.get("text_config")
     for place, key in itertools.product((config, inner if isinstance(inner, dict) else {}), SECTIONS):
         if place is not config or key != "quantization_config":
-            place.pop(key, None)  # what it says is of the source
+            place.pop(key, None)  # it describes the quantization of the source
     config["quantization_config"] = described.section
     if described.section is None:
         del config["quantization_config"]
@@ -70,12 +94,12 @@ def finish(
 
 
 def as_json(values: Any) -> str:
-    """As other tools write it."""
+    """Returns JSON text in the form that Hugging Face tools write: indented by two, with a newline at the end."""
     return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Names of the safetensors files that make up a folder."""
+    """Returns the names of the safetensors files of a folder: those in its index, or model.safetensors."""
     index = folder / INDEX_NAME
     return sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else [WEIGHTS_NAME]
 

@@ -1,1 +1,1 @@
-"""Tensors in the files of a checkpoint: read, laid out as stored, written."""
+"""The files of a checkpoint: reading and writing safetensors, and the layouts in which weights are stored there."""

@@ -1,8 +1,9 @@
-"""Global scales whose reciprocal is another number: what the metadata of a file keep of them.
+"""Keeps exact global scales in a file's metadata where the stored reciprocals would lose a bit.
 
-compressed-tensors stores the reciprocals of the scales that ModelOpt stores, and 1 / (1 / x) is not always x. Where it
-is not, the metadata of a file keep the bytes of x under the name of the tensor that holds 1 / x. A tensor that was
-changed since counts as it is: x is taken only while the tensor still holds its reciprocal.
+ModelOpt stores a global scale x to multiply with, and compressed-tensors stores its reciprocal 1 / x. In f32,
+1 / (1 / x) is not always x. Where it differs, the metadata of the safetensors file keeps the bytes of x under the name
+of the tensor that holds 1 / x. A reader uses the kept x only while the tensor still holds exactly 1 / x: if another
+tool has changed the tensor since, the entry is stale and the tensor's own value counts.
 """
 
 import json
@@ -11,22 +12,34 @@ from typing import Any
 
 import numpy as np
 
-KEY = "fp4jax.original"  # of a file's metadata
+KEY = "fp4jax.original"  # the metadata entry, whose value is JSON text
 
 
 def kept_in(metadata: Mapping[str, str] | None) -> dict[str, Any]:
-    """What the metadata of a file keep: "scales", {tensor: [the four bytes of x in hex, shape of x]}, and "config"."""
+    """Returns what this project keeps in the metadata of a safetensors file; an empty dict if there is nothing.
+
+    The keys are "scales", {tensor name: [the four bytes of x in hex, the shape of x]}, and "config", the fields of the
+    `Described` of the folder that this one was converted from. Both are optional.
+    """
     return json.loads((metadata or {}).get(KEY, "{}"))
 
 
 def reciprocal(values: np.ndarray) -> np.ndarray:
-    """1 / x in f32 without a warning; the caller checks what comes of 0 and of NaN."""
+    """Returns 1 / x in f32 without NumPy's warnings; 0 and NaN give infinity and NaN, which the caller checks."""
     with np.errstate(all="ignore"):
         return np.float32(1) / values.astype(np.float32)
 
 
 def original(kept: list[Any] | None, values: np.ndarray) -> np.ndarray | None:
-    """The scale x, in the shape of `values`, that an entry keeps of a tensor with these values; None if it is stale."""
+    """Returns the exact scale x that the metadata keeps for a tensor, or None if there is none or it is stale.
+
+    Args:
+      kept: the tensor's entry in "scales" of `kept_in`, None if it has none.
+      values: the tensor's values, f32, which should be [1 / x].
+
+    Returns:
+      x in the shape of `values`, f32.
+    """
     if kept is None or values.size != 1:
         return None
     found = np.frombuffer(bytes.fromhex(kept[0]), "<f4")

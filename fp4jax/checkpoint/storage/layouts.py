@@ -1,7 +1,8 @@
-"""The two layouts of NVFP4 folders: names of tensors, direction of scales, and what their configs say.
+"""The two layouts of NVFP4 checkpoints, ModelOpt's and compressed-tensors': tensor names, scales and configs.
 
-ModelOpt keeps scales to multiply with, shape [], and describes the folder in config.json and hf_quant_config.json;
-compressed-tensors keeps their reciprocals, shape [1], and describes it in config.json.
+ModelOpt stores global scales to multiply with (decode direction), of shape [], and describes the folder in config.json
+and hf_quant_config.json. compressed-tensors stores the reciprocals, of shape [1], and describes the folder in
+config.json only.
 """
 
 import re
@@ -16,7 +17,7 @@ Layout = Literal["modelopt", "compressed_tensors"]
 
 
 class Names(NamedTuple):
-    """Ends of the names of a layer's tensors."""
+    """The last parts of the names of an NVFP4 linear layer's tensors; the layer's name and a dot come before them."""
 
     codes: str
     block_scale: str
@@ -35,16 +36,22 @@ _FLOAT8 = {"num_bits": 8, "type": "float", "dynamic": False}
 
 
 class Described(NamedTuple):
-    """What a folder says of its quantization: `quantization_config` of config.json, and hf_quant_config.json."""
+    """The quantization configs of a folder.
+
+    section: the `quantization_config` in config.json, None if there is none. file: the contents of
+    hf_quant_config.json, None if there is no such file.
+    """
 
     section: dict[str, Any] | None
     file: dict[str, Any] | None
 
 
 class Traits(NamedTuple):
-    """activations: of all NVFP4 layers, "nvfp4" or "bf16". fp8_cache: whether an FP8 cache is suggested.
+    """What the config of a folder says beyond the names of its layers, and both layouts can express.
 
-    per_token: NVFP4 activations have no scale in the folder, each token gets its own.
+    activations: the format of the inputs of all NVFP4 layers, "nvfp4" or "bf16". fp8_cache: whether the config suggests
+    a KV cache in FP8. per_token: whether each token's NVFP4 activations get a scale of their own at run time, rather
+    than the scale that the folder stores.
     """
 
     activations: str
@@ -53,10 +60,11 @@ class Traits(NamedTuple):
 
 
 def layout_of(reader: Reader) -> Layout | None:
-    """Of a folder's NVFP4 layers; None where it has none.
+    """Returns the layout of a folder's NVFP4 layers, or None if the folder has no NVFP4 layers.
 
     Raises:
-      ValueError: both layouts in one folder, or experts that are stacked in one tensor, which cannot be converted.
+      ValueError: the folder has layers in both layouts, or it stacks all experts of a layer in one tensor, which
+        `convert_folder` does not support.
     """
     if stacked := [name for name in reader.names() if name.endswith("_proj_weight_scale_2")]:
         raise ValueError(f"{reader.folder} has stacked NVFP4 experts ({min(stacked)}), which are loaded but not "
@@ -69,14 +77,22 @@ def layout_of(reader: Reader) -> Layout | None:
 
 
 def plain_modules(shapes: Mapping[str, tuple[int, ...]], quantized: Iterable[str]) -> list[str]:
-    """Linear layers that stay plain, of {tensor: shape}: what a config must exclude. The head always is one."""
+    """Returns the names of the linear layers that are not quantized, sorted: a config lists them as ignored.
+
+    Args:
+      shapes: {tensor name: shape} of a folder. A linear layer is a matrix whose name ends with ".weight" and whose
+        module is no embedding.
+      quantized: names of the quantized linear layers.
+
+    The head is always in the result, even if it has no tensor because it is tied to the embedding.
+    """
     matrices = (name.removesuffix(".weight") for name, s in shapes.items() if name.endswith(".weight") and len(s) == 2)
     found = {name for name in matrices if "embed" not in name.rsplit(".", 1)[-1]} - set(quantized)
     return sorted(found if any(name.endswith("lm_head") for name in found) else {*found, "lm_head"})
 
 
 def describe(layout: Layout, plain: list[str], traits: Traits) -> Described:
-    """The configs of a folder whose linear layers are NVFP4 except for `plain`."""
+    """Returns the configs of a folder whose linear layers are all NVFP4, except for those named in `plain`."""
     quantized_inputs = traits.activations == "nvfp4"
     if layout == "compressed_tensors":
         kind = {**_FLOAT4, "strategy": "tensor_group", "symmetric": True}
@@ -116,16 +132,17 @@ def describe(layout: Layout, plain: list[str], traits: Traits) -> Described:
     }
     if traits.fp8_cache:
         section["kv_cache_scheme"] = _FLOAT8
-    if traits.per_token:  # only groups can say so
+    if traits.per_token:  # hf_quant_config.json has no other key that says so
         quantization["config_groups"] = section["config_groups"]
     return Described(section, {"producer": _PRODUCER, "quantization": quantization})
 
 
 def traits_of(described: Described) -> Traits:
-    """What must be said in the other layout too.
+    """Reads from the configs of a folder what the configs of the other layout must say too.
 
     Raises:
-      ValueError: no config, one that cannot be read, layers that differ in their activations, other caches than FP8.
+      ValueError: there is no config, or it cannot be read; NVFP4 layers differ in their activations; or the config
+        suggests a KV cache in another format than FP8.
     """
     whole = own_config({"quantization_config": described.section}) or own_config(described.file)
     if whole is None:
@@ -146,16 +163,22 @@ def traits_of(described: Described) -> Traits:
     return Traits(activations, any(caches), input_scales == "per_token")
 
 
-# --- folders whose layers differ ---
+# --- configs of folders whose layers have different formats ---
 
 
 def describe_methods(layout: Layout, methods: Mapping[str, Method]) -> Described:
-    """The configs of a folder with these linear layers, {name: what it is}; `describe` where all NVFP4 ones are alike.
+    """Returns the configs of a folder whose linear layers have different formats.
 
-    Experts of a layer that are alike are named as one.
+    Args:
+      layout: the layout of the NVFP4 layers.
+      methods: {name of a linear layer: its method}, for all linear layers of the model.
+
+    If all quantized layers share one NVFP4 method, the result is that of `describe`. Experts of a layer that share a
+    method get one entry together.
 
     Raises:
-      ValueError: compressed-tensors with layers in FP8, which its NVFP4 format does not have.
+      ValueError: the layout is compressed_tensors, and the folder has FP8 layers beside quantized layers of another
+        kind, which the NVFP4 format of compressed-tensors cannot express.
     """
     methods = _with_experts_as_one(methods)
     plain = sorted(name for name, method in methods.items() if method.format == "bf16")
@@ -179,6 +202,7 @@ def describe_methods(layout: Layout, methods: Mapping[str, Method]) -> Described
     return Described(section, {"producer": _PRODUCER, "quantization": file})
 
 
+# Method of a layer -> its entry in quantized_layers of ModelOpt's MIXED_PRECISION.
 _ALGORITHMS = {
     Method("nvfp4", "modelopt", "nvfp4"): {"quant_algo": "NVFP4", "group_size": BLOCK_SIZE},
     Method("nvfp4", "modelopt", "nvfp4", "per_token"): {
@@ -190,6 +214,7 @@ _ALGORITHMS = {
 }  # fmt: skip
 
 
+# Replaces the entries of a block's experts by one entry "<block>.experts" where all of them share a method.
 def _with_experts_as_one(methods: Mapping[str, Method]) -> dict[str, Method]:
     blocks: dict[str, set[Method]] = {}
     for name, method in methods.items():
@@ -205,7 +230,11 @@ def _with_experts_as_one(methods: Mapping[str, Method]) -> dict[str, Method]:
 
 
 def _groups_by_target(quantized: Mapping[str, Method], plain: list[str]) -> dict[str, Any]:
-    """The section of compressed-tensors with a group for each kind of activations."""
+    """Returns the section of compressed-tensors, with one group per method; a regular expression names each layer.
+
+    Raises:
+      ValueError: a layer is not NVFP4.
+    """
     kinds = sorted(set(quantized.values()))
     if any(method.format != "nvfp4" for method in kinds):
         name = next(name for name, method in quantized.items() if method.format != "nvfp4")

@@ -1,7 +1,8 @@
-"""All tensors of a folder of safetensors files by name: headers are read at once, data when it is asked for.
+"""Reads the tensors of a checkpoint's safetensors files by name.
 
-The safetensors library checks each file's header against its size; the data is mapped into memory here, since the
-library's numpy side does not know FP8.
+All headers are read when the reader is made; the data of a tensor is read when it is asked for. The safetensors library
+checks each file's header against the file's size. The data is mapped into memory by this module, since the NumPy side
+of the library has no FP8 types.
 """
 
 import functools
@@ -30,15 +31,19 @@ class _Entry(NamedTuple):
     file: Path
     shape: tuple[int, ...]
     dtype: str
-    start: int  # first byte in the file
+    start: int  # the place of the tensor's first byte in the file
 
 
 class Reader:
-    """The tensors that model.safetensors.index.json lists, or those of model.safetensors.
+    """The tensors of a checkpoint folder, by name.
+
+    The files are those that model.safetensors.index.json lists, or model.safetensors if there is no index. All tensors
+    of these files count, also those that the index does not list. `name in reader` tells whether there is a tensor.
 
     Raises:
-      FileNotFoundError: a file that does not exist, and what names it.
-      ValueError: an index or a file that cannot be read, tensors that the index lists and no file has.
+      FileNotFoundError: a file does not exist.
+      ValueError: the index or a file cannot be read, the index places a tensor in a file that does not have it, or
+        several files have a tensor that the index does not list.
     """
 
     def __init__(self, folder: Path):
@@ -72,32 +77,36 @@ class Reader:
 
     @functools.cached_property
     def kept_scales(self) -> dict[str, list[Any]]:
-        """What the metadata of all files keep of scales, by the name of their tensor: see `kept_scales`."""
+        """The exact scales that the metadata of all files keep, by tensor name; see the module `kept_scales`."""
         return {name: kept for metadata in self._metadata for name, kept in kept_in(metadata).get("scales", {}).items()}
 
     def names(self) -> set[str]:
-        """Of all tensors."""
+        """Returns the names of all tensors."""
         return set(self._entries)
 
     def file_of(self, name: str) -> Path:
-        """The file that a tensor is read from."""
+        """Returns the file that a tensor is read from."""
         return self._entries[name].file
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor."""
+        """Returns the shape of a tensor."""
         return self._entries[name].shape
 
     def dtype(self, name: str) -> str:
-        """As safetensors names it, e.g. BF16."""
+        """Returns the type of a tensor as safetensors names it, "BF16" for example."""
         return self._entries[name].dtype
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
-        """A tensor, or some of its leading rows, as an array that is mapped into memory and must not be written."""
+        """Returns a tensor, or the range `rows` of its first axis, as a read-only view of the mapped file.
+
+        Raises:
+          ValueError: the tensor has a type that this project does not support (see `DTYPES`).
+        """
         entry = self._entries[name]
         if entry.dtype not in DTYPES:
             raise ValueError(f"{entry.file}: tensor {name} has type {entry.dtype}, which is not supported")
         count = math.prod(entry.shape)
-        if count == 0:  # nothing to map
+        if count == 0:  # an empty tensor has no bytes in the file
             return np.zeros(entry.shape, DTYPES[entry.dtype])[rows]
         whole = np.frombuffer(self._map(entry.file), DTYPES[entry.dtype], count, entry.start).reshape(entry.shape)
         return whole[rows] if entry.shape else whole
@@ -109,12 +118,17 @@ class Reader:
         return self._maps[file]
 
     def forget_pages(self) -> None:
-        """Pages of the files that were read no longer count as memory of this process; they can be read again."""
+        """Drops the mapped files from the memory of this process; reading a tensor again loads its pages again."""
         for mapped in self._maps.values():
             mapped.madvise(mmap.MADV_DONTNEED)
 
     def check(self, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
-        """ValueError with file, tensor, found and expected, unless the tensor is like that."""
+        """Checks that a tensor has a shape and one of several types.
+
+        Raises:
+          ValueError: the tensor has another shape or type; the message names the file, the tensor, what was found and
+            what was expected.
+        """
         entry = self._entries[name]
         if entry.shape != tuple(shape) or entry.dtype not in dtypes:
             raise ValueError(
@@ -124,7 +138,7 @@ class Reader:
 
 
 def some(names: list[str]) -> str:
-    """The first names of a list, and how many more there are."""
+    """Returns the first names of a list as text, and how many more there are; "none" for an empty list."""
     more = f" and {len(names) - _NAMES_IN_ERROR} more" if len(names) > _NAMES_IN_ERROR else ""
     return (", ".join(names[:_NAMES_IN_ERROR]) or "none") + more
 
@@ -144,12 +158,15 @@ def _read_weight_map(index: Path) -> dict[str, str]:
 
 
 def _read_header(file: Path, listed: bool) -> tuple[dict[str, _Entry], dict[str, str] | None]:
-    """-> the tensors of a file and its metadata."""
+    """Returns (entries of a file's tensors by name, the file's metadata or None).
+
+    listed: whether the index names the file; the message about a missing file says so.
+    """
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist" + (f", but {INDEX_NAME} names it" if listed else ""))
     try:
         with safe_open(file, framework="numpy"):
-            pass  # checks that tensors do not overlap and that all of them are there
+            pass  # opening checks that the tensors do not overlap and that the file holds all of them
     except SafetensorError as error:
         raise ValueError(f"{file} is not a readable safetensors file: {error}") from error
     with file.open("rb") as content:

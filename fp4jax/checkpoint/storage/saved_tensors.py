@@ -1,7 +1,8 @@
-"""The tensors that a model becomes in a folder, whatever its layers hold: plain weights, NVFP4, block-wise FP8.
+"""Collects the tensors to save of a model whose layers hold plain weights, NVFP4 or block-wise FP8.
 
-Every projection of every expert is a layer of its own, as checkpoints name them; weights packed for the kernel are
-unpacked, and pads of an expert size that the kernel does not have are cut off again.
+Each projection of each expert becomes a linear layer with tensors of its own, under the names that Hugging Face
+checkpoints use. Weights that were packed for the grouped GEMM's kernel are unpacked, and the rows and columns that pad
+an expert to a size that the kernel supports are removed.
 """
 
 from typing import Any
@@ -21,10 +22,19 @@ from fp4jax.quant_config.methods import BF16, FP8_STORED, FP8_STORED_UE8M0, Meth
 
 
 class SavedTensors:
-    """tensors: by name. methods: what each linear layer is, by its name. kept_scales: see the module of that name.
+    """The tensors of a model as a folder stores them.
+
+    tensors: the arrays by tensor name, the scales of a KV cache included. methods: the method of each linear layer, by
+    its name. kept_scales: the exact global scales by tensor name; see the module `kept_scales`.
+
+    Args:
+      model: a model of `fp4jax.models`.
+      dtype: the type to store plain weights in.
+      layout: the layout of NVFP4 layers.
 
     Raises:
-      ValueError: naming the parameter, for NVFP4 weights whose rows have scales of their own: a layer has one.
+      ValueError: rows of one NVFP4 layer have different global scales, which a folder cannot express: it has one global
+        scale per layer. The message names the parameter.
     """
 
     def __init__(self, model: Any, dtype: Any, layout: Layout):
@@ -54,7 +64,7 @@ class SavedTensors:
             if slot.expert is not None:
                 value = value[slot.expert, slot.start : slot.start + slot.shape[0]]
             value = value if slot.path[-1] == "correction_bias" else value.astype(dtype)
-            # ERNIE's one group of experts is an axis of its bias.
+            # ERNIE checkpoints store this bias as [1, E]: the first axis counts groups of experts.
             self.tensors[name] = value[None] if ".moe_statics." in name else value
             if name.endswith(".weight") and len(slot.shape) == 2 and slot.path[0] != "embed_tokens":
                 self.methods[name.removesuffix(".weight")] = BF16
@@ -77,7 +87,7 @@ class SavedTensors:
         first = path[-1] == "w13"
         scale = owner.input_scale_1 if first else owner.input_scale_2
         scale = None if scale is None else np.asarray(jax.device_get(scale[...])).reshape(-1)
-        activations = owner.settings.activation_format_1 if first else owner.settings.activation_format_2
+        activations = owner.config.activation_format_1 if first else owner.config.activation_format_2
         for module, expert, start, rows in expert_modules(path, value.shape):
             part = slice(start, start + rows)
             layer = NVFP4Tensor(value.qdata[expert, part], value.block_scale[expert, part], None)
@@ -89,7 +99,16 @@ class SavedTensors:
     def _add_layer(
         self, path: ParamPath, module: str, w: NVFP4Tensor, scales: Any, input_scale: Any, activations: str | None
     ) -> None:
-        """One linear layer in NVFP4; activations None: NVFP4 if there is a scale for them."""
+        """Adds the tensors and the method of one NVFP4 linear layer.
+
+        Args:
+          path: the parameter, for messages.
+          module: the layer's name in the folder.
+          w: the layer's codes and block scales.
+          scales: the layer's global scales, which must all be equal.
+          input_scale: the scale of the layer's activations, None if there is none.
+          activations: the format of the layer's activations; None: "nvfp4" if there is an input scale, else "bf16".
+        """
         if (scales != scales.flat[0]).any():
             raise ValueError(
                 f"{'.'.join(map(str, path))}: the rows of {module} have global scales of their own, from "
@@ -115,7 +134,7 @@ class SavedTensors:
 
 
 def _values(model: Any) -> dict[ParamPath, Any]:
-    """Parameters by their path, activation scales apart; what is packed for the kernel is as it was before."""
+    """Returns the model's weights by path, without activation scales; weights packed for the kernel are unpacked."""
     found = {path: param.get_value() for path, param in model_params(model).items()}
     for path in list(found):
         owner = at(model, path[:-1])

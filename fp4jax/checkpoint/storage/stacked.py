@@ -1,9 +1,14 @@
-"""Experts of a layer that a folder keeps in one tensor: `experts.gate_up_proj` and `experts.down_proj`, plain or NVFP4.
+"""Reads folders that stack all experts of a layer in one tensor, plain or NVFP4: gate_up_proj and down_proj.
 
-Names: the scales of a parameter (`gate_up_proj`, `gate_up_proj_weight_scale`, ..: ModelOpt), or those of a module
-(`gate_up_proj.weight`, `gate_up_proj.weight_packed`, ..: both tools). Each expert is [N, K], or [K, N] where the
-original model multiplies x @ W, codes and block scales alike; the shapes tell. Two matrices of a layer cannot both be
-square, so they tell for certain. A global scale is one for all, one per expert, or one per expert for gate and up each.
+The tensors are named in one of two ways. ModelOpt may treat the stack as a parameter: `experts.gate_up_proj` and
+`experts.gate_up_proj_weight_scale`, for example. Both tools may treat it as a module: `experts.gate_up_proj.weight` or
+`.weight_packed`, and `experts.gate_up_proj.weight_scale`.
+
+The weight of each expert is stored as [N, K], or as [K, N] if the original model computes x @ W. Codes and block scales
+have the same order. The shapes of the tensors tell which order it is: at least one of gate_up_proj and down_proj is not
+square.
+
+A global scale is a single number for the stack, or one per expert, or one per expert for each of gate and up.
 """
 
 from collections.abc import Mapping
@@ -14,9 +19,10 @@ import numpy as np
 
 from fp4jax.checkpoint.storage import stored
 from fp4jax.checkpoint.storage.reader import Reader
+from fp4jax.checkpoint.storage.scales import check_block_scales, decode_scales, decoded
 from fp4jax.nvfp4 import BLOCK_SIZE
 
-# End of the name of the codes -> how it is stored, and the ends of block scales, global scale, input scale.
+# Suffix of the weight's name -> the layout, and the suffixes of block scales, global scale and input scale.
 _FORMS = {
     "": ("modelopt", "_weight_scale", "_weight_scale_2", "_input_scale"),
     ".weight": ("modelopt", ".weight_scale", ".weight_scale_2", ".input_scale"),
@@ -25,7 +31,11 @@ _FORMS = {
 
 
 class Names(NamedTuple):
-    """Of the tensors of one stacked parameter; base: what they have in common; `stored` as in `stored.stored_as`."""
+    """The names of the tensors of one stacked weight.
+
+    base: the common start of the names, "model.layers.0.mlp.experts.down_proj" for example. stored: how the weight is
+    stored, as `stored.stored_as` says it. The other fields are the full names of the tensors.
+    """
 
     base: str
     stored: str
@@ -36,7 +46,10 @@ class Names(NamedTuple):
 
 
 def names_of(reader: Reader, base: str) -> Names | None:
-    """None where the folder has no weight of that base name, e.g. "model.layers.0.mlp.experts.down_proj"."""
+    """Returns the tensor names of the stacked weight `base`, or None if the folder has no such weight.
+
+    base: for example "model.layers.0.mlp.experts.down_proj".
+    """
     for end, (kind, *scales) in _FORMS.items():
         if base + end in reader:
             plain = kind == "modelopt" and reader.dtype(base + end) in stored.FLOATS
@@ -45,7 +58,10 @@ def names_of(reader: Reader, base: str) -> Names | None:
 
 
 def is_transposed(reader: Reader, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether experts are [K, N]; shapes: {base name: [E, N, K]} of all parameters of a layer."""
+    """Whether a layer's stacked weights are stored as [E, K, N] rather than [E, N, K].
+
+    shapes: {base name: [E, N, K]}, the shapes in the model of both stacked weights of the layer.
+    """
     for base, (experts, n, k) in shapes.items():
         names = names_of(reader, base)
         if names is None:
@@ -59,7 +75,21 @@ def is_transposed(reader: Reader, shapes: Mapping[str, tuple[int, ...]]) -> bool
 def source(
     reader: Reader, names: Names, shape: tuple[int, ...], dtype: Any, *, halves: int, transposed: bool
 ) -> stored.Source:
-    """Of one parameter [E, N, K] that consists of `halves` projections; every array by ranges of experts."""
+    """Returns the source of a parameter whose experts the folder stacks in one tensor.
+
+    Args:
+      reader: the folder.
+      names: the names of the parameter's tensors.
+      shape: [E, N, K], the shape of the parameter.
+      dtype: the NumPy dtype of plain weights in the model.
+      halves: how many projections an expert's rows hold: 2 for w13 (gate and up), 1 for w2.
+      transposed: whether the folder stores [E, K, N].
+
+    Every leaf has one part, whose `load` takes a range of experts.
+
+    Raises:
+      ValueError: the weights are NVFP4 and K is no multiple of 16.
+    """
     experts, n, k = shape
     if names.stored != "bf16":
         stored.check_nvfp4_width(f"{reader.folder}: {names.weight}", k)
@@ -79,15 +109,15 @@ def source(
         return stored.Source("bf16", [tensor(names.weight, k, stored.FLOATS)], {"": leaf(k, dtype, load)}, [names.base])
 
     def block_scale(rows=slice(None)):
-        stored.check_block_scales(reader, names.block_scale, reader.read(names.block_scale, rows))
+        check_block_scales(reader, names.block_scale, reader.read(names.block_scale, rows))
         return read(names.block_scale, rows)
 
     found = reader.shape(names.global_scale) if names.global_scale in reader else ()
-    own = halves > 1 and found[:2] == (experts, halves)  # a scale for gate, another for up
+    own = halves > 1 and found[:2] == (experts, halves)  # gate and up have different global scales
     scale_rows = n if own else 1
 
     def global_scale(rows=slice(None)):
-        values = stored.decode_scales(reader, names.stored, names.global_scale)
+        values = decode_scales(reader, names.stored, names.global_scale)
         return np.repeat(_per_expert(values, experts)[rows], n // halves if own else 1, axis=1)[..., None]
 
     tensors = [
@@ -106,21 +136,41 @@ def source(
 
 
 def input_scales(reader: Reader, names: Names, experts: int, halves: int) -> np.ndarray:
-    """Activation scales [E, 1], or [E, halves] where projections have own ones: decode direction, f32, not checked."""
+    """Reads the activation scales of a stacked weight, in the decode direction (to multiply with), f32.
+
+    The values are not checked.
+
+    Args:
+      reader: the folder.
+      names: the names of the weight's tensors.
+      experts: E.
+      halves: how many projections an expert's rows hold: 2 for w13, 1 for w2.
+
+    Returns:
+      [E, 1], or [E, halves] if the folder has a scale per projection.
+
+    Raises:
+      ValueError: the tensor has another type than F32, or a shape that cannot be read as one scale, one per expert, or
+        one per expert and projection.
+    """
     found = reader.shape(names.input_scale)
     reader.check(names.input_scale, _scale_shape(found, experts, halves), ("F32",))
-    return _per_expert(stored.decoded(reader, names.stored, names.input_scale), experts)
+    return _per_expert(decoded(reader, names.stored, names.input_scale), experts)
 
 
 def _scale_shape(found: tuple[int, ...], experts: int, halves: int) -> tuple[int, ...]:
-    """The shape that a scale must have: what it has, if that can be read as one, else one number per expert (half)."""
+    """Returns the shape that a tensor of scales must have.
+
+    This is its own shape `found` if the tensor can be read as one scale, one per expert, or one per expert and
+    projection. Else it is the usual shape, [E] or [E, halves], which a later check compares with `found`.
+    """
     usual = (experts, halves) if halves > 1 else (experts,)
     accepted = {(), (1,), (experts,), (experts, 1), (experts, 1, 1), usual, (*usual, 1)}
     return found if found in accepted else usual
 
 
 def _per_expert(values: np.ndarray, experts: int) -> np.ndarray:
-    """A scale of any accepted shape as [E, 1] or [E, halves]."""
+    """Reshapes scales of any accepted shape to [E, 1] or [E, halves]."""
     if values.size == 1:
         return np.broadcast_to(values.reshape(1, 1), (experts, 1))
     return values.reshape(experts, -1)

@@ -1,8 +1,10 @@
-"""How a module's weights are stored in a folder, and which tensors fill which rows of which array of a parameter.
+"""Maps the tensors of a folder to the arrays of a model's parameters: plain weights, NVFP4 and block-wise FP8.
 
-A parameter is one array (plain weights), or an NVFP4Tensor or BlockFP8Weights of several. Each array has a list of
-parts: rows of an expert (or of the whole) that come from one tensor, or from a weight and its scales where experts in
-FP8 are decoded. Scales are in the decode direction from here on: compressed-tensors keeps reciprocals.
+A parameter is one array (plain weights), or several arrays in an NVFP4Tensor or BlockFP8Weights. A `Source` describes
+one parameter, and a `Leaf` one of its arrays. A leaf is filled by parts: a `Part` loads the rows of one expert, or of
+the whole array, from one tensor. Only where experts in FP8 are decoded does a part read two tensors, the weight and its
+scales. Parts return scales in the decode direction (to multiply with), also where compressed-tensors stores
+reciprocals.
 """
 
 import collections
@@ -13,16 +15,19 @@ import ml_dtypes
 import numpy as np
 
 from fp4jax.block_fp8 import BLOCK, scale_shape
-from fp4jax.checkpoint.storage.kept_scales import original, reciprocal
 from fp4jax.checkpoint.storage.layouts import NAMES
 from fp4jax.checkpoint.storage.reader import Reader
-from fp4jax.nvfp4 import BLOCK_SIZE, GLOBAL_SCALE_RANGE
+from fp4jax.checkpoint.storage.scales import block_scales, decode_scales, positive_scales
+from fp4jax.nvfp4 import BLOCK_SIZE
 
 FLOATS = ("BF16", "F16", "F32")
 
 
 class Tensor(NamedTuple):
-    """What a tensor of the folder must be like; shape None: one number, [] or [1]."""
+    """The name of a tensor in the folder, and the shape and types (as safetensors names them) that it must have.
+
+    shape None stands for a single number, of shape [] or [1].
+    """
 
     name: str
     shape: tuple[int, ...] | None
@@ -30,10 +35,14 @@ class Tensor(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Rows `start` to `start + rows` of an array, of expert `expert` where it has experts: `load()` gives them.
+    """The part of an array that comes from one tensor.
 
-    expert None: the whole array; what is plain gives some of its leading rows for a slice. check: reads the scales that
-    `load` reads, and raises ValueError as `load` does where one of them cannot be used; None: there is none.
+    load: a function that returns the part's values. For plain weights and for stacked experts it also takes a slice,
+      and then returns only these entries of the leading axis.
+    expert: the part belongs to this index of the leading axis; None: the part is the whole array.
+    start, rows: the part covers rows `start` to `start + rows` of that expert. Both have no effect for expert None.
+    check: a function that reads only the scales that `load` reads, and raises ValueError if one of them cannot be
+      used, as `load` does; None: `load` reads no scales.
     """
 
     load: Callable[..., np.ndarray]
@@ -44,7 +53,7 @@ class Part(NamedTuple):
 
 
 class Leaf(NamedTuple):
-    """One array of a parameter and where it comes from."""
+    """One array of a parameter: its shape and NumPy dtype in the model, and the parts that fill it."""
 
     shape: tuple[int, ...]
     dtype: Any
@@ -52,7 +61,11 @@ class Leaf(NamedTuple):
 
 
 class Module(NamedTuple):
-    """A linear layer in the folder, [rows, K], and its place in a parameter."""
+    """A linear layer of the folder, whose weight is [rows, K], and the place of its rows in a parameter.
+
+    name: the layer's name in the folder. expert: the index of its expert, None if the parameter has no experts.
+    start: the first of its rows in the parameter (of that expert). rows: their number.
+    """
 
     name: str
     expert: int | None = None
@@ -61,10 +74,12 @@ class Module(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Where one parameter comes from.
+    """The tensors and linear layers of the folder that make up one parameter of the model.
 
-    stored: how most of it is stored. tensors: those that must be there. leaves: its arrays by field ("" if it is
-    plain). modules: names in the folder of the linear layers that it is the weight of; none for a norm, say.
+    stored: how the weights are stored, as `stored_as` says it; where modules differ, the way of most of them.
+    tensors: the tensors that the folder must have for this parameter.
+    leaves: the arrays of the parameter by field name, or {"": array} for plain weights.
+    modules: the names in the folder of the linear layers whose weights the parameter holds; empty for a norm, say.
     """
 
     stored: str
@@ -73,7 +88,7 @@ class Source(NamedTuple):
     modules: list[str]
 
     def problems(self) -> Iterator[str]:
-        """What loading would raise about scales that cannot be used, without reading weights."""
+        """Yields the messages of the errors that loading would raise about unusable scales, without reading weights."""
         for leaf in self.leaves.values():
             for part in leaf.parts:
                 try:
@@ -84,9 +99,11 @@ class Source(NamedTuple):
 
 
 def stored_as(reader: Reader, module: str) -> str | None:
-    """By the tensors of a linear layer: "bf16" (any plain floats), "modelopt", "compressed_tensors", "block_wise_fp8".
+    """Returns how the folder stores a linear layer, judged by the names and types of its tensors.
 
-    None: it has no weight.
+    Returns:
+      "bf16" (any plain floats), "modelopt" or "compressed_tensors" (both NVFP4), "block_wise_fp8", or None if the
+      folder has no weight for the layer.
     """
     weight = f"{module}.weight"
     if f"{module}.weight_packed" in reader:
@@ -97,20 +114,34 @@ def stored_as(reader: Reader, module: str) -> str | None:
 
 
 def plain_source(reader: Reader, tensors: list[tuple[Module, Tensor]], shape: tuple[int, ...], dtype: Any) -> Source:
-    """An array that plain tensors fill, each some rows of it."""
+    """Returns the source of a parameter that is no linear layer, such as a norm or an embedding.
+
+    Args:
+      reader: the folder.
+      tensors: the tensors that fill the parameter, and the place of the rows of each.
+      shape: the shape of the parameter.
+      dtype: the NumPy dtype of the parameter; tensors of other float types are cast to it.
+    """
     parts = [_plain_part(reader, module, tensor.name, dtype) for module, tensor in tensors]
     return Source("bf16", [tensor for _, tensor in tensors], {"": Leaf(shape, dtype, parts)}, [])
 
 
 def weight_source(reader: Reader, modules: list[Module], shape: tuple[int, ...], dtype: Any, *, decode: bool) -> Source:
-    """The weight [.., N, K] of one linear layer, or of the same layers of all experts.
+    """Returns the source of the weight [N, K] of one linear layer, or [E, N, K] of the same layers of all experts.
 
-    decode: FP8 weights become plain ones of `dtype` (experts, which have no FP8 kernels). Modules may be stored in
-    different ways as long as one array holds them: all in NVFP4, by whichever tool, or none. A module that has no
-    weight is taken to be stored like most others, so that its tensors are missed by name.
+    Args:
+      reader: the folder.
+      modules: the linear layers in the folder that the parameter holds, and the place of each.
+      shape: the shape of the parameter.
+      dtype: the NumPy dtype of plain weights in the model.
+      decode: whether FP8 weights become plain weights of `dtype`. Experts need this, since they have no FP8 kernels.
+
+    The modules may be stored in different ways if one kind of parameter can hold all of them: all are NVFP4, in either
+    layout, or none is. A module without a weight in the folder is assumed to be stored like most of the others, so that
+    the loader can name the tensors that are missing.
 
     Raises:
-      ValueError: some modules are NVFP4 and some are not; NVFP4 with K no multiple of 16.
+      ValueError: some modules are NVFP4 and some are not, or an NVFP4 weight has a K that is no multiple of 16.
     """
     found = [stored_as(reader, module.name) for module in modules]
     usual = collections.Counter(kind for kind in found if kind is not None).most_common(1)
@@ -159,7 +190,8 @@ def _plain_part(reader: Reader, module: Module, name: str, dtype: Any) -> Part:
 def _nvfp4_source(reader: Reader, modules: list[Module], kinds: list[str], shape: tuple[int, ...]) -> Source:
     *lead, n, k = shape
     check_nvfp4_width(f"{reader.folder}: {modules[0].name}", k)
-    # One global scale per expert suffices where an expert is one tensor; gate and up may have different ones.
+    # w13 holds gate and up, which may have different global scales: it gets one scale per row. A parameter with one
+    # projection per expert gets one scale per expert.
     per_row = any(module.start for module in modules)
     tensors: list[Tensor] = []
     codes, blocks, scales = [], [], []
@@ -172,7 +204,7 @@ def _nvfp4_source(reader: Reader, modules: list[Module], kinds: list[str], shape
         ]
         place = module.expert, module.start, module.rows
         codes.append(Part(_later(reader.read, names[0]), *place))
-        read_blocks = _later(_block_scale, reader, names[1])
+        read_blocks = _later(block_scales, reader, names[1])
         blocks.append(Part(read_blocks, *place, read_blocks))
         read_scale = _later(_one_scale, reader, kind, names[2])
         place = place if per_row else (module.expert, 0, 1)
@@ -186,6 +218,7 @@ def _nvfp4_source(reader: Reader, modules: list[Module], kinds: list[str], shape
     return Source(usual, tensors, leaves, [module.name for module in modules])
 
 
+# Like functools.partial: returns a function that calls `function` with `arguments`, then with its own arguments.
 def _later(function: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
     return lambda *more: function(*arguments, *more)
 
@@ -195,7 +228,7 @@ def _one_scale(reader: Reader, layout: str, name: str) -> np.ndarray:
 
 
 def check_nvfp4_width(what: str, k: int) -> None:
-    """ValueError where rows of K values are no whole number of NVFP4 blocks; what: whose rows they are."""
+    """Raises ValueError if K is no multiple of 16, the size of an NVFP4 block; `what` names the weight."""
     if k % BLOCK_SIZE:
         raise ValueError(f"{what}: K = {k} is no multiple of {BLOCK_SIZE}, as NVFP4 needs")
 
@@ -204,7 +237,7 @@ def check_nvfp4_width(what: str, k: int) -> None:
 
 
 def _fp8_source(reader: Reader, module: Module, shape: tuple[int, ...]) -> Source:
-    """A linear layer that stays FP8."""
+    """Returns the source of a linear layer that stays FP8 in the model."""
     weight = f"{module.name}.weight"
     read_scales = _later(_block_scales, reader, module.name, *shape)
     codes = Part(_later(reader.read, weight), None, 0, module.rows)
@@ -219,7 +252,7 @@ def _fp8_source(reader: Reader, module: Module, shape: tuple[int, ...]) -> Sourc
 
 
 def _decoded_part(reader: Reader, module: Module, k: int, dtype: Any) -> Part:
-    """Rows of an expert in FP8, decoded."""
+    """Returns the part of an expert's weight that is stored in FP8 and decoded to `dtype` when it is loaded."""
     scales = _later(_block_scales, reader, module.name, module.rows, k)
 
     def load():
@@ -230,7 +263,11 @@ def _decoded_part(reader: Reader, module: Module, k: int, dtype: Any) -> Part:
 
 
 def _fp8_scale(reader: Reader, module: str, n: int, k: int) -> Tensor:
-    """Scales per block, as DeepSeek stores them, or one `weight_scale` per tensor, as ModelOpt does."""
+    """Returns the tensor of an FP8 weight's scales.
+
+    It is `weight_scale_inv` with one scale per 128 x 128 block, as DeepSeek stores it, or `weight_scale` with one scale
+    for the whole weight, as ModelOpt stores it.
+    """
     name = f"{module}.weight_scale"
     if name in reader and f"{name}_inv" not in reader:
         return Tensor(name, None, ("F32", "BF16"))
@@ -238,63 +275,10 @@ def _fp8_scale(reader: Reader, module: str, n: int, k: int) -> Tensor:
 
 
 def _block_scales(reader: Reader, module: str, n: int, k: int) -> np.ndarray:
-    """f32 [ceil(N / 128), ceil(K / 128)]; one scale per tensor is that of every block."""
+    """Returns an FP8 weight's scales, f32 [ceil(N / 128), ceil(K / 128)]; a scale per tensor is repeated per block."""
     tensor = _fp8_scale(reader, module, n, k)
     scales = positive_scales(reader, tensor.name)
     return np.full(scale_shape((n, k)), scales.reshape(())) if tensor.shape is None else scales
 
 
-# --- numbers that must be usable ---
-
-
-def positive_scales(reader: Reader, name: str) -> np.ndarray:
-    """A tensor of scales in f32.
-
-    Raises:
-      ValueError: naming file and tensor, for one that is NaN, infinite, zero or negative.
-    """
-    values = reader.read(name).astype(np.float32)
-    bad = ~(np.isfinite(values) & (values > 0))
-    if bad.any():
-        refuse(reader, name, values[bad].flat[0], "scales must be positive and finite")
-    return values
-
-
-def refuse(reader: Reader, name: str, value: Any, rule: str) -> None:
-    """Raises ValueError for a value that a tensor of the file has."""
-    raise ValueError(f"{reader.file_of(name)}: tensor {name} has {value}; {rule}")
-
-
-def decoded(reader: Reader, layout: str, name: str) -> np.ndarray:
-    """A global scale, or scales, of a folder in `layout`, in the decode direction (multiply), f32; not checked."""
-    values = reader.read(name).astype(np.float32)
-    if layout == "modelopt":
-        return values
-    kept = original(reader.kept_scales.get(name), values)
-    return reciprocal(values) if kept is None else kept
-
-
-def decode_scales(reader: Reader, stored: str, name: str) -> np.ndarray:
-    """The global scales of a tensor, f32, decode direction.
-
-    Raises:
-      ValueError: naming file and tensor, for one that is not positive or beyond what NVFP4 can be computed with.
-    """
-    values = positive_scales(reader, name)
-    low, high = GLOBAL_SCALE_RANGE  # the same for reciprocals
-    bad = (values < low) | (values > high)
-    if bad.any():
-        refuse(reader, name, values[bad].flat[0], "a global scale must lie in [2^-100, 2^100]")
-    return decoded(reader, stored, name)
-
-
-def _block_scale(reader, name):
-    values = reader.read(name)
-    check_block_scales(reader, name, values)
-    return values
-
-
-def check_block_scales(reader: Reader, name: str, values: np.ndarray) -> None:
-    """ValueError where values that were read from a tensor have a NaN."""
-    if ((values.view(np.uint8) & 0x7F) == 0x7F).any():
-        refuse(reader, name, "nan", "block scales must be finite")
+# --- scales, and the checks that they can be used ---

@@ -1,7 +1,7 @@
-"""Writing a safetensors file tensor by tensor, each at the place that its header gives it, and headers by themselves.
+"""Writes safetensors files tensor by tensor, in any order, so that not all tensors have to be in memory at once.
 
-A file appears under its name when it is complete. The safetensors library writes from memory only, and its numpy side
-does not know FP8.
+A file appears under its name only when it is complete. The safetensors library itself writes a file only when all of
+its tensors are in memory, and its NumPy side has no FP8 types.
 """
 
 import json
@@ -19,27 +19,29 @@ _METADATA = "__metadata__"
 
 
 class Spec(NamedTuple):
-    """Type (as safetensors names it) and shape of a tensor."""
+    """The type (as safetensors names it, "BF16" for example) and the shape of a tensor in a file."""
 
     dtype: str
     shape: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
-        """Size of the data."""
+        """The size of the tensor's data in bytes."""
         return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(DTYPES[self.dtype]).itemsize
 
 
 def spec_of(dtype: Any, shape: tuple[int, ...]) -> Spec:
-    """Of an array."""
+    """Returns the spec of an array with this NumPy dtype and shape."""
     return Spec(_NAMES[np.dtype(dtype)], tuple(shape))
 
 
 def read_header(file: Path) -> tuple[dict[str, Any], dict[str, str] | None, int]:
-    """-> {tensor: its entry} in the order of the file, metadata, and where the data begins.
+    """Reads the header of a safetensors file, and returns (entries, metadata or None, place of the first data byte).
+
+    entries is {tensor name: {"dtype", "shape", "data_offsets"}}, in the order of the header.
 
     Raises:
-      ValueError: naming the file, where it is shorter or longer than its header says.
+      ValueError: the file is shorter or longer than its header says.
     """
     with file.open("rb") as content:
         size = int.from_bytes(content.read(8), "little")
@@ -52,7 +54,12 @@ def read_header(file: Path) -> tuple[dict[str, Any], dict[str, str] | None, int]
 
 
 def header_bytes(entries: Mapping[str, Any], metadata: Mapping[str, str] | None) -> bytes:
-    """What stands before the data, byte for byte as the safetensors library writes it."""
+    """Returns the header of a safetensors file and the 8 bytes of its length, as the safetensors library writes them.
+
+    Args:
+      entries: {tensor name: {"dtype", "shape", "data_offsets"}}.
+      metadata: text by key; None or empty writes no metadata.
+    """
     header = {_METADATA: dict(metadata), **entries} if metadata else dict(entries)
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
@@ -60,9 +67,15 @@ def header_bytes(entries: Mapping[str, Any], metadata: Mapping[str, str] | None)
 
 
 class TensorFile:
-    """A file of tensors of `specs`, written in any order; use as a context. Complete on leaving, or not there at all.
+    """A safetensors file that is being written; use it in a `with` statement and write every tensor once, in any order.
 
-    The widest types come first, so that every tensor is aligned. metadata: beside what other tools want to see.
+    The file gets its name when the `with` block ends. If the block raises, no file is left. The tensors of the widest
+    types come first in the file, so that every tensor is aligned to the size of its type.
+
+    Args:
+      file: the path of the file.
+      specs: type and shape of every tensor, by name.
+      metadata: text by key, written into the header beside {"format": "pt"}, which other tools expect there.
     """
 
     def __init__(self, file: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str] | None = None):
@@ -84,7 +97,12 @@ class TensorFile:
         self._out.truncate(len(header) + end)
 
     def write(self, name: str, value: np.ndarray) -> None:
-        """Every tensor once."""
+        """Writes one tensor; its type and shape must be those of its spec.
+
+        Raises:
+          ValueError: the type or the shape differs.
+          KeyError: the tensor is not in `specs`, or was written before.
+        """
         if spec_of(value.dtype, value.shape) != self._specs[name]:
             raise ValueError(f"{name} is {value.dtype} {value.shape}, announced was {self._specs[name]}")
         self._missing.remove(name)
@@ -104,12 +122,12 @@ class TensorFile:
 
 
 def part_of(file: Path) -> Path:
-    """Where a file is written before it is complete."""
+    """Returns the path under which a file is written until it is complete."""
     return file.with_name(file.name + ".part")
 
 
 def publish(content: Any, part: Path, file: Path) -> None:
-    """Close an open file and give it its name, once its bytes are on the disk."""
+    """Closes an open file and renames it from `part` to `file`, once its bytes are on the disk."""
     content.flush()
     os.fsync(content.fileno())
     content.close()
@@ -117,7 +135,7 @@ def publish(content: Any, part: Path, file: Path) -> None:
 
 
 def write_text(file: Path, text: str) -> None:
-    """A whole file at once."""
+    """Writes a text file so that it appears under its name only when it is complete."""
     with part_of(file).open("w", encoding="utf-8") as content:
         content.write(text)
         publish(content, part_of(file), file)
