@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """The sections `model` (named as in Hugging Face's `config.json`), `train`, and `demo` (for experiments/demo.py)."""
+    """The sections `model` (named as in Hugging Face's config.json), `train`, and `demo` (for experiments/demo.py)."""
     config = ConfigDict()
     config.model = ConfigDict(
         dict(
