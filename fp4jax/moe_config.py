@@ -5,7 +5,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from fp4jax.expert_parallel.exchange import FORMS, Form
+from fp4jax.expert_parallel.checks import FORMS, Form
 from fp4jax.expert_parallel.wire_formats import WIRE_FORMATS, WireFormat
 from fp4jax.grouped_gemm.packed_weights import is_nvfp4
 from fp4jax.implementations import IMPLEMENTATIONS, Implementation

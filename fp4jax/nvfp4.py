@@ -12,20 +12,32 @@ from typing import Any, Literal, NamedTuple, get_args, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.experimental import checkify
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int
 
+from fp4jax.global_scale import amax_of_valid, as_scale, check_scale_shape, scale_from
 from fp4jax.implementations import Call, Implementation, run_implementation
+from fp4jax.nvfp4_codes import (
+    decode_blocks as decode_blocks,
+    encode_compressed_tensors,
+    encode_exact,
+    encode_modelopt,
+    pack_codes,
+)
 from fp4jax.operands import axis_size, check_array, check_type, summary
-from fp4jax.rounding import div_rn, flush_subnormals, largest_magnitude, round_to_e2m1, round_to_e4m3
+from fp4jax.rounding import div_rn, flush_subnormals, largest_magnitude
 from pallas_kernels.rows import quantize as quantize_kernel
-from pallas_kernels.simt.formats import AMAX_DIVISOR, AMAX_DIVISOR_FOUR_OVER_SIX, BLOCK_SIZE, GLOBAL_SCALE_RANGE
+from pallas_kernels.simt.formats import (
+    AMAX_DIVISOR,
+    AMAX_DIVISOR_FOUR_OVER_SIX,
+    BLOCK_SIZE,
+    F32_MAX,
+    GLOBAL_SCALE_RANGE,
+)
 
 Dialect = Literal["exact", "modelopt", "compressed_tensors"]
 DIALECTS: tuple[str, ...] = get_args(Dialect)
 
-_F32_MAX = np.float32(np.finfo(np.float32).max)
 _E4M3_SATURATES_ABOVE = 464.0  # midpoint of 448 and 480, the next step: up to it values round to 448
 _E4M3_ROUNDS_TO_ZERO = 2.0**-10  # half of the smallest subnormal 2^-9; the tie rounds to zero
 
@@ -187,9 +199,9 @@ def quantize(
     per_token = isinstance(global_scale, str) and global_scale == "per_token"
     divisor = np.float32(AMAX_DIVISOR_FOUR_OVER_SIX if four_over_six else AMAX_DIVISOR)
     if global_scale is None or isinstance(global_scale, str):
-        amax = _valid_amax(flush_subnormals(x.astype(jnp.float32)), valid, global_scale, axis_name)
-        scale = _scale_from(amax, lambda a: div_rn(a, divisor))
-        encode_scale = _scale_from(amax, lambda a: div_rn(divisor, a))
+        amax = amax_of_valid(flush_subnormals(x.astype(jnp.float32)), valid, global_scale, axis_name)
+        scale = scale_from(amax, lambda a: div_rn(a, divisor))
+        encode_scale = scale_from(amax, lambda a: div_rn(divisor, a))
     else:
         scale = as_scale(global_scale, x.shape)
         encode_scale = div_rn(np.float32(1), scale)
@@ -231,46 +243,19 @@ def dequantize(t: NVFP4Tensor, dtype: Any = jnp.bfloat16) -> Float[Array, "..."]
     return (decode_blocks(t.qdata, t.block_scale, jnp.float32) * t.global_scale).astype(dtype)
 
 
-def decode_blocks(
-    qdata: UInt8[Array, "... half_k"], block_scale: Float[Array, "... blocks"], dtype: Any = jnp.bfloat16
-) -> Float[Array, "..."]:
-    """Returns code x block_scale [..., K], without the global scale.
-
-    The products are exact in bf16, f16 and f32: they have at most 6 significant bits.
-    """
-    codes = unpack(qdata)
-    # Twice the magnitude of a code, computed without branches: 0 1 2 3 4 6 8 12 for m = 0..7.
-    m = (codes & 7).astype(jnp.int32)
-    doubled = m + jnp.maximum(m - 4, 0) + 2 * jnp.maximum(m - 6, 0)
-    magnitude = lax.bitcast_convert_type(doubled.astype(jnp.float32) * 0.5, jnp.uint32)
-    value = lax.bitcast_convert_type(magnitude | ((codes >> 3).astype(jnp.uint32) << 31), jnp.float32)
-    blocks = value.reshape(*block_scale.shape, BLOCK_SIZE) * block_scale.astype(jnp.float32)[..., None]
-    return blocks.reshape(codes.shape).astype(dtype)
-
-
-def unpack(qdata: UInt8[Array, "... half_k"]) -> UInt8[Array, "..."]:
-    """Splits packed bytes [..., K/2] into one code (0..15) per byte, [..., K], the low nibble first."""
-    return jnp.stack([qdata & 0xF, qdata >> 4], axis=-1).reshape(*qdata.shape[:-1], 2 * qdata.shape[-1])
-
-
-def pack_codes(codes: UInt8[Array, "... k"]) -> UInt8[Array, "..."]:
-    """Inverse of `unpack`."""
-    return codes[..., 0::2] | (codes[..., 1::2] << 4)
-
-
 def _quantize_xla(x, masked_m, scale, encode_scale, *, dialect, four_over_six, return_stats):
     """Returns the NVFP4Tensor; with `return_stats` also (amax per block, block scales before clipping and rounding)."""
     del masked_m  # rows that are not valid may hold anything, so they are quantized too
     x32 = flush_subnormals(x.astype(jnp.float32))
     blocks = x32.reshape(*x.shape[:-1], x.shape[-1] // BLOCK_SIZE, BLOCK_SIZE)
     block_amax = largest_magnitude(blocks, axis=-1)
-    block_amax = jnp.where(block_amax <= _F32_MAX, block_amax, np.float32(np.nan))  # Inf counts as NaN
+    block_amax = jnp.where(block_amax <= F32_MAX, block_amax, np.float32(np.nan))  # Inf counts as NaN
     if dialect == "exact":
-        codes, block_scale, raw = _encode_exact(blocks, block_amax, scale, four_over_six)
+        codes, block_scale, raw = encode_exact(blocks, block_amax, scale, four_over_six)
     elif dialect == "modelopt":
-        codes, block_scale, raw = _encode_modelopt(blocks, block_amax, scale)
+        codes, block_scale, raw = encode_modelopt(blocks, block_amax, scale)
     else:
-        codes, block_scale, raw = _encode_compressed_tensors(blocks, block_amax, encode_scale)
+        codes, block_scale, raw = encode_compressed_tensors(blocks, block_amax, encode_scale)
     codes = jnp.where(jnp.isnan(block_amax)[..., None], jnp.zeros_like(codes), codes)
     quantized = NVFP4Tensor(pack_codes(codes.reshape(x.shape)), block_scale, scale)
     return (quantized, (block_amax, raw)) if return_stats else quantized
@@ -290,122 +275,6 @@ def _kernel_problem(x, global_scale, masked_m, dialect, return_stats):
     if return_stats:
         return "return_stats=True; the kernel does not count"
     return quantize_kernel.check_config(x, global_scale, masked_m)
-
-
-# --- the dialects ---
-# Each encoder takes f32 blocks [..., Kb, 16] and the amax of every block. It returns u8 codes, e4m3 block scales and
-# the f32 block scales before clipping and rounding.
-
-
-def _encode_exact(blocks, block_amax, scale, four_over_six):
-    gs = div_rn(np.float32(1), scale)
-    inverse = div_rn(np.float32(1), gs)
-
-    def candidate(reciprocal):
-        raw = block_amax * (gs * np.float32(reciprocal))
-        block_scale = round_to_e4m3(raw)
-        multiplier = jnp.minimum(div_rn(np.float32(1), block_scale.astype(jnp.float32) * inverse), _F32_MAX)
-        multiplier = jnp.where(block_amax == 0, np.float32(0), multiplier)
-        return round_to_e2m1(blocks * multiplier[..., None]), block_scale, raw
-
-    six = candidate(1 / 6)
-    if not four_over_six:
-        return six
-    four = candidate(1 / 4)
-    four_wins = _squared_error(blocks, *four[:2], scale) < _squared_error(blocks, *six[:2], scale)
-    codes = jnp.where(four_wins[..., None], four[0], six[0])
-    return codes, jnp.where(four_wins, four[1], six[1]), jnp.where(four_wins, four[2], six[2])
-
-
-def _encode_modelopt(blocks, block_amax, scale):
-    raw = div_rn(block_amax, jnp.broadcast_to(np.float32(6) * scale, block_amax.shape))
-    block_scale = round_to_e4m3(jnp.maximum(raw, 2.0**-9))
-    block_scale = jnp.where(block_amax == 0, jnp.ones_like(block_scale), block_scale)
-    divisor = block_scale.astype(jnp.float32) * scale
-    return _sign_of_input(round_to_e2m1(div_rn(blocks, divisor[..., None])), blocks), block_scale, raw
-
-
-def _encode_compressed_tensors(blocks, block_amax, gs):
-    raw = gs * div_rn(block_amax, np.float32(6))
-    block_scale = round_to_e4m3(raw)
-    block_scale = jnp.where(block_scale == 0, jnp.full_like(block_scale, 0.125), block_scale)
-    divisor = div_rn(block_scale.astype(jnp.float32), jnp.broadcast_to(gs, block_scale.shape))
-    return _sign_of_input(round_to_e2m1(div_rn(blocks, divisor[..., None])), blocks), block_scale, raw
-
-
-def _sign_of_input(codes, blocks):
-    """Sets the sign where x < 0, as both tools do: -0 gets code 0, a negative value that rounds to zero gets code 8."""
-    return jnp.where(blocks < 0, codes, codes & 7)
-
-
-def _squared_error(blocks, codes, block_scale, scale):
-    """Returns the f32 sum of (x - decoded value)^2 of a block, adding halves: 16 to 8, 4, 2 and 1 values."""
-    value = decode_blocks(pack_codes(codes.reshape(*codes.shape[:-2], -1)), block_scale, jnp.float32) * scale
-    # The barriers keep XLA from contracting product and sum into one FMA, which would change the last bit. CPUs flush
-    # subnormal errors and squares to zero and GPUs do not, so both are flushed here.
-    error = flush_subnormals(blocks - lax.optimization_barrier(value).reshape(blocks.shape))
-    total = flush_subnormals(lax.optimization_barrier(error * error))
-    while total.shape[-1] > 1:
-        half = total.shape[-1] // 2
-        total = total[..., :half] + total[..., half:]
-    return total[..., 0]
-
-
-# --- global scales, counters, argument checks ---
-
-
-def tensor_scale(x: Float[Array, "..."], axis_name: str | None = None) -> Float[Array, ""]:
-    """Returns the one global scale, f32 (), that `quantize` computes with global_scale=None.
-
-    With `axis_name`, inside shard_map, the scale covers the x of all devices of that mesh axis.
-    """
-    amax = _valid_amax(flush_subnormals(x.astype(jnp.float32)), None, None, axis_name)
-    return _scale_from(amax, lambda a: div_rn(a, np.float32(AMAX_DIVISOR)))
-
-
-def _valid_amax(x32, valid, mode, axis_name):
-    magnitude = jnp.abs(x32)
-    use = jnp.isfinite(x32) if valid is None else jnp.isfinite(x32) & valid
-    axes = {None: None, "per_token": -1, "per_expert": (-2, -1)}[mode]
-    amax = jnp.max(jnp.where(use, magnitude, 0), axis=axes, keepdims=axes is not None, initial=0)
-    return amax if axis_name is None else lax.pmax(amax, axis_name)
-
-
-def _scale_from(amax, divide):
-    return jnp.where(amax == 0, np.float32(1), jnp.clip(divide(amax), *map(np.float32, GLOBAL_SCALE_RANGE)))
-
-
-def as_scale(global_scale: Any, shape: tuple[int, ...]) -> Float[Array, "..."]:
-    """Returns a given global scale as f32, after checking that it fits a tensor of `shape`.
-
-    Raises:
-      TypeError, ValueError: the dtype or shape does not fit, or a concrete value is outside [2^-100, 2^100].
-    """
-    if not isinstance(global_scale, int | float):
-        check_array("quantize: global_scale", global_scale)
-    scale = jnp.asarray(global_scale)
-    if not jnp.issubdtype(scale.dtype, jnp.floating):
-        raise TypeError(f"quantize: global_scale must be float32, got {scale.dtype}")
-    check_scale_shape("quantize: global_scale", scale.shape, shape)
-    if not isinstance(scale, jax.core.Tracer):
-        values, (low, high) = np.asarray(scale, np.float64), GLOBAL_SCALE_RANGE
-        fits = (values >= low) & (values <= high)
-        if scale.ndim > 1 and scale.shape[-2] > 1:  # there is one scale per row, and that of a pad row may be NaN
-            fits |= np.isnan(values)
-        bad = values[~fits]
-        if bad.size:
-            raise ValueError(f"quantize: global_scale {bad.flat[0]} (shape {scale.shape}) is outside [2^-100, 2^100]")
-    return scale.astype(jnp.float32)
-
-
-def check_scale_shape(name: str, scale_shape: tuple[int, ...], shape: tuple[int, ...]) -> None:
-    """Raises ValueError unless `scale_shape` is () or broadcasts over the rows of a tensor of `shape`."""
-    fits = len(scale_shape) == len(shape) and scale_shape[-1] == 1
-    fits = fits and all(s in (1, d) for s, d in zip(scale_shape[:-1], shape[:-1], strict=True))
-    if scale_shape != () and not fits:
-        raise ValueError(
-            f"{name} must have shape () or {(*shape[:-1], 1)} (or 1 in place of an axis), got {scale_shape}"
-        )
 
 
 def _count(x, block_amax, raw, valid, axes):

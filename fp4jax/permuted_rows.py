@@ -9,7 +9,7 @@ from jaxtyping import Array, Int
 
 from fp4jax import scale_layout as scale_layouts
 from fp4jax.implementations import Call, Implementation, run_implementation
-from fp4jax.nvfp4 import decode_blocks
+from fp4jax.nvfp4_codes import decode_blocks
 from pallas_kernels.rows import permute as permute_kernels, route_metadata as metadata_kernels
 
 

@@ -5,8 +5,10 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from fp4jax.global_scale import as_scale
 from fp4jax.implementations import Call, Implementation, run_implementation
-from fp4jax.nvfp4 import BLOCK_SIZE, NVFP4Tensor, as_scale, decode_blocks, quantize
+from fp4jax.nvfp4 import BLOCK_SIZE, NVFP4Tensor, quantize
+from fp4jax.nvfp4_codes import decode_blocks
 from fp4jax.operands import check_array
 from pallas_kernels.rows import swiglu_quantize as swiglu_kernel
 from pallas_kernels.rows.swiglu_quantize import OUTPUTS, Output

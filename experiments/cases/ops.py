@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fp4jax import scale_layout
-from fp4jax.nvfp4 import decode_blocks, quantize
+from fp4jax.nvfp4 import quantize
+from fp4jax.nvfp4_codes import decode_blocks
 from fp4jax.permute import depermute_combine, permute_to_masked
 from fp4jax.swiglu import swiglu_quantize
 from pallas_kernels.rows import (

@@ -12,7 +12,7 @@ There are two forms of a dispatch and its combine:
   home weights and adds them in slot order. The result has the same bits for every number of devices.
 """
 
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -20,17 +20,15 @@ from jaxtyping import Array, Float, Int
 
 from fp4jax.expert_parallel import low_latency
 from fp4jax.expert_parallel.all_to_all import combine_all_to_all, dispatch_all_to_all
+from fp4jax.expert_parallel.checks import Form, check_dispatch
 from fp4jax.expert_parallel.low_latency import ReceiveBuffers
 from fp4jax.expert_parallel.ways import check_combine_into_buffers, combine_way, dispatch_way
-from fp4jax.expert_parallel.wire_formats import WIRE_FORMATS, WireFormat, from_wire, kernel_encode, to_wire
+from fp4jax.expert_parallel.wire_formats import WireFormat, from_wire, kernel_encode, to_wire
 from fp4jax.implementations import Call, Implementation, multiprocessors, run_by_platform, run_kernel
 from fp4jax.nvfp4 import NVFP4Tensor
-from fp4jax.operands import axis_size, check_array, check_routes, check_type
+from fp4jax.operands import axis_size, check_array, check_type
 from pallas_kernels.exchange import combine as combine_kernels, dispatch as dispatch_kernels, push_combine
 from pallas_kernels.exchange.dispatch import Routes
-
-Form = Literal["per_peer", "per_slot"]
-FORMS: tuple[str, ...] = get_args(Form)
 
 
 class Dispatched(NamedTuple):
@@ -99,9 +97,7 @@ def dispatch(
         message says why.
     """
     devices = axis_size("dispatch", axis_name)
-    _check_dispatch_args(
-        x, topk_ids, topk_weights, num_experts, devices, form, wire_format, pair_capacity, global_scale
-    )
+    check_dispatch(x, topk_ids, topk_weights, num_experts, devices, form, wire_format, pair_capacity, global_scale)
     valid = (topk_ids >= 0) & (topk_ids < num_experts)
     # A 64-bit id out of range could become a valid id when it is cast to 32 bits.
     ids = topk_ids if topk_ids.dtype == jnp.int32 else jnp.where(valid, topk_ids, -1).astype(jnp.int32)
@@ -274,31 +270,3 @@ def agree_global_scale(scale: Float[Array, "..."], axis_name: str | None = None)
         axis_size("agree_global_scale", axis_name)
     agreed = jnp.max(jnp.asarray(scale, jnp.float32))
     return agreed if axis_name is None else lax.pmax(agreed, axis_name)
-
-
-def _check_dispatch_args(
-    x, topk_ids, topk_weights, num_experts, devices, form, wire_format, pair_capacity, global_scale
-):
-    if form not in FORMS:
-        raise ValueError(f"dispatch: form={form!r} is unknown; choose one of {FORMS}")
-    if wire_format not in WIRE_FORMATS:
-        raise ValueError(f"dispatch: wire_format={wire_format!r} is unknown; choose one of {WIRE_FORMATS}")
-    if num_experts < 1 or num_experts % devices:
-        raise ValueError(f"dispatch: num_experts={num_experts} must be a positive multiple of the {devices} devices")
-    if not isinstance(x, NVFP4Tensor):
-        check_array("dispatch: x", x, jnp.floating)
-    if len(x.shape) != 2:
-        raise ValueError(f"dispatch: x must be [T, H], one row per token, got {x.shape}")
-    check_routes("dispatch", x.shape[0], topk_ids, topk_weights)
-    if pair_capacity is not None and pair_capacity < 1:
-        raise ValueError(f"dispatch: pair_capacity must be at least 1, got {pair_capacity}")
-    if isinstance(x, NVFP4Tensor):
-        x.validate()
-        if wire_format != "nvfp4":
-            raise ValueError(f"dispatch: x is an NVFP4Tensor, so wire_format must be 'nvfp4', got {wire_format!r}")
-    if global_scale is not None and (wire_format != "nvfp4" or isinstance(x, NVFP4Tensor)):
-        raise ValueError("dispatch: global_scale is only for a plain x sent with wire_format='nvfp4'")
-    if isinstance(global_scale, str) and global_scale != "per_token":
-        raise ValueError(f"dispatch: global_scale={global_scale!r} is unknown; give a number, 'per_token' or None")
-    if not isinstance(global_scale, str | None) and jnp.ndim(global_scale):
-        raise ValueError(f"dispatch: global_scale must be a scalar, got shape {jnp.shape(global_scale)}")

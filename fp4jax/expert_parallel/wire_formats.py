@@ -11,7 +11,8 @@ from jax import lax
 from jaxtyping import Array, Float, UInt8
 
 from fp4jax.block_fp8 import to_fp8
-from fp4jax.nvfp4 import NVFP4Tensor, as_scale, quantize, tensor_scale
+from fp4jax.global_scale import as_scale, tensor_scale
+from fp4jax.nvfp4 import NVFP4Tensor, quantize
 
 WireFormat = Literal["nvfp4", "fp8", "bf16"]
 WIRE_FORMATS: tuple[str, ...] = get_args(WireFormat)

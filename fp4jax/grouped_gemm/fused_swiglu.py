@@ -11,17 +11,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from fp4jax.global_scale import as_scale
+from fp4jax.grouped_gemm.checks import check_operands
 from fp4jax.grouped_gemm.gemm import (
     KernelPlan,
     Weights,
-    check_operands,
     gemm_xla,
     kernel_operands,
     plan_kernel,
     run_gemm,
 )
 from fp4jax.implementations import Call, Implementation, run_implementation
-from fp4jax.nvfp4 import NVFP4Tensor, as_scale
+from fp4jax.nvfp4 import NVFP4Tensor
 from fp4jax.operands import check_array
 from fp4jax.swiglu import OUTPUTS, Output, swiglu_quantize
 from pallas_kernels.gemm import grouped_gemm as masked_gemm

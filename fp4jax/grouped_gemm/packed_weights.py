@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fp4jax.nvfp4 import BLOCK_SIZE, NVFP4Tensor, pack_codes, unpack
+from fp4jax.nvfp4 import BLOCK_SIZE, NVFP4Tensor
+from fp4jax.nvfp4_codes import pack_codes, unpack
 from fp4jax.operands import check_type, check_unsharded, summary
 from pallas_kernels.gemm import weight_layout
 

@@ -6,12 +6,10 @@ NVFP4Tensor, or PackedWeights where the kernel of the grouped GEMM runs (`MoEBlo
 """
 
 import dataclasses
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
@@ -20,39 +18,13 @@ from fp4jax import routing
 from fp4jax.expert_parallel.low_latency import ReceiveBuffers
 from fp4jax.experts import MoEWeights, quantize_experts, quantize_gate_up, runs_on_kernel
 from fp4jax.grouped_gemm.packed_weights import arrange_experts, is_nvfp4
-from fp4jax.layers.linear import MLP, Linear, exact_precision, largest, normal_param
+from fp4jax.layers.calibration import ExpertAmax, check_input_scale, measure_experts
+from fp4jax.layers.linear import MLP, Linear, normal_param
+from fp4jax.layers.routing_config import RoutingConfig
 from fp4jax.moe import MoEStats, moe_layer
 from fp4jax.moe_config import MoEConfig
 from fp4jax.operands import check_type
 from fp4jax.sharded_moe import EP_AXIS, expert_mesh, sharded_moe_layer
-
-
-@dataclasses.dataclass(frozen=True)
-class RoutingConfig:
-    """How a model routes its tokens. The fields are arguments of `routing.route`, which explains them, except for two:
-
-    Attributes:
-      num_experts: the number of experts (E).
-      correction_bias: whether the block has a parameter `correction_bias` [E], which it passes to `route`.
-    """
-
-    num_experts: int
-    top_k: int
-    scoring: routing.Scoring = "softmax"
-    renormalize: bool = True
-    correction_bias: bool = False
-    num_groups: int = 1
-    topk_groups: int = 1
-    routed_scaling_factor: float = 1.0
-
-    def __post_init__(self) -> None:
-        routing.check_routing(
-            self.num_experts,
-            top_k=self.top_k,
-            scoring=self.scoring,
-            num_groups=self.num_groups,
-            topk_groups=self.topk_groups,
-        )
 
 
 class MoEAux(NamedTuple):
@@ -67,18 +39,6 @@ class MoEAux(NamedTuple):
     dropped: Int[Array, ""]
     balance_loss: Float[Array, ""]
     buffers: ReceiveBuffers | None = None
-
-
-class ExpertAmax(NamedTuple):
-    """The largest magnitudes (amax) of the activations in one block.
-
-    Attributes:
-      input_1: f32 (), amax of the inputs of GEMM 1.
-      input_2: f32 [E], amax of the inputs of GEMM 2 of every expert; 0 if no token visited the expert.
-    """
-
-    input_1: Float[Array, ""]
-    input_2: Float[Array, "E"]
 
 
 class MoEBlock(nnx.Module):
@@ -304,22 +264,8 @@ class MoEBlock(nnx.Module):
         route, _ = self._route(rows)
         hidden = (rows if self.fc1_latent_proj is None else self.fc1_latent_proj(rows)).astype(self.dtype)
 
-        def add_expert(y: jax.Array, expert_and_weights: Any) -> tuple[jax.Array, jax.Array]:
-            expert, *weights = expert_and_weights
-            product = partial(jnp.einsum, "tk,nk->tn", precision=exact_precision(self.dtype))
-            gate_up = product(hidden, weights[0].astype(self.dtype))
-            gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=1)
-            act = jax.nn.silu(gate) * up
-            chosen = route.topk_ids == expert
-            hit = jnp.any(chosen, axis=1, keepdims=True)
-            amax = largest(act, where=hit | all_tokens)
-            out = product(act.astype(self.dtype), weights[1].astype(self.dtype)).astype(jnp.float32)
-            weight = jnp.sum(jnp.where(chosen, route.topk_weights, 0), axis=1, keepdims=True)
-            return y + jnp.where(hit, weight * out, 0), amax
-
-        zeros = jnp.zeros((rows.shape[0], w2.shape[1]), jnp.float32)
-        y, amax_2 = jax.lax.scan(add_expert, zeros, (jnp.arange(w13.shape[0], dtype=jnp.int32), w13, w2))
-        return self._finish(y.astype(self.dtype), rows).reshape(x.shape), ExpertAmax(largest(hidden), amax_2)
+        y, amax = measure_experts(hidden, route, w13, w2, all_tokens=all_tokens)
+        return self._finish(y.astype(self.dtype), rows).reshape(x.shape), amax
 
     def set_input_scales(self, input_scale_1: Float[Array, ""] | None, input_scale_2: Float[Array, "E"] | None) -> None:
         """Sets static scales of the activations, in decode direction (multiply).
@@ -340,13 +286,8 @@ class MoEBlock(nnx.Module):
         if missing and any(value is not None for value in given.values()):
             raise ValueError(f"{self.path}.experts.{missing[0]} is missing while the other input scale is given")
         for name, value in given.items():
-            if value is None:
-                continue
-            flat = np.atleast_1d(np.asarray(value, np.float32))
-            bad = np.flatnonzero(~(np.isfinite(flat) & (flat > 0)))
-            if bad.size:
-                where = f"[{bad[0]}]" if flat.size > 1 else ""
-                raise ValueError(f"{self.path}.experts.{name}{where} = {flat[bad[0]]} must be positive and finite")
+            if value is not None:
+                check_input_scale(f"{self.path}.experts.{name}", value)
         if input_scale_2 is not None and input_scale_2.shape != (self.router_config.num_experts,):
             raise ValueError(
                 f"{self.path}.experts.input_scale_2 has shape {input_scale_2.shape}, "

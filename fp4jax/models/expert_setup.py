@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
-from fp4jax.layers.moe_block import ExpertAmax, MoEBlock
+from fp4jax.layers import ExpertAmax, MoEBlock
 from fp4jax.operands import check_array
 from fp4jax.sharded_moe import EP_AXIS, expert_mesh
 from pallas_kernels.simt.formats import AMAX_DIVISOR

@@ -1,13 +1,18 @@
-"""The way back of a decode step: experts' rows are weighted and summed, stored into their home devices, summed there.
+"""Combine of a decode step in one kernel: partial sums over experts go to the tokens' devices and are summed there.
 
-For the devices of one process that reach each other's memory (NVLink), inside `jax.shard_map` over one mesh axis, with
-arrays that outlive the kernel (fp4jax.expert_parallel.low_latency). `permute.depermute_combine` and combine.py in one:
-no partial sums are written here first, and no barrier comes before it. A lane owns 16 bytes of a received row: it adds
-up what the experts made of it and stores the result where the row came from. Then all blocks of all devices meet, and a
-lane owns 16 bytes of a token, of which it adds the partial sums of all devices.
+    partial(r) = sum over slots j of row_weights[r, j] * y[row_map[r, j]]            on the device that received row r
+    out[t] = sum over columns s of weights[t, s] * partial(row send_map[t, s])       on the device of token t
 
-Every product and sum is rounded where those two round, so the bits are theirs. What limits it: the launch and the
-meeting, with many tokens the links.
+The kernel does the work of `permute.depermute_combine` and of combine.py. It rounds each product and sum where they do,
+so its bits are theirs. But it does not store partial sums on the device that computes them, and no meeting comes before
+it. It runs inside `jax.shard_map` over one mesh axis, on devices of one process that reach each other's memory
+(NVLink), with arrays that outlive the kernel (fp4jax.expert_parallel.low_latency).
+
+The grid is persistent. First a lane takes 16 bytes of a received row at a time: it computes the partial sum and stores
+it to the device that the row came from. Then all thread blocks of all devices meet. Last, a lane takes 16 bytes of a
+token at a time and adds the partial sums that arrived for it.
+
+The launch and the meeting bound the time, with many tokens the links.
 """
 
 from typing import Any, NamedTuple
@@ -25,20 +30,21 @@ from pallas_kernels.simt.hardware import H100_SMS
 from pallas_kernels.simt.lane_math import unsigned_div
 from pallas_kernels.simt.schedule import PersistentLanes
 
-_FREE = 12  # multiprocessors
+_FREE = 12  # multiprocessors that stay free, see `default_config`
 
 
 def default_config(rows: int, row_bytes: int, multiprocessors: int) -> TuningConfig:
-    """Few bytes take fewer blocks: every block signals every peer. Measured on two H100, with all multiprocessors.
+    """One thread block per multiprocessor, fewer for few bytes, as each signals every peer. Measured on two H100.
 
-    Some stay free: all blocks wait for all, and a collective that runs beside must not keep the last one out.
+    Some multiprocessors stay free for a collective that runs at the same time: all thread blocks wait for each other,
+    so a collective must not keep the last of them from starting.
     """
     most = max(1, min(H100_SMS, multiprocessors) - _FREE)
     return TuningConfig(most if rows * row_bytes > 2**19 else max(1, min(H100_SMS, multiprocessors) // 2))
 
 
 def check_config(y: Any, row_map: Any, send_map: Any, devices: int, config: TuningConfig) -> str | None:
-    """None if `push_combine` accepts these (arrays or structs), else what does not fit."""
+    """None if `push_combine` accepts these (arrays or ShapeDtypeStructs), else what does not fit."""
     if problem := check_depermute(y, row_map):
         return problem
     received = jax.ShapeDtypeStruct((row_map.shape[0], y.shape[1]), y.dtype)
@@ -46,11 +52,11 @@ def check_config(y: Any, row_map: Any, send_map: Any, devices: int, config: Tuni
 
 
 class Received(NamedTuple):
-    """Rows that this device received, C from each device, and what its experts made of them.
+    """Rows that this device received, C from each device, and where the results of its experts are.
 
     row_map: i32 [devices * C, k], the row of y for each slot, -1 = none.
     weights: f32 [devices * C, k], by which those rows of y are multiplied.
-    local_ids: i32 [devices * C, k]. A row whose ids are all -1 is a pad: nothing is sent home for it.
+    local_ids: i32 [devices * C, k]. A row whose ids are all -1 is a pad; the kernel stores nothing for it.
     """
 
     row_map: Any
@@ -59,9 +65,9 @@ class Received(NamedTuple):
 
 
 class Home(NamedTuple):
-    """Where the tokens of this device went.
+    """Where the rows of this device's tokens are.
 
-    send_map: i32 [T, S], device * C + row there, -1 = nowhere.
+    send_map: i32 [T, S], device * C + row there, or -1.
     weights: f32 [T, S], by which the partial sums are multiplied.
     """
 
@@ -72,9 +78,9 @@ class Home(NamedTuple):
 class Buffers(NamedTuple):
     """References to arrays that outlive the kernel.
 
-    sums: [devices, C, H] in y's dtype; partial sums arrive there.
+    sums: [devices, C, H] in y's dtype. The peers store partial sums to it.
     kept: references that the kernel does not touch, and last the counters of the meeting, i32 [blocks, 32].
-    first: whether XLA lets the devices meet before this kernel, as in `dispatch.Kernel.run_into`.
+    first: whether XLA lets the devices meet before the kernel, see `dispatch.Kernel.run_into`.
     """
 
     sums: Any
@@ -86,13 +92,21 @@ def push_combine(
     y: jax.Array, received: Received, home: Home, buffers: Buffers, *, devices: int, axis_name: str,
     config: TuningConfig,
 ) -> jax.Array:  # fmt: skip
-    """out[t] = sum over columns s of home.weights[t, s] * partial(row home.send_map[t, s]) -> [T, H].
+    """Sums up the experts' results for each token of this device, [T, H] of y's dtype (formulas at the top).
 
-    partial(r) = sum over j of received.weights[r, j] * y[received.row_map[r, j]], on the device that received row r.
-    Both sums are in order and cast to y's dtype. y: bf16 or f32 [rows, H] of this device's experts.
+    Both sums run in order and in f32, and are rounded to y's dtype.
+
+    Args:
+      y: results of this device's experts, bf16 or f32 [rows, H].
+      received: the rows that this device received, with `row_weights` of the formulas in received.weights.
+      home: the rows of this device's tokens.
+      buffers: the arrays that outlive the kernel.
+      devices: number of devices on the mesh axis.
+      axis_name: the mesh axis.
+      config: see `default_config`.
 
     Raises:
-      NotImplementedError: what `check_config` returns.
+      NotImplementedError: the kernel does not accept the operands; the message is that of `check_config`.
     """
     if problem := check_config(y, received.row_map, home.send_map, devices, config):
         raise NotImplementedError(f"push_combine kernel: {problem}")
@@ -116,7 +130,7 @@ def push_combine(
 
 
 class _Refs(NamedTuple):
-    """Arguments of `push_combine` and its result, in global memory."""
+    """References to the arguments of `push_combine` and to its result, all in global memory."""
 
     y: Any
     row_map: Any
@@ -129,7 +143,7 @@ class _Refs(NamedTuple):
 
 
 class _Sizes(NamedTuple):
-    """What is known when the kernel is traced. capacity: rows per sender and receiver; cut: how rows are cut."""
+    """Static sizes. rows: received rows with pads. capacity: rows per sender and receiver. cut: of a row of y."""
 
     rows: int
     tokens: int
@@ -140,7 +154,7 @@ class _Sizes(NamedTuple):
 
 
 class _Block:
-    """The two stages of one block of threads; every lane takes 16 bytes of a row at a time."""
+    """The two stages of one thread block."""
 
     def __init__(self, sizes: _Sizes, refs: _Refs, axis_name: str, config: TuningConfig):
         self.sizes, self.refs, self.me = sizes, refs, lax.axis_index(axis_name)
@@ -148,10 +162,10 @@ class _Block:
         self.lanes = PersistentLanes(config.blocks, config.warpgroups)
 
     def push(self) -> None:
-        """What the experts made of each received row, weighted and added up, into the row's home."""
+        """Computes the partial sum of each received row and stores it to the device that the row came from."""
         s, r = self.sizes, self.refs
 
-        def load(row, column, where):  # a row beyond the last one reads the last, as in XLA
+        def load(row, column, where):  # a row number beyond the last row reads the last row, as XLA's gather does
             position = jnp.minimum(row, r.y.shape[0] - 1) * s.cut.items + column
             return lanes.gather(r.y, position, s.cut.count, where=where)
 
@@ -167,7 +181,7 @@ class _Block:
         self.lanes.for_each(s.rows * s.cut.items, send)
 
     def add(self) -> None:
-        """What arrived for each token, weighted and added up."""
+        """Computes each token's sum over the partial sums that arrived."""
         s, r = self.sizes, self.refs
 
         def load(row, column, where):
@@ -181,6 +195,6 @@ class _Block:
         self.lanes.for_each(s.tokens * s.cut.items, add)
 
     def _access(self, item, number):
-        """Row, 16-byte column and whether the row exists, of a lane's item."""
+        """Row of a lane's item, index of the access in that row, and whether the row exists."""
         row = unsigned_div(item, self.sizes.cut.items)
         return row, item - row * self.sizes.cut.items, row < number

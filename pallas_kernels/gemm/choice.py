@@ -29,7 +29,7 @@ _TUNED_WITHIN = 0.5  # an entry for m rows per expert is used for m / 2^0.5 to m
 def choose(k: int, n: int, experts: int, expected_m: float | int, *, fused: bool = False) -> TuningConfig:
     """The configuration for weights [experts, n, k] and `expected_m` rows per expert.
 
-    fused: whether SwiGLU is computed in the epilogue. Then `n` counts the columns of its result.
+    fused: whether SwiGLU is computed in the epilogue. Then `n` counts the rows of gate and up together.
     """
     if experts == 1 and not fused:
         return dense(k, n, expected_m)
@@ -115,9 +115,9 @@ def _few(tile_m: tuple[int, ...], warpgroups: int, row_tiles: int = 1, *, in_fli
     return TuningConfig(tile_m, warpgroups, row_tiles, k_tiles=4, num_stages=8, in_flight=in_flight)
 
 
-# The model of `few_rows`, fitted to experiments/results/h100/gemm_few_rows.json (see gemm_log.md there). A task takes
-# _STEP_US microseconds per tile of K while every SM of an H100 has a task, and _TASK_US per weight tile in addition.
-# The keys of _STEP_US are the most rows per expert that the numbers below them are for.
+# The model of `few_rows`, fitted to experiments/results/h100/gemm_few_rows.json; experiments/results/gemm_log.md tells
+# how. A task takes _STEP_US microseconds per tile of K while every SM of an H100 has a task, and _TASK_US per weight
+# tile in addition. The keys of _STEP_US are the most rows per expert that the numbers below them are for.
 _TASK_US = 0.3
 _WORTH_IT = 1.04  # the model must promise this speedup to replace the first configuration: about its own error
 _STEP_US: dict[int, dict[TuningConfig, float]] = {

@@ -22,8 +22,8 @@ from jaxlib.mlir.dialects import arith, llvm
 from pallas_kernels.gemm.weight_layout import TILE, WORDS
 from pallas_kernels.simt.hardware import LANES, WARP
 
-# Decoding gives code * scale * 2^-7, since weight_layout.py has factors 2^-126 and 2^119. The epilogue multiplies by
-# this.
+# Decoding gives code * scale * 2^-7, from the factors 2^-126 and 2^119 of weight_layout.py. The epilogue multiplies by
+# this factor to undo that.
 DECODE_FACTOR = 2.0**7
 ROW_WORDS = TILE // 2  # u32 words of a row of 64 bf16
 _ROW_BYTES = 4 * ROW_WORDS

@@ -17,17 +17,17 @@ warpgroups have roles, which roles.py draws on a time line:
 **Operands.** The product is computed transposed, out^T = W x^T: a wgmma takes the weights from registers and reads x
 from shared memory. Packed weights are tiles of 64 x 64 in 2304 contiguous bytes (formulas in weight_layout.py). Thread
 t of a warpgroup finds the codes of its fragment in the 16 bytes at 16 t, one word per slice of 16 along K, and the
-scales of its two rows in two words. x is [rows, K]: in the masked layout [E * M, K], where expert e begins at row e *
-M, in the contiguous layout one expert after the other. The copy engine can read tile_m rows from any row on; it writes
-them in the 128-byte swizzle that wgmma expects. Beyond the last row and beyond N or K it gives zeros, so N and K need
-only be multiples of 64.
+scales of its two rows in two words. x is [rows, K]: in the masked layout expert e begins at row e * M, in the
+contiguous layout one expert follows the other. The copy engine can read tile_m rows from any row on; it writes them in
+the 128-byte swizzle that wgmma expects. Beyond the last row and beyond N or K it gives zeros, so N and K need only be
+multiples of 64.
 
 **Decoding is exact.** A shift and a mask turn a code into a bf16 with the code's sign at bit 15 and its magnitude bits
 at 8..6, which is value * 2^-126. (For the smallest code that is a subnormal; the multiplier handles it.) A block scale,
-any e4m3 value but zero, is stored as a byte that one byte permutation and one multiply-add turn into the bf16 scale *
-2^119. Their product, value * scale * 2^-7, has 6 significant bits and an exponent within -17..4, so bf16 represents it
-exactly. Decoding 8 weights takes 11 integer and 4 multiply instructions; the scales of 32 weights take 4 more. The
-missing 2^7 is part of the f32 scale in the epilogue.
+any e4m3 value but zero, is stored as a byte. One byte permutation and one multiply-add turn it into a bf16, which is
+scale * 2^119. The product of both, value * scale * 2^-7, has 6 significant bits and an exponent within -17..4, so bf16
+represents it exactly. Decoding 8 weights takes 11 integer and 4 multiply instructions; the scales of 32 weights take 4
+more. The missing 2^7 is part of the f32 scale in the epilogue.
 
 **Epilogue.** A consumer multiplies its f32 sums by x scale * weight scale * 2^7, rounds once to bf16, and writes them
 transposed to shared memory with stmatrix. The storer writes 16 bytes per lane to the result, for valid rows only. With

@@ -27,7 +27,7 @@ import numpy as np
 
 from pallas_kernels.simt.formats import BLOCK_SIZE
 
-TILE = 64
+TILE = 64  # rows and columns of a tile of weights; a wgmma takes 64 rows
 WORDS = 9  # rows of a packed tile: 8 of codes, 1 of scales
 _SIGN_AT = (15, 12, 13, 14)  # bit of the sign, by register r
 _MAGNITUDE_AT = (6, 3, 0, 9)  # lowest bit of the magnitude, by register r

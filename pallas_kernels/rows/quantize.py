@@ -181,7 +181,7 @@ class _Encoder:
             for item in items:
                 self._store(results, item, self._load(x_ref, item), scales)
             return
-        values = [self._load(x_ref, item) for item in items]  # all loads first
+        values = [self._load(x_ref, item) for item in items]  # before any arithmetic, so that all loads are in flight
         for item, v in zip(items, values, strict=True):
             self._store(results, item, v, row_encode_scales(g_ref, item, self.scale_stride))
 

@@ -155,7 +155,7 @@ class _Products:
 
     def unit(self, x_ref: Any, g_ref: Any, results: list[Any], items: list[Item]) -> None:
         """Computes and stores the NVFP4 blocks `items`. With a scale per token they are one whole row."""
-        loaded = [self._load(x_ref, item) for item in items]  # all loads first
+        loaded = [self._load(x_ref, item) for item in items]  # before any arithmetic, so that all loads are in flight
         if self.per_token:
             products = [swiglu(*words) for words in loaded]
             scale = scale_of_row([values for values, _ in products], AMAX_DIVISOR)

@@ -1,6 +1,7 @@
 """Constants of the number formats: NVFP4, block-wise FP8, and the layouts of their scales.
 
-Every other module, those of fp4jax too, takes these numbers from here.
+Every other module, those of fp4jax too, takes these numbers from here. The exception is fp4jax.quant_config, which must
+not import kernels; a test compares its numbers with these.
 """
 
 from collections.abc import Sequence
@@ -16,9 +17,9 @@ E4M3_MAX = 448.0  # largest finite e4m3 value
 # Four-over-six may store a block at 6/4 of its usual scale. It divides by AMAX_DIVISOR_FOUR_OVER_SIX instead: then the
 # largest usual block scale is 256, and the largest stored one 384.
 FOUR_OVER_SIX_SCALE = 256.0
+AMAX_DIVISOR = E2M1_MAX * E4M3_MAX  # = 2688
+AMAX_DIVISOR_FOUR_OVER_SIX = E2M1_MAX * FOUR_OVER_SIX_SCALE  # = 1536
 GLOBAL_SCALE_RANGE = (2.0**-100, 2.0**100)  # outside it intermediate products leave the normal range of f32
-AMAX_DIVISOR = E2M1_MAX * E4M3_MAX  # 2688
-AMAX_DIVISOR_FOUR_OVER_SIX = E2M1_MAX * FOUR_OVER_SIX_SCALE  # 1536
 F32_MAX = np.float32(np.finfo(np.float32).max)
 F32_TINY = np.float32(np.finfo(np.float32).tiny)  # 2^-126, the smallest normal magnitude
 

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 from cuda_lowering import kernels_in, struct
-from fp4jax import grouped_gemm
 from fp4jax.grouped_gemm import (
     PackedWeights,
     contiguous_grouped_gemm,
+    gemm,
     grouped_gemm_swiglu,
     masked_grouped_gemm,
 )
@@ -185,18 +185,18 @@ def test_the_hint_chooses_the_configuration():
     x, words, _, _ = operands(8, 4096, 1536, 2048)
     w = PackedWeights(words, struct((8, 1, 1), jnp.float32))
     for m in (1, 16, 1024):
-        assert grouped_gemm.kernel_config(x, w, m) == choice.choose(2048, 1536, 8, m)
-        assert grouped_gemm.kernel_config(x, w, m, fused=True) == choice.choose(2048, 1536, 8, m, fused=True)
-    assert grouped_gemm.kernel_config(x, w, None) == choice.choose(2048, 1536, 8, 2048)
+        assert gemm.kernel_config(x, w, m) == choice.choose(2048, 1536, 8, m)
+        assert gemm.kernel_config(x, w, m, fused=True) == choice.choose(2048, 1536, 8, m, fused=True)
+    assert gemm.kernel_config(x, w, None) == choice.choose(2048, 1536, 8, 2048)
     rows = struct((8 * 64, 2048), jnp.bfloat16)
-    assert grouped_gemm.kernel_config(rows, w, None) == choice.choose(2048, 1536, 8, 64)
+    assert gemm.kernel_config(rows, w, None) == choice.choose(2048, 1536, 8, 64)
 
 
 def test_moe_layer_hands_on_the_usual_rows_per_expert(monkeypatch):
     hints = []
-    real = grouped_gemm.kernel_config
+    real = gemm.kernel_config
     choose = lambda x, w, m, **fused: hints.append(m) or real(x, w, m, **fused)  # noqa: E731
-    monkeypatch.setattr(grouped_gemm, "kernel_config", choose)
+    monkeypatch.setattr(gemm, "kernel_config", choose)
     pack = lambda n, k: PackedWeights(struct((4, n // 64, k // 64, 9, 64), jnp.uint32), struct((4, 1, 1), jnp.float32))  # noqa: E731
     weights = MoEWeights(pack(256, 128), pack(128, 128), jnp.float32(0.01), jnp.full((4, 1, 1), 0.01))
     x, ids, topk = struct((96, 128), jnp.bfloat16), struct((96, 2), jnp.int32), struct((96, 2), jnp.float32)
