@@ -1,4 +1,4 @@
-# Every target sets up what it needs in $(VENV) by itself: see .ci/bootstrap.
+# Every target first installs what it needs into $(VENV), with .ci/bootstrap.
 
 VENV ?= .venv
 EXTRA ?=
@@ -9,7 +9,8 @@ export PYTHON
 comma := ,
 extras = $(subst $(comma), ,$(EXTRA))
 bin = $(VENV)/bin
-# Test processes: compiling takes most of the time on a CPU; a GPU has one user at a time.
+# Number of test processes. On a CPU most of the time is compiling, which two processes share well; tests on a GPU run
+# one at a time.
 WORKERS ?= $(if $(findstring cuda,$(EXTRA)),0,2)
 # Tests run on the CPU unless a CUDA extra is asked for; JAX_PLATFORMS in the environment wins over both.
 test_platforms = $${JAX_PLATFORMS:-$(if $(findstring cuda,$(EXTRA)),cuda$(comma)cpu,cpu)}

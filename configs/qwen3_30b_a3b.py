@@ -1,7 +1,7 @@
-"""Shapes of Qwen3-30B-A3B (`config.json` of Qwen/Qwen3-30B-A3B): 30.5 B parameters, 3.3 B of them used per token.
+"""The sizes of Qwen3-30B-A3B: 30.5 B parameters, of which a token uses 3.3 B.
 
-Real shapes for tests and benchmarks; a checkpoint brings its own `config.json`. To see what the model asks for, without
-allocating it (a few seconds):
+They are the `config.json` of Qwen/Qwen3-30B-A3B, for tests and benchmarks; a checkpoint brings its own config.json.
+This command counts the parameters without allocating them. It takes a few seconds and prints 30532122624:
 
     python -c "
     import jax; from flax import nnx
@@ -10,15 +10,13 @@ allocating it (a few seconds):
     config = Qwen3MoeConfig.from_hf(dict(get_config().model))
     model = nnx.eval_shape(lambda: Qwen3Moe(config, rngs=nnx.Rngs(0)))
     print(sum(x.size for x in jax.tree.leaves(nnx.state(model))))"
-
-prints 30532122624.
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """The model under Hugging Face's names."""
+    """The section `model`, with the names of Hugging Face's `config.json`."""
     config = ConfigDict()
     config.model = ConfigDict(
         dict(

@@ -1,19 +1,27 @@
-"""Blocks compiled ahead of time for a few token counts: wall time per call, start-up, padding.
+"""Measures blocks that are compiled ahead of time for a few token counts (buckets): time per call, start-up, padding.
 
     python experiments/bench_block_graph.py                     # on a GPU: layers of Qwen3-30B in NVFP4; some minutes
-    JAX_PLATFORMS=cpu python experiments/bench_block_graph.py   # a tiny model: how it runs, not how fast
-    python experiments/bench_block_graph.py --trace=lengths.txt --max_buckets=8     # plan for these token counts
+    JAX_PLATFORMS=cpu python experiments/bench_block_graph.py   # a tiny model: checks that it runs, not how fast
+    python experiments/bench_block_graph.py --trace=lengths.txt --max_buckets=8     # plans buckets for these lengths
 
-Three parts. Blocks: the embedding, a decoder layer, the head and a decode step, each bucketed with XLA's command
-buffers (CUDA graphs) on and off, compiled for exactly these tokens, and padded to the largest bucket; calls follow each
-other without waiting. Start: seconds to compile everything, without and with what an earlier process left in JAX's
-compilation cache. Plans: rows that run for the token counts of --trace (one per line; default: a mix of chats and
-documents) with the planned buckets, powers of two and the serving system's default. Writes bench_block_graph.json and
-.png, and plan.json, which --block_graph_sizes takes.
+It has three parts.
 
---block_graph_sizes, or FD_BLOCK_WISE_CUDA_GRAPH_SIZES, chooses the buckets of the first two parts; --noblock_graph, or
-FD_USE_BLOCK_WISE_CUDA_GRAPH=0, leaves only the blocks compiled for exact counts; --block_graph_debug, or
-FD_BLOCK_WISE_DEBUG=1, reports as it goes.
+Blocks: the time per call of the embedding, a decoder layer, the head and a decode step. Each is compiled in buckets
+with XLA's command buffers (CUDA graphs), in buckets without them, for exactly the measured token counts, and for the
+largest bucket only. A call starts without waiting for the result of the call before it.
+
+Start: the seconds to compile everything, in a first process, and in a second one that finds the first one's programs in
+JAX's compilation cache.
+
+Plans: how many rows are computed for the token counts of --trace (one per line; default: a mix of chats and documents)
+with planned buckets, with powers of two, and with the default of the serving system that fp4jax is compared with.
+
+Writes bench_block_graph.json and .png into --output_dir, on a GPU also bench_block_graph_timeline.png; and plan.json,
+which --block_graph_sizes takes.
+
+--block_graph_sizes, or FD_BLOCK_WISE_CUDA_GRAPH_SIZES, sets the buckets of the first two parts. --noblock_graph, or
+FD_USE_BLOCK_WISE_CUDA_GRAPH=0, measures only blocks compiled for exact token counts. --block_graph_debug, or
+FD_BLOCK_WISE_DEBUG=1, prints every compilation and a summary.
 """
 
 import functools
@@ -40,17 +48,19 @@ from fp4jax.block_graph import Bucketed, planner as bucket_planner
 from fp4jax.engine import BucketedModel
 from fp4jax.models import Qwen3Moe, Qwen3MoeConfig, configure_experts, quantize_experts
 
-_TOKENS = flags.DEFINE_list("tokens", None, "Tokens of the timed calls; default: 1,100,300,700,1500 (CPU: 3,12).")
-_BATCH = flags.DEFINE_list("batch", None, "Requests decoded together; default: 1,8 (CPU: 2).")
+_TOKENS = flags.DEFINE_list(
+    "tokens", None, "Token counts of the timed prefills; default: 1,100,300,700,1500 (CPU: 3,12)."
+)
+_BATCH = flags.DEFINE_list("batch", None, "Batch sizes of the timed decode steps; default: 1,8 (CPU: 2).")
 _LAYERS = flags.DEFINE_integer("layers", 2, "Decoder layers of the model.", lower_bound=1)
-_REPEATS = flags.DEFINE_integer("repeats", 25, "Timed rounds, of which the median counts.", lower_bound=1)
+_REPEATS = flags.DEFINE_integer("repeats", 25, "Timed rounds; the median counts.", lower_bound=1)
 _TRACE = flags.DEFINE_string("trace", None, "File with one token count per line, to plan buckets for.")
-_MAX_BUCKETS = flags.DEFINE_integer("max_buckets", 5, "Of a plan.", lower_bound=1)
+_MAX_BUCKETS = flags.DEFINE_integer("max_buckets", 5, "Largest number of buckets of a plan.", lower_bound=1)
 _GRANULARITY = flags.DEFINE_integer("granularity", 8, "Buckets of a plan are multiples of it.", lower_bound=1)
 _ONLY_WARM_UP = flags.DEFINE_bool("only_warm_up", False, "Compile everything, print the seconds, and stop.")
-_OUTPUT_DIR = flags.DEFINE_string("output_dir", "output/bench_block_graph", "Folder for JSON and PNG.")
+_OUTPUT_DIR = flags.DEFINE_string("output_dir", "output/bench_block_graph", "Folder for the JSON and PNG files.")
 
-_CALLS = 20  # one after the other, between two looks at the clock
+_CALLS = 20  # calls between two readings of the clock
 _NO_COMMAND_BUFFERS = {"xla_gpu_enable_command_buffer": ""}
 _INPUTS = (
     "Qwen3-30B layers with random weights, experts in NVFP4 with activation scales per token (CPU: a tiny model in "
@@ -118,7 +128,7 @@ def main(argv):
 
 
 def model_config(gpu: bool, layers: int) -> Qwen3MoeConfig:
-    """Of Qwen3-30B with a smaller vocabulary, or tiny."""
+    """The config of Qwen3-30B with a smaller vocabulary on a GPU, of a tiny model otherwise."""
     shape: dict[str, Any] = dict(vocab_size=256, hidden_size=64, num_attention_heads=4, num_key_value_heads=2,
                                  head_dim=16, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32,
                                  dtype="float32")  # fmt: skip
@@ -129,7 +139,7 @@ def model_config(gpu: bool, layers: int) -> Qwen3MoeConfig:
 
 
 def make_model(config: Qwen3MoeConfig) -> Qwen3Moe:
-    """Random weights, the experts in NVFP4."""
+    """A model with random weights and its experts in NVFP4."""
     model = Qwen3Moe(config, rngs=nnx.Rngs(0))
     quantize_experts(model)
     configure_experts(model, activation_format_1="nvfp4", activation_format_2="nvfp4")
@@ -137,7 +147,7 @@ def make_model(config: Qwen3MoeConfig) -> Qwen3Moe:
 
 
 def warm_up(served: BucketedModel, debug: bool) -> float:
-    """-> seconds."""
+    """Compile everything and return the seconds that it took; `debug` prints every compilation."""
     if debug:
         block_report.watch(served.graphs)
     start = time.perf_counter()
@@ -154,7 +164,14 @@ def block_rows(
     batches: Sequence[int],
     timelines: dict[str, list[Kernel]],
 ) -> list[dict[str, Any]]:
-    """Wall time per call of every block, variant and count; on a GPU its kernels too, and timelines of decode steps."""
+    """Measure every block, variant and token count: the wall time per call and, on a GPU, the kernels.
+
+    Args:
+      variants: {name of a variant: the model that it compiled}.
+      tokens: the token counts of prefills.
+      batches: the batch sizes of decode steps.
+      timelines: is filled with the kernels of two decode steps of every variant and batch size, on a GPU.
+    """
     rows = []
     counts = [(n, False) for n in tokens] + [(n, True) for n in batches]
     for number, decode in tqdm(counts, unit="count"):
@@ -184,7 +201,7 @@ def block_rows(
 
 
 def failed_rows(failures: dict[tuple[str, str], str], tokens: int) -> list[dict[str, Any]]:
-    """Rows without a time: of the (variant, block) that ran out of memory."""
+    """The rows of blocks that ran out of memory, which have no time; `failures` has keys (variant, block)."""
     return [
         {"part": "blocks", "block": block, "variant": name, "tokens": tokens, "bucket": 0, "us": None, "error": error}
         for (name, block), error in failures.items()
@@ -192,7 +209,10 @@ def failed_rows(failures: dict[tuple[str, str], str], tokens: int) -> list[dict[
 
 
 def prefill_calls(served: BucketedModel, tokens: int) -> dict[str, tuple[int, Callable[[], Any]]]:
-    """{block: (bucket, a call of it)}; a layer's call continues with the cache of the one before, which it takes."""
+    """The blocks of a prefill, as {block: (bucket, function that calls it)}.
+
+    A call of the decoder layer takes the cache that the call before it returned.
+    """
     bucket = next(b for b in served.layer.buckets if b >= tokens)
     ids = np.random.default_rng(0).integers(0, served.config.vocab_size, (1, bucket)).astype(np.int32)
     ids = Bucketed(jax.device_put(ids), tokens)
@@ -210,7 +230,7 @@ def prefill_calls(served: BucketedModel, tokens: int) -> dict[str, tuple[int, Ca
 
 
 def decode_calls(served: BucketedModel, number: int) -> dict[str, tuple[int, Callable[[], Any]]]:
-    """The decode step of a batch, at position 10 of every request."""
+    """The decode step of a batch of `number` requests, all at position 10, as {block: (batch size, function)}."""
     size = next(s for s in served.decoders if s >= number)
     batch = [served.empty_cache(size)]
     last, lengths = (Bucketed(jax.device_put(np.full(size, v, np.int32)), number) for v in (1, 10))
@@ -223,11 +243,18 @@ def decode_calls(served: BucketedModel, number: int) -> dict[str, tuple[int, Cal
 
 
 def wall_us(calls: dict[Any, tuple[int, Callable[[], Any]]], failures: dict[Any, str]) -> dict[Any, dict[str, float]]:
-    """Per name -> (bucket, call): us per call, and us until it returns, of runs of calls that follow each other.
+    """Measure functions in runs of calls that follow each other without waiting.
 
-    Medians over --repeats rounds, in which all take turns, after one that is not timed: a host that is busy for a
-    while slows all of them. Where both numbers are the same, the device waited for the host. A call that runs out of
-    memory is noted in `failures` and removed from `calls`.
+    All functions take turns for --repeats rounds, after one round that is not timed, so that a host that is busy for a
+    while slows all of them.
+
+    Args:
+      calls: {name: (bucket, function)}. A function that runs out of memory is removed.
+      failures: where functions that run out of memory are noted.
+
+    Returns:
+      {name: medians of `us` (microseconds per call until the result is there) and `host_us` (until the call returns)}.
+      If both are the same, the device waited for the host.
     """
     wall: dict[Any, list[float]] = {name: [] for name in calls}
     host: dict[Any, list[float]] = {name: [] for name in calls}
@@ -244,7 +271,7 @@ def wall_us(calls: dict[Any, tuple[int, Callable[[], Any]]], failures: dict[Any,
 
 
 def _call_us(call: Callable[[], Any]) -> tuple[float, float]:
-    """Microseconds per call until the last of several returns, and until its result is there."""
+    """Microseconds per call of several calls: until the last one returns, and until its result is there."""
     start, result = time.perf_counter(), None
     for _ in range(_CALLS):
         result = call()
@@ -254,7 +281,7 @@ def _call_us(call: Callable[[], Any]) -> tuple[float, float]:
 
 
 def block_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows of the first part as aligned text."""
+    """The rows of the first part as aligned text."""
     columns = f"{'us':>11}{'host, us':>10}{'kernels, us':>13}{'in graphs':>11}"
     lines = [f"{'block':<14}{'tokens':>7}{'bucket':>7}{columns}  variant"]
     for r in (r for r in rows if r["part"] == "blocks"):
@@ -275,16 +302,20 @@ def block_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def start_rows(buckets: Sequence[int], batches: Sequence[int]) -> list[dict[str, Any]]:
-    """Seconds that two processes, one after the other, take to compile everything; they share a compilation cache.
+    """Measure how long two processes, one after the other, take to compile everything; they share a compilation cache.
 
-    lowering_s and compiling_s: of the seconds of every program, summed over the threads, waiting for Python included.
+    A row's `lowering_s` and `compiling_s` are sums over all programs and threads, and include waiting for Python's
+    lock.
+
+    Raises:
+      RuntimeError: a process failed.
     """
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         env = {
             **os.environ, "JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # this process has a part of the memory
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # the calling process holds a part of the GPU's memory
             "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
         }  # fmt: skip
         command = [
@@ -305,14 +336,19 @@ def start_rows(buckets: Sequence[int], batches: Sequence[int]) -> list[dict[str,
 
 
 def example_trace() -> dict[int, int]:
-    """Prompts of chats and of documents: {tokens: calls}."""
+    """The lengths of made-up prompts, 90% chats and 10% documents, as {tokens: calls}."""
     rng = np.random.default_rng(0)
     tokens = np.concatenate([rng.normal(90, 25, 9000), rng.normal(1400, 120, 1000)]).astype(int).clip(1, 2048)
     return {int(n): int(c) for n, c in zip(*np.unique(tokens, return_counts=True), strict=True)}
 
 
 def plan_rows(calls: dict[int, int], plan: bucket_planner.BucketPlan) -> list[dict[str, Any]]:
-    """Buckets of the planner, powers of two and the serving system's default, and what they cost."""
+    """What three sets of buckets cost for a trace: the planned ones, powers of two, and the serving system's default.
+
+    Args:
+      calls: the trace, {tokens: calls}.
+      plan: the planned buckets.
+    """
     candidates = {
         "planned": plan.buckets,
         "powers of two": bucket_planner.powers_of_two(plan.buckets[-1], len(plan.buckets)),
@@ -326,7 +362,7 @@ def plan_rows(calls: dict[int, int], plan: bucket_planner.BucketPlan) -> list[di
 
 
 def plan_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows of the third part as aligned text."""
+    """The rows of the third part as aligned text."""
     lines = [f"{'buckets':<20}{'rows':>12}{'padding':>9}"]
     for r in rows:
         padding = 1 - r["tokens"] / r["padded"]
@@ -335,7 +371,7 @@ def plan_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Time of every block by variant, and the padding of every plan."""
+    """Draw the time of every block and variant, and the padding of every set of buckets."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -363,7 +399,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def plot_timelines(timelines: dict[str, list[Kernel]], path: Path) -> None:
-    """The kernels of two decode steps, a line per variant; lighter where a graph launched them."""
+    """Draw the kernels of two decode steps, with a line per variant; kernels in a CUDA graph are lighter."""
     import matplotlib
 
     matplotlib.use("Agg")

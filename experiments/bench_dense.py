@@ -1,14 +1,21 @@
-"""Dense linear layers: block-wise FP8 and NVFP4 kernels against the bf16 library GEMM.
+"""Measures linear layers: block-wise FP8 and NVFP4 kernels against the bf16 matrix product of cuBLAS.
 
-    python experiments/bench_dense.py                              # some minutes on an H100
+    python experiments/bench_dense.py                              # everything; some minutes on an H100
     python experiments/bench_dense.py --shapes=7168x4096 --tokens=16,4096
-    JAX_PLATFORMS=cpu python experiments/bench_dense.py            # XLA's paths on a tiny shape: that it runs
+    JAX_PLATFORMS=cpu python experiments/bench_dense.py            # XLA's paths on a tiny shape: checks that it runs
 
-Rows per shape KxN and number of tokens: `bf16` (XLA, which calls cuBLAS), `block_fp8` from bf16 activations to bf16
-results and `block_fp8 gemm` without quantizing them, `nvfp4 w4a16`, and `nvfp4 w4a4` with quantizing. The floor is the
-larger of bytes over the copy bandwidth and FLOPs over the bf16 ceiling (FP8: twice that), measured in the same run.
-error: |y - r|^2 / (|y|^2 + |r|^2) against the f32 product r of the operands as they are decoded; a result that is
-off by more than its format allows is reported and not timed. Writes bench_dense.json and bench_dense.png.
+A shape KxN is a weight [N, K]. For each shape and number of tokens there is a row per function:
+
+    bf16              bf16 through XLA, which calls cuBLAS
+    block_fp8         FP8 blocks: quantizes bf16 activations, multiplies, gives bf16
+    block_fp8 gemm    the matrix product of block_fp8 alone (GPU only)
+    nvfp4 w4a16       NVFP4 weights, bf16 activations
+    nvfp4 w4a4        NVFP4 weights and activations, with quantizing them
+
+The floor is the larger of two times, at rates measured in the same run: the bytes at the copy bandwidth, and the FLOPs
+at the bf16 ceiling (for FP8 twice that). The column error is |y - r|^2 / (|y|^2 + |r|^2), where r is the f32 product of
+the decoded operands. A result whose error is larger than 1e-5 is reported and not timed. Writes bench_dense.json and
+bench_dense.png into --output_dir.
 """
 
 import functools
@@ -30,13 +37,15 @@ from fp4jax.block_fp8 import block_fp8_matmul, dequantize_blocks, from_fp8, quan
 from fp4jax.grouped_gemm import contiguous_grouped_gemm, pack_weights
 from pallas_kernels.fp8 import gemm as fp8_gemm, quantize as quantize_fp8
 
-_SHAPES = flags.DEFINE_list("shapes", None, "KxN of weights; default: dense layers of DeepSeek-V3 and Qwen3-30B.")
-_TOKENS = flags.DEFINE_list("tokens", None, "Rows; default: 1,16,128,512,1024,4096 (CPU: 16).")
-_ROUNDS = flags.DEFINE_integer("rounds", 2, "Rounds of 10 iterations per function, in turns.", lower_bound=1)
-_OUTPUT_DIR = flags.DEFINE_string("output_dir", "output/bench_dense", "Folder for JSON and PNG.")
+_SHAPES = flags.DEFINE_list("shapes", None, "Weights, as KxN; default: linear layers of DeepSeek-V3 and Qwen3-30B.")
+_TOKENS = flags.DEFINE_list("tokens", None, "Token counts; default: 1,16,128,512,1024,4096 (CPU: 16).")
+_ROUNDS = flags.DEFINE_integer(
+    "rounds", 2, "Rounds of 10 iterations per function; functions take turns.", lower_bound=1
+)
+_OUTPUT_DIR = flags.DEFINE_string("output_dir", "output/bench_dense", "Folder for the JSON and PNG files.")
 
 _DEFAULT_SHAPES = ("7168x4096", "16384x7168", "1536x24576", "2048x5120", "7168x576")
-_MAX_ERROR = 1e-5  # rounding results to bf16 makes about 2e-6
+_MAX_ERROR = 1e-5  # rounding the results to bf16 alone causes about 2e-6
 _INPUTS = "random normal bf16 activations and weights; inputs smaller than twice the L2 cache are rotated"
 
 
@@ -57,7 +66,7 @@ def main(argv):
             found, bad = run_cell(k, n, t, weights, ceilings)
             rows += found
             wrong += bad
-            # After every cell, so that a run that is stopped leaves what it measured.
+            # Written after every cell, so that a stopped run leaves what it has measured.
             timing.save_results(folder / "bench_dense.json", "bench_dense", rows, inputs=_INPUTS, ceilings=ceilings)
     print(timing.format_table(rows))
     plot(rows, folder / "bench_dense.png")
@@ -77,7 +86,7 @@ def _parse_shape(text: str) -> tuple[int, int]:
 
 
 def make_weights(k: int, n: int) -> dict[str, Any]:
-    """The same random weight [N, K] as bf16, in FP8 blocks, and in NVFP4 for the kernel that will run."""
+    """The same random weight [N, K] as bf16, in FP8 blocks, and in NVFP4 in the form that will run."""
     w = jax.random.normal(jax.random.key(1), (n, k), jnp.bfloat16)
     fp4 = jax.jit(lambda w: nvfp4.quantize(w[None], global_scale="per_expert"))(w)
     packed = pack_weights(fp4) if timing.on_gpu() else fp4
@@ -89,7 +98,7 @@ def make_weights(k: int, n: int) -> dict[str, Any]:
 
 
 def functions(x: jax.Array, weights: dict[str, Any]) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
-    """Name -> (function, its arguments)."""
+    """The functions to measure, as {name: (function, arguments)}."""
     implementation = "mosaic_gpu" if timing.on_gpu() else "xla"
     counts = jnp.full(1, x.shape[0], jnp.int32)
 
@@ -119,7 +128,7 @@ def _library_dot(x: jax.Array, w: jax.Array) -> jax.Array:
 def run_cell(
     k: int, n: int, tokens: int, weights: dict[str, Any], ceilings: timing.Ceilings
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows of one shape and number of tokens, and a line of text for every wrong result."""
+    """The rows of one shape and number of tokens, and a line of text for every wrong result."""
     x = jax.random.normal(jax.random.key(tokens), (tokens, k), jnp.bfloat16)
     failures: dict[str, str] = {}
     jobs = {}
@@ -154,7 +163,7 @@ def run_cell(
                 baseline=None if name == "bf16" else "bf16", baseline_us=None if name == "bf16" else us.get("bf16"),
             )
         )  # fmt: skip
-        if "fp8" in name:  # its tensor cores are twice as fast
+        if "fp8" in name:  # FP8 products run at twice the bf16 rate
             floor = max(rows[-1]["floor_us"] / 2, ceilings.floor_us(per_weight * n * k))
             percent = None if time is None else round(100 * floor / time, 1)
             rows[-1] |= {"floor_us": round(floor, 3), "percent_of_floor": percent}
@@ -163,7 +172,7 @@ def run_cell(
 
 @functools.partial(jax.jit, static_argnames="form")
 def expected(form: str, x: jax.Array, weights: dict[str, Any]) -> jax.Array:
-    """The f32 product of the operands as the format decodes them."""
+    """The f32 product of x and the weight after both are decoded from the format `form`."""
     scale = jnp.float32(1)
     if form == "bf16":
         w = weights["bf16"]
@@ -184,7 +193,7 @@ def _difference(y: jax.Array, r: jax.Array) -> jax.Array:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """How much faster than the library's bf16, over tokens, one panel per shape."""
+    """Draw how many times as fast as cuBLAS in bf16 every function is, over tokens, with one panel per shape."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,23 +1,27 @@
-"""Dispatch of tokens to their experts' devices and the way back: kernels over NVLink, NCCL, wire formats.
+"""Measures dispatch and combine between devices: kernels over NVLink, NCCL, and three wire formats.
 
-    python experiments/bench_dispatch.py                               # every cell; some minutes on a node of GPUs
+    python experiments/bench_dispatch.py                               # everything; some minutes on a node of GPUs
     python experiments/bench_dispatch.py --tokens=128,4096 --wire_formats=nvfp4 --routings=random
-    JAX_NUM_CPU_DEVICES=2 JAX_PLATFORMS=cpu python experiments/bench_dispatch.py     # how it runs, not how fast
+    JAX_NUM_CPU_DEVICES=2 JAX_PLATFORMS=cpu python experiments/bench_dispatch.py     # checks that it runs, not how fast
 
-Time of one dispatch with everything in it (quantize, which row goes where, the exchange), of one combine, and of the
-all_to_all of bf16 rows that they replace, on all devices or on --ranks of them. Implementations: mosaic_gpu (kernels
-store into the peers' memory), low_latency (the same into buffers that the program keeps), nccl (our kernels around one
-all_to_all), xla (no kernel of ours). A single rank has nobody to store to: nccl and xla only.
+It measures the time of a whole dispatch (quantizing, computing the place of every row, the exchange), of a whole
+combine, and of the all_to_all of bf16 rows that each replaces. Implementations:
 
-A call runs dozens of steps. A step takes its ids from the step before (a zero times one of its results is added), so
-that steps neither overlap nor vanish; their results are kept. Two routings: "random", --top_k of --experts, buffers
-for the worst case; "even", every token to one device, as many to each, and buffers of exactly that size. Writes
-bench_dispatch.json and bench_dispatch.png.
+    mosaic_gpu     kernels that store into the memory of the other devices
+    low_latency    the same kernels, with receive buffers that the program keeps from step to step
+    nccl           one all_to_all through NCCL, with this library's kernels before and after it
+    xla            plain JAX
+
+On one device (--ranks=1) only nccl and xla run. Two routings: "random" sends each token to --top_k of --experts, in
+buffers for the worst case; "even" sends each token to one device, the same number to each, in buffers of that size.
+
+One timed call runs dozens of steps. The ids of a step depend on the result of the step before it, so that the compiler
+can neither overlap nor remove steps. Writes bench_dispatch.json and bench_dispatch.png into --output_dir.
 """
 
 import os
 
-os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # no NVLink multicast
+os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # turns NVLink multicast off
 
 import functools
 import itertools
@@ -45,20 +49,29 @@ from experiments.harness.chained_steps import ChainedSteps
 from experiments.harness.flag_values import choices, integers
 from fp4jax.expert_parallel import WIRE_FORMATS, ReceiveBuffers, dispatch
 
-_RANKS = flags.DEFINE_list("ranks", None, "Numbers of devices; default: all of 2, 4, 8 that there are.")
+_RANKS = flags.DEFINE_list(
+    "ranks", None, "Numbers of devices to measure with; default: those of 2, 4 and 8 that exist."
+)
 _TOKENS = flags.DEFINE_list("tokens", None, "Tokens per device; default: 16,128,1024,4096,16384 (CPU: 16).")
-_FORMATS = flags.DEFINE_list("wire_formats", None, "Default: nvfp4, fp8 and bf16.")
-_IMPLEMENTATIONS = flags.DEFINE_list("implementations", None, "Default: mosaic_gpu, nccl and xla (CPU: xla).")
-_ROUTINGS = flags.DEFINE_list("routings", None, "random, even; default: both.")
-_FORM = flags.DEFINE_enum("form", "per_peer", ["per_peer", "per_slot"], "What a row is: see fp4jax.dispatch.")
-_HIDDEN = flags.DEFINE_integer("hidden", None, "H; default: 7168 (CPU: 256).", lower_bound=32)
-_REPEATS = flags.DEFINE_integer("repeats", 5, "Timed calls per cell, of which the median counts.", lower_bound=1)
-_OUTPUT_DIR = flags.DEFINE_string("output_dir", "output/bench_dispatch", "Folder for JSON and PNG.")
+_FORMATS = flags.DEFINE_list("wire_formats", None, "Wire formats; default: nvfp4,fp8,bf16.")
+_IMPLEMENTATIONS = flags.DEFINE_list(
+    "implementations", None, "Implementations; default: mosaic_gpu,low_latency,nccl,xla (CPU: xla)."
+)
+_ROUTINGS = flags.DEFINE_list("routings", None, "Routings, of random and even; default: both.")
+_FORM = flags.DEFINE_enum(
+    "form",
+    "per_peer",
+    ["per_peer", "per_slot"],
+    "What is sent: one row per token and device, or one row per token and expert.",
+)
+_HIDDEN = flags.DEFINE_integer("hidden", None, "Hidden size, H; default: 7168 (CPU: 256).", lower_bound=32)
+_REPEATS = flags.DEFINE_integer("repeats", 5, "Timed calls per implementation; the median counts.", lower_bound=1)
+_OUTPUT_DIR = flags.DEFINE_string("output_dir", "output/bench_dispatch", "Folder for the JSON and PNG files.")
 
-_EXPERTS = flags.DEFINE_integer("experts", 64, "Experts of all devices together.", lower_bound=1)
-_TOP_K = flags.DEFINE_integer("top_k", 8, "Experts of a token; random routing.", lower_bound=1)
+_EXPERTS = flags.DEFINE_integer("experts", 64, "Number of experts on all devices together.", lower_bound=1)
+_TOP_K = flags.DEFINE_integer("top_k", 8, "Experts per token with random routing.", lower_bound=1)
 
-# Of an implementation's line; the wire format has the colour.
+# Marker and line of every implementation in the plot; the colour stands for the wire format.
 _STYLES: dict[str, dict[str, Any]] = {
     "mosaic_gpu": {"marker": "o", "linestyle": "-"},
     "low_latency": {"marker": "^", "linestyle": "-"},
@@ -116,7 +129,7 @@ def main(argv):
 
 
 def run_cell(cell: Cell, formats: list[str], names: list[str]) -> list[dict[str, Any]]:
-    """Rows of one cell: the all_to_alls of bf16, then every wire format and implementation, then the ways back."""
+    """Measure one cell: the bf16 all_to_alls, then every wire format and implementation of dispatch, then combine."""
     mesh = jax.make_mesh((cell.ranks,), ("ep",), axis_types=(AxisType.Auto,), devices=jax.devices()[: cell.ranks])
     put = lambda a: jax.device_put(a, NamedSharding(mesh, AXIS))  # noqa: E731
     x = put(jax.random.normal(jax.random.key(0), (cell.ranks * cell.tokens, cell.hidden), jnp.bfloat16))
@@ -144,13 +157,13 @@ def run_cell(cell: Cell, formats: list[str], names: list[str]) -> list[dict[str,
             return {"us": round(chain.us(_REPEATS.value), 2)}
         return {"us": None, **failures}
 
-    if cell.ranks == 1:  # nobody to store to
+    if cell.ranks == 1:  # the kernels store to other devices
         names = [name for name in names if name in ("nccl", "xla")]
     rows = []
 
     def add(op, implementation, wire, times, baseline=None):
         row_bytes = {"nvfp4": 9 / 16, "fp8": 1 + 1 / 32, "bf16": 2}[wire] * cell.hidden
-        # Kernels of ours send the rows that there are, an all_to_all the whole buffers.
+        # The kernels send only the rows that exist, an all_to_all sends the whole buffers.
         sent = copies * cell.tokens if implementation in ("mosaic_gpu", "low_latency") else received
         away, us = sent * row_bytes * (cell.ranks - 1) / cell.ranks, times["us"]
         row = {
@@ -160,7 +173,7 @@ def run_cell(cell: Cell, formats: list[str], names: list[str]) -> list[dict[str,
             "gbps_out": None if us is None else round(away / us / 1e3, 1),
             "baseline": None, "baseline_us": None, "speedup": None,
         }  # fmt: skip
-        # Per slot the buffers are R times what is sent.
+        # In the per-slot form the baseline's buffers are R times what is sent, so a ratio to it would say nothing.
         if us is not None and baseline is not None and baseline["us"] is not None and cell.form == "per_peer":
             row |= baseline_columns(baseline, us)
         rows.append(row)
@@ -179,7 +192,7 @@ def run_cell(cell: Cell, formats: list[str], names: list[str]) -> list[dict[str,
 
 
 def baseline_columns(baseline: dict[str, Any], us: float) -> dict[str, Any]:
-    """What a row says of the row that it is compared with."""
+    """The columns of a row that name the row it is compared with, and the ratio of their times."""
     name = f"{baseline['op']} bf16"
     return {"baseline": name, "baseline_us": baseline["us"], "speedup": round(baseline["us"] / us, 2)}
 
@@ -197,7 +210,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Speed against the bf16 all_to_all over T: one panel for dispatch and one for the way back per number of ranks."""
+    """Draw how many times as fast as the bf16 all_to_all each implementation is, over the tokens per device.
+
+    There is a line of two panels, dispatch and combine, per number of devices.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -209,7 +225,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         for axis, op in zip(line, ("dispatch", "combine"), strict=True):
             of = (n, op, rows[0]["routing"])
             chosen = [r for r in rows if (r["ranks"], r["op"], r["routing"]) == of and r["speedup"] is not None]
-            chosen.sort(key=lambda r: r["T"])  # a file may hold the rows of several runs
+            chosen.sort(key=lambda r: r["T"])  # rows may come from several runs
             keys = {(r["wire_format"], r["implementation"]) for r in chosen}
             for key in sorted(keys, key=lambda key: (WIRE_FORMATS.index(key[0]), list(_STYLES).index(key[1]))):
                 some = [r for r in chosen if (r["wire_format"], r["implementation"]) == key]

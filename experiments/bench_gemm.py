@@ -1,15 +1,18 @@
-"""The grouped GEMM with NVFP4 weights against bf16 and 4-bit peers: time, TFLOP/s, weight bandwidth, percent of floor.
+"""Measures the grouped GEMM with NVFP4 weights against bf16 and 4-bit peers: time, TFLOP/s, weight bandwidth, floor.
 
     python experiments/bench_gemm.py                              # everything; about 6 minutes on an H100
     python experiments/bench_gemm.py --shapes=32x2048x7168 --m=16,64 --distributions=uniform
-    python experiments/bench_gemm.py --sweep                      # tune, rewrite pallas_kernels/gemm/tuned.json
+    python experiments/bench_gemm.py --sweep                      # tunes, and rewrites pallas_kernels/gemm/tuned.json
 
-Shapes are ExKxN: E experts on the device with weights [N, K]; m is the mean number of rows per expert. The kernel makes
-its task list on the device, inside the timing. Baselines run in turns with it: bf16 through a padded einsum (cuBLAS),
-lax.ragged_dot and JAX's Pallas ragged dot (one configuration each), and tokamax's int4 where it is installed. Before it
-is timed, a kernel must be within 3e-3 of f32 on dequantized weights with NaN in every pad, and SwiGLU in the epilogue
-must have the bits of the two ops. What runs out of memory has no time: its row says so, the others go on. Writes
-bench_gemm.json and bench_gemm.png.
+A shape is ExKxN: E experts on the device, each with weights [N, K]; m is the mean number of rows per expert. The time
+of the kernel includes making its list of tasks on the device.
+
+Baselines are measured in turns with the kernel: bf16 through a padded einsum (cuBLAS), through lax.ragged_dot and
+through JAX's Pallas ragged dot (one configuration each), and tokamax's int4 GEMM if it is installed.
+
+Results are checked before they are timed, with NaN in every pad: the error must be at most 3e-3 of the f32 product with
+dequantized weights, and SwiGLU in the epilogue must give the same bits as the two ops one after the other. What runs
+out of memory is left out, and its row says so. Writes bench_gemm.json and bench_gemm.png into --output_dir.
 """
 
 import dataclasses
@@ -35,13 +38,25 @@ from fp4jax.nvfp4 import dequantize
 from pallas_kernels.gemm import choice as gemm_choice, grouped_gemm as masked_gemm
 from pallas_kernels.gemm.config import TuningConfig
 
-_SHAPES = flags.DEFINE_list("shapes", None, "ExKxN; default: the four of the peers' table (CPU: 4x128x128).")
-_M = flags.DEFINE_list("m", None, "Mean rows per expert; default: 1,4,16,64,256,1024, skewed: 64 (CPU: 4).")
-_DISTRIBUTIONS = flags.DEFINE_list("distributions", None, "Of the rows over the experts; default: all three.")
-_BASELINES = flags.DEFINE_bool("baselines", True, "Also time the other implementations.")
-_ROUNDS = flags.DEFINE_integer("rounds", 2, "Rounds of 10 iterations per implementation, in turns.", lower_bound=1)
-_SWEEP = flags.DEFINE_bool("sweep", False, "Time many configurations and rewrite the tuning table.")
-_OUTPUT_DIR = flags.DEFINE_string("output_dir", "output/bench_gemm", "Folder for JSON and PNG.")
+_SHAPES = flags.DEFINE_list(
+    "shapes", None, "Shapes, as ExKxN; default: two GEMMs of DeepSeek-V3 and of Qwen3-30B (CPU: 4x128x128)."
+)
+_M = flags.DEFINE_list(
+    "m", None, "Mean rows per expert; default: 1,4,16,64,256,1024 for multinomial rows, 64 for others (CPU: 4)."
+)
+_DISTRIBUTIONS = flags.DEFINE_list(
+    "distributions",
+    None,
+    "How rows are distributed over the experts: multinomial, uniform, one_hot; default: all three.",
+)
+_BASELINES = flags.DEFINE_bool("baselines", True, "Also time the bf16 and int4 baselines.")
+_ROUNDS = flags.DEFINE_integer(
+    "rounds", 2, "Rounds of 10 iterations per implementation; implementations take turns.", lower_bound=1
+)
+_SWEEP = flags.DEFINE_bool(
+    "sweep", False, "Time many configurations and rewrite the tuning table, instead of the benchmark."
+)
+_OUTPUT_DIR = flags.DEFINE_string("output_dir", "output/bench_gemm", "Folder for the JSON and PNG files.")
 
 _INPUTS = (
     "random codes, block scales of 2^-3 to 2^2.6, a global scale per row, normal bf16 x; multinomial rows with a fixed "
@@ -52,10 +67,10 @@ _DEFAULT_SHAPES = ("32x7168x4096", "32x2048x7168", "64x2048x1536", "64x768x2048"
 _SKEWED_M = (64,)
 _FUSED_M = (64, 1024)
 _MAX_ERROR = 3e-3
-# Milliseconds at m = 1, 4, 16, 64, 256, 1024, multinomial rows, on an H100 80GB SXM: quoted from the figures that were
-# taken for this project before its kernels existed, not measured here. Peer: the best of the public Triton MXFP4
-# kernels that serve gpt-oss on Hopper (two versions, 4 and 8 warps), median of graph replays. Prototype: our
-# feasibility study, its task list made outside the timing.
+# Milliseconds at m = 1, 4, 16, 64, 256, 1024 with multinomial rows on an H100 80GB SXM. They were measured before this
+# project's kernels existed, and are quoted here, not measured again. FP4_PEER_MS: the fastest of the public Triton
+# MXFP4 kernels that serve gpt-oss on Hopper (two versions, 4 and 8 warps), median of replays of a CUDA graph.
+# PROTOTYPE_MS: this project's feasibility study, without the time to make the list of tasks.
 FP4_PEER_MS = {
     (32, 7168, 4096): (0.132, 0.185, 0.202, 0.365, 0.938, 3.297),
     (32, 2048, 7168): (0.066, 0.104, 0.114, 0.206, 0.530, 1.748),
@@ -105,7 +120,7 @@ def main(argv):
             found, bad = run_cell(gemm_cases.make_inputs(shape, packed, dense), ceilings)
             rows += found
             wrong += bad
-            # After every cell, so that a run that is stopped leaves what it measured.
+            # Written after every cell, so that a stopped run leaves what it has measured.
             timing.save_results(folder / "bench_gemm.json", "bench_gemm", rows, inputs=_INPUTS, ceilings=ceilings)
             progress.update()
     progress.close()
@@ -128,7 +143,7 @@ def _parse_shape(text):
 
 
 def run_cell(inputs: Inputs, ceilings: timing.Ceilings) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows of one shape and distribution, and a line of text for each of our ops whose result was wrong."""
+    """The rows of one shape and distribution, and a line of text for each of our ops whose result was wrong."""
     gpu, shape = timing.on_gpu(), inputs.shape
     implementation: Implementation = "mosaic_gpu" if gpu else "xla"
     ours = gemm_cases.our_functions(inputs, implementation, poisoned=False)
@@ -167,7 +182,18 @@ def make_row(
     error: float | str | None,
     ceilings: timing.Ceilings,
 ) -> dict[str, Any]:
-    """What is written of one function: of ours and the fused ones beside the fastest in bf16 and the GEMM alone."""
+    """The row of one measured function.
+
+    Args:
+      name: the function.
+      shape: the sizes.
+      ours: this library's grouped GEMMs; their rows are compared with the fastest bf16.
+      fused: this library's GEMMs with SwiGLU; their rows are compared with the masked GEMM alone.
+      us: {function: microseconds, or None}.
+      bf16: the microseconds of the bf16 baselines.
+      error: the error of the result, or why there is no time.
+      ceilings: the device's ceilings.
+    """
     implementation, time = "mosaic_gpu" if timing.on_gpu() else "xla", us[name]
     common: dict[str, Any] = dict(num_bytes=shape.num_bytes, flops=shape.flops, ceilings=ceilings, error=error)
     if name in ours:
@@ -198,7 +224,18 @@ def _as_made(calls: gemm_cases.Calls) -> dict[str, Callable[[], gemm_cases.Call]
 def compile_calls(
     makers: dict[str, Callable[[], gemm_cases.Call]], shape: GemmShape, hot_copies: int, failures: dict[str, str]
 ) -> dict[str, Any]:
-    """Name -> compiled function, its arguments and repeats; what does not fit the memory is noted in `failures`."""
+    """Make and compile functions.
+
+    Args:
+      makers: {name: function that makes (function, arguments)}.
+      shape: the sizes.
+      hot_copies: the number of GEMMs per call with one-hot counts, each with another hot expert; 0: the counts are not
+        one-hot.
+      failures: where functions that run out of memory are noted.
+
+    Returns:
+      {name: (compiled function, arguments, repeats)}.
+    """
     jobs = {}
     for name, make in makers.items():
         with timing.noting_out_of_memory(failures, name):
@@ -212,14 +249,25 @@ def compile_calls(
 def check(
     inputs: Inputs, implementation: Implementation, compiled: dict[str, Any], hot_copies: int, failures: dict[str, str]
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """With NaN in the pads: errors of our ops (fused: share of values that differ), and what is wrong with which."""
+    """Check our ops on inputs with NaN in the pads.
+
+    Args:
+      inputs: the data.
+      implementation: which implementation the ops were made with.
+      compiled: our compiled ops.
+      hot_copies: as in `compile_calls`.
+      failures: where ops that run out of memory are noted.
+
+    Returns:
+      {op: its error; for a fused op the fraction of values that differ}, and {op with a wrong result: what is wrong}.
+    """
     errors: dict[str, Any] = {}
     wrong = {}
     plain = gemm_cases.our_functions(inputs, implementation, poisoned=True)
     for name, (function, args, repeats) in compiled.items():
         limit = _MAX_ERROR if hot_copies or name in plain else 0
         with timing.noting_out_of_memory(failures, name):
-            if hot_copies:  # the contiguous form only, which has no pads here
+            if hot_copies:  # only the contiguous form runs, which has no pads here
                 error = relative_error(timing.first_result(function, args, repeats)[0], inputs)
             elif name in plain:
                 error = relative_error(_call(function, plain[name][1], repeats), inputs)
@@ -235,12 +283,12 @@ def check(
 
 
 def _call(compiled, args, repeats):
-    """One set of arguments through a function that takes `repeats` of them."""
+    """Call a compiled function that takes `repeats` copies of its arguments; the result for one of them."""
     return compiled([tuple(args)] * repeats)[0] if repeats > 1 else compiled(*args)
 
 
 def ratios(rows: list[dict[str, Any]]) -> str:
-    """Weight bandwidth and speed against what is quoted, as text; empty where nothing is."""
+    """The weight bandwidth, and the speed compared with the quoted times, as text; empty if no time is quoted."""
     lines = []
     for r in rows:
         if r.get("fp4_peer_us") and r["us"] is not None:
@@ -254,7 +302,7 @@ def ratios(rows: list[dict[str, Any]]) -> str:
 
 
 def quoted_us(figures: Mapping[tuple[int, int, int], tuple[float, ...]], shape: GemmShape) -> float | None:
-    """The quoted figure for this cell, if there is one."""
+    """The quoted time of this shape in microseconds, or None."""
     row = figures.get((shape.experts, shape.k, shape.n))
     if row is None or shape.m not in _PEER_M or shape.distribution != "multinomial":
         return None
@@ -263,7 +311,7 @@ def quoted_us(figures: Mapping[tuple[int, int, int], tuple[float, ...]], shape: 
 
 @jax.jit
 def _squared_error(result, x, one, result_rows, x_rows):
-    """Compares some rows of one expert with f32 on its dequantized weights: squared norms of difference and result."""
+    """Squared norms of the difference to the f32 product, and of that product, over some rows of one expert."""
     weights = dequantize(unpack_weights(one), jnp.float32)
     expected = jnp.dot(x[x_rows].astype(jnp.float32), weights.T, precision="highest")
     got = result.reshape(-1, result.shape[-1])[result_rows].astype(jnp.float32)
@@ -271,7 +319,7 @@ def _squared_error(result, x, one, result_rows, x_rows):
 
 
 def relative_error(result: jax.Array, inputs: Inputs) -> float:
-    """Relative Frobenius error of up to 8 experts, the one with most rows among them, 64 random rows each."""
+    """The relative Frobenius error over 64 random rows of up to 8 experts, among them the one with the most rows."""
     counts = inputs.shape.counts()
     starts = np.concatenate([[0], np.cumsum(counts)])
     rng = np.random.default_rng(0)
@@ -289,7 +337,13 @@ def relative_error(result: jax.Array, inputs: Inputs) -> float:
 
 
 def candidates(experts: int, m: int, *, fused: bool) -> list[TuningConfig]:
-    """Configurations worth trying for m rows per expert; among them what would be chosen without the table."""
+    """Configurations to try for m rows per expert, among them the one that would be chosen without the table.
+
+    Args:
+      experts: the number of experts, E.
+      m: mean rows per expert.
+      fused: whether SwiGLU runs in the epilogue.
+    """
 
     def some(sizes, *kinds):
         names = ("warpgroups", "row_tiles", "k_tiles", "num_stages", "in_flight")
@@ -318,7 +372,10 @@ def candidates(experts: int, m: int, *, fused: bool) -> list[TuningConfig]:
 
 
 def sweep(shapes: list[tuple[int, int, int]], rows_per_expert: list[int]) -> None:
-    """Time the candidates of every cell with multinomial rows and keep the fastest, with and without SwiGLU."""
+    """Time the candidates of every shape and m, with and without SwiGLU, and store the fastest in the table.
+
+    All configurations must give the same bits.
+    """
     if any(experts == 1 for experts, _, _ in shapes):
         raise app.UsageError("--sweep: a single matrix (E = 1) is chosen by gemm_choice.dense, not by the table")
     if not timing.on_gpu():
@@ -352,7 +409,10 @@ def sweep(shapes: list[tuple[int, int, int]], rows_per_expert: list[int]) -> Non
 
 
 def plot(rows: list[dict[str, Any]], ceilings: timing.Ceilings, path: Path) -> None:
-    """Roofline: TFLOP/s over FLOP per byte, one colour per shape; ours in circles, the fastest bf16 in squares."""
+    """Draw TFLOP/s over FLOP per byte, with the measured roofline.
+
+    Every shape has a colour; our results are circles, the fastest bf16 results are squares.
+    """
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,15 +1,17 @@
-"""How fast a checkpoint loads, and how much host memory that takes beside the model itself.
+"""Measures how fast a checkpoint loads, and how much host memory loading takes beside the model itself.
 
     python experiments/bench_loading.py                       # writes 2 GB in NVFP4, loads it; about a minute
-    python experiments/bench_loading.py --gigabytes=4         # or more; the folder is removed at the end
-    python experiments/bench_loading.py --model=DIR           # a folder that is there already
+    python experiments/bench_loading.py --gigabytes=4         # another size; the folder is removed at the end
+    python experiments/bench_loading.py --model=DIR           # an existing folder
 
-Every load runs in a process of its own, once with the files in the page cache (warm) and once without (cold). Peaks are
-above what the process held before (imports, JAX), sampled every few milliseconds; on CPU devices the arrays of the
-model are subtracted too. Anonymous memory is what loading itself allocates; file pages are the mapped checkpoint, which
-the kernel drops when it needs them. A second folder has the names of a large model and small tensors: 94 layers of 128
-experts and an entry of the config for each of their 36,096 projections; what it takes is checking. Writes
-bench_loading.json.
+Every load runs in a new process: some with the files in the page cache (warm), some without (cold). Memory is sampled
+every few milliseconds; peaks are above what the process held after importing and starting JAX, and on CPU devices the
+arrays of the model are subtracted too. Anonymous memory is what loading allocates. File pages are the mapped
+checkpoint, which the operating system can drop.
+
+Without --model, a second folder shows what checking names costs: it has small tensors but as many as a large model has
+(94 layers of 128 experts), and its config has an entry for each of the 36,096 projections. Writes bench_loading.json
+into --output_dir.
 """
 
 import json
@@ -35,15 +37,17 @@ from experiments.harness.flag_values import finite
 from fp4jax.checkpoint import load_model
 from fp4jax.checkpoint.match import match_folder
 
-_MODEL = flags.DEFINE_string("model", None, "Folder to load; default: a synthetic one is written and removed.")
+_MODEL = flags.DEFINE_string("model", None, "Folder to load; default: a synthetic one, which is removed afterwards.")
 _GIGABYTES = flags.DEFINE_float(
-    "gigabytes", 2.0, "Size of the synthetic folder, in layers of Qwen3-30B.", lower_bound=0.1
+    "gigabytes", 2.0, "Size of the synthetic folder in GB, rounded to whole layers of Qwen3-30B.", lower_bound=0.1
 )
-_ROUNDS = flags.DEFINE_integer("rounds", 2, "Loads per state of the page cache; the fastest counts.", lower_bound=1)
-_OUTPUT_DIR = flags.DEFINE_string("output_dir", "output/bench_loading", "Folder for the JSON.")
+_ROUNDS = flags.DEFINE_integer(
+    "rounds", 2, "Loads with cold and with warm cache each; the fastest counts.", lower_bound=1
+)
+_OUTPUT_DIR = flags.DEFINE_string("output_dir", "output/bench_loading", "Folder for the JSON file.")
 
 _SAMPLE_SECONDS = 0.002
-# As many names as Qwen3-235B has.
+# The number of layers of Qwen3-235B; with 128 experts each, the folder has as many tensors as that model.
 _MANY_LAYERS = 94
 _MANY = Shape(
     hidden_size=32, moe_intermediate_size=16, num_attention_heads=2, num_key_value_heads=1, head_dim=16, vocab_size=64
@@ -86,7 +90,7 @@ def main(argv):
 
 
 def measure_all(folder: Path, name: str) -> list[dict[str, Any]]:
-    """A row per state of the page cache."""
+    """Load a folder with cold and with warm cache; one row for each, of the fastest load."""
     files = sorted(folder.glob("*.safetensors"))
     size = sum(file.stat().st_size for file in files)
     rows = []
@@ -105,10 +109,10 @@ def measure_all(folder: Path, name: str) -> list[dict[str, Any]]:
 
 
 def load_in_a_process(folder: Path) -> dict[str, Any]:
-    """What `measure` says in a fresh process.
+    """The result of `measure` in a new process.
 
     Raises:
-      RuntimeError: it failed, with what it wrote.
+      RuntimeError: the process failed; the message holds what it wrote to stderr.
     """
     env = {**os.environ, "PYTHONPATH": str(_ROOT)}
     command = [sys.executable, "-c", _CHILD, str(folder)]
@@ -119,7 +123,7 @@ def load_in_a_process(folder: Path) -> dict[str, Any]:
 
 
 def measure(folder: str) -> dict[str, Any]:
-    """Load once; seconds and bytes, see the top of this file."""
+    """Load a folder once; seconds and peak bytes, as the module's docstring explains them."""
     jax.block_until_ready(jax.device_put(np.zeros(1)))
     before = _memory()
     with _Sampler() as peak:
@@ -139,7 +143,7 @@ def measure(folder: str) -> dict[str, Any]:
 
 
 class _Sampler:
-    """Largest anonymous and file-backed resident memory while it is entered."""
+    """The largest anonymous and file-backed resident memory, in bytes, while this context manager is active."""
 
     def __init__(self) -> None:
         self.anonymous = self.file = 0
@@ -161,13 +165,13 @@ class _Sampler:
 
 
 def _memory() -> dict[str, int]:
-    """Bytes by the names of /proc/self/status."""
+    """The resident memory of this process in bytes, by the names in /proc/self/status, such as RssAnon."""
     lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("Rss"))
     return {name.rstrip(":"): int(number) * 1024 for name, number, _ in lines}
 
 
 def drop_from_cache(files: list[Path]) -> None:
-    """Asks the kernel to forget the pages of these files."""
+    """Ask the operating system to drop the cached pages of these files."""
     for file in files:
         with file.open("rb") as content:
             os.fsync(content.fileno())

@@ -1,20 +1,25 @@
-"""The expert layer across devices: 4-bit weights, activations and wire against bf16, stage by stage.
+"""Measures the expert layer across devices, stage by stage: 4-bit weights, activations and wire against bf16.
 
     python experiments/bench_moe.py                                    # every model and size; some minutes on a node
     python experiments/bench_moe.py --models=deepseek-v3 --tokens=16,128,4096 --ranks=4
-    JAX_NUM_CPU_DEVICES=2 JAX_PLATFORMS=cpu python experiments/bench_moe.py      # a tiny layer: how it runs
+    JAX_NUM_CPU_DEVICES=2 JAX_PLATFORMS=cpu python experiments/bench_moe.py      # a tiny layer: checks that it runs
 
-Layers, one per row: "nvfp4" (the library: --wire_format, nvfp4 unless told otherwise, kernels wherever they serve),
-"nvfp4 low latency" (the same with receive buffers that the program keeps: fp4jax.expert_parallel.low_latency), "nvfp4
-nccl" (the same around one all_to_all), "bf16" (JAX's Pallas ragged dot between our dispatch, permute, SwiGLU, depermute
-and combine), "bf16 jax" (the same ragged dot, all_to_all and XLA for the rest). Time per layer of a program of many
-layers one after the other, stages from a profile of it. Floors: a sum over stages of the bytes or FLOPs of each over
-what the memory, the link or a large matrix product reach. Writes bench_moe.json and bench_moe.png.
+There is a row per layer:
+
+    nvfp4                fp4jax with the fastest implementation of every stage, and the wire format of --wire_format
+    nvfp4 low latency    the same, with receive buffers that the program keeps (fp4jax.expert_parallel.low_latency)
+    nvfp4 nccl           the same, with one all_to_all of NCCL instead of kernels that store to other devices
+    bf16                 JAX's Pallas ragged dot, between fp4jax's dispatch, permute, SwiGLU, depermute and combine
+    bf16 jax             the same ragged dot, with all_to_all and XLA's ops for everything else
+
+The time is per layer, in a program that runs many layers one after the other. The time of the stages comes from a
+profile of it. The floor of a layer is the sum of the floors of its stages, which are their bytes or FLOPs at the rates
+of the memory, the link, and a large matrix product. Writes bench_moe.json and bench_moe.png into --output_dir.
 """
 
 import os
 
-os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # no NVLink multicast
+os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # turns NVLink multicast off
 
 import functools
 import itertools
@@ -35,14 +40,18 @@ from experiments.harness.stages import compiler_options, stage_times
 from fp4jax import wire_bytes
 from fp4jax.expert_parallel import ReceiveBuffers, WireFormat
 
-_MODELS = flags.DEFINE_list("models", None, f"Of {', '.join(moe_cases.MODELS)}; default: all but tiny (CPU: tiny).")
+_MODELS = flags.DEFINE_list(
+    "models", None, f"Models, of {', '.join(moe_cases.MODELS)}; default: all but tiny (CPU: tiny)."
+)
 _TOKENS = flags.DEFINE_list("tokens", None, "Tokens per device; default: 16,128,1024,4096 (CPU: 32).")
-_RANKS = flags.DEFINE_list("ranks", None, "Numbers of devices; default: all of 2, 4, 8 that there are.")
+_RANKS = flags.DEFINE_list(
+    "ranks", None, "Numbers of devices to measure with; default: those of 2, 4 and 8 that exist."
+)
 LAYERS = ("nvfp4", "nvfp4 low latency", "nvfp4 nccl", "bf16", "bf16 jax")
-_LAYERS = flags.DEFINE_list("layers", None, f"Of {', '.join(LAYERS)}; default: all.")
-_REPEATS = flags.DEFINE_integer("repeats", 5, "Timed calls per layer, of which the median counts.", lower_bound=1)
-_PROFILE = flags.DEFINE_bool("profile", True, "Also measure the stages.")
-_OUTPUT_DIR = flags.DEFINE_string("output_dir", "output/bench_moe", "Folder for JSON and PNG.")
+_LAYERS = flags.DEFINE_list("layers", None, f"Layers, of {', '.join(LAYERS)}; default: all that can run here.")
+_REPEATS = flags.DEFINE_integer("repeats", 5, "Timed calls per layer; the median counts.", lower_bound=1)
+_PROFILE = flags.DEFINE_bool("profile", True, "Also measure the stages of every layer.")
+_OUTPUT_DIR = flags.DEFINE_string("output_dir", "output/bench_moe", "Folder for the JSON and PNG files.")
 
 _INPUTS = (
     "normal bf16 tokens, distinct experts per token drawn uniformly with a fixed seed, random 4-bit weights and the "
@@ -59,7 +68,7 @@ def main(argv):
     wire = wire_flag.wire_format("nvfp4")
     gpu = timing.on_gpu()
     models = choices("models", _MODELS.value, moe_cases.MODELS, moe_cases.MODELS[:-1] if gpu else ("tiny",))
-    # Buffers that a program keeps need the kernels that store to peers.
+    # Kept receive buffers need the kernels that store to other devices, which run on GPUs of one process.
     usual = LAYERS if gpu and jax.process_count() == 1 else tuple(name for name in LAYERS if "latency" not in name)
     layers = choices("layers", _LAYERS.value, LAYERS, usual)
     tokens = integers("tokens", _TOKENS.value or ((16, 128, 1024, 4096) if gpu else (32,)))
@@ -91,7 +100,7 @@ def main(argv):
 
 
 def run_cell(shape: moe_cases.Shape, wire: WireFormat, layers: list[str], ceilings) -> list[dict[str, Any]]:
-    """A row for every layer of one shape; one that ran out of memory has no time, and an error that says so."""
+    """One row per layer of one shape. A layer that runs out of memory has no time, and its row says so."""
     rows: list[dict[str, Any]] = []
     for name in layers:
         quantized = name.startswith("nvfp4")
@@ -114,8 +123,9 @@ def run_cell(shape: moe_cases.Shape, wire: WireFormat, layers: list[str], ceilin
 
 
 def measure_layer(shape: moe_cases.Shape, wire: WireFormat, name: str, *, about_us: float) -> dict[str, Any]:
-    """Columns of the row of one layer: microseconds, bytes of its collectives, and its stages where they are asked."""
-    # With a second axis the kernels that store to peers stand back: what several hosts do.
+    """The measured columns of one row: microseconds, bytes of its collectives, and with --profile its stages."""
+    # On a mesh with a second axis fp4jax does not use the kernels that store to other devices, but an all_to_all. The
+    # same happens on several hosts.
     axes = {"host": 1, "ep": shape.ranks} if name.endswith("nccl") else {"ep": shape.ranks}
     make_mesh = functools.partial(jax.make_mesh, devices=jax.devices()[: shape.ranks])
     mesh = make_mesh((shape.ranks,), ("ep",), axis_types=(AxisType.Auto,))
@@ -135,16 +145,16 @@ def measure_layer(shape: moe_cases.Shape, wire: WireFormat, name: str, *, about_
     exchanged = [a.bytes for a in wire_bytes(chain.compiled).all_to_alls]
     found["all_to_all_bytes"] = exchanged[: len(exchanged) // chain.steps]
     if _PROFILE.value:
-        if options := compiler_options():  # a program whose kernels a profile can tell apart
+        if options := compiler_options():  # another program, whose kernels the profiler can tell apart
             chain = make_chain(compiler_options=options)
         stages = stage_times(chain.compiled, chain.run, moe_cases.STAGES, repeats=1)
-        per_layer = jax.process_count() / chain.steps  # a profile sees the devices of its process
+        per_layer = jax.process_count() / chain.steps  # a profile sees only the devices of its process
         found["stages_us"] = {stage: round(time * per_layer, 2) for stage, time in stages.items()}
     return found
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """All rows as aligned text, the stages below each."""
+    """All rows as aligned text, with the stages of a layer below its row."""
     head = f"{'model':<14}{'ranks':>5}{'T':>7}  {'layer':<12}{'us':>10}{'floors':>9}"
     lines = [head + f"{'bf16':>8}{'bf16 jax':>10}{'floors':>8}"]
     ratio = lambda r, key: f"{r[key]:.2f}x" if key in r else ""  # noqa: E731
@@ -160,7 +170,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Time per layer: a group of bars per model and T, the sum of floors as a line across each bar."""
+    """Draw the time per layer as bars, in a group per model and T, with the sum of floors as a line across each bar."""
     import matplotlib
 
     matplotlib.use("Agg")

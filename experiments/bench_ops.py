@@ -1,12 +1,13 @@
-"""The memory-bound ops against their floor and against XLA, on shapes of real models.
+"""Measures the memory-bound ops against their floor and against XLA, on sizes of real models.
 
     python experiments/bench_ops.py                    # everything; about 12 minutes on an H100, mostly compiling
     python experiments/bench_ops.py --models=deepseek-v3 --tokens=4096 --ops=permute,depermute
-    python experiments/bench_ops.py --sweep            # tune the kernels, rewrite pallas_kernels/simt/tuned.json
+    python experiments/bench_ops.py --sweep            # tunes the kernels and rewrites pallas_kernels/simt/tuned.json
 
-Every row: device time, bytes that must move (each input read once, each output written once) over the copy bandwidth
-measured in the same run (floor), percent of that floor, and the time of XLA's implementation measured in turns with
-ours. A kernel whose result differs from XLA's is reported and not timed. Writes bench_ops.json and bench_ops.png.
+Each row holds the device time of one op and implementation. Its floor is the bytes that must move (each input read
+once, each output written once) divided by the copy bandwidth, which is measured in the same run. The kernel and XLA's
+implementation are measured in turns. A kernel whose result differs from XLA's is reported and not timed. Writes
+bench_ops.json and bench_ops.png into --output_dir.
 """
 
 import dataclasses
@@ -30,10 +31,12 @@ from pallas_kernels.simt import tuning
 
 _MODELS = flags.DEFINE_list("models", None, f"Models, of {', '.join(MODELS)}; default: all (CPU: qwen3-30b).")
 _TOKENS = flags.DEFINE_list("tokens", None, "Token counts; default: 128,1024,4096,8192,16384 (CPU: 128).")
-_OPS = flags.DEFINE_list("ops", None, f"Of {', '.join(OPS)}; default: all.")
-_ROUNDS = flags.DEFINE_integer("rounds", 2, "Rounds of 10 iterations per implementation, in turns.", lower_bound=1)
+_OPS = flags.DEFINE_list("ops", None, f"Ops to measure, of {', '.join(OPS)}; default: all.")
+_ROUNDS = flags.DEFINE_integer(
+    "rounds", 2, "Rounds of 10 iterations per implementation; implementations take turns.", lower_bound=1
+)
 _SWEEP = flags.DEFINE_bool("sweep", False, "Time every tuning configuration and rewrite the tuning table.")
-_OUTPUT_DIR = flags.DEFINE_string("output_dir", "output/bench_ops", "Folder for JSON and PNG.")
+_OUTPUT_DIR = flags.DEFINE_string("output_dir", "output/bench_ops", "Folder for the JSON and PNG files.")
 
 _INPUTS = (
     "random: normal bf16 activations, random codes and scales, distinct experts per token drawn uniformly with a fixed "
@@ -77,7 +80,7 @@ def main(argv):
         found, bad = run_cases([case for case in all_cases(name, count) if case.op in ops], ceilings)
         rows += found
         wrong += bad
-        # After every shape, so that a run that is stopped leaves what it measured.
+        # Written after every shape, so that a stopped run leaves what it has measured.
         timing.save_results(folder / "bench_ops.json", "bench_ops", rows, inputs=_INPUTS, ceilings=ceilings)
     print(timing.format_table(rows))
     plot(rows, folder / "bench_ops.png")
@@ -87,7 +90,7 @@ def main(argv):
 
 
 def run_cases(cases: list[Case], ceilings: timing.Ceilings) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows of the cases, and a line of text for each kernel whose result was wrong."""
+    """The rows of the cases, and a line of text for every kernel whose result was wrong."""
     names = {id(c): [n for n in c.functions if n == "xla" or timing.on_gpu()] for c in cases}
     failures: dict[Any, str] = {}
     jobs = {}
@@ -102,7 +105,7 @@ def run_cases(cases: list[Case], ceilings: timing.Ceilings) -> tuple[list[dict[s
         runs = {key: compiled.pop(key) for n in names[id(case)] if (key := (id(case), n)) in compiled}
         error = None
         if len(runs) == 2:
-            with timing.noting_out_of_memory(failures):  # the timing will tell which of the two
+            with timing.noting_out_of_memory(failures):  # timing runs out of memory again and notes which one did
                 ours, theirs = (timing.first_result(*runs[id(case), n]) for n in ("mosaic_gpu", "xla"))
                 error = float(timing.mismatch(ours, theirs, case.valid))
                 del ours, theirs
@@ -123,7 +126,10 @@ def run_cases(cases: list[Case], ceilings: timing.Ceilings) -> tuple[list[dict[s
 
 
 def sweep() -> None:
-    """Time every configuration of every kernel on the sweep's shapes and keep the fastest of each shape class."""
+    """Time every configuration of every kernel on the shapes of the sweep, and store the best of each shape class.
+
+    The best configuration has the smallest sum of ratios to the fastest, over the shapes of the class.
+    """
     if not timing.on_gpu():
         raise app.UsageError("--sweep needs a GPU")
     best: dict[tuple[str, str], dict[Any, list[float]]] = {}
@@ -147,7 +153,10 @@ def sweep() -> None:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Percent of floor over tokens, one panel per op, ours and XLA; metadata move few bytes: in microseconds."""
+    """Draw percent of the floor over tokens, for the kernels and XLA, with one panel per op.
+
+    Routing metadata has few bytes, so its panel shows microseconds instead.
+    """
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,10 +1,12 @@
-"""Real text through a Mixture-of-Experts language model with NVFP4 experts, whose tokens cross devices in 4.5 bits.
+"""Runs real text through a Mixture-of-Experts model whose experts and tokens on the wire are in NVFP4.
 
-    make demo        or        python experiments/demo.py --output_dir=output/demo
+    make demo
+    python experiments/demo.py --output_dir=output/demo          # the same; about 2 minutes on 2 CPU cores
 
-Loads the committed byte-level model, measures held-out bits per byte in bf16, W4A16, W4A4 and W4A4 with the nvfp4 wire
-on 1, 2 and 4 devices, reads the bytes on the wire from the compiled programs, times the stages of one expert layer and
-lets the quantized model write. Without GPUs the devices are virtual CPU devices. Takes about 2 minutes on 2 cores.
+It loads the byte-level model in experiments/checkpoints/tiny_lm and measures bits per byte on held-out text in several
+variants: bf16, W4A16, W4A4, and W4A4 on 1, 2 and 4 devices with the wire format nvfp4. It reads the bytes on the wire
+from the compiled programs, times the stages of one expert layer, and lets the quantized model continue a prompt.
+Without GPUs it uses 4 virtual CPU devices. Prints a table, and writes demo.json and demo.png into --output_dir.
 """
 
 import json
@@ -36,15 +38,17 @@ from fp4jax.models.generation import generate
 from fp4jax.routing import route
 
 _ROOT = Path(__file__).resolve().parent
-_CONFIG = define_config("configs/tiny_lm.py", "Settings; the demo reads its `demo` section.")
+_CONFIG = define_config("configs/tiny_lm.py", "File of settings, of which the section `demo` is read.")
 _MODEL = flags.DEFINE_string(
-    "model", str(_ROOT / "checkpoints" / "tiny_lm"), "Folder with config.json and safetensors."
+    "model", str(_ROOT / "checkpoints" / "tiny_lm"), "Folder of the model: config.json and safetensors."
 )
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", "output/demo", "Folder for demo.json and demo.png.")
 _CORPUS = flags.DEFINE_string("corpus", None, "Folder of text to evaluate on; default: Python's standard library.")
-_WINDOWS = flags.DEFINE_integer("windows", None, "Held-out windows to evaluate; default: the config's.", lower_bound=1)
+_WINDOWS = flags.DEFINE_integer(
+    "windows", None, "Held-out windows to evaluate; default: as many as the config says.", lower_bound=1
+)
 _PROMPT = flags.DEFINE_string("prompt", "def read_lines(path):\n", "Text that the model continues.")
-_NEW_BYTES = flags.DEFINE_integer("new_bytes", 200, "Bytes to generate.", lower_bound=1)
+_NEW_BYTES = flags.DEFINE_integer("new_bytes", 200, "Number of bytes to generate.", lower_bound=1)
 _TEMPERATURE = flags.DEFINE_float(
     "temperature", 0.5, "Sampling temperature; 0 takes the likeliest byte.", lower_bound=0
 )
@@ -55,7 +59,15 @@ STAGES = ("quantize", "dispatch", "permute", "gemm_1_swiglu", "gemm_2", "depermu
 
 
 class Variant(NamedTuple):
-    """One way to run the experts. ep None: no mesh, no wire."""
+    """One way to run the experts.
+
+    Attributes:
+      name: its name in the table.
+      quantized: whether the expert weights are NVFP4.
+      activation_format: the format of both GEMMs' activations.
+      wire_format: the format of tokens that cross devices.
+      ep: the number of devices; None: one device without a mesh, where nothing is dispatched.
+    """
 
     name: str
     quantized: bool
@@ -65,13 +77,19 @@ class Variant(NamedTuple):
 
 
 def variants(num_devices: int) -> list[Variant]:
-    """The rows of the table that this many devices can run."""
+    """The variants that this many devices can run, in the order of the table."""
     wired = [Variant(f"W4A4 + nvfp4 wire, ep={n}", True, "nvfp4", "nvfp4", n) for n in EP if n <= num_devices]
     return [Variant("bf16", False), Variant("W4A16", True), Variant("W4A4", True, "nvfp4"), *wired]
 
 
 def build(variant: Variant, folder: str, calibration: np.ndarray) -> Any:
-    """The committed model with its experts as `variant` says; activation scales calibrated on training text."""
+    """The model of a folder, with its experts as `variant` says.
+
+    Args:
+      variant: how the experts run.
+      folder: the checkpoint.
+      calibration: training text [windows, length], from which the activation scales are computed.
+    """
     model, _ = load_model(folder)
     if variant.quantized:
         quantize_experts(model, jnp.asarray(calibration, jnp.int32))
@@ -89,7 +107,12 @@ def build(variant: Variant, folder: str, calibration: np.ndarray) -> Any:
 
 
 def compile_experts(model: Any, tokens: int) -> tuple[jax.stages.Compiled, tuple[Any, ...]]:
-    """The first layer's experts as a program for `tokens` tokens split over the mesh, and arguments to call it with."""
+    """The experts of the first layer as a compiled program, and arguments to call it with.
+
+    Args:
+      model: the model, on a mesh.
+      tokens: the number of random tokens, which are split over the devices.
+    """
     block = model.moe_blocks()[0]
     graphdef, state = nnx.split(block)
     keys = jax.random.split(jax.random.key(0))
@@ -102,7 +125,7 @@ def compile_experts(model: Any, tokens: int) -> tuple[jax.stages.Compiled, tuple
 
 
 def bytes_per_token(found: WireBytes, tokens_per_device: int) -> dict[str, float]:
-    """Bytes that leave a device per token of its own and expert layer: on the way to the experts, and back."""
+    """Bytes that leave a device, per token of that device and expert layer: for dispatch and for combine."""
     if not found.all_to_alls:
         return {"dispatch": 0.0, "combine": 0.0}
     there, back = (a.bytes * (a.devices - 1) / a.devices / tokens_per_device for a in found.all_to_alls)
@@ -129,7 +152,7 @@ def measure(variant: Variant, folder: str, text: np.ndarray, calibration: np.nda
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The results as text."""
+    """The results as aligned text."""
     base = rows[0]["bits_per_byte"]
     lines = [
         f"{'experts':<27}{'bits/byte':>10}{'vs bf16':>9}{'dropped':>9}{'dispatch B/token':>18}{'bf16':>7}{'ratio':>7}"
@@ -163,7 +186,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def text_note(folder: str | None, digest: str) -> str:
-    """Which text the numbers are of, and whether README's are of the same."""
+    """A line that says which text was evaluated, and whether README's table is about the same text."""
     readme = json.loads((_ROOT / "results" / "cpu" / "demo.json").read_text())["inputs"]["corpus_digest"]
     name = f"the standard library of Python {platform.python_version()}" if folder is None else f"--corpus={folder}"
     same = "the text of README's table"
@@ -172,7 +195,7 @@ def text_note(folder: str | None, digest: str) -> str:
 
 
 def plot(rows: list[dict[str, Any]], note: str, path: Path) -> None:
-    """How far every variant is from bf16, and bytes per token of the widest dispatch, as one PNG."""
+    """Draw how far every variant is from bf16, and the dispatched bytes per token, and write it as PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -207,7 +230,7 @@ def plot(rows: list[dict[str, Any]], note: str, path: Path) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Measure, print, plot, write."""
+    """Measure the variants, print the table, generate text, write the JSON and PNG files."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; all options are flags (--help lists them)")
     prompt = np.frombuffer(check_text("prompt", _PROMPT.value).encode(), np.uint8)

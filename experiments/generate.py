@@ -1,15 +1,18 @@
-"""Text from a checkpoint: python experiments/generate.py --model=DIR --prompt='Once upon a time'
+"""Generates text with the model of a checkpoint.
 
     python experiments/generate.py --model=experiments/checkpoints/tiny_lm --prompt='def read_lines(path):'
     python experiments/generate.py --model=DIR --quantization='{"quantization":"mix_quant",
         "dense_quant_type":"block_wise_fp8","is_moe_quantized":true,"moe_quant_type":"modelopt_fp4"}'
 
-Loads any folder that inspect_checkpoint.py says loads, with the tokenizer of its tokenizer.json (the `tokenizers`
-package; a model of at most 256 tokens without one reads bytes), and prints the continuation and tokens per second of
-prefill and decoding, compilation apart, where there are enough tokens to measure. --ep splits the experts over devices;
---wire_format, or FD_DISPATCH_USE_FP4, says how tokens cross between them. Without sampling the model runs in blocks
-compiled ahead of time (--block_graph and its environment switches, see experiments/harness/block_graph_flags.py), else
-as one program; the output says which.
+It loads every folder that inspect_checkpoint.py says loads. The tokenizer is the folder's tokenizer.json, which needs
+the `tokenizers` package; a model of at most 256 tokens without that file reads bytes. The script prints the text, and
+the tokens per second of prefill and of decoding, without compilation, if there are enough tokens to measure them. It
+writes them as JSON if --json names a file.
+
+--ep splits the experts over several devices; --wire_format, or the environment variable FD_DISPATCH_USE_FP4, says in
+which format tokens cross between them. Without sampling the model runs in blocks that are compiled ahead of time for
+fixed token counts (--block_graph; experiments/harness/block_graph_flags.py lists the environment variables). With
+sampling, or with --noblock_graph, it runs as one program. The output says which of the two ran.
 """
 
 import time
@@ -31,38 +34,60 @@ from fp4jax.engine import BucketedModel
 from fp4jax.models import configure_experts, generate
 
 _DEFAULT_PROMPT = "The meaning of life is"
-_MODEL = flags.DEFINE_string("model", None, "Folder in Hugging Face layout; required.", required=True)
+_MODEL = flags.DEFINE_string(
+    "model", None, "Folder of the checkpoint, in Hugging Face layout; required.", required=True
+)
 _PROMPT = flags.DEFINE_string("prompt", None, f"Text that the model continues; default: '{_DEFAULT_PROMPT}'.")
 _PROMPT_FILE = flags.DEFINE_string(
-    "prompt_file", None, "File with the text instead, taken whole, its last line end too; -: standard input."
+    "prompt_file", None, "File with the prompt, which is used as it is, its last line end included; -: standard input."
 )
 _NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Tokens to generate.", lower_bound=1)
 _TEMPERATURE = flags.DEFINE_float(
-    "temperature", 0.0, "0 takes the likeliest token, more draws one: not in blocks.", lower_bound=0
+    "temperature",
+    0.0,
+    "0 takes the most likely token; larger values draw tokens, which excludes blocks.",
+    lower_bound=0,
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Of what is drawn.", lower_bound=0, upper_bound=2**32 - 1)
-_QUANTIZATION = flags.DEFINE_string("quantization", None, "JSON or a method's name; default: as the folder is.")
-_EP = flags.DEFINE_integer("ep", 1, "Devices that the experts are split over.", lower_bound=1)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the drawn tokens.", lower_bound=0, upper_bound=2**32 - 1)
+_QUANTIZATION = flags.DEFINE_string(
+    "quantization", None, "How to quantize, as JSON or a method's name; default: as the folder is."
+)
+_EP = flags.DEFINE_integer("ep", 1, "Number of devices that the experts are split over.", lower_bound=1)
 _LOW_LATENCY = flags.DEFINE_bool(
-    "low_latency", False, "Decode steps keep the buffers that tokens are received into; GPUs of one host, with --ep."
+    "low_latency", False, "Decode with receive buffers that the program keeps; needs --ep and GPUs of one host."
 )
-_DTYPE = flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "What the model computes in; default: its config's.")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["bfloat16", "float32"], "Dtype that the model computes in; default: the one in its config."
+)
 _INPUT_SCALES = flags.DEFINE_enum(
-    "input_scales", "stored", ["stored", "per_token"], "Of layers with NVFP4 activations."
+    "input_scales",
+    "stored",
+    ["stored", "per_token"],
+    "Activation scales of layers with NVFP4 activations: those of the folder, or one per token.",
 )
-_JSON = flags.DEFINE_string("json", None, "File for the text and the numbers; default: none is written.")
+_JSON = flags.DEFINE_string("json", None, "File to write the text and the numbers to, as JSON; default: no file.")
 
 
 class Request(NamedTuple):
-    """What is to be done, checked before any weight is read."""
+    """What the user asked for, checked before any weight is read.
+
+    Attributes:
+      folder: the checkpoint.
+      tokenizer: its tokenizer.
+      prompt: the text to continue.
+      ids: the tokens of the prompt.
+      options: how blocks are compiled; if they are not enabled, the model runs as one program.
+      wire_format: the format of tokens that cross devices; None: there is one device.
+      ends: ids of the tokens that end a text.
+    """
 
     folder: Path
     tokenizer: Any
     prompt: str
     ids: list[int]
-    options: block_graph_flags.BlockGraphOptions  # enabled: whether it runs in blocks
-    wire_format: str | None  # None: one device, nothing crosses
-    ends: set[int]  # tokens that end a text
+    options: block_graph_flags.BlockGraphOptions
+    wire_format: str | None
+    ends: set[int]
 
 
 def main(argv):
@@ -86,10 +111,10 @@ def main(argv):
 
 
 def checked_request() -> Request:
-    """Of the flags and the small files of the folder.
+    """Make the request from the flags and the small files of the folder.
 
     Raises:
-      app.UsageError: for whatever would fail after the weights are loaded, or be ignored.
+      app.UsageError: a flag would fail after the weights are loaded, or would have no effect.
     """
     options, ep, wire_format = block_graph_flags.block_graph_options(), _EP.value, None
     if finite("temperature", _TEMPERATURE.value) > 0:
@@ -120,7 +145,11 @@ def checked_request() -> Request:
 
 
 def prompt_of_flags() -> tuple[str, str]:
-    """The prompt, and the flag that it comes from."""
+    """The prompt, and the flag that it comes from.
+
+    Raises:
+      app.UsageError: both flags are given, or the text is empty or cannot be read.
+    """
     if _PROMPT_FILE.value is None:
         return check_text("prompt", _DEFAULT_PROMPT if _PROMPT.value is None else _PROMPT.value), "--prompt"
     if _PROMPT.value is not None:
@@ -129,7 +158,12 @@ def prompt_of_flags() -> tuple[str, str]:
 
 
 def checked_ids(tokenizer: Any, prompt: str, source: str, config: Any) -> list[int]:
-    """Tokens of the prompt; app.UsageError where the model does not know them, or has no room for them and the new."""
+    """The tokens of the prompt.
+
+    Raises:
+      app.UsageError: there are none, the model does not know one of them, or it has too few positions for them and the
+        new tokens.
+    """
     ids, new = tokenizer.encode(prompt), _NEW_TOKENS.value
     if not ids or max(ids) >= config.vocab_size:
         raise app.UsageError(f"{source} has {len(ids)} tokens, up to {max(ids, default=0)}; the model knows "
@@ -141,7 +175,7 @@ def checked_ids(tokenizer: Any, prompt: str, source: str, config: Any) -> list[i
 
 
 def loaded_model(request: Request) -> Any:
-    """The model of the folder, its experts over --ep devices; says how long that took, and what its layers are."""
+    """Load the model, with its experts over --ep devices; print how long that took and the kinds of its layers."""
     ep, start = _EP.value, time.perf_counter()
     mesh = jax.make_mesh((ep,), ("ep",), devices=jax.devices()[:ep]) if ep > 1 else None
     try:
@@ -158,7 +192,7 @@ def loaded_model(request: Request) -> Any:
 
 
 def layer_kinds(model: Any) -> str:
-    """Classes of the layers, as loading made them."""
+    """The classes of the model's linear layers and of its expert weights, as text."""
     names = {type(getattr(layer.self_attn, "o_proj", None)).__name__ for layer in model.layers}
     experts = {type(block.w13.get_value()).__name__ for block in model.moe_blocks()}
     kinds = ", ".join(sorted(experts)).replace("ArrayImpl", "plain")
@@ -173,7 +207,10 @@ def until_end(ids: list[int], ends: set[int]) -> list[int]:
 def in_blocks(
     model: Any, ids: list[int], options: block_graph_flags.BlockGraphOptions
 ) -> tuple[list[int], dict[str, Any]]:
-    """Greedy, through executables of the token counts that this prompt needs."""
+    """Generate greedily in blocks, compiled for those bucket sizes that this prompt needs.
+
+    Returns the new tokens, and their rates as `rates.of_run` gives them.
+    """
     largest = options.buckets[-1]
     chunks = {largest} if len(ids) > largest else set()
     chunks |= {next(b for b in options.buckets if b >= (len(ids) - 1) % largest + 1)}
@@ -184,7 +221,7 @@ def in_blocks(
     start = time.perf_counter()
     served.warm_up()
     compiled = time.perf_counter() - start
-    served.generate([ids], min(2, _NEW_TOKENS.value))  # first calls of everything
+    served.generate([ids], min(2, _NEW_TOKENS.value))  # so that no timed call is a first call
     start = time.perf_counter()
     jax.block_until_ready(served.prefill(ids).logits)
     prefill = time.perf_counter() - start
@@ -195,7 +232,10 @@ def in_blocks(
 
 
 def at_once(model: Any, ids: list[int], options: Any) -> tuple[list[int], dict[str, Any]]:
-    """In one program for the whole text, with sampling."""
+    """Generate in one program for the whole text, which can sample.
+
+    Returns the new tokens, and their rates as `rates.of_run` gives them.
+    """
     del options
     prompt = jnp.asarray([ids], jnp.int32)
     sampling: dict[str, Any] = dict(temperature=_TEMPERATURE.value, seed=_SEED.value)

@@ -1,9 +1,10 @@
-"""How many times as fast as bf16 the grouped GEMM is, over the rows per expert: from results of bench_gemm.py.
+"""Draws how many times as fast as bf16 the grouped GEMM is, over the rows per expert, from results of bench_gemm.py.
 
-    python experiments/plot_speedup.py
+    python experiments/plot_speedup.py             # a few seconds; needs no GPU
 
-Every shape is a line that has its name where it begins. bf16 is the fastest that the same run of bench_gemm.py found.
-Rows are distributed over the experts at random (multinomial). Writes speedup.png, the picture of README.md.
+Every shape is a line with its name at the left end. The bf16 time is that of the fastest bf16 implementation in the
+same run of bench_gemm.py. Rows are distributed over the experts at random (multinomial). Writes speedup.png into
+--output_dir; it is the picture of README.md.
 """
 
 import json
@@ -14,7 +15,9 @@ from absl import app, flags
 from experiments.harness import outputs, script
 from experiments.harness.speedup_report import plot, speedups
 
-_RESULTS = flags.DEFINE_string("results", "experiments/results/h100/bench_gemm.json", "File of bench_gemm.py.")
+_RESULTS = flags.DEFINE_string(
+    "results", "experiments/results/h100/bench_gemm.json", "JSON file that bench_gemm.py wrote."
+)
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", "docs/pictures", "Folder for the PNG.")
 
 

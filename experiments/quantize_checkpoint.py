@@ -1,14 +1,16 @@
-"""A checkpoint in NVFP4: python experiments/quantize_checkpoint.py --model=DIR --output=OUT --calibration=TEXT
+"""Quantizes a checkpoint to NVFP4, or converts an NVFP4 checkpoint from one layout to another.
 
     python experiments/quantize_checkpoint.py --model=experiments/checkpoints/tiny_lm --output=/tmp/tiny_fp4
         --calibration=experiments/text/corpora.py --sequence_length=256
     python experiments/quantize_checkpoint.py --model=/tmp/tiny_fp4 --output=/tmp/tiny_ct --layout=compressed_tensors
 
-A plain folder (bf16 or float32) is quantized in the layout of ModelOpt or of compressed-tensors: the experts, with
---quantize_dense also linear layers. Activation scales come from the text of --calibration, cut into sequences; every
-expert is calibrated on every token of it. One decoder layer is in memory at a time, and becomes one file: the same
-command again goes on where a run was stopped, to the same bytes. A folder that is NVFP4 already is converted to the
-other layout without loss, and back to the same tensors. The text is read with the folder's tokenizer.json, or as bytes.
+A folder in bf16 or float32 is quantized: its experts, and with --quantize_dense also its linear layers. Activation
+scales come from the text of --calibration, which is cut into sequences; every expert is calibrated on every token. The
+text is tokenized by the folder's tokenizer.json, or by bytes. One decoder layer at a time is in memory, and becomes one
+file. If a run was stopped, the same command continues it and writes the same bytes as one run would.
+
+A folder that is NVFP4 already is converted to the other layout without loss: converting it back gives the same tensors.
+Writes a folder in Hugging Face layout, --output.
 """
 
 from pathlib import Path
@@ -26,21 +28,25 @@ from fp4jax.checkpoint.quantizer.quantize import Recipe, quantize_folder
 from fp4jax.checkpoint.storage.layouts import NAMES, layout_of
 from fp4jax.checkpoint.storage.reader import Reader
 
-_MODEL = flags.DEFINE_string("model", None, "Folder in Hugging Face layout; required.", required=True)
-_OUTPUT = flags.DEFINE_string(
-    "output", None, "Folder to write: new, empty, or of a run that was stopped; required.", required=True
+_MODEL = flags.DEFINE_string(
+    "model", None, "Folder of the checkpoint, in Hugging Face layout; required.", required=True
 )
-_LAYOUT = flags.DEFINE_enum("layout", "modelopt", list(NAMES), "Of the output.")
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "Folder to write: new, empty, or left by a stopped run; required.", required=True
+)
+_LAYOUT = flags.DEFINE_enum("layout", "modelopt", list(NAMES), "Layout of the folder to write.")
 _CALIBRATION = flags.DEFINE_string("calibration", None, "File of text for activation scales; needed to quantize.")
-_TOKENS = flags.DEFINE_integer("calibration_tokens", 65536, "How much of the text is used at most.", lower_bound=1)
-_LENGTH = flags.DEFINE_integer("sequence_length", 2048, "Tokens of a sequence of the text.", lower_bound=1)
+_TOKENS = flags.DEFINE_integer(
+    "calibration_tokens", 65536, "Largest number of tokens of the text that are used.", lower_bound=1
+)
+_LENGTH = flags.DEFINE_integer("sequence_length", 2048, "Tokens per sequence that the text is cut into.", lower_bound=1)
 _SHARED = flags.DEFINE_bool(
     "shared_scales", True, "One global scale for gate and up, and for q, k and v, as many serving systems expect."
 )
 _FOUR_OVER_SIX = flags.DEFINE_bool("four_over_six", False, "Store each block of weights at the better of two scales.")
-_DENSE = flags.DEFINE_bool("quantize_dense", False, "Also attention, dense MLPs and shared experts.")
+_DENSE = flags.DEFINE_bool("quantize_dense", False, "Also quantize attention, dense MLPs and shared experts.")
 
-_CHARACTERS_PER_TOKEN = 8  # more than any tokenizer needs of ordinary text
+_CHARACTERS_PER_TOKEN = 8  # ordinary text has fewer, so this many are enough to read
 
 
 def main(argv):
@@ -55,7 +61,11 @@ def main(argv):
 
 
 def run(model: Path, output: Path) -> None:
-    """Quantize or convert, by what the folder has."""
+    """Convert the folder if it is NVFP4 already, else quantize it.
+
+    Raises:
+      ValueError: --calibration is missing or not needed, or the folder or the text cannot be used.
+    """
     layout: Any = _LAYOUT.value
     if layout_of(Reader(model)) is not None:
         if _CALIBRATION.value:
@@ -76,7 +86,13 @@ def run(model: Path, output: Path) -> None:
 
 
 def sample_ids(model: Path, file: str) -> np.ndarray:
-    """The first tokens of a text as sequences of one length, i32 [sequences, length]; a rest is left out."""
+    """The first tokens of a text, cut into sequences of one length: i32 [sequences, length].
+
+    Tokens that do not fill a sequence are left out.
+
+    Raises:
+      ValueError: the text has no tokens, or tokens that the model does not know.
+    """
     text = read_text("calibration", file, _CHARACTERS_PER_TOKEN * _TOKENS.value)
     config = match_folder(model).config
     ids = tokenizer_of(model, config).encode(text)[: _TOKENS.value]

@@ -1,18 +1,20 @@
-"""Train the byte-level Mixture-of-Experts model of `make demo` on real text.
+"""Trains the byte-level Mixture-of-Experts language model that `make demo` uses, on real text.
 
     python experiments/train_tiny_lm.py --output_dir=checkpoints/tiny_lm
     python experiments/train_tiny_lm.py --max_minutes=30 --config.train.batch_size=8
 
-Writes a Hugging Face style folder (config.json, model.safetensors in bfloat16), train_log.json and loss_curve.png. The
-state of the run lives in --workdir; the same command continues an interrupted run, bit for bit on one machine. It is
-saved every config.train.checkpoint_every steps, and where a run is ended early: at --max_minutes, which counts
-compiling, evaluating and saving, and by Ctrl-C or SIGTERM (exit status 130 or 143). The step that runs then is taken
-again later; a second Ctrl-C saves nothing.
+Writes a folder in Hugging Face layout (config.json, model.safetensors in bfloat16), train_log.json and loss_curve.png.
+The whole run of configs/tiny_lm.py is 4000 steps of 64 x 512 bytes. On held-out files, bits per byte fall from 8 (a
+uniform guess) to 1.05.
 
-The whole run of configs/tiny_lm.py, 4000 steps of 64 x 512 bytes, is for an accelerator: two CPU cores need about half
-a minute per step, more than a day in all, and 11 GiB. With config.train.batch_size=8 it is some 4 seconds per step and
-2.2 GiB. Setting up and compiling take up to half a minute before the first step. Expect bits per byte to fall from 8, a
-uniform guess, to 1.05 on held-out files at the end.
+The whole run is meant for an accelerator. On two CPU cores a step takes about half a minute, the run more than a day,
+and the process 11 GiB; with --config.train.batch_size=8 a step takes about 4 seconds, and the process 2.2 GiB. Setting
+up and compiling take up to half a minute before the first step.
+
+An interrupted run continues with the same command, bit for bit on one machine. Its state is in --workdir. It is saved
+every config.train.checkpoint_every steps, and at an early end: when --max_minutes are over (which include compiling,
+evaluating and saving), and at Ctrl-C or SIGTERM (exit status 130 or 143). The continued run repeats a step that an
+early end interrupted. A second Ctrl-C ends the process without saving.
 """
 
 import math
@@ -40,17 +42,22 @@ _OUTPUT_DIR = flags.DEFINE_string("output_dir", "checkpoints/tiny_lm", "Folder f
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for the resumable state; default: <output_dir>/state.")
 _CORPUS = flags.DEFINE_string("corpus", None, "Folder of text to train on; default: Python's standard library.")
 _RESUME = flags.DEFINE_enum(
-    "resume", "auto", ["auto", "never", "always"], "Continue from the state in --workdir (auto: if there is one)."
+    "resume",
+    "auto",
+    ["auto", "never", "always"],
+    "Whether to continue from the state in --workdir; auto: if there is one.",
 )
 _MAX_MINUTES = flags.DEFINE_float(
-    "max_minutes", None, "Save the state and stop within this time; the same command continues."
+    "max_minutes",
+    None,
+    "Save the state and stop within this many minutes; the same command continues. Default: no limit.",
 )
 
 _STATE_NAME = "state.safetensors"
 
 
 def export(model: nnx.Module, config: ConfigDict, output_dir: Path, run: Training) -> None:
-    """Write the model in bfloat16 and print its size and what it makes of the held-out text, as it was written."""
+    """Write the model in bfloat16, load it again, and print its size and its bits per byte on the held-out text."""
     save_model(model, Qwen3MoeConfig.from_hf({**config.model, "dtype": "bfloat16"}), output_dir)
     size = sum(path.stat().st_size for path in output_dir.glob("*.safetensors"))
     served, _ = load_model(output_dir)
@@ -59,7 +66,11 @@ def export(model: nnx.Module, config: ConfigDict, output_dir: Path, run: Trainin
 
 
 def begin(config: ConfigDict, corpus: Corpus, state_path: Path, limits: RunLimits) -> Training:
-    """A new run, or the one whose state was saved, as --resume says."""
+    """Make a new run, or continue the saved one, as --resume says.
+
+    Raises:
+      app.UsageError: the saved state cannot be continued with these settings.
+    """
     try:
         run = Training(config, corpus, state_path, limits)
         if _RESUME.value != "never" and state_path.exists():
@@ -95,7 +106,7 @@ def main(argv: list[str]) -> None:
             again = shlex.join([*sys.orig_argv, *(["--resume=auto"] if _RESUME.value == "never" and run else [])])
             where = f"at step {run.step} of {config.train.steps}, saved in {state_path}" if run else "before the start"
             print(f"stopped by {stop} {where}; go on with: {again}", flush=True)
-            os._exit(stop.status)  # an orderly end would wait for the step that still runs in another thread
+            os._exit(stop.status)  # a normal exit would wait for the step that still runs in another thread
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""A Hugging Face folder with random NVFP4 experts, of any number of layers, to measure with; written shard by shard."""
+"""A synthetic checkpoint for measurements: a Hugging Face folder of a Qwen3-MoE with random NVFP4 experts.
+
+It has any number of layers and is written shard by shard, so it may be larger than the memory.
+"""
 
 import json
 from collections.abc import Iterator
@@ -16,7 +19,7 @@ _SHARD_BYTES = 500_000_000
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a Qwen3-MoE; Qwen3-30B with a small vocabulary unless told."""
+    """Sizes of a Qwen3-MoE, named as in `config.json`; the defaults are Qwen3-30B's, but with a small vocabulary."""
 
     hidden_size: int = 2048
     moe_intermediate_size: int = 768
@@ -28,15 +31,22 @@ class Shape:
 
 
 def layers_for(num_bytes: int, shape: Shape = Shape()) -> int:
-    """How many layers take about that many bytes."""
+    """The number of layers whose experts take about `num_bytes` bytes in NVFP4, at least 1."""
     per_expert = 3 * shape.hidden_size * shape.moe_intermediate_size * 9 // 16
     return max(1, round(num_bytes / (per_expert * shape.num_experts)))
 
 
 def write_checkpoint(folder: Path, layers: int, shape: Shape = Shape(), *, entry_per_projection: bool = False) -> None:
-    """Experts in ModelOpt's layout (W4A16: no activation scales), everything else bf16; an index over the shards.
+    """Write config.json, the shards, and the index over the shards.
 
-    entry_per_projection: the config names every projection of every expert, as ModelOpt does where layers differ.
+    The experts are in ModelOpt's layout without activation scales (W4A16); everything else is bf16.
+
+    Args:
+      folder: the folder to write; it is made.
+      layers: the number of decoder layers.
+      shape: the sizes of the model.
+      entry_per_projection: whether the config has an entry for every projection of every expert, as ModelOpt writes it
+        for models whose layers differ.
     """
     folder.mkdir(parents=True, exist_ok=True)
     ignore = ["lm_head", "*self_attn*", "*.gate"]
@@ -87,7 +97,7 @@ def _bytes(random: np.ndarray, count: int) -> np.ndarray:
 
 
 def _names(layers: int, shape: Shape) -> Iterator[tuple[str, tuple[int, ...], str]]:
-    """Name, shape and kind of every tensor."""
+    """Name, shape and kind of every tensor; the kinds are "codes", "blocks", "scale" and "plain" (bf16)."""
     hidden, inter = shape.hidden_size, shape.moe_intermediate_size
     yield "model.embed_tokens.weight", (shape.vocab_size, hidden), "plain"
     yield "lm_head.weight", (shape.vocab_size, hidden), "plain"

@@ -1,4 +1,7 @@
-"""What `bench_dispatch` runs: routings, and steps for `chained_steps.ChainedSteps`."""
+"""What bench_dispatch.py measures: cells, routings, and steps for `chained_steps.ChainedSteps`.
+
+Letters of the shapes: T tokens per device, H hidden size, k experts per token.
+"""
 
 from typing import NamedTuple
 
@@ -16,7 +19,17 @@ from pallas_kernels.exchange.plan import Routes
 
 
 class Cell(NamedTuple):
-    """What is measured together: one mesh, number of tokens per device and routing."""
+    """One combination of sizes that all implementations are measured with.
+
+    Attributes:
+      ranks: the number of devices.
+      tokens: tokens per device, T.
+      routing: "random" or "even", see `make_routing`.
+      hidden: the hidden size, H.
+      form: "per_peer" or "per_slot", see `fp4jax.expert_parallel.dispatch`.
+      experts: the number of experts on all devices together.
+      top_k: experts per token, k.
+    """
 
     ranks: int
     tokens: int
@@ -28,7 +41,10 @@ class Cell(NamedTuple):
 
     @property
     def capacity(self) -> int:
-        """Rows per sender and receiver."""
+        """The pair_capacity: rows that one device can send to another.
+
+        With even routing it is exactly what is sent, with random routing the worst case.
+        """
         if self.routing == "even":
             return -(-self.tokens // self.ranks)
         return self.tokens if self.form == "per_peer" else self.tokens * self.top_k
@@ -39,7 +55,11 @@ class Cell(NamedTuple):
 
 
 def make_routing(cell: Cell) -> tuple[jax.Array, jax.Array]:
-    """ids i32 and weights f32 [ranks * T, k]; even: k = 1."""
+    """Expert ids i32 [ranks * T, k] and weights f32 [ranks * T, k].
+
+    With random routing each token goes to k distinct experts, drawn uniformly. With even routing k is 1, and the tokens
+    of a device go to all devices in turn.
+    """
     rng = np.random.default_rng(0)
     shape = (cell.ranks, cell.tokens)
     if cell.routing == "even":
@@ -52,7 +72,7 @@ def make_routing(cell: Cell) -> tuple[jax.Array, jax.Array]:
 
 
 def rows_sent(cell: Cell, ids: np.ndarray) -> np.ndarray:
-    """Rows that each token becomes."""
+    """The number of rows that each token becomes: one per device (per_peer) or one per slot (per_slot)."""
     if cell.form == "per_slot":
         return np.full(len(ids), cell.top_k)
     owner = ids // cell.local_experts
@@ -63,21 +83,25 @@ def rows_sent(cell: Cell, ids: np.ndarray) -> np.ndarray:
 
 
 def exchange(state, operands, zero, *, ranks):
-    """bf16 rows of the worst case, without saying which token is where."""
+    """One all_to_all of bf16 rows in buffers of the worst case, without data about which token is where."""
     del operands, zero
     state = lax.all_to_all(state.reshape(ranks, -1, state.shape[-1]), "ep", 0, 0).reshape(state.shape)
     return state, ()
 
 
 def exchange_and_sum(state, operands, zero, *, ranks):
-    """The same, and the rows of all devices added up."""
+    """`exchange`, and the sum of the rows from all devices, as a combine needs it."""
     state, _ = exchange(state, operands, zero, ranks=ranks)
     wide = state.reshape(ranks, -1, state.shape[-1]).astype(jnp.float32)
     return state, jnp.sum(wide, axis=0).astype(state.dtype)
 
 
 def dispatch_step(state, operands, zero, *, ranks, cell, wire, implementation):
-    """One dispatch; low_latency: state is a number and the buffers that the program keeps."""
+    """One dispatch.
+
+    With the implementation "low_latency" the state is a number and the receive buffers that the program keeps; with the
+    others it is a number.
+    """
     buffers = None
     if implementation == "low_latency":
         implementation, (state, buffers) = None, state
@@ -96,13 +120,13 @@ def dispatch_step(state, operands, zero, *, ranks, cell, wire, implementation):
         x, ids, weights, num_experts=cell.experts, form=cell.form, wire_format=wire, global_scale=scale,
         pair_capacity=cell.capacity, buffers=buffers, implementation=implementation,
     )  # fmt: skip
-    if buffers is not None:  # what is in them stays there
+    if buffers is not None:  # the rows stay in the buffers, so they need not be results
         return (d.local_ids[:1, 0], d.buffers), (d.send_map,)
     return d.local_ids[0, 0], (jax.tree.leaves(d.x), d.local_ids, d.local_weights, d.send_map)
 
 
 def combine_step(state, operands, zero, *, ranks, cell, implementation):
-    """One combine of rows that are there already."""
+    """One combine of rows that the experts are assumed to have computed already."""
     (y, send_map, weights), state = lax.optimization_barrier((operands, state))
     send_map = send_map + zero * state
     home = weights if cell.form == "per_slot" else None

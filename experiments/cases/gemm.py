@@ -1,4 +1,7 @@
-"""Inputs and implementations of the grouped GEMM benchmark: ours, and what else one can call from JAX."""
+"""Inputs and implementations of the grouped GEMM benchmark: this library's, and others that can be called from JAX.
+
+Letters of the shapes: E experts, m mean rows per expert, weights [N, K] per expert.
+"""
 
 import dataclasses
 import functools
@@ -24,14 +27,23 @@ from fp4jax.swiglu import swiglu_quantize
 from pallas_kernels.gemm import weight_layout
 
 DISTRIBUTIONS = ("multinomial", "uniform", "one_hot")
-BYTES_PER_WEIGHT = 0.5625
-# A masked array, or a padded one, larger than this many times its rows is left out: one hot expert would need it.
+BYTES_PER_WEIGHT = 0.5625  # half a byte of code, and one byte of block scale per 16 weights
+# Shapes whose masked layout is more than this many times as large as their rows are not measured in that layout.
 _MOST_PADDING = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class GemmShape:
-    """Weights [experts, n, k], m rows per expert on average, spread over the experts by `distribution`."""
+    """The sizes of one grouped GEMM, and how its rows are distributed over the experts.
+
+    Attributes:
+      experts: the number of experts, E.
+      k: the size that the product sums over, K.
+      n: the number of columns of the result, N.
+      m: rows per expert on average.
+      distribution: "multinomial" (every row goes to a random expert), "uniform" (m rows for each) or "one_hot" (all
+        rows on one expert).
+    """
 
     experts: int
     k: int
@@ -40,7 +52,7 @@ class GemmShape:
     distribution: str = "multinomial"
 
     def counts(self) -> np.ndarray:
-        """Rows per expert, i32 [E]; the seed is that of the figures in the table of peers."""
+        """Rows per expert, i32 [E]. Multinomial counts use the seed that the quoted figures of the peers used."""
         rows = self.experts * self.m
         if self.distribution == "uniform":
             return np.full(self.experts, self.m, np.int32)
@@ -51,42 +63,52 @@ class GemmShape:
 
     @property
     def capacity(self) -> int:
-        """Rows of the masked layout: the most any expert has, rounded up to 8."""
+        """Rows per expert of the masked layout, M: the largest count, rounded up to a multiple of 8."""
         return -(-int(self.counts().max()) // 8) * 8
 
     @property
     def fits_masked(self) -> bool:
-        """Whether the masked layout is not mostly padding."""
+        """Whether the masked layout is small enough to measure; with one hot expert it is mostly padding."""
         return self.experts * self.capacity <= _MOST_PADDING * max(self.experts * self.m, 64)
 
     @property
     def weight_bytes(self) -> float:
-        """NVFP4 weights of the experts that have rows."""
+        """Bytes of the NVFP4 weights of those experts that have rows."""
         return int((self.counts() > 0).sum()) * self.n * self.k * BYTES_PER_WEIGHT
 
     @property
     def num_bytes(self) -> float:
-        """Weights, x and the result, once."""
+        """Bytes that must move: weights, x and the result, each once."""
         return self.weight_bytes + 2 * self.experts * self.m * (self.k + self.n)
 
     @property
     def num_bytes_bf16(self) -> float:
-        """The same with weights in bf16."""
+        """Bytes that must move if the weights are bf16."""
         return self.num_bytes + self.weight_bytes * (2 / BYTES_PER_WEIGHT - 1)
 
     @property
     def flops(self) -> float:
-        """Operations that the valid rows need."""
+        """FLOPs that the valid rows need."""
         return 2 * self.experts * self.m * self.n * self.k
 
     def as_dict(self) -> dict[str, Any]:
-        """The shape as a row of results has it."""
+        """The shape as rows of results store it."""
         return {"E": self.experts, "K": self.k, "N": self.n, "m": self.m, "distribution": self.distribution}
 
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Random data on the device. dense: makes the same weights in bf16 [E, N, K] and [E, K, N], once; or None."""
+    """Random data on the device for one shape.
+
+    Attributes:
+      shape: its sizes.
+      packed: the NVFP4 weights.
+      x_rows: bf16 [rows, K], sorted by expert.
+      counts: rows per expert, i32 [E].
+      dense: a function that returns the same weights in bf16, [E, N, K] and [E, K, N], and makes them on its first
+        call;
+        None: no baselines are measured.
+    """
 
     shape: GemmShape
     packed: PackedWeights
@@ -95,7 +117,12 @@ class Inputs:
     dense: Callable[[], tuple[jax.Array, jax.Array]] | None = None
 
     def x_masked(self, *, poisoned: bool) -> jax.Array:
-        """The rows in the masked layout; pads hold NaN, or copies of rows (numbers, for timing)."""
+        """The rows in the masked layout [E, M, K].
+
+        Args:
+          poisoned: True fills the pads with NaN, to check that they do not matter. False fills them with copies of
+            rows, for timing.
+        """
         counts, capacity = self.shape.counts(), self.shape.capacity
         row = np.concatenate([e * capacity + np.arange(c) for e, c in enumerate(counts)])
         every = self.shape.experts * capacity
@@ -106,7 +133,7 @@ class Inputs:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def random_weights(experts: int, n: int, k: int) -> PackedWeights:
-    """Random codes, block scales of 2^-3 .. 2^2.6, one global scale per row."""
+    """Random codes, block scales from 2^-3 to 2^2.6, and a random global scale per row [E, N, 1]."""
 
     def expert(key):
         tiles = n // weight_layout.TILE, k // weight_layout.TILE
@@ -120,7 +147,7 @@ def random_weights(experts: int, n: int, k: int) -> PackedWeights:
 
 @jax.jit
 def densify(packed: PackedWeights) -> tuple[jax.Array, jax.Array]:
-    """The same weights in bf16, [E, N, K] and [E, K, N], one expert at a time."""
+    """The weights in bf16, [E, N, K] and [E, K, N], made one expert at a time to bound the temporary memory."""
 
     def expert(one):
         dense = dequantize(unpack_weights(one))
@@ -132,7 +159,7 @@ def densify(packed: PackedWeights) -> tuple[jax.Array, jax.Array]:
 def make_inputs(
     shape: GemmShape, packed: PackedWeights, dense: Callable[[], tuple[jax.Array, jax.Array]] | None = None
 ) -> Inputs:
-    """Normal x; weights, packed and what makes them dense, are shared by the shapes of one (E, K, N)."""
+    """Normally distributed x for one shape. All shapes with the same (E, K, N) share the weights."""
     make_x = jax.jit(lambda: jax.random.normal(jax.random.key(3), (shape.experts * shape.m, shape.k), jnp.bfloat16))
     return Inputs(shape, packed, make_x(), jnp.asarray(shape.counts()), dense)
 
@@ -142,7 +169,13 @@ Calls = dict[str, Call]
 
 
 def our_functions(inputs: Inputs, implementation: Implementation, *, poisoned: bool) -> Calls:
-    """Op -> (function, arguments). poisoned: NaN in every pad of x."""
+    """This library's grouped GEMMs as {op: (function, arguments)}.
+
+    Args:
+      inputs: the data.
+      implementation: which implementation is called.
+      poisoned: whether the pads of x hold NaN.
+    """
     options = dict(expected_m=inputs.shape.m, implementation=implementation)
     found: Calls = {
         "contiguous_grouped_gemm": (
@@ -159,7 +192,14 @@ def our_functions(inputs: Inputs, implementation: Implementation, *, poisoned: b
 
 
 def fused_functions(inputs: Inputs, implementation: Implementation, *, poisoned: bool, fused: bool = True) -> Calls:
-    """Form of the result -> GEMM 1 with SwiGLU in its epilogue, or (not fused) one op after the other."""
+    """GEMM 1 followed by SwiGLU, as {format of the result: (function, arguments)}.
+
+    Args:
+      inputs: the data.
+      implementation: which implementation is called.
+      poisoned: whether the pads of x hold NaN.
+      fused: True computes SwiGLU in the epilogue of the GEMM; False calls the two ops one after the other.
+    """
     experts, options = inputs.shape.experts, dict(expected_m=inputs.shape.m, implementation=implementation)
 
     def call(out):
@@ -177,13 +217,16 @@ def fused_functions(inputs: Inputs, implementation: Implementation, *, poisoned:
 
 
 def fused_bytes(shape: GemmShape, out: str) -> float:
-    """Bytes that must move with SwiGLU fused: half the columns, in the form `out`."""
+    """Bytes that must move with SwiGLU in the epilogue: the result has half the columns, in the format `out`."""
     per_value = BYTES_PER_WEIGHT if out == "nvfp4" else 2
     return shape.weight_bytes + shape.experts * shape.m * (2 * shape.k + per_value * shape.n / 2)
 
 
 def with_hot_expert_rotated(calls: Calls, shape: GemmShape, copies: int = 8) -> Calls:
-    """One-hot counts touch the weights of one expert, which the L2 cache would keep: another one every time."""
+    """Wrap functions with one-hot counts so that one call computes `copies` GEMMs, each with another hot expert.
+
+    With a single hot expert the L2 cache would keep its weights from one iteration to the next.
+    """
     hot = jnp.asarray(shape.counts())
     rotated = tuple(jnp.roll(hot, i * (shape.experts // copies)) for i in range(copies))
 
@@ -195,9 +238,10 @@ def with_hot_expert_rotated(calls: Calls, shape: GemmShape, copies: int = 8) -> 
 
 
 def bf16_baselines(inputs: Inputs, gpu: bool) -> dict[str, Callable[[], Call]]:
-    """Name -> what makes a call of unquantized weights through what JAX offers, counts last where it takes them.
+    """Grouped GEMMs with bf16 weights that JAX offers, as {name: function that makes (function, arguments)}.
 
-    Making a call allocates its weights and tokens, and may run out of memory.
+    If a function takes the counts, they are its last argument. Making a call allocates bf16 weights and tokens, and may
+    run out of memory.
     """
     dense, shape = inputs.dense, inputs.shape
     if dense is None:
@@ -227,12 +271,15 @@ def bf16_baselines(inputs: Inputs, gpu: bool) -> dict[str, Callable[[], Call]]:
 
 
 def has_tokamax(shape: GemmShape) -> bool:
-    """Whether the peer with int4 weights can be imported and takes the shape."""
+    """Whether tokamax and qwix, which have a GEMM with int4 weights, are installed and that GEMM takes the shape."""
     return all(importlib.util.find_spec(name) for name in ("tokamax", "qwix")) and shape.k % 128 == 0
 
 
 def tokamax_int4(inputs: Inputs) -> Call:
-    """Its ragged dot as it tunes itself, int4 weights with scales per 128: a peer in speed, not in values."""
+    """tokamax's ragged dot with int4 weights and a scale per 128 of K, as it tunes itself.
+
+    Its weights are random and not those of `inputs`, so only its speed can be compared.
+    """
     import tokamax  # pyrefly: ignore[missing-import]
     from qwix import QArray  # pyrefly: ignore[missing-import]
 

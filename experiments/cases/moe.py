@@ -1,4 +1,4 @@
-"""Expert layers to compare: shapes of models, random weights, the layer in NVFP4 and in bf16, floors of its stages."""
+"""Expert layers to compare: sizes of real models, random data, the layer in NVFP4 and in bf16, floors of its stages."""
 
 from typing import Any, NamedTuple
 
@@ -19,13 +19,23 @@ from fp4jax.swiglu import swiglu_quantize
 from pallas_kernels.simt.formats import AMAX_DIVISOR
 
 STAGES = ("quantize", "dispatch", "permute", "gemm_1_swiglu", "gemm_2", "depermute", "combine")
-# GB/s that leave an H100 with rows of 4 KB and of 14 KB, both ways busy: what a feasibility study of ours measured.
+# Bytes/s that leave an H100 over NVLink while as many arrive: measured with rows of 4 KB (short) and of 14 KB (long).
 LINK_BYTES_PER_S = {"short": 300e9, "long": 346e9}
-ROW_BYTES = {"nvfp4": 9 / 16, "fp8": 1 + 1 / 32, "bf16": 2.0}  # of a value on the wire
+ROW_BYTES = {"nvfp4": 9 / 16, "fp8": 1 + 1 / 32, "bf16": 2.0}  # bytes per value on the wire, scales included
 
 
 class Shape(NamedTuple):
-    """A layer on `ranks` devices: T tokens on each, `experts` on all of them together."""
+    """The sizes of one expert layer across devices.
+
+    Attributes:
+      model: the name of the model that has this layer.
+      ranks: the number of devices.
+      tokens: tokens per device, T.
+      hidden: the hidden size, H.
+      intermediate: the intermediate size of an expert, I.
+      experts: the number of experts on all devices together, E.
+      top_k: experts per token, k.
+    """
 
     model: str
     ranks: int
@@ -41,16 +51,16 @@ class Shape(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """Rows that the experts of a device compute, on average: as many routes as its tokens have."""
+        """Rows that the experts of one device compute on average: as many as its own tokens have routes."""
         return self.tokens * self.top_k
 
     @property
     def capacity(self) -> int:
-        """Rows of the buffers that the experts work on, for all variants alike: a quarter more than the average."""
+        """Rows of the buffers that a device's experts work on, the same in NVFP4 and bf16: 1.25 times the average."""
         return -(-int(1.25 * self.rows + 8 * self.top_k) // 128) * 128
 
 
-# hidden, intermediate, experts, top k. DeepSeek-V3 with at most 64 experts on a device.
+# Model -> hidden, intermediate, experts, top k.
 _MODELS = {
     "qwen3-30b": (2048, 768, 128, 8),
     "deepseek-v3": (7168, 2048, 256, 8),
@@ -63,29 +73,40 @@ MODELS = tuple(_MODELS)
 
 
 def make_shape(model: str, ranks: int, tokens: int) -> Shape:
-    """A model's layer; no device gets more than 64 experts."""
+    """The layer of a model; if the model has more than 64 experts per device, the layer has 64 per device."""
     hidden, intermediate, experts, top_k = _MODELS[model]
     return Shape(model, ranks, tokens, hidden, intermediate, min(experts, 64 * ranks), top_k)
 
 
-_ACTIVATION_SCALE = 6 / AMAX_DIVISOR  # static, as checkpoints bring it: values up to 6
+_ACTIVATION_SCALE = 6 / AMAX_DIVISOR  # a stored scale, as checkpoints have it, for values up to 6
 
 
 class Weights(NamedTuple):
-    """Expert weights, sharded over `ep`: packed, with scales of GEMM 2's operand; and dense in bf16 (or empty)."""
+    """Expert weights, sharded over the mesh axis "ep".
+
+    Attributes:
+      packed: the NVFP4 weights of GEMM 1 and GEMM 2, and the global scale of GEMM 2's input.
+      dense: the same weights in bf16, or () until they are asked for.
+    """
 
     packed: tuple[Any, ...]
     dense: tuple[Any, ...]
 
 
 def make_tokens(shape: Shape, mesh: Mesh) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """x bf16 [ranks * T, H], normal; ids, distinct experts per token drawn uniformly with a fixed seed; weights."""
+    """Tokens and routes: normal x bf16 [ranks * T, H], ids i32 [ranks * T, k] and weights f32 [ranks * T, k].
+
+    The experts of a token are distinct and drawn uniformly with a fixed seed; its weights sum to 1.
+
+    Raises:
+      RuntimeError: more rows than `shape.capacity` go to one device, so that routes would be dropped.
+    """
     sharding = NamedSharding(mesh, P("ep"))
     rng = np.random.default_rng(0)
     tokens = shape.ranks * shape.tokens
     ids = np.argsort(rng.random((tokens, shape.experts)), axis=-1)[:, : shape.top_k].astype(np.int32)
     rows = np.bincount(ids.reshape(-1) // shape.local_experts)
-    if rows.max() > shape.capacity:  # nothing may be dropped
+    if rows.max() > shape.capacity:  # a layer that drops routes would have less work
         raise RuntimeError(f"{shape}: {rows.max()} rows for one device do not fit its {shape.capacity}")
     weights = rng.random((tokens, shape.top_k)).astype(np.float32)
     weights /= weights.sum(axis=1, keepdims=True)
@@ -97,7 +118,15 @@ def make_tokens(shape: Shape, mesh: Mesh) -> tuple[jax.Array, jax.Array, jax.Arr
 
 
 def make_weights(shape: Shape, mesh: Mesh, *, with_dense: bool) -> Weights:
-    """Random, the same on every device; kept for the next shape of the same layer, and for its dense weights."""
+    """Random weights, the same on every device.
+
+    They are kept until another layer asks for weights, so that all token counts of a layer share them.
+
+    Args:
+      shape: the layer.
+      mesh: the devices.
+      with_dense: whether the bf16 weights are made too.
+    """
     key = shape._replace(tokens=0)
     if key not in _made:
         _made.clear()
@@ -114,16 +143,17 @@ _made: dict[Shape, Weights] = {}
 
 
 def _local_weights(shape: Shape) -> tuple[PackedWeights, PackedWeights]:
-    """Those of one device."""
+    """The weights of one device."""
     gemm_1 = random_weights(shape.local_experts, 2 * shape.intermediate, shape.hidden)
     gemm_2 = random_weights(shape.local_experts, shape.hidden, shape.intermediate)
-    # Random codes and scales are of size 5: scaled so that the layer neither grows nor shrinks its input much.
+    # Random codes times block scales have a magnitude of about 5. This factor keeps the layer's result about as large
+    # as its input.
     gemm_1, gemm_2 = (PackedWeights(w.words, w.global_scale / (5 * w.shape[2] ** 0.5)) for w in (gemm_1, gemm_2))
     return gemm_1, gemm_2
 
 
 def _everywhere(local: Any, shape: Shape, mesh: Mesh) -> Any:
-    """Arrays sharded over `ep` that have the leaves of `local` on every device."""
+    """Arrays sharded over "ep" whose shard on every device is a leaf of `local`."""
     mine = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
 
     def spread(leaf):
@@ -134,7 +164,12 @@ def _everywhere(local: Any, shape: Shape, mesh: Mesh) -> Any:
 
 
 def nvfp4_layer(shape: Shape, wire_format: WireFormat):
-    """(x, ids, weights, packed weights, receive buffers or None) -> y with 4-bit weights and activations, buffers."""
+    """The layer in NVFP4, as a function.
+
+    Its arguments are x, ids, weights, the packed expert weights, and receive buffers or None. It returns y and the
+    receive buffers. Weights and activations have 4 bits. Above 128 rows per expert the rows are contiguous, otherwise
+    masked.
+    """
     prefill = shape.rows > 128 * shape.local_experts
     config = MoEConfig(
         num_experts=shape.experts, axis_name="ep", wire_format=wire_format,
@@ -151,7 +186,12 @@ def nvfp4_layer(shape: Shape, wire_format: WireFormat):
 
 
 def bf16_layer(shape: Shape, *, own: bool):
-    """The same in bf16 around JAX's Pallas ragged dot. own: with our kernels where they are faster; else XLA's ops."""
+    """The layer in bf16 around JAX's Pallas ragged dot, as a function with the signature of `nvfp4_layer`'s.
+
+    Args:
+      shape: the layer.
+      own: True uses the fastest implementation of the ops beside the GEMMs, False uses XLA's.
+    """
     implementation: Implementation | None = None if own else "xla"
 
     def layer(x, ids, weights, dense, buffers):
@@ -176,7 +216,7 @@ def bf16_layer(shape: Shape, *, own: bool):
 
 
 def ragged_dot(x, w, group_sizes, shape: Shape):
-    """bf16 x [rows, K] times w [E, N, K] transposed, rows sorted by expert."""
+    """Multiply bf16 x [rows, K], sorted by expert, with the transposed weights w [E, N, K] -> [rows, N]."""
     if not timing.on_gpu():
         return lax.ragged_dot(x, jnp.swapaxes(w, 1, 2), group_sizes, preferred_element_type=x.dtype)
     from jax.experimental.pallas.ops.gpu import ragged_dot_mgpu
@@ -188,9 +228,14 @@ def ragged_dot(x, w, group_sizes, shape: Shape):
 
 
 def layer_step(state, operands, zero, *, ranks, layer):
-    """One layer for `chained_steps.ChainedSteps`; operands: x, ids, weights and what `layer` takes as weights.
+    """One layer as a step of `chained_steps.ChainedSteps`.
 
-    state: a number [1], and the receive buffers that the program keeps, or None.
+    Args:
+      state: a number [1], and the receive buffers that the program keeps (or None).
+      operands: x, ids, weights, and the expert weights that `layer` takes.
+      zero: 0, which the compiler does not know.
+      ranks: the number of devices.
+      layer: the layer.
     """
     del ranks
     (x, ids, weights, experts), (number, buffers) = operands, state
@@ -200,9 +245,19 @@ def layer_step(state, operands, zero, *, ranks, layer):
 
 
 def floors_us(shape: Shape, wire_format: str, ceilings: timing.Ceilings, *, quantized: bool) -> dict[str, float]:
-    """Least time of every stage on one device: bytes over the link or the memory's rate, or FLOPs over the peak."""
+    """The least time of every stage on one device, in microseconds.
+
+    It is the time of the bytes over the link or over the memory, or of the FLOPs at the device's peak, whichever is
+    largest.
+
+    Args:
+      shape: the layer.
+      wire_format: the format of tokens that are dispatched.
+      ceilings: the rates of the device.
+      quantized: whether weights are NVFP4; otherwise bf16, and SwiGLU is an op of its own.
+    """
     t, h, i = shape.tokens, shape.hidden, shape.intermediate
-    copies = shape.ranks * (1 - (1 - 1 / shape.ranks) ** shape.top_k)  # devices that a token goes to, about
+    copies = shape.ranks * (1 - (1 - 1 / shape.ranks) ** shape.top_k)  # expected number of devices that a token goes to
     away = t * copies * (shape.ranks - 1) / shape.ranks
     there, back = h * ROW_BYTES[wire_format], 2 * h
     link = lambda row: away * row / LINK_BYTES_PER_S["long" if row > 8192 else "short"] * 1e6  # noqa: E731
@@ -210,7 +265,7 @@ def floors_us(shape: Shape, wire_format: str, ceilings: timing.Ceilings, *, quan
     per_weight = BYTES_PER_WEIGHT if quantized else 2
     memory = ceilings.floor_us
     gemm_1 = memory(hit * 2 * i * h * per_weight + shape.rows * (2 * h + 2 * i), 4 * shape.rows * h * i)
-    if not quantized:  # SwiGLU reads and writes what the fused epilogue keeps
+    if not quantized:  # SwiGLU is an op of its own and reads gate and up again
         gemm_1 += memory(shape.rows * (2 * i * 2 * 2))
     return {
         "dispatch": max(link(there), memory(2 * t * h)),

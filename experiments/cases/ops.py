@@ -1,7 +1,7 @@
-"""The memory-bound ops as benchmark cases: inputs, bytes that must move, how each implementation is called.
+"""The memory-bound ops as benchmark cases: inputs, bytes that must move, and a function per implementation.
 
-Shapes are those of real models (contract: hidden, intermediate, experts, top k) with T tokens, all experts on one
-device. Data is random: normal activations, random codes and scales, ids drawn uniformly without repetition per token.
+The sizes are those of real models with T tokens, all experts on one device. Data is random: normal activations, random
+codes and scales, and distinct experts per token, drawn uniformly.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from pallas_kernels.simt.formats import AMAX_DIVISOR
 
 
 class Model(NamedTuple):
-    """Sizes of an expert layer."""
+    """The sizes of an expert layer: hidden H, intermediate I, experts E, experts per token (top_k)."""
 
     hidden: int
     intermediate: int
@@ -46,11 +46,20 @@ MODELS = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One row of the table.
+    """One op with one input: one row of the benchmark's table per implementation.
 
-    functions: implementation -> function of `args`. valid: boolean array that selects what has a defined value in the
-    leaves of a result (broadcast from the left), or None. max_mismatch: share of values that may differ between the
-    implementations. kernel: its name in the tuning table, `tunable(config)` the function with another configuration.
+    Attributes:
+      op: the name of the op, one of OPS.
+      shape: the sizes, as rows of results store them.
+      num_bytes: the bytes that must be read and written.
+      args: the inputs.
+      functions: {implementation: function of `args`}.
+      valid: a boolean array that matches the first axes of a result's leaves; elements where it is False (pads) are not
+        compared. None: all are compared.
+      max_mismatch: the largest fraction of values that may differ between implementations.
+      kernel: the kernel's name in the tuning table; None: the kernel is not tuned with this case.
+      items: the kernel's size in the tuning table.
+      tunable: a function that returns the op with a given tuning configuration.
     """
 
     op: str
@@ -76,7 +85,11 @@ def _codes(tokens: int, hidden: int) -> tuple[jax.Array, jax.Array]:
 
 
 def routing(model: Model, tokens: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Ids [T, k] distinct per token, rows per expert, capacity (the largest, rounded up to 8)."""
+    """Random routes of T tokens.
+
+    Returns ids i32 [T, k] that are distinct per token, the rows per expert i32 [E], and a capacity that no expert
+    exceeds: the largest count, rounded up to a multiple of 8.
+    """
     rng = np.random.default_rng(1000 * model.experts + tokens)
     ids = np.argsort(rng.random((tokens, model.experts), np.float32), axis=1)[:, : model.top_k].astype(np.int32)
     counts = np.bincount(ids.ravel(), minlength=model.experts).astype(np.int32)
@@ -88,7 +101,7 @@ def _valid_rows(counts: np.ndarray, capacity: int) -> jax.Array:
 
 
 def quantize_cases(name: str, model: Model, tokens: int) -> list[Case]:
-    """One global scale with linear and swizzled scales, and a scale per token."""
+    """Quantization with one global scale (linear and swizzled block scales), and with a global scale per token."""
     x, g = _normal(tokens, model.hidden), jnp.float32(4.5 / AMAX_DIVISOR)
     shape = {"model": name, "T": tokens, "K": model.hidden}
     num_bytes = x.size * 2 + x.size // 2 + x.size // 16
@@ -119,7 +132,7 @@ def quantize_cases(name: str, model: Model, tokens: int) -> list[Case]:
 
 
 def swiglu_cases(name: str, model: Model, tokens: int) -> list[Case]:
-    """Masked rows with a scale per expert, to NVFP4 and to bf16 on its grid."""
+    """SwiGLU on masked rows with a global scale per expert, once to NVFP4 and once to nvfp4_as_bf16."""
     _, counts, capacity = routing(model, tokens)
     rows, i = int(counts.sum()), model.intermediate
     gate_up = _normal(model.experts, capacity, 2 * i)
@@ -143,7 +156,7 @@ def swiglu_cases(name: str, model: Model, tokens: int) -> list[Case]:
 
 
 def permute_cases(name: str, model: Model, tokens: int) -> list[Case]:
-    """Metadata alone, the movement of rows alone, whole ops in three layouts, and the way back."""
+    """Routing metadata alone, moving rows alone, whole permutes with three kinds of results, and depermute."""
     ids, counts, capacity = routing(model, tokens)
     experts, h, k = model.experts, model.hidden, model.top_k
     rows, num_rows = int(counts.sum()), experts * capacity
@@ -224,6 +237,6 @@ OPS = (
 
 
 def all_cases(name: str, tokens: int) -> list[Case]:
-    """Every case of one model and token count, in the order of OPS."""
+    """Every case of one model and number of tokens, in the order of OPS."""
     model = MODELS[name]
     return quantize_cases(name, model, tokens) + swiglu_cases(name, model, tokens) + permute_cases(name, model, tokens)

@@ -1,10 +1,13 @@
-"""Flags about blocks compiled ahead of time, and environment switches: flags win over these, and these over configs.
+"""Flags about blocks that are compiled ahead of time, and the environment variables that stand for them.
 
-    FD_USE_BLOCK_WISE_CUDA_GRAPH=1            blocks compiled ahead of time for a few token counts; --block_graph
-    FD_BLOCK_WISE_CUDA_GRAPH_SIZES=128,256    those counts, or a planner's JSON file; --block_graph_sizes
-    FD_BLOCK_WISE_DEBUG=1                     a line per compilation, a summary at the end; --block_graph_debug
+A flag wins over its variable, and a variable wins over the script's own default:
 
-The names are those of the serving system whose deployments this library is compared with.
+    --block_graph          FD_USE_BLOCK_WISE_CUDA_GRAPH=1            compile blocks ahead of time for a few token counts
+    --block_graph_sizes    FD_BLOCK_WISE_CUDA_GRAPH_SIZES=128,256    the token counts, or a JSON file of a bucket
+    planner --block_graph_debug    FD_BLOCK_WISE_DEBUG=1                     print each compilation, and a summary at
+    the end
+
+The variables have the names that they have in the serving system whose deployments this library is compared with.
 """
 
 import os
@@ -31,7 +34,13 @@ _BLOCK_DEBUG = flags.DEFINE_bool(
 
 
 class BlockGraphOptions(NamedTuple):
-    """enabled: compile ahead of time at all. buckets: token counts. debug: report compilations and calls."""
+    """How blocks are compiled ahead of time.
+
+    Attributes:
+      enabled: whether they are.
+      buckets: the token counts to compile for, ascending.
+      debug: whether compilations and calls are reported.
+    """
 
     enabled: bool
     buckets: tuple[int, ...]
@@ -39,16 +48,20 @@ class BlockGraphOptions(NamedTuple):
 
 
 def flags_about_blocks() -> list[str]:
-    """Those of the command line that ask for something that only blocks compiled ahead of time do."""
+    """The flags of the command line that only make sense with blocks compiled ahead of time, as --name."""
     return [f"--{flag.name}" for flag in (_BLOCK_GRAPH, _BLOCK_SIZES, _BLOCK_DEBUG) if flag.value]
 
 
 def block_graph_options(enabled: bool = True, buckets: Sequence[int] = REFERENCE_BUCKETS) -> BlockGraphOptions:
-    """What the flags say, else the environment, else the arguments (the script's own or its config's); debug: else off.
+    """The options from the flags, else from the environment, else from the arguments.
+
+    Args:
+      enabled: the default of --block_graph.
+      buckets: the default of --block_graph_sizes.
 
     Raises:
-      app.UsageError: a variable that is no boolean, sizes that are not positive numbers in ascending order, or flags
-        about blocks beside --noblock_graph.
+      app.UsageError: a variable is not a boolean, the sizes are not positive and ascending, or --noblock_graph is given
+        together with a flag about blocks.
     """
     use = _BLOCK_GRAPH.value if _BLOCK_GRAPH.value is not None else switch(_USE_GRAPH, enabled)
     debug = _BLOCK_DEBUG.value if _BLOCK_DEBUG.value is not None else switch(_DEBUG, False)

@@ -1,4 +1,4 @@
-"""What blocks compiled ahead of time did: a line per compilation as it happens, a table at the end of the process."""
+"""Reports about blocks compiled ahead of time: one line per compilation, and a table when the process ends."""
 
 import atexit
 import sys
@@ -8,7 +8,7 @@ from fp4jax.block_graph import BlockGraph, CompileSeconds
 
 
 def watch(graphs: Sequence[BlockGraph]) -> None:
-    """From now on, prints every compilation to stderr, and `summary` when the process ends."""
+    """Print every compilation of these blocks to stderr from now on, and `summary` of them when the process ends."""
 
     def line(name: str, took: CompileSeconds) -> None:
         seconds = took.lowering + took.compiling
@@ -20,7 +20,12 @@ def watch(graphs: Sequence[BlockGraph]) -> None:
 
 
 def summary(graphs: Sequence[BlockGraph]) -> str:
-    """A line per block: executables and their seconds, calls, padding, chunked calls, misses, calls per bucket."""
+    """A table of what the blocks did, as aligned text with one line per block.
+
+    The columns are the number of executables and the seconds that they took to compile; the calls; the fraction of
+    computed rows that were padding; the calls with more tokens than the largest bucket (chunked); the compilations that
+    a call had to wait for (misses); and the calls of every bucket.
+    """
     head = f"{'block':<20}{'compiled':>9}{'seconds':>9}{'calls':>9}{'padding':>9}{'chunked':>9}{'misses':>8}"
     lines = [f"{head}  calls per bucket"]
     for graph in graphs:

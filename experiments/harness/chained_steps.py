@@ -1,7 +1,8 @@
-"""Time of a step of a multi-device program: many steps per call, one after the other.
+"""The time of one step of a program on several devices, measured in programs that run many steps.
 
-Called one at a time, a program on several devices costs up to a millisecond before it runs. Steps are chained: each
-gets a number that the step before computed, so that they neither overlap nor vanish, and what they compute is kept.
+To start a program on several devices costs up to a millisecond, which would hide a step of some microseconds. So one
+program runs many steps. Every step gets a number that the previous step computed: without it XLA could run the steps
+at the same time, or drop those whose results nobody reads. All results are kept for the same reason.
 """
 
 import functools
@@ -19,17 +20,28 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from experiments.harness import timing
 
-# Milliseconds that a call should take: starting a program on several devices costs about one, whatever is in it.
+# Milliseconds that one run should take, so that starting it, which costs about one millisecond, adds only 2%.
 _CALL_MS = 50
 
 
 class ChainedSteps:
-    """A compiled program of many steps on a mesh. compiled: the program; steps: how many it runs.
+    """A compiled program of many steps on a mesh.
 
-    step(state, operands, zero, ranks=devices) -> (next state, results), inside shard_map with everything sharded over
-    `axis`. state None: an i32 number, 0 at first. A step must use it, times `zero` (which no compiler knows), and
-    make the next one of its results. unrolled: steps in the body of a loop; about_us: a guess of a step's time, which
-    says how many rounds the loop takes.
+    Attributes:
+      compiled: the program.
+      steps: the number of steps that one run of it takes.
+
+    Args:
+      mesh: the devices.
+      step: the function `step(state, operands, zero, ranks=number of devices) -> (next state, results)`. It runs inside
+        shard_map. It must make its work depend on the state times `zero`, which is 0 at run time but not known to the
+        compiler, and make the next state from its results.
+      state: the state of the first step; None: the i32 number 0. Given arrays are sharded over `axis`.
+      operands: arrays that are the same in every step, sharded over `axis`.
+      unrolled: the number of steps in the body of the program's loop.
+      about_us: a guess of a step's microseconds, from which the number of loop rounds follows.
+      axis: the mesh axis.
+      compiler_options: options of XLA for the program.
     """
 
     def __init__(
@@ -45,12 +57,12 @@ class ChainedSteps:
         compiler_options: dict[str, str] | None = None,
     ):
         loops = max(1, round(1e3 * _CALL_MS / (unrolled * about_us)))
-        if jax.process_count() > 1:  # guesses differ, programs must not
+        if jax.process_count() > 1:  # all processes must run the same program, but their guesses differ
             loops = int(multihost_utils.broadcast_one_to_all(np.int32(loops)))
         if not timing.on_gpu():
             unrolled, loops = 2, 1
         self.steps, ranks = unrolled * loops, mesh.shape[axis]
-        once = jax.jit(functools.partial(step, ranks=ranks))  # traced once
+        once = jax.jit(functools.partial(step, ranks=ranks))  # a jit of its own, so that JAX traces the step once
 
         def body(state, operands, zero):
             state = jnp.int32(0) if state is None else state
@@ -63,7 +75,7 @@ class ChainedSteps:
                 return state, results
 
             carry = several(state)
-            if loops > 1:  # what a step leaves behind is not read by the next round: no copies
+            if loops > 1:  # a round reads the state alone, so no results are copied into it
                 carry = lax.fori_loop(1, loops, lambda _, carry: several(carry[0]), carry)
             return jax.tree.map(lambda a: a[None], carry)
 
@@ -76,11 +88,11 @@ class ChainedSteps:
         self.compiled = program.lower(*self._args).compile(compiler_options)
 
     def run(self) -> Any:
-        """Starts the program; -> what it will have computed."""
+        """Start the program and return its results, which may not be computed yet."""
         return self.compiled(*self._args)
 
     def us(self, repeats: int) -> float:
-        """Microseconds per step: median over `repeats` runs, after one that is not timed."""
+        """Microseconds per step: the median over `repeats` runs of the program, after one run that is not timed."""
         jax.block_until_ready(self.run())
         times = []
         for _ in range(repeats):

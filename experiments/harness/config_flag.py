@@ -1,4 +1,4 @@
-"""The flag --config: a file of settings of this project, found from any folder."""
+"""The flag --config: a Python file of settings, such as configs/tiny_lm.py, found from any current folder."""
 
 import sys
 from pathlib import Path
@@ -12,9 +12,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def find_config(name: str) -> str:
-    """A path as it was given, or below the project where the current folder has no such file.
+    """The file that a value of --config names: relative to the current folder, else relative to the project's root.
 
-    What follows a colon is an argument of the file's `get_config`. Raises ValueError where neither file exists.
+    Text after a colon is an argument of the file's `get_config`; it stays in the result.
+
+    Raises:
+      ValueError: neither file exists.
     """
     path, colon, argument = name.partition(":")
     found = [place for place in (Path(path), ROOT / path) if place.is_file()]
@@ -24,10 +27,15 @@ def find_config(name: str) -> str:
 
 
 def define_config(default: str, description: str) -> flags.FlagHolder:
-    """--config with a file below the project as its default, and --config.part.name=value for every setting in it."""
+    """Define --config, and a flag --config.part.name=value for every setting in the file.
+
+    Args:
+      default: the default file, relative to the project's root.
+      description: the help text of --config.
+    """
     try:
         holder = config_flags.DEFINE_config_file("config", str(ROOT / default), description)
-    except AttributeError as error:  # it looks at the command line already, and stumbles over unknown settings
+    except AttributeError as error:  # DEFINE_config_file reads the command line, and raises this for unknown settings
         reason = error.args[0]
         reason = reason.args[0] if isinstance(reason, Exception) else reason  # a KeyError shows its text in quotes
         script.refuse(sys.argv[0], f"--config: no setting {reason}")

@@ -1,4 +1,4 @@
-"""Values of flags and environment switches, checked: the error names the flag or variable and the value."""
+"""Checks of the values of flags and environment variables; an error names the flag or variable and its value."""
 
 import math
 import os
@@ -11,7 +11,11 @@ _BOOLEANS = {"1": True, "true": True, "0": False, "false": False}
 
 
 def integers(name: str, values: Iterable[Any]) -> list[int]:
-    """Positive integers, each once; app.UsageError where one is not."""
+    """The values of a flag as positive integers, each once.
+
+    Raises:
+      app.UsageError: a value is no integer, or less than 1.
+    """
     try:
         found = [int(v) for v in values]
     except ValueError as error:
@@ -22,21 +26,33 @@ def integers(name: str, values: Iterable[Any]) -> list[int]:
 
 
 def choices(name: str, values: Sequence[str] | None, allowed: Sequence[str], default: Sequence[str]) -> list[str]:
-    """Some of `allowed`, each once, `default` where nothing is given; app.UsageError where one is unknown."""
+    """The values of a flag, each once; `default` if there are none.
+
+    Raises:
+      app.UsageError: a value is not in `allowed`.
+    """
     if unknown := set(values or ()) - set(allowed):
         raise app.UsageError(f"--{name}: {sorted(unknown)} unknown; choose of {list(allowed)}")
     return list(dict.fromkeys(values or default))
 
 
 def finite(name: str, value: float) -> float:
-    """The value; app.UsageError for NaN and infinity, which the bounds of a flag let through."""
+    """The value of a flag.
+
+    Raises:
+      app.UsageError: it is NaN or infinite, which the bounds of absl's float flags let through.
+    """
     if not math.isfinite(value):
         raise app.UsageError(f"--{name}={value} must be finite")
     return value
 
 
 def switch(variable: str, default: bool | None) -> bool | None:
-    """An environment variable that is on or off; `default` where it is not set."""
+    """The value of an environment variable that is on ("1", "true") or off ("0", "false"); `default` if it is not set.
+
+    Raises:
+      app.UsageError: the variable has another value.
+    """
     value = os.environ.get(variable)
     if value is None:
         return default

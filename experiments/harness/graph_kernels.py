@@ -1,4 +1,7 @@
-"""Which kernels of a call ran inside CUDA graphs (XLA's command buffers), and when: from a profile of it, on a GPU."""
+"""A profile of the kernels that ran on a GPU, with the time of each and whether a CUDA graph launched it.
+
+XLA calls its CUDA graphs command buffers.
+"""
 
 import glob
 import tempfile
@@ -8,12 +11,19 @@ from typing import Any, NamedTuple
 
 import jax
 
-# For `Lowered.compile`: XLA takes graphs apart while a profiler runs, unless it is told not to.
+# Options for `Lowered.compile`. Without them XLA launches kernels one by one, without graphs, while a profiler runs.
 KEEP_GRAPHS = {"xla_enable_command_buffers_during_profiling": True}
 
 
 class Kernel(NamedTuple):
-    """A kernel or copy on the device: its name, begin and duration in us, whether a graph launched it."""
+    """One kernel or copy that ran on the device.
+
+    Attributes:
+      name: the name of the kernel.
+      begin_us: when it began, in microseconds after the first kernel of the profile.
+      us: how long it ran, in microseconds.
+      in_graph: whether a CUDA graph launched it.
+    """
 
     name: str
     begin_us: float
@@ -22,9 +32,12 @@ class Kernel(NamedTuple):
 
 
 def profile_kernels(run: Callable[[], Any], device: int = 0) -> list[Kernel]:
-    """What ran on a GPU during `run()`, in order of time, begins counted from the first.
+    """Profile `run()` and return the kernels that ran on one GPU, in order of time.
 
-    The executables must have been compiled with `KEEP_GRAPHS`, or no kernel is in a graph.
+    Args:
+      run: a function that calls executables, which must have been compiled with `KEEP_GRAPHS`; otherwise the profiler
+        makes XLA launch every kernel without graphs. It is called twice, and the second call is profiled.
+      device: the number of the GPU.
     """
     jax.block_until_ready(run())
     with tempfile.TemporaryDirectory() as folder:
@@ -33,7 +46,7 @@ def profile_kernels(run: Callable[[], Any], device: int = 0) -> list[Kernel]:
         (path,) = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
         profile = jax.profiler.ProfileData.from_file(path)
     with warnings.catch_warnings():
-        # jaxlib's types of a profile have no __module__, of which Python warns; raised inside, it ends the process.
+        # Python warns that jaxlib's profile types have no __module__. Where warnings are errors, this ends the process.
         warnings.simplefilter("ignore", DeprecationWarning)
         found = _kernels_of(profile, device)
     found.sort(key=lambda kernel: kernel.begin_us)
@@ -54,7 +67,11 @@ def _kernels_of(profile: Any, device: int) -> list[Kernel]:
 
 
 def kernel_columns(kernels: list[Kernel], calls: int) -> dict[str, Any]:
-    """Per call: kernels inside and outside of graphs, the sum of all their times in us; names of those outside."""
+    """Columns of a results row about the kernels of `calls` equal calls.
+
+    They are, per call, the number of kernels inside and outside of CUDA graphs and the sum of all kernel times in
+    microseconds; and the names of the kernels outside.
+    """
     inside = sum(kernel.in_graph for kernel in kernels)
     return {
         "kernels_in_graphs": round(inside / calls, 2),

@@ -1,4 +1,7 @@
-"""Whether a script will be able to write its results: checked before the work, not found out after it."""
+"""Checks that a script can write its results.
+
+Scripts run them first, so that a wrong path is reported before the work starts and not after it.
+"""
 
 import json
 import os
@@ -10,10 +13,14 @@ from absl import app
 
 
 def check_file(flag: str, name: str) -> Path:
-    """The file that a flag names.
+    """The path of the file to write that a flag names.
+
+    Args:
+      flag: the name of the flag, for the error message.
+      name: its value.
 
     Raises:
-      app.UsageError: it is a folder, its folder does not exist, or one of them may not be written.
+      app.UsageError: the name is empty or a folder, its folder does not exist, or the file may not be written.
     """
     path = Path(name)
     if not name:
@@ -28,10 +35,16 @@ def check_file(flag: str, name: str) -> Path:
 
 
 def check_folder(flag: str, name: str, *files: str) -> Path:
-    """The folder that a flag names, with the files that will be written there; it may still have to be made.
+    """The path of the output folder that a flag names. The folder may not exist yet; this function does not make it.
+
+    Args:
+      flag: the name of the flag, for the error message.
+      name: its value.
+      files: names of files that the script will write into the folder.
 
     Raises:
-      app.UsageError: it, or a folder above it, is a file or may not be written; or one of the files is a folder.
+      app.UsageError: the name is empty; the folder, or the nearest folder above it that exists, is a file or may not be
+        written; or one of the files exists and may not be written.
     """
     path = Path(name)
     if not name:
@@ -48,7 +61,11 @@ def check_folder(flag: str, name: str, *files: str) -> Path:
 
 
 def write_json(flag: str, name: str, values: Any) -> None:
-    """A file of JSON that a flag names; app.UsageError where it cannot be written after all (the disk is full, say)."""
+    """Write a JSON file that a flag names.
+
+    Raises:
+      app.UsageError: the file cannot be written, for example because the disk is full.
+    """
     try:
         Path(name).write_text(json.dumps(values, indent=1) + "\n")
     except OSError as error:
@@ -56,7 +73,10 @@ def write_json(flag: str, name: str, values: Any) -> None:
 
 
 def _takes_files(folder: Path) -> bool:
-    """Whether a file can be made there, by making one without a name: permissions do not tell of read-only disks."""
+    """Whether files can be made in a folder, found out by making a temporary one.
+
+    Permissions alone do not tell: they look the same on a disk that is mounted read-only.
+    """
     try:
         with tempfile.TemporaryFile(dir=folder):
             return True

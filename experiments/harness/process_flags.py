@@ -1,20 +1,30 @@
-"""Flags that make several processes or hosts one: --coordinator_address, --num_processes, --process_id."""
+"""Flags that join several processes, on one host or several, to one program.
+
+They are --coordinator_address, --num_processes and --process_id; every process is started with all three.
+"""
 
 import jax
 from absl import app, flags
 
 _COORDINATOR = flags.DEFINE_string(
-    "coordinator_address", None, "host:port of process 0, the same for all: several processes or hosts become one."
+    "coordinator_address", None, "host:port of process 0, given to all processes that run together."
 )
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator_address: how many.", lower_bound=1)
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator_address: which one this is.", lower_bound=0)
+_NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "With --coordinator_address: the number of processes.", lower_bound=1
+)
+_PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "With --coordinator_address: the number of this process, from 0.", lower_bound=0
+)
 
 
 def join_processes() -> None:
-    """Before the first use of a device: joins the processes that the coordinator flags name, if they are set.
+    """Join the processes that the three flags name; do nothing if none of the flags is set.
+
+    A script calls this before it uses a device for the first time.
 
     Raises:
-      app.UsageError: some of the three flags are missing, the address has no port, or there is no such process.
+      app.UsageError: only some of the flags are set, the address has no port, or the process id is not below the number
+        of processes.
     """
     address, count, number = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
     if address is None and count is None and number is None:

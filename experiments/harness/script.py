@@ -1,4 +1,4 @@
-"""How every script starts: `--help` with all flags of this project, short usage errors, no noise of the libraries."""
+"""How every script starts: `--help` with the flags of this project only, usage errors of two lines, quiet libraries."""
 
 import contextlib
 import functools
@@ -14,15 +14,15 @@ from absl import app, flags
 
 _HELP = {"--help", "-help", "-h", "-?", "--helpshort", "--helpfull"}
 _WIDTH = 100
-# What JAX says on a machine without the plugin of its accelerator, where a run on the CPU is meant.
+# Part of what JAX logs on a machine with an accelerator but without JAX's plugin for it: the user means the CPU there.
 _NOISE = "may be present on this machine"
 
 
 def run(main: Callable[[list[str]], Any], argv: Sequence[str] | None = None) -> NoReturn:
-    """Parses the flags and exits with `main(what is left of argv)`; `--help` prints the docstring of main's module.
+    """Parse the flags, call `main` with the arguments that are not flags, and exit with its result.
 
-    A flag that is unknown or has a bad value, and an `app.UsageError` out of `main`, end the process with status 1
-    and two lines on stderr: what is wrong, and how to get help.
+    `--help` prints the docstring of main's module and all flags. An unknown flag, a bad value, or an `app.UsageError`
+    from `main` ends the process with status 1 and two lines on stderr: what is wrong, and how to get help.
     """
     argv = list(sys.argv if argv is None else argv)
     _silence_libraries()
@@ -45,16 +45,16 @@ def _parse(argv: list[str], *, doc: str, main_module: str) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
         for flag in itertools.chain(*project_flags(main_module).values()):
-            hasattr(flag.value, "items")  # a config file that could not be loaded raises when it is first looked at
+            hasattr(flag.value, "items")  # a config file that cannot be loaded raises on first use
         return rest
     except flags.Error as error:
         refuse(argv[0], str(error))
-    except Exception as error:  # whatever the code of a --config file raises
+    except Exception as error:  # the code of a --config file may raise anything
         refuse(argv[0], f"{type(error).__name__}: {error}")
 
 
 def refuse(program: str, message: str) -> NoReturn:
-    """Ends the process as a usage error does: status 1, and two lines on stderr."""
+    """End the process as a usage error does: status 1, and two lines on stderr."""
     print(f"{os.path.basename(program)}: {message}\npython {program} --help explains the flags", file=sys.stderr)
     sys.exit(1)
 
@@ -63,15 +63,18 @@ def refuse(program: str, message: str) -> NoReturn:
 
 
 def project_flags(main_module: str) -> dict[str, list[Any]]:
-    """Flags per module of ours that has any, those of the script itself first; without those of absl and others."""
+    """The flags that modules of this project define, {module: flags}, without those of absl and other libraries.
+
+    The flags of the script itself come first.
+    """
     by_module = flags.FLAGS.flags_by_module_dict()
-    own = sys.argv[0] if main_module == "__main__" else main_module  # how absl calls the script
+    own = sys.argv[0] if main_module == "__main__" else main_module  # absl's name for the script's module
     others = sorted(name for name in by_module if name.startswith("experiments.") and name != own)
     return {name: by_module[name] for name in (own, *others) if name in by_module}
 
 
 def help_text(doc: str, main_module: str) -> str:
-    """The docstring, then every flag with its meaning and default."""
+    """The text of `--help`: the docstring, then every flag with its meaning and default."""
     described = [_describe(flag) for flag in itertools.chain(*project_flags(main_module).values())]
     return "\n".join([doc.rstrip(), "", "Flags:" if described else "It has no flags.", *described])
 
@@ -89,19 +92,20 @@ def _describe(flag: Any) -> str:
 
 
 def _silence_libraries() -> None:
-    """Hides what libraries tell about themselves and the machine; a level that a user set for them is kept.
+    """Hide what libraries log about themselves and the machine. A log level that the user has set is kept.
 
-    absl prints whatever any library logs as information. TF_CPP_MIN_LOG_LEVEL is for XLA's; 1 is what JAX sets itself.
+    Without this, absl prints what any library logs at the level INFO. TF_CPP_MIN_LOG_LEVEL sets the log level of XLA;
+    the value 1 comes from JAX and not from the user.
     """
     for name, level in (("jax", logging.WARNING), ("jaxlib", logging.WARNING), ("matplotlib", logging.ERROR)):
         if logging.getLogger(name).level == logging.NOTSET:
             logging.getLogger(name).setLevel(level)
     logging.getLogger("jax._src.xla_bridge").addFilter(_is_no_noise)
     if "jax" in sys.modules and os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "1":
-        with contextlib.suppress(ImportError, AttributeError):  # it has no public name
+        with contextlib.suppress(ImportError, AttributeError):  # the function is private to JAX and may go
             from jax._src.lib import utils
 
-            utils.absl_set_min_log_level(2)  # errors
+            utils.absl_set_min_log_level(2)  # 2: errors only
 
 
 def _is_no_noise(record: logging.LogRecord) -> bool:

@@ -1,10 +1,10 @@
-"""Lines and picture of `plot_speedup`: the grouped GEMM against bf16, over the rows per expert."""
+"""The lines and the picture of plot_speedup.py: how many times as fast as bf16 the grouped GEMM is."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-# (E, K, N) of bench_gemm's shapes: the experts' products of these models, with the experts of one of several GPUs.
+# The names of bench_gemm's default shapes (E, K, N): the GEMMs of two models, with the experts that one GPU holds.
 _MODELS = {
     (32, 7168, 4096): "DeepSeek-V3 gate and up",
     (32, 2048, 7168): "DeepSeek-V3 down",
@@ -17,7 +17,11 @@ Lines = dict[str, list[tuple[int, float]]]
 
 
 def speedups(rows: list[dict[str, Any]]) -> Lines:
-    """(Rows per expert, how many times as fast as bf16) in rising order, under the name of each shape."""
+    """Read the speedups from rows of bench_gemm.py.
+
+    Returns {name of a shape: [(rows per expert, how many times as fast as bf16), ..]}, ascending in rows per expert.
+    Only the masked grouped GEMM with multinomial rows counts.
+    """
     lines: Lines = {}
     for r in rows:
         s = r["shape"]
@@ -28,9 +32,15 @@ def speedups(rows: list[dict[str, Any]]) -> Lines:
 
 
 def plot(lines: Lines, path: Path, device: str) -> None:
-    """The picture; its PNG keeps `lines` as JSON under "Description", so that a test can tell an old picture.
+    """Draw the picture, one line per shape, and write it as PNG.
 
-    All lines end close to 1x for many rows and begin far apart for few, so the names stand where the lines begin.
+    A shape's name stands at the left end of its line: the lines start far apart, and all end close to 1x. The PNG keeps
+    `lines` as JSON under "Description", so that a test can tell whether the picture is of the current results.
+
+    Args:
+      lines: the result of `speedups`.
+      path: the file to write.
+      device: the name of the GPU, as JAX calls it.
     """
     import matplotlib
 
@@ -39,14 +49,15 @@ def plot(lines: Lines, path: Path, device: str) -> None:
 
     rows = sorted({m for points in lines.values() for m, _ in points})
     top = max(ratio for points in lines.values() for _, ratio in points)
-    # A page shows the picture 700 pixels wide, so that 10 points become 14 pixels.
+    # On a page that shows the picture 700 pixels wide, 7 inches make a font of 10 points 14 pixels high.
     figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    # The names take the part left of the first number of rows, which needs a width where there is one number only.
+    # The names take the space left of the first number of rows. The factor is at least 64^0.62, so that there is space
+    # for them even if the results have a single number of rows.
     left = rows[0] / max(rows[-1] / rows[0], 64) ** 0.62
     axis.set(xscale="log", xlim=(left, rows[-1] * 1.6), ylim=(0, 1.08 * top))
     axis.axhline(1, color="black", linewidth=1)
     axis.text(left, 1 - 0.015 * top, " as fast as bf16", va="top", fontsize=10)
-    free = 2 * top  # the height below which there is no name yet
+    free = 2 * top  # no name has been written below this height
     for index, (name, points) in enumerate(sorted(lines.items(), key=lambda line: -line[1][0][1])):
         (start, ratio), color = points[0], _COLORS[index % len(_COLORS)]
         axis.plot(*zip(*points, strict=True), color=color, marker="o", markersize=4, linewidth=2)

@@ -1,4 +1,7 @@
-"""Time per stage of a compiled program, from a profile of its run. Stages are the `jax.named_scope`s of `moe_layer`."""
+"""The time of every stage of a compiled program, from a profile of a run.
+
+A stage is a `jax.named_scope`, such as those of `moe_layer`: quantize, dispatch, permute, ...
+"""
 
 import collections
 import glob
@@ -10,17 +13,26 @@ from typing import Any
 import jax
 
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = .*? ([a-z][a-z0-9\-]*)\(.*op_name=\"([^\"]*)\"", re.MULTILINE)
-_CONTAINERS = ("while", "conditional", "call")  # their time is that of the instructions inside
+_CONTAINERS = ("while", "conditional", "call")  # their time is counted in the instructions inside
 OTHER = "other"
 
 
 def stage_times(
     compiled: jax.stages.Compiled, run: Callable[[], Any], stages: Sequence[str], repeats: int = 5
 ) -> dict[str, float]:
-    """Microseconds per stage and call, averaged over calls and devices; what belongs to no stage is "other".
+    """Measure microseconds per stage and call, averaged over calls and devices.
 
-    `run` calls `compiled` once. On virtual CPU devices the cores are shared, and collectives include waiting. On GPUs,
-    compile with `compiler_options()`: kernels inside a command buffer (CUDA graph) cannot be told apart.
+    On virtual CPU devices, which share the cores, the time of a collective includes waiting for the other devices.
+
+    Args:
+      compiled: the program. For a GPU it must be compiled with `compiler_options()`: the profiler cannot tell apart
+        the kernels in a command buffer (CUDA graph).
+      run: a function that calls `compiled` once.
+      stages: the names of the scopes.
+      repeats: the number of profiled calls, after one that is not profiled.
+
+    Returns:
+      {stage: microseconds}; instructions outside of all stages count as "other".
     """
     owner: dict[str, str | None] = {}
     for name, opcode, op_name in _INSTRUCTION.findall(compiled.as_text() or ""):
@@ -45,10 +57,13 @@ def stage_times(
 
 
 def compiler_options() -> dict[str, str]:
-    """Options for `Lowered.compile` that keep every kernel visible to the profiler."""
+    """Options for `Lowered.compile` that let the profiler see every kernel."""
     return {"xla_gpu_enable_command_buffer": ""} if jax.default_backend() == "gpu" else {}
 
 
 def _instruction_of(event) -> str:
-    """CPU events carry the instruction's name; GPU events a kernel's, and the instruction in a statistic."""
+    """The name of the HLO instruction that an event of a profile belongs to.
+
+    On a CPU this is the event's name; on a GPU the event has the kernel's name, and the instruction is a statistic.
+    """
     return next((str(value) for key, value in event.stats if key == "hlo_op"), event.name)

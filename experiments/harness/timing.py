@@ -1,8 +1,8 @@
-"""Measuring: device time of compiled functions, ceilings of the device, rows and files of results.
+"""Measuring: device time of compiled functions, ceilings of the device, and rows and files of results.
 
-Device time is what the kernels take (CUPTI), without launch gaps and without the host; on a machine without a GPU it is
-host time around `block_until_ready`. A result row is flat and names what it was compared with: a benchmark without a
-floor and a baseline in the same table is not one.
+On a GPU, device time is the time of the kernels as CUPTI reports it, without the host and without the gaps between
+launches. On a CPU it is the host's time until `jax.block_until_ready` returns. A row of results is a flat dictionary;
+it holds the floor and the baseline that its time is compared with.
 """
 
 import concurrent.futures
@@ -21,26 +21,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# The data sheet's L2 size of an H100 is 50 MB: inputs that sum to less are rotated.
+# The L2 cache of an H100 by its data sheet. Functions with inputs below twice this size run on several copies of them.
 _L2_BYTES = 50 * 2**20
 _MAX_ROTATION = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Ceilings:
-    """What this device reaches: a copy, bytes read plus written per second, and a bf16 matrix product in FLOP/s."""
+    """The rates that this device reaches, measured in the same run.
+
+    Attributes:
+      copy_bytes_per_s: bytes read plus bytes written per second, by a large elementwise operation.
+      bf16_flops: FLOP/s of a large bf16 matrix product.
+    """
 
     copy_bytes_per_s: float
     bf16_flops: float
 
     def floor_us(self, num_bytes: float, flops: float = 0) -> float:
-        """Least time for that much traffic and arithmetic, in microseconds."""
+        """The least time in microseconds for this many bytes and FLOPs: the larger of both at the ceilings."""
         return max(num_bytes / self.copy_bytes_per_s, flops / self.bf16_flops) * 1e6
 
 
 @contextlib.contextmanager
 def count_compilations() -> Iterator[list[str]]:
-    """A list that grows by an entry for every program that XLA compiles inside the context."""
+    """A context manager that yields a list, which gets an entry for every program that XLA compiles meanwhile."""
     events: list[str] = []
 
     def listen(event: str, duration_secs: float, **_: Any) -> None:
@@ -57,15 +62,19 @@ def count_compilations() -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def noting_out_of_memory(failures: dict[Any, str] | None, *names: Any) -> Iterator[None]:
-    """Where the device runs out of memory, the block inside ends, and `failures` says so of every name.
+    """A context manager that notes errors of a device that runs out of memory, instead of letting them pass.
 
-    The exception is gone afterwards, and with it all that only the block held on the device. Every other error passes,
-    and so does this one where `failures` is None.
+    The block ends at the error. The exception is not kept, so that the arrays that only the block held are freed. Other
+    errors pass.
+
+    Args:
+      failures: the dictionary that gets an entry {name: text of the error} for every name; None: the error passes.
+      names: the names that could not be measured.
     """
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        # A program that is given the result of one that failed reports INTERNAL, and quotes the reason.
+        # A program whose input is the result of a program that failed reports INTERNAL, and quotes the first error.
         ran_out = "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error)
         if failures is None or not ran_out:
             raise
@@ -78,7 +87,11 @@ def on_gpu() -> bool:
 
 
 def device_us(compiled: Any, args: Sequence[Any], *, iterations: int = 10) -> list[float]:
-    """Microseconds of device time of `compiled(*args)`, one figure per iteration, after a warm-up call."""
+    """Microseconds of device time of `compiled(*args)`, one number per iteration, after a call that is not timed.
+
+    Raises:
+      RuntimeError: no kernel ran on the GPU.
+    """
     if on_gpu():
         from jax.experimental.mosaic.gpu import profiler  # needs a GPU build of jaxlib
 
@@ -96,9 +109,14 @@ def device_us(compiled: Any, args: Sequence[Any], *, iterations: int = 10) -> li
 
 
 def rotated(fn: Callable[..., Any], args: Sequence[Any]) -> tuple[Callable[..., Any], list[Any], int]:
-    """A function that runs `fn` on several copies of its inputs in turn -> (function, its arguments, repeats).
+    """Wrap a function so that one call runs it on several copies of its inputs, one after the other.
 
-    Inputs that fit the L2 cache would be read from there the second time. Copies are made until they exceed it.
+    Without copies, inputs that fit in the L2 cache would be read from there and not from memory. There are as many
+    copies as make the inputs twice as large as the cache, at most 8; on a CPU there is one.
+
+    Returns:
+      The wrapped function, its arguments, and the number of copies (repeats). With one copy the function is `fn`
+      itself.
     """
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(args))
     repeats = min(_MAX_ROTATION, max(1, -(-2 * _L2_BYTES // max(1, size))))
@@ -106,7 +124,7 @@ def rotated(fn: Callable[..., Any], args: Sequence[Any]) -> tuple[Callable[..., 
         return fn, list(args), 1
     copies = [args] + [jax.tree.map(lambda a: a.copy(), args) for _ in range(repeats - 1)]
 
-    once = jax.jit(fn)  # traced and lowered once, called for every copy
+    once = jax.jit(fn)  # JAX traces and lowers the function once, not once per copy
 
     def run(copies):
         return [once(*copy) for copy in copies]
@@ -117,9 +135,15 @@ def rotated(fn: Callable[..., Any], args: Sequence[Any]) -> tuple[Callable[..., 
 def compile_all(
     jobs: dict[Any, tuple[Any, Any, int]], failures: dict[Any, str] | None = None
 ) -> dict[Any, tuple[Any, Any, int]]:
-    """Name -> (function, args, repeats) with every function compiled: lowered in turn, compiled in parallel.
+    """Compile functions: each is traced and lowered in turn, and XLA compiles them in parallel.
 
-    A job that runs out of memory is noted in `failures` and left out; without that argument it raises.
+    Args:
+      jobs: {name: (function, arguments, repeats)}, the values as `rotated` returns them.
+      failures: where functions that run out of memory are noted; they are left out of the result. None: the error
+        passes.
+
+    Returns:
+      `jobs` with compiled functions.
     """
     compiled = {}
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -134,14 +158,21 @@ def compile_all(
 
 
 def first_result(compiled: Any, args: Sequence[Any], repeats: int) -> Any:
-    """What a function of `compile_all` gives for its first set of inputs."""
+    """The result of a function of `compile_all` for the first copy of its inputs."""
     result = compiled(*args)
     return result[0] if repeats > 1 else result
 
 
 @jax.jit
 def mismatch(a: Any, b: Any, valid: Any) -> jax.Array:
-    """Share of elements that differ among those that `valid` selects (broadcast from the left), of the worst leaf."""
+    """The fraction of elements that differ between two results, f32 (); for trees, that of the worst pair of leaves.
+
+    Args:
+      a: a result.
+      b: another result with the same number of elements in every leaf.
+      valid: a boolean array that matches the first axes of a leaf; elements where it is False do not count. None: all
+        count. It is ignored for leaves whose first axes have another shape.
+    """
     worst = jnp.float32(0)
     for p, q in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         p, q = (jax.lax.bitcast_convert_type(v, jnp.uint8) if v.dtype == jnp.float8_e4m3fn else v for v in (p, q))
@@ -158,10 +189,16 @@ def mismatch(a: Any, b: Any, valid: Any) -> jax.Array:
 def interleaved_us(
     candidates: dict[Any, tuple[Any, Sequence[Any], int]], *, rounds: int = 3, failures: dict[Any, str] | None = None
 ) -> dict[Any, float]:
-    """Median device time in microseconds of each name -> (compiled, args, repeats inside), measured in turns.
+    """Measure functions in turns, so that a change of the device's clock affects all of them.
 
-    A candidate that runs out of memory is noted in `failures`, removed from `candidates`, so that its inputs are free
-    for the others, and has no time; without that argument it raises.
+    Args:
+      candidates: {name: (compiled function, arguments, repeats)}, the values as `compile_all` returns them. A candidate
+        that runs out of memory is removed, so that its inputs are freed.
+      rounds: the number of turns of 10 iterations.
+      failures: where candidates that run out of memory are noted. None: the error passes.
+
+    Returns:
+      {name: median microseconds of one call of the original function}. A candidate that ran out of memory has no entry.
     """
     times: dict[Any, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
@@ -178,7 +215,12 @@ def _us_per_repeat(compiled: Any, args: Sequence[Any], repeats: int) -> list[flo
 
 
 def measure_ceilings(*, copy_mib: int | None = None, matmul: int | None = None) -> Ceilings:
-    """Copy bandwidth and bf16 matrix rate, on random data. Defaults: 1 GiB and 8192^3 on a GPU, less on a CPU."""
+    """Measure the ceilings on random data.
+
+    Args:
+      copy_mib: MiB that are read, and as many written; None: 512 on a GPU, 64 on a CPU.
+      matmul: the size of the square matrices; None: 8192 on a GPU, 512 on a CPU.
+    """
     copy_mib = copy_mib or (512 if on_gpu() else 64)
     matmul = matmul or (8192 if on_gpu() else 512)
     words = jax.random.bits(jax.random.key(0), (copy_mib * 2**18,), jnp.uint32)
@@ -201,9 +243,22 @@ def result_row(
     baseline_us: float | None = None,
     error: float | str | None = None,
 ) -> dict[str, Any]:
-    """One flat row: time, TFLOP/s, GB/s, floor and percent of it, and the ratio to a named baseline.
+    """One row of results.
 
-    error: of the result; or, where `us` is None, why there is no time.
+    Args:
+      op: the operation.
+      implementation: which implementation of it was measured.
+      shape: its sizes.
+      us: its time in microseconds; None: it was not measured, and `error` says why.
+      num_bytes: the bytes that it must read and write.
+      flops: the FLOPs that it must compute.
+      ceilings: the device's ceilings, which give the floor.
+      baseline: the name of what it is compared with.
+      baseline_us: the time of the baseline in microseconds.
+      error: the error of the result, in the measure of the experiment; or the reason why there is no time.
+
+    Returns:
+      The time, TFLOP/s, GB/s, the floor and how many percent of the time it is, and the ratio to the baseline.
     """
     floor = ceilings.floor_us(num_bytes, flops)
     return {
@@ -223,7 +278,7 @@ def result_row(
 
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows as aligned text; one without a time says why."""
+    """Rows as aligned text; a row without a time shows the reason instead."""
     head = ("op", "shape", "impl", "us", "GB/s", "TFLOP/s", "floor us", "% floor", "baseline", "x faster")
     lines: list[tuple[str, ...]] = [head]
     for r in rows:
@@ -249,7 +304,15 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
 def save_results(
     path: Path, experiment: str, rows: Sequence[dict[str, Any]], *, inputs: str, ceilings: Ceilings | None = None
 ) -> None:
-    """Write the JSON file of an experiment; `inputs` says in a sentence what the data was."""
+    """Write the JSON file of an experiment: the rows, and the device, versions and date that they were measured with.
+
+    Args:
+      path: the file; its folder is made.
+      experiment: the name of the script.
+      rows: the rows of results.
+      inputs: a sentence that says what the data was.
+      ceilings: the device's ceilings, if they were measured.
+    """
     content = {
         "experiment": experiment,
         "device": jax.devices()[0].device_kind,
@@ -266,7 +329,7 @@ def save_results(
 
 
 def _commit() -> str:
-    """Short hash of the checkout, with a + where files differ from it; "unknown" outside a checkout."""
+    """The short hash of the Git commit, with a + if files differ from it; "unknown" outside of a Git checkout."""
     root = Path(__file__).parents[2]
     try:
         run = lambda *args: subprocess.run(  # noqa: E731

@@ -1,8 +1,8 @@
-"""--wire_format, how tokens cross the network; it wins over an environment switch, and that over a config.
+"""The flag --wire_format: how tokens cross the network to other devices.
 
-    FD_DISPATCH_USE_FP4=1    tokens cross the network in NVFP4 (0: in bf16); --wire_format wins over it
-
-The name is that of the serving system whose deployments this library is compared with.
+The flag wins over the environment variable FD_DISPATCH_USE_FP4 (1: NVFP4, 0: bf16), and the variable wins over the
+script's or its config's default. The variable has the name that it has in the serving system whose deployments this
+library is compared with.
 """
 
 import os
@@ -22,10 +22,10 @@ WIRE_FORMAT = flags.DEFINE_enum(
 
 
 def wire_format(config_value: WireFormat) -> WireFormat:
-    """The wire format: of the flag, else of the environment, else of the script or its config.
+    """The wire format from the flag, else from the environment, else `config_value`.
 
     Raises:
-      app.UsageError: the variable has a value that is no boolean.
+      app.UsageError: the environment variable is not a boolean.
     """
     if _STALE in os.environ:
         warnings.warn(f"{_STALE} is not read any more; set {_USE_FP4}", stacklevel=2)

@@ -1,7 +1,7 @@
-"""Real text without a download: the source files of the running Python's standard library, or any folder of text.
+"""Text to train and evaluate byte-level models on: Python's standard library, or any folder of text. No download.
 
-Whole files are held out by a rule that depends on their name only, so that the split is the same on every machine and
-no part of a held-out file is ever trained on.
+Some whole files are held out for evaluation. Whether a file is held out depends on its name only, so the split is the
+same on every machine, and no part of a held-out file is ever trained on.
 """
 
 import hashlib
@@ -14,23 +14,31 @@ import numpy as np
 _SKIPPED_FOLDERS = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "lib2to3", "__pycache__"}
 )
-_SKIPPED_PREFIX = "_sysconfigdata"  # generated at build time, full of paths of one machine
+_SKIPPED_PREFIX = "_sysconfigdata"  # generated when Python is built, and different on every machine
 _HELD_OUT_ONE_IN = 20
-SEPARATOR = b"\0"  # ends every file; does not occur inside source text
+SEPARATOR = b"\0"  # follows every file; source text does not contain it
 
 
 class Corpus(NamedTuple):
-    """Bytes of all training files and of all held-out files, each file ended by `SEPARATOR`."""
+    """The bytes of a corpus, split into files to train on and held-out files; `SEPARATOR` follows every file.
+
+    Attributes:
+      train: the training bytes, uint8.
+      held_out: the held-out bytes, uint8.
+      train_files: names of the training files, relative to the corpus' root.
+      held_out_files: names of the held-out files.
+      digest: a sha256 of both parts. Numbers of two runs are comparable if the digests are equal.
+    """
 
     train: np.ndarray
     held_out: np.ndarray
     train_files: tuple[str, ...]
     held_out_files: tuple[str, ...]
-    digest: str  # sha256 of both parts: equal digests mean comparable numbers
+    digest: str
 
 
 def is_held_out(name: str) -> bool:
-    """One file in 20, by the sha256 of its path relative to the corpus root (with forward slashes)."""
+    """Whether a file is held out: one in 20, by the sha256 of its relative path with forward slashes."""
     return _name_hash(name) % _HELD_OUT_ONE_IN == 0
 
 
@@ -39,7 +47,15 @@ def _name_hash(name: str) -> int:
 
 
 def list_files(folder: str | Path | None = None) -> tuple[Path, list[str]]:
-    """Root and sorted relative names: every file of `folder`, or the library's .py files without tests and tools."""
+    """The root of a corpus and the sorted relative names of its files.
+
+    Args:
+      folder: a folder, of which every file counts; None: the standard library of the running Python, of which the .py
+        files count, without tests and tools.
+
+    Raises:
+      ValueError: the folder does not exist or is a file, or its name is empty.
+    """
     if folder == "":
         raise ValueError("--corpus: the name of a folder must not be empty")
     root = Path(sysconfig.get_path("stdlib") if folder is None else folder).resolve()
@@ -59,10 +75,13 @@ def _is_skipped(name: str) -> bool:
 
 
 def load_corpus(folder: str | Path | None = None) -> Corpus:
-    """Read and split the corpus. A small folder in which the rule picks no file holds out the one of smallest hash.
+    """Read a corpus and split it.
+
+    If the rule holds out no file, the file with the smallest hash is held out; if it holds out all files, only the
+    first.
 
     Raises:
-      ValueError: for a folder that does not exist or has fewer than two files.
+      ValueError: the folder does not exist or has fewer than two files.
     """
     root, names = list_files(folder)
     if len(names) < 2:
@@ -82,10 +101,18 @@ def _read(root: Path, names: tuple[str, ...]) -> bytes:
 
 
 def windows(data: np.ndarray, length: int, limit: int | None = None) -> np.ndarray:
-    """Non-overlapping windows [N, length + 1] from the start of `data` (the last byte of one is the first of the next).
+    """Cut bytes into windows of `length` + 1: uint8 [N, length + 1].
 
-    A window's first byte is context only, so every byte but the first of `data` is predicted once. `limit` keeps that
-    many windows, evenly spread. Raises ValueError for data shorter than one window.
+    The last byte of a window is also the first byte of the next one. A model gets the first byte of a window as context
+    only, so every byte of `data` but the first is predicted once. Bytes that do not fill a window are left out.
+
+    Args:
+      data: the bytes.
+      length: the number of predicted bytes per window.
+      limit: the largest number of windows, which are spread evenly over the data; None: all.
+
+    Raises:
+      ValueError: the data is shorter than one window.
     """
     count = (len(data) - 1) // length
     if count < 1:

@@ -11,14 +11,19 @@ from flax import nnx
 
 
 class Evaluation(NamedTuple):
-    """Mean bits per predicted byte, and routes that experts dropped on the way."""
+    """The result of `evaluate`.
+
+    Attributes:
+      bits_per_byte: the mean over all predicted bytes.
+      dropped: the number of routes that the expert layers dropped, over all windows.
+    """
 
     bits_per_byte: float
     dropped: int
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """-log p(target) in nats, elementwise over [B, S], from float32 logits [B, S, V]."""
+    """-log p(target) in nats for every position [B, S], from float32 logits [B, S, V] and targets i32 [B, S]."""
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - chosen
 
@@ -32,7 +37,10 @@ def _evaluate_batch(graphdef: nnx.GraphDef, state: nnx.State, batch: jax.Array, 
 
 
 def evaluate(model: nnx.Module, windows: np.ndarray, batch_size: int) -> Evaluation:
-    """Average over windows [N, length + 1] of `corpus.windows`; the last batch is filled up, the filling ignored."""
+    """Evaluate a model on windows [N, length + 1], as `corpora.windows` makes them.
+
+    The last batch is padded to `batch_size` windows; the bits of the padding do not count.
+    """
     graphdef, state = nnx.split(model)
     nats, dropped = 0.0, 0
     for start in range(0, len(windows), batch_size):

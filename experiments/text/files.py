@@ -1,4 +1,4 @@
-"""Text that users give, on the command line or in files: UTF-8, and not empty."""
+"""Checks of text that users give on the command line or in files: it must be UTF-8 and not empty."""
 
 import io
 import sys
@@ -7,10 +7,15 @@ from absl import app
 
 
 def read_text(flag: str, name: str, limit: int = -1) -> str:
-    """The text of a file, or its first `limit` characters; "-" is standard input. A byte order mark is left out.
+    """Read a file of text that a flag names. A byte order mark at its start is left out.
+
+    Args:
+      flag: the name of the flag, for the error message.
+      name: the file; "-" is standard input.
+      limit: the largest number of characters to read; -1: all.
 
     Raises:
-      app.UsageError: there is no such file, it is a folder or may not be read, is not UTF-8, or has nothing but blanks.
+      app.UsageError: the file does not exist, is a folder, cannot be read, is not UTF-8, or holds only whitespace.
     """
     try:
         source = sys.stdin.buffer if name == "-" else io.BufferedReader(io.FileIO(name))
@@ -19,7 +24,7 @@ def read_text(flag: str, name: str, limit: int = -1) -> str:
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise app.UsageError(f"--{flag}={name} is not UTF-8 text: byte 0x{byte:02x}, {error.reason}") from error
-    except (OSError, ValueError) as error:  # ValueError: a name with a null character
+    except (OSError, ValueError) as error:  # ValueError: the name has a null character
         raise app.UsageError(f"--{flag}={name} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if not text.strip():
         raise app.UsageError(f"--{flag}={name} has no text")
@@ -27,12 +32,16 @@ def read_text(flag: str, name: str, limit: int = -1) -> str:
 
 
 def check_text(flag: str, text: str) -> str:
-    """The text of a flag as it is; app.UsageError where it is empty or its bytes were not UTF-8."""
+    """Return the text of a flag unchanged.
+
+    Raises:
+      app.UsageError: it is empty, or its bytes were not UTF-8.
+    """
     if not text:
         raise app.UsageError(f"--{flag} is empty")
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # Python keeps bytes that it cannot decode as U+DC80 and up
+    except UnicodeEncodeError as error:  # Python turns argument bytes that are not UTF-8 into U+DC80 and up
         byte = ord(text[error.start]) & 0xFF
         raise app.UsageError(f"--{flag} is not UTF-8 text: byte 0x{byte:02x} at character {error.start}") from error
     return text

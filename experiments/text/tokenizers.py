@@ -1,4 +1,4 @@
-"""Text to token ids and back: the tokenizer of a checkpoint's folder, or bytes for models of bytes."""
+"""Text to token ids and back: by the tokenizer of a checkpoint's folder, or by bytes for models of bytes."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from absl import app
 
 
 class ByteTokenizer:
-    """Text as its UTF-8 bytes."""
+    """A tokenizer whose tokens are the UTF-8 bytes of the text."""
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -18,12 +18,17 @@ class ByteTokenizer:
 
 
 class FileTokenizer:
-    """A tokenizer.json: the same text gives the same tokens, all of them and no others.
+    """The tokenizer in a tokenizer.json, made deterministic and without a length limit.
 
-    Training and quantizing leave in the file how they cut and padded a batch, and at random took some merges for
-    missing (BPE's dropout); none of that concerns the text of a user. What the file adds to every text (a token at its
-    begin) is meant for the model, and stays; where tokenizer_config.json wants such a token (`add_bos_token`) and the
-    file adds none, it is added here.
+    Such a file may still contain settings from training: how to cut and pad a batch, and BPE dropout (merges that are
+    skipped at random). They are switched off here. A token that the file puts at the start of every text stays. If
+    tokenizer_config.json asks for such a token (`add_bos_token`) and the file adds none, `encode` adds it.
+
+    Args:
+      path: the tokenizer.json.
+
+    Raises:
+      app.UsageError: the tokenizers package is missing, or one of the two files cannot be understood.
     """
 
     def __init__(self, path: Path):
@@ -42,7 +47,10 @@ class FileTokenizer:
         self._begin = self._begin_token(path.with_name("tokenizer_config.json"))
 
     def _begin_token(self, path: Path) -> int | None:
-        """The token that tokenizer_config.json wants before every text; None: it wants none, or does not exist."""
+        """The id of the token that tokenizer_config.json asks for at the start of every text.
+
+        It is None if that file does not exist or asks for no such token.
+        """
         if not path.is_file():
             return None
         try:
@@ -67,7 +75,18 @@ class FileTokenizer:
 
 
 def tokenizer_of(folder: Path, config: Any) -> Any:
-    """The tokenizer of the folder's tokenizer.json; models of at most 256 tokens without one read bytes."""
+    """The tokenizer of a checkpoint's folder.
+
+    A folder without a tokenizer.json gets a `ByteTokenizer` if the model has at most 256 tokens.
+
+    Args:
+      folder: the checkpoint.
+      config: the model's config, of which `vocab_size` is read.
+
+    Raises:
+      app.UsageError: the folder has no tokenizer.json and the model has more than 256 tokens, or the file cannot be
+        used.
+    """
     path = folder / "tokenizer.json"
     if path.is_file():
         return FileTokenizer(path)

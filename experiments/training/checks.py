@@ -1,4 +1,4 @@
-"""Settings of the training that cannot work, refused before anything is computed."""
+"""Checks of training settings, made before anything is computed."""
 
 import math
 
@@ -14,13 +14,17 @@ _NOT_NEGATIVE = ("final_learning_rate", "weight_decay", "balance_loss_weight", "
 
 
 def check_config(config: ConfigDict) -> None:
-    """Raise ValueError naming the setting and its value; what depends on the text is left to `check_lengths`."""
+    """Check the settings that do not depend on the text; `check_lengths` checks the others.
+
+    Raises:
+      ValueError: a setting cannot work; the message names it and its value.
+    """
     train = config.train
     for name in _COUNTS:
         if train[name] < 1:
             raise ValueError(f"train.{name}={train[name]} must be at least 1")
     for name in ("steps", "eval_every", "checkpoint_every"):
-        if train[name] % train.steps_per_call:  # an evaluation stands in the log beside the loss of the same steps
+        if train[name] % train.steps_per_call:  # the log puts an evaluation beside the loss of the same steps
             raise ValueError(
                 f"train.{name}={train[name]} must be a multiple of train.steps_per_call={train.steps_per_call}"
             )
@@ -43,7 +47,11 @@ def check_config(config: ConfigDict) -> None:
 
 
 def check_lengths(config: ConfigDict, corpus: Corpus) -> None:
-    """Raise ValueError where a sequence is longer than the training or held-out text, or than the model's positions."""
+    """Check the length of a sequence.
+
+    Raises:
+      ValueError: it is longer than the training text, the held-out text, or the model's max_position_embeddings.
+    """
     length, positions = config.train.sequence_length, config.model.max_position_embeddings
     for name, part in (("training", corpus.train), ("held-out", corpus.held_out)):
         try:

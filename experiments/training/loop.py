@@ -1,4 +1,4 @@
-"""Training a byte-level Mixture-of-Experts model: one step, and a run that can be stopped after any of them."""
+"""Training a byte-level Mixture-of-Experts model: one step, and a run that can be stopped after any step."""
 
 import math
 from collections import deque
@@ -22,14 +22,14 @@ from fp4jax.models import Qwen3Moe, Qwen3MoeConfig, configure_experts
 
 
 def compute_dtype(train: ConfigDict) -> str:
-    """What activations are computed in: as set, or by device (CPUs emulate bfloat16 slowly)."""
+    """The dtype of activations; "auto" is float32 on CPUs, which emulate bfloat16 slowly, and else bfloat16."""
     if train.compute_dtype != "auto":
         return train.compute_dtype
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def make_optimizer(train: ConfigDict) -> optax.GradientTransformation:
-    """AdamW with warm-up and cosine decay; weight decay on matrices only."""
+    """AdamW with warm-up and cosine decay of the learning rate; vectors, such as norms, have no weight decay."""
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, train.learning_rate, train.warmup_steps, train.steps, train.final_learning_rate
     )
@@ -46,14 +46,28 @@ def make_optimizer(train: ConfigDict) -> optax.GradientTransformation:
 
 
 def sample_batch(data: jax.Array, seed: int, step: jax.Array, batch_size: int, length: int) -> jax.Array:
-    """i32 [batch_size, length + 1]: windows at random places, a function of (seed, step) only."""
+    """A batch of windows at random places of `data`, i32 [batch_size, length + 1].
+
+    The places depend on the seed and the step only, so a continued run draws the same batches.
+    """
     key = jax.random.fold_in(jax.random.key(seed), step)
     starts = jax.random.randint(key, (batch_size, 1), 0, data.shape[0] - length)
     return data[starts + jnp.arange(length + 1, dtype=starts.dtype)[None, :]].astype(jnp.int32)
 
 
 def loss_fn(params: Any, graphdef: nnx.GraphDef, ids: jax.Array, balance_weight: float) -> tuple[jax.Array, Any]:
-    """Cross-entropy in nats per byte plus the weighted balance loss (mean over layers); also both parts, f32 [2]."""
+    """The loss of a batch, for `jax.grad`.
+
+    Args:
+      params: the parameters.
+      graphdef: the rest of the model.
+      ids: i32 [B, length + 1]; the model predicts every id from those before it.
+      balance_weight: the factor of the balance loss.
+
+    Returns:
+      The cross-entropy in nats per byte plus the weighted balance loss (its mean over the MoE layers), and both parts
+      without the weight, f32 [2].
+    """
     model = nnx.merge(graphdef, params)
     output = model.forward(ids[:, :-1])
     nats = jnp.mean(cross_entropy(output.logits, ids[:, 1:]))
@@ -62,7 +76,7 @@ def loss_fn(params: Any, graphdef: nnx.GraphDef, ids: jax.Array, balance_weight:
 
 
 def make_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, train: ConfigDict):
-    """Jitted (state, data) -> (the state after one step, f32 [2]: nats per byte and balance loss)."""
+    """The jitted function of one step: (state, data) -> (next state, f32 [2] with nats per byte and balance loss)."""
 
     def step(state: TrainState, data: jax.Array) -> tuple[TrainState, jax.Array]:
         ids = sample_batch(data, train.seed, state.step, train.batch_size, train.sequence_length)
@@ -71,14 +85,21 @@ def make_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, t
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), parts
 
-    return jax.jit(step)  # the state before a step is what is saved when that step is not awaited
+    return jax.jit(step)  # the old state is not donated: it is what is saved if the run ends before the step
 
 
 class Training:
-    """A run as far as it has come.
+    """A training run, as far as it has come.
 
-    step, state: what is finished; `in_flight` are the steps after it that the device has been given. Randomness follows
-    from the seed and the step, so that the state, the log and the losses since its last entry are all that a run is.
+    The batches follow from the seed and the step. So the state, the log, and the losses since the last log entry are
+    all that has to be saved.
+
+    Attributes:
+      step: the number of finished steps.
+      state: the state after them.
+      in_flight: (state, losses) of the later steps that the device has been given, oldest first.
+      history: the log, and the losses since its last entry.
+      saved_step: the step of the state on disk; -1: there is none.
     """
 
     def __init__(self, config: ConfigDict, corpus: Corpus, state_path: Path, limits: RunLimits):
@@ -104,28 +125,37 @@ class Training:
         )
 
     def restore(self) -> None:
-        """Go on from the saved state; ValueError where it belongs to another run."""
+        """Continue from the saved state.
+
+        Raises:
+          ValueError: the file belongs to a run with other settings, or is not a saved state.
+        """
         self.state, self.history = restore_state(self.state_path, self.state, self.run)
         self.step = self.saved_step = int(self.state.step)
         logging.info("continuing %s at step %d", self.state_path, self.step)
 
     def save(self) -> None:
-        """Write the state, unless that of this step is on disk."""
+        """Write the state, unless the state of this step is on disk already."""
         if self.saved_step != self.step:
             save_state(self.state_path, self.state, self.history, self.run)
             self.saved_step = self.step
 
     def compile(self) -> jax.stages.Compiled:
-        """The program of one step."""
+        """Compile the program of one step."""
         return make_step(self.graphdef, self.optimizer, self.settings).lower(self.state, self.data).compile()
 
     def start_step(self, program: Any) -> None:
-        """Put one more step into the device's queue."""
+        """Give the device one more step, which starts from the last step in flight."""
         last = self.in_flight[-1][0] if self.in_flight else self.state
         self.in_flight.append(program(last, self.data))
 
     def finish_steps(self, left: int) -> None:
-        """Wait until at most `left` steps are in flight, and read the losses of the others."""
+        """Wait until at most `left` steps are in flight, and record the losses of the steps that finished.
+
+        Raises:
+          FloatingPointError: a loss is not finite.
+          Stopped: the run must end.
+        """
         while len(self.in_flight) > left:
             self.limits.wait(self.in_flight[0][1].is_ready)
             self.state, losses = self.in_flight.popleft()
@@ -141,12 +171,12 @@ class Training:
                 self.history.losses.clear()
 
     def is_due(self, every: int) -> bool:
-        """Whether what is done every so many steps, and after the last, is to be done before the next step."""
+        """Whether an action is due before the next step: it is done every `every` steps, and after the last step."""
         step = self.step + len(self.in_flight)
         return step > 0 and (step % every == 0 or step == self.settings.steps)
 
     def evaluate(self) -> None:
-        """Add the held-out bits per byte to the last entry of the log, unless they are there."""
+        """Add the held-out bits per byte to the last entry of the log, unless the entry has them already."""
         entry = self.history.log[-1]
         if "held_out_bits_per_byte" not in entry:
             model = nnx.merge(self.graphdef, self.state.params)
@@ -159,7 +189,11 @@ class Training:
 
 
 def train(run: Training, output_dir: Path) -> nnx.Module:
-    """Take all the steps that are missing -> the trained model. Raises Stopped when the state has been saved."""
+    """Run the steps that are left, and return the trained model.
+
+    Raises:
+      Stopped: the run must end. The state and the log have been saved.
+    """
     settings, first = run.settings, run.step
     try:
         with tqdm(total=settings.steps, initial=run.step, unit="step", desc="compiling") as progress:

@@ -1,4 +1,4 @@
-"""When a run of hours must end: a time limit, Ctrl-C and SIGTERM, each of them answered within a moment."""
+"""The end of a run that takes hours: a time limit, Ctrl-C and SIGTERM, each noticed within milliseconds."""
 
 import concurrent.futures
 import math
@@ -9,13 +9,18 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-# Of a time limit, what is kept for saving and for a plot; of a short one a quarter.
+# The part of a time limit that is kept for saving the state and the plot; at most a quarter of the limit.
 _SECONDS_TO_SAVE = 3.0
 _POLL_SECONDS = 0.001
 
 
 class Stopped(Exception):
-    """The run must end now. status: what the process exits with; 128 + the number of a signal, as shells have it."""
+    """Raised when a run must end now.
+
+    Args:
+      reason: what ended the run, for the user.
+      status: the exit status of the process; after a signal it is 128 plus the signal's number, as in shells.
+    """
 
     def __init__(self, reason: str, status: int):
         super().__init__(reason)
@@ -23,10 +28,15 @@ class Stopped(Exception):
 
 
 class RunLimits:
-    """Knows whether a run may go on. Inside `with`, SIGINT and SIGTERM end nothing by themselves: `check` raises.
+    """Says whether a run may go on.
 
-    Only the second SIGINT ends the process at once. What runs in C++ for long, such as compiling, keeps Python from
-    seeing a signal or a clock: `wait` and `apart` leave it to another thread and look at both meanwhile.
+    Used as a context manager, it catches SIGINT (Ctrl-C) and SIGTERM: the first one makes `check` raise `Stopped`, and
+    a SIGINT after it ends the process at once. While C++ code runs in the main thread, such as a compilation, Python
+    notices neither signals nor the time. `wait` and `apart` therefore keep the main thread in Python while another
+    thread works.
+
+    Args:
+      minutes: the time limit, counted from now, within which the state must also be saved; None: no limit.
     """
 
     def __init__(self, minutes: float | None = None):
@@ -44,28 +54,40 @@ class RunLimits:
     def _remember(self, number: int, _: Any) -> None:
         self._signal = self._signal or number
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if number == signal.SIGINT:  # print may be in the middle of a line of its own
+        if number == signal.SIGINT:  # not print, which the signal may have interrupted
             os.write(2, b"\nThe state is being saved; another Ctrl-C ends the run at once.\n")
 
     def elapsed(self) -> float:
-        """Seconds since the limits were made."""
+        """Seconds since this object was made."""
         return time.monotonic() - self._began
 
     def check(self) -> None:
-        """Raise Stopped after a signal, and when the time is over but for what saving takes."""
+        """Check the signals and the time.
+
+        Raises:
+          Stopped: a signal came, or only the time that saving takes is left of the limit.
+        """
         if self._signal:
             raise Stopped(signal.Signals(self._signal).name, 128 + self._signal)
         if self.elapsed() >= self._seconds:
             raise Stopped(f"--max_minutes={self._minutes:g}", 0)
 
     def wait(self, done: Callable[[], bool]) -> None:
-        """Return when `done()` is true, or raise Stopped when it is time."""
+        """Wait until `done()` is true.
+
+        Raises:
+          Stopped: the run must end first.
+        """
         while not done():
             self.check()
             time.sleep(_POLL_SECONDS)
 
     def apart(self, work: Callable[[], Any]) -> Any:
-        """The result of `work()` in another thread. Where Stopped is raised, the work is left to itself."""
+        """Call `work` in another thread and return its result.
+
+        Raises:
+          Stopped: the run must end first. The thread goes on; it ends with the process.
+        """
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
 
         def run() -> None:

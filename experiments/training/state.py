@@ -1,4 +1,4 @@
-"""What a training run leaves on disk: the state that it goes on from, its log and the plot of its log."""
+"""The files of a training run: the state that a later run continues from, the log, and a plot of the log."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,13 @@ from fp4jax.checkpoint.storage.tensor_file import part_of, publish, write_text
 
 
 class TrainState(NamedTuple):
-    """All that changes on the device: parameters (float32), optimizer state, steps done."""
+    """Everything on the device that a training step changes.
+
+    Attributes:
+      params: the parameters, float32.
+      opt_state: the state of the optimizer.
+      step: i32 (), the number of steps that are done.
+    """
 
     params: Any
     opt_state: Any
@@ -24,22 +30,27 @@ class TrainState(NamedTuple):
 
 
 class History(NamedTuple):
-    """What the host knows of a run. losses: (nats per byte, balance loss) of every step since the last log entry."""
+    """What the host knows about the steps that are done.
+
+    Attributes:
+      log: the entries of the log, oldest first.
+      losses: [nats per byte, balance loss] of every step since the last entry.
+    """
 
     log: list[dict[str, Any]]
     losses: list[list[float]]
 
 
 def run_identity(config: ConfigDict, corpus: Corpus) -> dict[str, Any]:
-    """Everything a resumed run must share, flat, JSON-ready."""
+    """The settings and the corpus' digest, as one flat dictionary for JSON. A resumed run must have equal ones."""
     flat = {f"{part}.{name}": value for part in ("model", "train") for name, value in config[part].items()}
     return json.loads(json.dumps({**flat, "corpus": corpus.digest}))
 
 
 def save_state(path: Path, state: TrainState, history: History, run: dict[str, Any]) -> None:
-    """One safetensors file, which takes the place of the one before when it is complete.
+    """Write a state as one safetensors file, with the history and the run's identity in its metadata.
 
-    Leaves are named by their path in the tree.
+    A tensor's name is the path of its leaf in `state`. The file replaces the previous one only when it is complete.
     """
     leaves = {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(state)}
     metadata = {name: json.dumps(value) for name, value in {**run, **history._asdict()}.items()}
@@ -50,10 +61,15 @@ def save_state(path: Path, state: TrainState, history: History, run: dict[str, A
 
 
 def restore_state(path: Path, like: TrainState, run: dict[str, Any]) -> tuple[TrainState, History]:
-    """What `save_state` wrote.
+    """Read what `save_state` wrote.
+
+    Args:
+      path: the file.
+      like: a state with the same tree as the saved one.
+      run: the identity of the run that continues, see `run_identity`.
 
     Raises:
-      ValueError: naming the first setting in which the saved run differs from `run`, or a file that is no state.
+      ValueError: the saved run has another setting, which the message names, or the file is not a saved state.
     """
     try:
         with safe_open(path, framework="numpy") as file:
@@ -77,7 +93,7 @@ def _check_same_run(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -
 
 
 def write_log(folder: Path, log: list[dict[str, Any]], summary: dict[str, Any]) -> None:
-    """train_log.json and loss_curve.png."""
+    """Write train_log.json and loss_curve.png into `folder`, which is made."""
     import matplotlib
 
     matplotlib.use("Agg")

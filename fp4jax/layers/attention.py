@@ -1,4 +1,7 @@
-"""Causal grouped-query attention with RoPE, over a cache of keys and values or without one."""
+"""Causal grouped-query attention with rotary position embeddings (RoPE), with or without a cache of keys and values.
+
+Letters of the shapes: B sequences, S queries, K keys, D size of a query or key, V size of a value.
+"""
 
 from functools import partial
 from typing import Any
@@ -12,7 +15,7 @@ from fp4jax.layers.linear import Linear, RMSNorm, exact_precision
 
 
 def rope_frequency(theta: float, dim: int) -> Float[Array, "half"]:
-    """theta^(-2i / dim) for every pair i."""
+    """The angle per position of every RoPE pair: theta^(-2i / dim) for the pairs i = 0 .. dim / 2 - 1."""
     half = dim // 2
     return theta ** -(jnp.arange(half, dtype=jnp.float32) / half)
 
@@ -24,9 +27,13 @@ def rope(
     *,
     interleaved: bool = False,
 ) -> Float[Array, "B S heads D"]:
-    """Rotate pairs by position * frequency [D / 2], positions [S] or [B, S]; float32 inside.
+    """Rotate pairs of values by the angle position * frequency, computed in float32 (RoPE, arXiv:2104.09864).
 
-    Pairs are (x[i], x[i + D/2]), or, interleaved, (x[2i], x[2i + 1]).
+    Args:
+      x: queries or keys.
+      positions: the position of every token: [S] or [1, S] for all sequences, or [B, S].
+      frequency: the angle per position of each of the D / 2 pairs.
+      interleaved: False pairs x[i] with x[i + D/2]; True pairs x[2i] with x[2i + 1].
     """
     angle = positions.reshape(-1, x.shape[1], 1, 1).astype(jnp.float32) * frequency.reshape(1, 1, 1, -1)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
@@ -45,14 +52,22 @@ def attention(
     *,
     scale: float | None = None,
 ) -> Float[Array, "B S heads V"]:
-    """Causal grouped-query attention: a query at position p ([S] or [B, S]) sees keys 0..p; softmax in float32.
+    """Causal grouped-query attention; the softmax is computed in float32.
 
-    scale: of the scores, None: 1 / sqrt(D). A key or value that is not finite spoils the queries that see it only.
+    A query at position p sees the keys 0 .. p. NaN or infinity in a key or value spoils the results of the queries
+    that see it, and no others.
+
+    Args:
+      q: queries; `heads` is a multiple of `kv_heads`.
+      k: keys of the positions 0 .. K - 1.
+      v: values of the positions 0 .. K - 1.
+      positions: the position of every query: [S] or [1, S] for all sequences, or [B, S].
+      scale: the factor of the scores q k^T; None: 1 / sqrt(D).
     """
     batch, length, heads, dim = q.shape
     kv_heads = k.shape[1]
-    # One axis of sequences and key heads, one of query heads and places: the plain batched products of libraries. (With
-    # four axes XLA:CPU of JAX 0.11 and 0.12 refuses bf16 at run time.)
+    # Sequences and key heads become one axis, and so do the query heads of a group and their positions, so that both
+    # products are plain batched matrix products. With four axes XLA:CPU of JAX 0.11 and 0.12 refuses bf16 at run time.
     precision = exact_precision(q.dtype)
     grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, dim).transpose(0, 2, 3, 1, 4)
     product = partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
@@ -63,8 +78,8 @@ def attention(
     visible = places <= positions
     scores = jnp.where(visible, scores * (dim**-0.5 if scale is None else scale), -jnp.inf)
     probabilities = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    # Values of places that a query does not see are multiplied by 0, and 0 * NaN is NaN: those that are not finite are
-    # taken out, and the queries from the first of them on made NaN.
+    # A value that a query does not see has the weight 0, but 0 * NaN is NaN. So values that are not finite are replaced
+    # by 0 before the product, and afterwards the queries from the first such position on are set to NaN.
     finite = jnp.all(jnp.isfinite(v), axis=-1)
     v = jnp.where(finite[..., None], v, jnp.zeros_like(v))
     out = product("xqk,xkd->xqd", flat(probabilities), flat(v)).astype(q.dtype)
@@ -76,7 +91,21 @@ def attention(
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with RoPE; `norm_eps`: an RMSNorm on every query and key head before it."""
+    """Causal grouped-query attention with RoPE and its four projections.
+
+    Args:
+      hidden_size: the size of the input and output, H.
+      num_heads: the number of query heads.
+      num_kv_heads: the number of key and value heads, a divisor of `num_heads`.
+      head_dim: the size of a query, key or value.
+      theta: the base of the RoPE frequencies.
+      interleaved: which values RoPE pairs, see `rope`.
+      norm_eps: the epsilon of an RMSNorm on every query and key head, applied before RoPE; None: no such norm.
+      dtype: the dtype that the module computes in.
+      param_dtype: the dtype that the weights are stored in.
+      stddev: the standard deviation of the initial weights.
+      rngs: the source of the initial weights.
+    """
 
     def __init__(
         self,
@@ -114,7 +143,7 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         frequency = rope_frequency(self.theta, self.head_dim)
         q, k = (rope(part, positions, frequency, interleaved=self.interleaved) for part in (q, k))
-        k, v = (jnp.swapaxes(part, 1, 2) for part in (k, v))  # heads first, as batched products want the long part
+        k, v = (jnp.swapaxes(part, 1, 2) for part in (k, v))  # heads first, as the batched products read them
         if cache is not None:
             k, v = cache = (write_cache(cache[0], k, start), write_cache(cache[1], v, start))
             v = clear_beyond(v, positions)
@@ -123,20 +152,23 @@ class Attention(nnx.Module):
 
 
 def positions_from(start: jax.Array, length: int) -> jax.Array:
-    """Positions of `length` tokens from `start` on, i32 [1, length], or [B, length] where each sequence has its own."""
+    """The positions of `length` tokens from `start` on: i32 [1, length] for a start (), [B, length] for [B]."""
     return start.reshape(-1, 1) + jnp.arange(length, dtype=jnp.int32)[None, :]
 
 
 def clear_beyond(values: jax.Array, positions: jax.Array) -> jax.Array:
-    """Cached values [B, heads, length, D] with zeros beyond the newest position.
+    """Set the cached values [B, heads, length, D] beyond the newest position to zero.
 
-    These places may hold anything: their weight is 0, and 0 * NaN must not reach a sum.
+    Cache places that are not filled yet may hold anything. Attention gives them the weight 0, but 0 * NaN is NaN.
     """
     place = jnp.arange(values.shape[2], dtype=jnp.int32).reshape(1, 1, -1, 1)
     return jnp.where(place <= positions[:, -1].reshape(-1, 1, 1, 1), values, 0)
 
 
 def write_cache(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-    """[B, heads, S, D] into [B, heads, length, D] from position `start` on, [] for all sequences or one each, [B]."""
+    """Write `new` [B, heads, S, D] into `cache` [B, heads, length, D] from position `start` on.
+
+    `start` is i32 () for all sequences, or i32 [B] with one position per sequence.
+    """
     write = lambda old, new, start: jax.lax.dynamic_update_slice_in_dim(old, new, start, 1)  # noqa: E731
     return jax.vmap(write, in_axes=(0, 0, 0 if start.ndim else None))(cache, new.astype(cache.dtype), start)

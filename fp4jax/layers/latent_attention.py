@@ -1,10 +1,14 @@
-"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1) and RoPE for long contexts (YaRN).
+"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1), and RoPE for long contexts (YaRN).
 
-Keys and values of all heads come from one small vector per token, which is what the cache keeps, next to one rotated
-key that all heads share:
+The keys and values of all heads h are linear functions of one small vector per token, the latent. A key also has a
+rotated part that all heads share. The cache keeps only the latent and that shared part:
 
-    latent = norm(W_a x);   k_h = [W_k,h latent, rope(W_r x)],   v_h = W_v,h latent
-    q_h = [W_q,h x, rope(W_q',h x)];   both q parts may come through a small vector of their own
+    latent = norm(W_a x)
+    k_h    = [W_k,h latent, rope(W_r x)]
+    v_h    = W_v,h latent
+    q_h    = [W_q,h x, rope(W_q',h x)]
+
+If the model has a `q_lora_rank`, W_q and W_q' are applied to a small vector norm(W_b x) instead of to x.
 """
 
 import dataclasses
@@ -23,9 +27,20 @@ from fp4jax.layers.linear import Linear, RMSNorm
 
 @dataclasses.dataclass(frozen=True)
 class Yarn:
-    """`rope_scaling` of type yarn: contexts `factor` times as long as `original_max_position_embeddings`.
+    """YaRN: RoPE for contexts that are `factor` times as long as the model was trained for (arXiv:2309.00071).
 
-    mscale, mscale_all_dim: 0 where a config has none.
+    The fields are those of `rope_scaling` with type "yarn" in `config.json`.
+
+    Attributes:
+      factor: how many times as long contexts become.
+      original_max_position_embeddings: the context length before scaling, in tokens.
+      beta_fast: pairs that turn at least this often within the original context keep their frequency.
+      beta_slow: pairs that turn at most this often within the original context turn `factor` times slower.
+      mscale: a coefficient of `rotation_scale`; 0 if the config has none.
+      mscale_all_dim: a coefficient of `rotation_scale` and `score_scale`; 0 if the config has none.
+
+    Raises:
+      ValueError: one of the first four fields is not positive.
     """
 
     factor: float
@@ -41,7 +56,11 @@ class Yarn:
                 raise ValueError(f"rope_scaling of type yarn: {name} must be positive, got {getattr(self, name)}")
 
     def frequency(self, theta: float, dim: int) -> Float[Array, "half"]:
-        """Angles per position (arXiv:2309.00071, section 3.2): slow pairs turn `factor` times slower, fast ones not."""
+        """The angle per position of every RoPE pair (arXiv:2309.00071, section 3.2).
+
+        Fast pairs keep the angle that they have without YaRN, slow pairs get 1 / factor of it, and pairs in between a
+        linear mix of both.
+        """
         plain = theta ** (-np.arange(0, dim, 2) / dim)
 
         def pair_that_turns(times: float) -> float:
@@ -53,23 +72,42 @@ class Yarn:
         return jnp.asarray(plain * (1 - slow) + plain / self.factor * slow, jnp.float32)
 
     def _scale(self, mscale: float) -> float:
+        """The length correction 0.1 * mscale * ln(factor) + 1; 1 if the context is not longer than the original."""
         return 1.0 if self.factor <= 1 else 0.1 * mscale * math.log(self.factor) + 1.0
 
     @property
     def rotation_scale(self) -> float:
-        """Of what is rotated."""
+        """The factor of the rotated parts of queries and keys."""
         if self.mscale and self.mscale_all_dim:
             return self._scale(self.mscale) / self._scale(self.mscale_all_dim)
         return self._scale(1.0)
 
     @property
     def score_scale(self) -> float:
-        """Of scores."""
+        """The factor of the attention scores, beside 1 / sqrt(size of a query)."""
         return self._scale(self.mscale_all_dim) ** 2 if self.mscale_all_dim else 1.0
 
 
 class LatentAttention(nnx.Module):
-    """See the module; `q_lora_rank` None: queries straight from x."""
+    """The attention that the module's docstring defines, with its projections.
+
+    Args:
+      hidden_size: the size of the input and output, H.
+      num_heads: the number of heads.
+      q_lora_rank: the size of the small vector that queries are made from; None: queries are made from x.
+      kv_lora_rank: the size of the latent.
+      qk_nope_head_dim: the size of the part of a query or key that is not rotated.
+      qk_rope_head_dim: the size of the rotated part.
+      v_head_dim: the size of a value.
+      theta: the base of the RoPE frequencies.
+      interleaved: which values RoPE pairs, see `fp4jax.layers.attention.rope`.
+      yarn: the scaling of RoPE for long contexts; None: no scaling.
+      norm_eps: the epsilon of the norms of the latent and of the queries' small vector.
+      dtype: the dtype that the module computes in.
+      param_dtype: the dtype that the weights are stored in.
+      stddev: the standard deviation of the initial weights.
+      rngs: the source of the initial weights.
+    """
 
     def __init__(
         self,
@@ -113,7 +151,17 @@ class LatentAttention(nnx.Module):
     def __call__(
         self, x: jax.Array, start: jax.Array, cache: tuple[jax.Array, jax.Array] | None
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        """x [B, S, H]; the cache holds latents [B, 1, length, rank] and rotated keys [B, 1, length, rope dim]."""
+        """Compute the attention of the tokens x [B, S, H].
+
+        Args:
+          x: hidden states.
+          start: the position of x[:, 0]: i32 () for all sequences, or i32 [B].
+          cache: the latents [B, 1, length, kv_lora_rank] and rotated keys [B, 1, length, qk_rope_head_dim] of a layer;
+            None: the tokens attend to each other only.
+
+        Returns:
+          The result [B, S, H] and the updated cache, or None if there was none.
+        """
         batch, length, _ = x.shape
         positions = positions_from(start, length)
         q = self.q_proj(x) if self.q_proj is not None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
@@ -133,6 +181,7 @@ class LatentAttention(nnx.Module):
         return self.o_proj(out.reshape(batch, length, -1)), cache
 
     def _rotate(self, x, positions):
+        """Apply RoPE, with YaRN's frequencies and factor if the model uses YaRN."""
         if self.yarn is None:
             return rope(x, positions, rope_frequency(self.theta, self.rotated), interleaved=self.interleaved)
         turned = rope(x, positions, self.yarn.frequency(self.theta, self.rotated), interleaved=self.interleaved)

@@ -1,7 +1,7 @@
-"""Flax NNX modules, thin over the pure functions: linears (bf16, NVFP4, block-wise FP8), RMSNorm, SwiGLU MLP.
+"""Linear layers (bf16, NVFP4 or block-wise FP8 weights), RMSNorm and the SwiGLU MLP, as Flax NNX modules.
 
-Weights are [out, in], as checkpoints store them. `dtype` is what a module computes in, `param_dtype` what it stores;
-float32 means float32 products on every device (no TF32).
+Weights are [out, in], as checkpoints store them. `dtype` is the dtype that a module computes in, `param_dtype` the one
+that it stores its weights in. With dtype float32 all products are exact float32 products, without TF32 on GPUs.
 """
 
 import math
@@ -21,16 +21,20 @@ from fp4jax.rounding import largest_magnitude
 
 
 def exact_precision(dtype: Any) -> jax.lax.Precision | None:
-    """float32 models multiply in float32 on every device; GPUs would use TF32 otherwise."""
+    """The `precision` of products in `dtype`: HIGHEST for float32, as GPUs would use TF32; else None."""
     return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
 
 
 def dot(
     x: Float[Array, "... K"], weight: Float[Array, "N K"], *, dtype: Any, out_dtype: Any = None
 ) -> Float[Array, "... N"]:
-    """x W^T with operands rounded to `dtype`, sums in float32, rounded once to `out_dtype` (None: `dtype`)."""
+    """Compute x W^T for W [N, K].
+
+    The operands are rounded to `dtype`, the sums are float32, and the result is rounded once to `out_dtype` (None:
+    `dtype`).
+    """
     out_dtype = jnp.dtype(out_dtype or dtype)
-    # XLA turns one row into products and a sum, which it keeps in the type it is asked for: then ask for float32.
+    # For a single row XLA multiplies and sums in the dtype of the result, so that dtype is float32 there.
     one_row = math.prod(x.shape[:-1]) == 1
     y = jnp.einsum(
         "...k,nk->...n",
@@ -43,17 +47,23 @@ def dot(
 
 
 def largest(x: Float[Array, "..."], where: Any = True) -> Float[Array, ""]:
-    """Largest magnitude in float32 of the values `where` holds, at least 0; NaN where there is one."""
+    """The largest magnitude of x, f32 (); NaN if there is a NaN.
+
+    Args:
+      x: the values.
+      where: a boolean mask that broadcasts to x; values where it is False do not count. If none counts, the result is
+        0.
+    """
     return largest_magnitude(jnp.where(where, x, jnp.zeros_like(x)))
 
 
 def normal_param(rngs: nnx.Rngs, shape: tuple[int, ...], stddev: float, dtype: Any) -> nnx.Param:
-    """A parameter with normal initial values, drawn in float32."""
+    """A parameter with normally distributed initial values, which are drawn in float32 and rounded to `dtype`."""
     return nnx.Param((jax.random.normal(rngs.params(), shape, jnp.float32) * stddev).astype(dtype))
 
 
 class Linear(nnx.Module):
-    """y = x W^T with W [out, in]; products in `dtype`, sums in float32, one rounding at the end."""
+    """y = x W^T with W [out, in]: operands in `dtype`, sums in float32, one rounding at the end."""
 
     def __init__(
         self, in_features: int, out_features: int, *, dtype: Any, param_dtype: Any, stddev: float, rngs: nnx.Rngs
@@ -66,11 +76,20 @@ class Linear(nnx.Module):
 
 
 class NVFP4Linear(nnx.Module):
-    """y = (x W^T) with W an NVFP4Tensor [N, K]; `activation_format` "bf16" is W4A16, "nvfp4" is W4A4.
+    """y = x W^T with an NVFP4 weight W [N, K].
 
-    Codes times block scales are exact in bf16; the global scales are applied to the float32 sums. W4A4 quantizes x with
-    `input_scale` where given, else with one scale per token. Where JAX sees a Hopper GPU, weights of a bf16 layer are
-    packed for the kernel of the grouped GEMM, as those of one expert, if N and K are multiples of 64.
+    The products use codes times block scales, which are exact in bf16; the global scales multiply the float32 sums.
+    Where JAX sees a Hopper GPU and `dtype` is bf16, the weight is packed for the kernel of the grouped GEMM, as a stack
+    of one expert, if N and K are multiples of 64. The kernel then computes the layer.
+
+    Args:
+      weight: NVFP4Tensor [N, K].
+      dtype: the dtype that the layer computes in and returns.
+      activation_format: "bf16" leaves x as it is (W4A16); "nvfp4" quantizes x (W4A4).
+      input_scale: the global scale of x for "nvfp4", f32 (); None: a scale per token, computed from x.
+
+    Raises:
+      ValueError: the format is unknown, or the weight does not have two axes.
     """
 
     def __init__(
@@ -96,14 +115,17 @@ class NVFP4Linear(nnx.Module):
 
     @classmethod
     def from_linear(cls, linear: Linear, **kwargs: Any) -> "NVFP4Linear":
-        """Quantize a linear's weight (one computed global scale); keyword arguments go to the constructor."""
+        """Quantize the weight of a `Linear` with one global scale that is computed from it.
+
+        The other arguments are those of the constructor.
+        """
         return cls(nvfp4.quantize(linear.weight[...]), dtype=linear.dtype, **kwargs)
 
     def __call__(self, x: Float[Array, "... K"]) -> Float[Array, "... N"]:
         weight = self.weight.get_value()
         if isinstance(weight, PackedWeights):
             return self._on_kernel(x, weight)
-        scale = weight.global_scale.T  # [], or one for every column of the result
+        scale = weight.global_scale.T  # (), or [1, N]: one for every column of the result
         rows = self._rows(x)
         if isinstance(rows, NVFP4Tensor):
             quantized = rows
@@ -114,13 +136,14 @@ class NVFP4Linear(nnx.Module):
         return (out * scale).astype(self.dtype).reshape(*x.shape[:-1], -1)
 
     def _rows(self, x):
-        """[T, K], quantized for W4A4."""
+        """x as rows [T, K], an NVFP4Tensor if the layer quantizes activations."""
         rows = x.reshape(-1, x.shape[-1])
         if self.activation_format == "bf16":
             return rows
         return nvfp4.quantize(rows, global_scale="per_token" if self.input_scale is None else self.input_scale[...])
 
     def _on_kernel(self, x, weight):
+        """The layer computed by the grouped GEMM: all rows belong to its only expert."""
         rows = self._rows(x)
         rows = rows if isinstance(rows, NVFP4Tensor) else rows.astype(self.dtype)
         out = contiguous_grouped_gemm(rows, weight, jnp.full(1, rows.shape[0], jnp.int32), out_dtype=self.dtype)
@@ -128,9 +151,15 @@ class NVFP4Linear(nnx.Module):
 
 
 class BlockFP8Linear(nnx.Module):
-    """y = x W^T with W in FP8 blocks of 128 x 128, and x quantized per token in groups of 128: see `block_fp8`.
+    """y = x W^T with a weight in FP8 blocks; `fp4jax.block_fp8` explains the format.
 
-    power_of_two_scales: those of x, as checkpoints with `scale_fmt: ue8m0` want them.
+    The weight has a scale per block of 128 x 128. x is quantized with a scale per token and group of 128 along K.
+
+    Args:
+      weight: the quantized weight [N, K].
+      dtype: the dtype that x is rounded to before it is quantized, and that of the result.
+      power_of_two_scales: whether the scales of x are rounded to powers of two, as checkpoints with `scale_fmt: ue8m0`
+        ask for.
     """
 
     def __init__(self, weight: BlockFP8Weights, *, dtype: Any, power_of_two_scales: bool = False):
@@ -140,7 +169,7 @@ class BlockFP8Linear(nnx.Module):
 
     @classmethod
     def from_linear(cls, linear: Linear, **kwargs: Any) -> "BlockFP8Linear":
-        """Quantize a linear's weight; keyword arguments go to the constructor."""
+        """Quantize the weight of a `Linear`; the other arguments are those of the constructor."""
         return cls(quantize_blocks(linear.weight[...]), dtype=linear.dtype, **kwargs)
 
     def __call__(self, x: Float[Array, "... K"]) -> Float[Array, "... N"]:
@@ -152,7 +181,7 @@ class BlockFP8Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """y = x / sqrt(mean(x^2) + eps) * weight over the last axis; float32 inside, one rounding."""
+    """y = x / sqrt(mean(x^2) + eps) * weight over the last axis, computed in float32 and rounded once to `dtype`."""
 
     def __init__(self, features: int, *, eps: float, dtype: Any, param_dtype: Any):
         self.eps = eps
@@ -167,7 +196,13 @@ class RMSNorm(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """down(silu(gate(x)) * up(x)): a dense SwiGLU layer, also used for shared experts."""
+    """A dense SwiGLU layer: down(silu(gate(x)) * up(x)). Expert blocks use it for their shared experts.
+
+    Args:
+      hidden_size: the size of the input and output.
+      intermediate_size: the size between them.
+      linear: `dtype`, `param_dtype`, `stddev` and `rngs` of the three linear layers.
+    """
 
     def __init__(self, hidden_size: int, intermediate_size: int, **linear: Any):
         self.gate_proj = Linear(hidden_size, intermediate_size, **linear)

@@ -1,8 +1,12 @@
-"""What all models share: embedding, layers of attention and experts (or a dense MLP), norm, head, and a cache.
+"""The decoder-only language model that all models of this folder share, and its cache of keys and values.
 
-    h = h + attention(norm(h));   h = h + mlp(norm(h))
+The model is a token embedding, a stack of decoder layers, a last RMSNorm and an output projection (head) to logits.
+A decoder layer adds two terms to its input h [B, S, H]; its mlp is an expert block or a dense SwiGLU MLP:
 
-Modules carry the names of Hugging Face checkpoints, so that a parameter's path is its tensor's name.
+    h = h + attention(norm(h))
+    h = h + mlp(norm(h))
+
+Modules and parameters have the names of Hugging Face checkpoints, so a parameter's path is the name of its tensor.
 """
 
 from collections.abc import Callable
@@ -19,7 +23,7 @@ from fp4jax.layers.moe_block import ExpertAmax, MoEAux, MoEBlock
 
 @runtime_checkable
 class DecoderConfig(Protocol):
-    """What this module reads of a model's config."""
+    """The fields that `Decoder` reads of a model's config; every config class of this folder has them."""
 
     vocab_size: int
     hidden_size: int
@@ -34,7 +38,15 @@ class DecoderConfig(Protocol):
 
 
 class KVCache(NamedTuple):
-    """Keys and values of all layers (or what `cache_parts` says); the first `length` positions are filled."""
+    """The cache of all layers of a model, made by `Decoder.init_cache`.
+
+    Letters of the shapes: B sequences, S positions that there is room for, D and V sizes of one cached vector.
+
+    Attributes:
+      keys: the cached keys. A model that overrides `Decoder.cache_parts` says what it stores here and in `values`.
+      values: the cached values.
+      length: i32 (), the number of positions that are filled; they come first. All sequences have the same length.
+    """
 
     keys: Float[Array, "layers B heads_k S D"]
     values: Float[Array, "layers B heads_v S V"]
@@ -42,7 +54,13 @@ class KVCache(NamedTuple):
 
 
 class Output(NamedTuple):
-    """Logits, the cache with the new positions added (None without one), and sums over the MoE layers."""
+    """What `Decoder.forward` returns.
+
+    Attributes:
+      logits: float32 logits of every position; V is the size of the vocabulary.
+      cache: the cache that was passed in, with the new positions added; None if no cache was passed in.
+      aux: dropped routes and balance losses, summed over the MoE layers.
+    """
 
     logits: Float[Array, "B S V"]
     cache: KVCache | None
@@ -50,7 +68,14 @@ class Output(NamedTuple):
 
 
 class DecoderLayer(nnx.Module):
-    """Attention and experts (or a dense MLP), each behind an RMSNorm and added to the residual stream."""
+    """One decoder layer: attention, then the mlp, each applied to an RMSNorm of its input and added to that input.
+
+    Args:
+      config: sizes and the epsilon of the norms.
+      self_attn: the attention module. `self_attn(x, start, cache)` returns the result and the updated cache.
+      mlp: an `MoEBlock`, or a module that maps [B, S, H] to [B, S, H].
+      kinds: `dtype` and `param_dtype` of the norms.
+    """
 
     def __init__(self, config: DecoderConfig, self_attn: Any, mlp: Any, **kinds: Any):
         norm: dict[str, Any] = dict(eps=config.rms_norm_eps, **kinds)
@@ -66,7 +91,18 @@ class DecoderLayer(nnx.Module):
         cache: tuple[jax.Array, jax.Array] | None,
         run_experts: Callable[[MoEBlock, jax.Array], tuple[jax.Array, Any]] = MoEBlock.__call__,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None, Any]:
-        """x [B, S, H] from position `start` ([] or [B]) on -> its successor, the cache with it, what experts report."""
+        """Apply the layer to the positions from `start` on.
+
+        Args:
+          x: hidden states [B, S, H].
+          start: the position of x[:, 0]: i32 () for all sequences, or i32 [B] with one position per sequence.
+          cache: the layer's two cache arrays, or None: the tokens of x attend to each other only.
+          run_experts: the function that is called with the expert block and its input; `calibrate` passes another one.
+
+        Returns:
+          The hidden states [B, S, H], the updated cache arrays (or None), and the second result of `run_experts`; the
+          last is None if the layer has a dense MLP.
+        """
         attended, cache = self.self_attn(self.input_layernorm(x), start, cache)
         x = x + attended
         hidden, report = self.post_attention_layernorm(x), None
@@ -78,7 +114,10 @@ class DecoderLayer(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """Token embeddings; also the output projection when embeddings are tied."""
+    """Token embeddings: a table [V, H] with one row per token id.
+
+    If a model ties its embeddings, its head multiplies with the same table.
+    """
 
     def __init__(self, config: DecoderConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
         self.dtype = jnp.dtype(dtype)
@@ -91,13 +130,18 @@ class Embedding(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """The whole language model: `model(ids [B, S])` gives float32 logits [B, S, V].
+    """A decoder-only language model: `model(ids)` maps token ids [B, S] to float32 logits [B, S, V].
 
-    A subclass says what a layer's attention and MLP are. `param_dtype` is what the weights are stored in (None: the
-    config's dtype); training keeps float32 masters.
+    A subclass overrides `make_attention` and `make_mlp`, which make the two parts of a layer.
+
+    Args:
+      config: the model's config, which has at least the fields of `DecoderConfig`.
+      param_dtype: the dtype that the weights are stored in; None: the config's `dtype`, in which the model computes.
+        Training stores float32 weights, whatever dtype the model computes in.
+      rngs: the source of the random initial weights.
     """
 
-    # Parameters that checkpoints of a model call otherwise: last part of the path -> the end of the tensor's name.
+    # Parameters whose tensors have another name in checkpoints: last part of the path -> end of the tensor's name.
     TENSOR_NAMES: ClassVar[dict[str, str]] = {}
 
     def __init__(self, config: Any, *, param_dtype: Any = None, rngs: nnx.Rngs):
@@ -122,28 +166,42 @@ class Decoder(nnx.Module):
 
     @staticmethod
     def cache_parts(config: Any) -> tuple[tuple[int, int], tuple[int, int]]:
-        """(heads, dim) of the two arrays that a layer's cache holds: keys and values."""
+        """The pairs (heads, size of a vector) of the two arrays in a layer's cache: keys first, then values."""
         part = config.num_key_value_heads, config.head_dim
         return part, part
 
     @staticmethod
     def make_attention(config: Any, **parts: Any) -> nnx.Module:
-        """The attention of every layer; parts: dtype, param_dtype, stddev and rngs."""
+        """The attention module of a layer; a subclass must override this.
+
+        Args:
+          config: the model's config.
+          parts: `dtype`, `param_dtype`, `stddev` of the initial weights, and `rngs`.
+        """
         raise NotImplementedError
 
     @staticmethod
     def make_mlp(config: Any, layer: int, **parts: Any) -> nnx.Module:
-        """The experts or the dense MLP of a layer."""
+        """The expert block or the dense MLP of a layer; a subclass must override this.
+
+        Args:
+          config: the model's config.
+          layer: the index of the layer, from 0.
+          parts: `dtype`, `param_dtype`, `stddev` of the initial weights, and `rngs`.
+        """
         raise NotImplementedError
 
     def __call__(self, ids: Int[Array, "B S"]) -> Float[Array, "B S V"]:
         return self.forward(ids).logits
 
     def forward(self, ids: Int[Array, "B S"], cache: KVCache | None = None) -> Output:
-        """Logits of `ids`, which continue `cache` where one is given; its caller keeps length + S within its size.
+        """Compute the logits of `ids` [B, S], which continue the tokens in `cache` if there is one.
+
+        The caller makes sure that the length of the cache plus S does not exceed the positions that the cache has room
+        for: the length is only known at run time, so this function cannot check it.
 
         Raises:
-          ValueError: for more positions than the cache, or the model, has.
+          ValueError: S exceeds the positions of the cache or, without a cache, the model's max_position_embeddings.
         """
         limit = self.config.max_position_embeddings if cache is None else cache.keys.shape[3]
         if ids.shape[1] > limit:
@@ -154,20 +212,27 @@ class Decoder(nnx.Module):
         return Output(self.head(x), cache, aux)
 
     def head(self, x: Float[Array, "B S H"]) -> Float[Array, "B S V"]:
-        """Float32 logits of what the last layer gives."""
+        """Apply the last norm and the output projection: hidden states of the last layer -> float32 logits."""
         head = self.embed_tokens if self.lm_head is None else self.lm_head
-        if not isinstance(head, Linear | Embedding):  # stored quantized
+        if not isinstance(head, Linear | Embedding):  # a quantized head is a module of its own
             return head(self.norm(x)).astype(jnp.float32)
         return dot(self.norm(x), head.weight[...], dtype=head.dtype, out_dtype=jnp.float32)
 
     def calibrate(self, ids: Int[Array, "B S"]) -> list[ExpertAmax]:
-        """Largest inputs of the experts' GEMMs on sample text, one entry per MoE layer; needs plain expert weights."""
+        """Measure the largest inputs of the experts' GEMMs on the token ids of a sample text.
+
+        Returns one entry per MoE layer, first layer first. The expert weights must not be quantized yet.
+        """
         return self._decode(ids, None, MoEBlock.calibrate)[2]
 
     def _decode(
         self, ids: jax.Array, cache: KVCache | None, run_experts: Callable[[MoEBlock, jax.Array], tuple[jax.Array, Any]]
     ) -> tuple[jax.Array, KVCache | None, list[Any]]:
-        """Hidden states before the last norm, the extended cache, and what each MoE layer reports."""
+        """Run the embedding and all layers.
+
+        Returns the hidden states [B, S, H] before the last norm, the extended cache (or None), and a list with the
+        second result of `run_experts` for every MoE layer.
+        """
         x = self.embed_tokens(ids)
         start = jnp.int32(0) if cache is None else cache.length
         kept, reports = [], []
@@ -183,7 +248,7 @@ class Decoder(nnx.Module):
         return x, cache, reports
 
     def init_cache(self, batch: int, max_length: int) -> KVCache:
-        """An empty cache for `max_length` positions."""
+        """Make an empty cache with room for `max_length` positions of `batch` sequences."""
         layers, dtype = self.config.num_hidden_layers, self.config.dtype
         keys, values = (
             jnp.zeros((layers, batch, heads, max_length, dim), dtype) for heads, dim in self.cache_parts(self.config)
@@ -191,5 +256,5 @@ class Decoder(nnx.Module):
         return KVCache(keys, values, jnp.int32(0))
 
     def moe_blocks(self) -> list[MoEBlock]:
-        """The expert blocks, first layer first."""
+        """The expert blocks of the model, first layer first; layers with a dense MLP have none."""
         return [layer.mlp for layer in self.layers if isinstance(layer.mlp, MoEBlock)]

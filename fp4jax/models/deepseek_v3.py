@@ -1,7 +1,9 @@
-"""DeepSeek-V3: latent attention, routing by sigmoid within groups of experts, an expert that all tokens share.
+"""DeepSeek-V3: latent attention, routed experts in groups, and shared experts that every token visits.
 
-Experts are chosen by sigmoid(logits) + bias among those of the groups whose two best sums are largest, and weighted by
-sigmoid(logits), divided by the chosen ones' sum, times `routed_scaling_factor`.
+Routing: the score of an expert for a token is sigmoid(logit). The sum of an expert's score and a stored correction
+bias decides whether it is chosen. A group of experts counts with the sum of its two largest such sums; the router
+keeps the best `topk_group` groups and chooses the best experts among them. The weight of a chosen expert is its score
+(without the bias), divided by the sum of the chosen scores if `norm_topk_prob`, times `routed_scaling_factor`.
 """
 
 import dataclasses
@@ -18,7 +20,7 @@ from fp4jax.models.hf_config import as_fields, check_shapes, check_types, read_h
 
 MODEL_TYPE = "deepseek_v3"
 _RENAMED = {"num_experts": "n_routed_experts"}
-# What Hugging Face takes for keys that a file lacks.
+# Values of keys that a file lacks, as Hugging Face's config class sets them.
 _ABSENT = {
     "routed_scaling_factor": 2.5, "n_group": 8, "topk_group": 4, "first_k_dense_replace": 3, "n_shared_experts": 1,
 }  # fmt: skip
@@ -26,7 +28,14 @@ _ABSENT = {
 
 @dataclasses.dataclass(frozen=True)
 class DeepseekV3Config:
-    """Shapes and constants under Hugging Face's names, but for `num_experts` (`n_routed_experts`) and `yarn`."""
+    """Shapes and constants of a DeepSeek-V3, with the field names of Hugging Face's `config.json`.
+
+    Two fields differ from the file: `num_experts` is its `n_routed_experts`, and `yarn` holds its `rope_scaling`.
+    `dtype` is the dtype that the model computes in.
+
+    Raises:
+      ValueError: a field has a value that no model can have.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -59,12 +68,12 @@ class DeepseekV3Config:
 
     @property
     def head_dim(self) -> int:
-        """Of queries and keys."""
+        """The size of a head's query and key: the part without RoPE plus the part with it."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
     def num_key_value_heads(self) -> int:
-        """Every head has its own keys and values."""
+        """The number of heads with keys and values of their own: all attention heads."""
         return self.num_attention_heads
 
     def __post_init__(self) -> None:
@@ -76,16 +85,25 @@ class DeepseekV3Config:
         check_shapes(self)
 
     def is_moe_layer(self, layer: int) -> bool:
-        """Whether `layer` has experts: the first `first_k_dense_replace` have none."""
+        """Whether a layer has experts: the first `first_k_dense_replace` layers have a dense MLP instead.
+
+        Of the layers after them, those whose index is a multiple of `moe_layer_freq` have experts.
+        """
         return layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "DeepseekV3Config":
-        """Read a parsed `config.json`, see `hf_config.read_hf`; RoPE may be scaled by YaRN."""
+        """Make a config from a parsed `config.json`; `hf_config.read_hf` explains the rules.
+
+        RoPE may be scaled by YaRN (`rope_scaling` with type "yarn").
+
+        Raises:
+          ValueError: a key is missing, or its value asks for something that this model does not support.
+        """
         for key, supported in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc")):
             if config.get(key, supported) != supported:
                 raise ValueError(f"{key}={config[key]!r} is not supported by {MODEL_TYPE}, only {supported!r}")
-        absent = _ABSENT if "q_lora_rank" in config else {**_ABSENT, "q_lora_rank": 1536}  # null: there is none
+        absent = _ABSENT if "q_lora_rank" in config else {**_ABSENT, "q_lora_rank": 1536}  # null: no q_lora_rank
         ropes = ("default", "yarn")
         found = read_hf(cls, config, model_type=MODEL_TYPE, absent=absent, renamed=_RENAMED, rope_types=ropes)
         scaling = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
@@ -104,7 +122,7 @@ class DeepseekV3Config:
         return dataclasses.replace(found, yarn=yarn)
 
     def to_hf(self) -> dict[str, Any]:
-        """The `config.json` that `from_hf` reads back to an equal config."""
+        """The contents of a `config.json` that `from_hf` reads back to an equal config."""
         values = write_hf(self, model_type=MODEL_TYPE, architecture="DeepseekV3ForCausalLM", renamed=_RENAMED)
         yarn = values.pop("yarn")
         values |= {
@@ -116,18 +134,18 @@ class DeepseekV3Config:
 
 
 class DeepseekV3(Decoder):
-    """See `Decoder`; its cache holds latents and shared keys."""
+    """DeepSeek-V3 as a `Decoder`; a layer's cache holds one latent and one shared rotated key per token."""
 
     TENSOR_NAMES: ClassVar[dict[str, str]] = {"correction_bias": "gate.e_score_correction_bias"}
 
     @staticmethod
     def cache_parts(config: DeepseekV3Config) -> tuple[tuple[int, int], tuple[int, int]]:
-        """(heads, dim) of both arrays of a cache."""
+        """The pairs (heads, size) of a layer's cache: one latent and one rotated key for all heads."""
         return (1, config.kv_lora_rank), (1, config.qk_rope_head_dim)
 
     @staticmethod
     def make_attention(config: DeepseekV3Config, **parts: Any) -> LatentAttention:
-        """Latent attention."""
+        """The latent attention of a layer."""
         return LatentAttention(
             config.hidden_size, config.num_attention_heads, q_lora_rank=config.q_lora_rank,
             kv_lora_rank=config.kv_lora_rank, qk_nope_head_dim=config.qk_nope_head_dim,
@@ -137,7 +155,10 @@ class DeepseekV3(Decoder):
 
     @staticmethod
     def make_mlp(config: DeepseekV3Config, layer: int, **parts: Any) -> nnx.Module:
-        """Experts, and shared ones that are one wide MLP."""
+        """The dense MLP or the expert block of a layer.
+
+        The shared experts of a block are one MLP whose intermediate size is the sum of theirs.
+        """
         if not config.is_moe_layer(layer):
             return MLP(config.hidden_size, config.intermediate_size, **parts)
         router = RoutingConfig(

@@ -1,6 +1,8 @@
-"""ERNIE-4.5-MoE: RoPE on neighbouring values, routing by softmax with a correction bias, experts that all tokens share.
+"""ERNIE-4.5-MoE: grouped-query attention, routed experts with a correction bias, and shared experts for every token.
 
-Experts are chosen by softmax(logits) + bias, and weighted by softmax(logits) alone, divided by the chosen ones' sum.
+Routing: the score of an expert for a token is the softmax of the router's logits. The experts with the largest sum of
+score and stored correction bias are chosen. The weight of a chosen expert is its score without the bias, divided by
+the sum of the chosen scores. RoPE rotates neighbouring values (2i, 2i + 1) of a head together.
 """
 
 from collections.abc import Mapping
@@ -17,12 +19,21 @@ from fp4jax.models.hf_config import check_shapes, read_hf, write_hf
 
 MODEL_TYPE = "ernie4_5_moe"
 _RENAMED = {"num_experts": "moe_num_experts", "num_experts_per_tok": "moe_k"}
-_NORM_MIN = 1e-12  # a sum of softmax values over 1e-12 is never smaller: the largest is at least 1 / experts
+# Hugging Face's model divides by max(sum of the chosen scores, moe_norm_min). The largest score is at least
+# 1 / experts, so a bound this small never matters, and the router here leaves it out.
+_NORM_MIN = 1e-12
 
 
 @dataclass(frozen=True)
 class Ernie45MoeConfig:
-    """Shapes and constants. Names are those of Hugging Face, which knows the number of experts by two."""
+    """Shapes and constants of an ERNIE-4.5-MoE, with the field names of Hugging Face's `config.json`.
+
+    Two fields have two names in such files: `num_experts` is also `moe_num_experts`, and `num_experts_per_tok` is also
+    `moe_k`. `dtype` is the dtype that the model computes in.
+
+    Raises:
+      ValueError: a field has a value that no model can have, or `moe_norm_min` is larger than is supported.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -56,17 +67,25 @@ class Ernie45MoeConfig:
         check_shapes(self)
 
     def is_moe_layer(self, layer: int) -> bool:
-        """Whether `layer` has experts: every `moe_layer_interval`-th one from start to end (-1: the last layer)."""
+        """Whether a layer has experts instead of a dense MLP.
+
+        It has experts if its index is between `moe_layer_start_index` and `moe_layer_end_index` (-1: the last layer),
+        both included, and its number, counted from 1, is a multiple of `moe_layer_interval`.
+        """
         end = self.num_hidden_layers - 1 if self.moe_layer_end_index == -1 else self.moe_layer_end_index
         return self.moe_layer_start_index <= layer <= end and (layer + 1) % self.moe_layer_interval == 0
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "Ernie45MoeConfig":
-        """Read a parsed `config.json`, see `hf_config.read_hf`."""
+        """Make a config from a parsed `config.json`; `hf_config.read_hf` explains the rules.
+
+        Raises:
+          ValueError: a key is missing, or its value asks for something that this model does not support.
+        """
         return read_hf(cls, config, model_type=MODEL_TYPE, absent={}, renamed=_RENAMED)
 
     def to_hf(self) -> dict[str, Any]:
-        """The `config.json` that `from_hf` reads back to an equal config."""
+        """The contents of a `config.json` that `from_hf` reads back to an equal config."""
         return {
             **write_hf(self, model_type=MODEL_TYPE, architecture="Ernie4_5_MoeForCausalLM", renamed=_RENAMED),
             "use_bias": False,
@@ -74,19 +93,22 @@ class Ernie45MoeConfig:
 
 
 class Ernie45Moe(Decoder):
-    """See `Decoder`."""
+    """ERNIE-4.5-MoE as a `Decoder`."""
 
     TENSOR_NAMES: ClassVar[dict[str, str]] = {"correction_bias": "moe_statics.e_score_correction_bias"}
 
     @staticmethod
     def make_attention(config: Ernie45MoeConfig, **parts: Any) -> Attention:
-        """RoPE rotates neighbours."""
+        """The grouped-query attention of a layer, whose RoPE rotates neighbouring values."""
         heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         return Attention(config.hidden_size, *heads, theta=config.rope_theta, interleaved=True, **parts)
 
     @staticmethod
     def make_mlp(config: Ernie45MoeConfig, layer: int, **parts: Any) -> nnx.Module:
-        """Experts, and shared ones that are one wide MLP."""
+        """The dense MLP or the expert block of a layer.
+
+        The shared experts of a block are one MLP whose intermediate size is the sum of theirs.
+        """
         if not config.is_moe_layer(layer):
             return MLP(config.hidden_size, config.intermediate_size, **parts)
         shared = config.moe_intermediate_size * config.moe_num_shared_experts

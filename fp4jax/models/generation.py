@@ -1,4 +1,8 @@
-"""Text generation: prompt in one pass, then one token at a time through the cache, all inside one compiled program."""
+"""Text generation in one compiled program.
+
+The program runs the model once over the prompt (prefill). A loop then runs it on one token at a time, with a cache of
+keys and values, and feeds every new token back in.
+"""
 
 from functools import partial
 from typing import Any
@@ -12,13 +16,25 @@ from jaxtyping import Array, Int
 def generate(
     model: Any, prompt: Int[Array, "B P"], *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0
 ) -> Int[Array, "B total"]:
-    """Continue every prompt by `max_new_tokens` tokens: -> the prompt and its continuation, i32 [B, P + new].
+    """Continue every prompt by `max_new_tokens` tokens.
 
-    `temperature` 0 takes the most likely token (the lowest id among equals); otherwise tokens are drawn from
-    softmax(logits / temperature), the same ones for the same seed. Compiles once per prompt shape and length.
+    JAX compiles one program per model, prompt shape and `max_new_tokens`; all positive temperatures share it, and
+    temperature 0 has a program of its own.
+
+    Args:
+      model: a `Decoder`.
+      prompt: token ids, B prompts of the same length P.
+      max_new_tokens: the number of tokens that are added to every prompt; no token ends the text early.
+      temperature: 0 takes the token with the largest logit (the lowest id among equals). A positive value draws tokens
+        from softmax(logits / temperature).
+      seed: the seed of the draws; the same seed gives the same tokens.
+
+    Returns:
+      The prompts and their continuations, i32 [B, P + max_new_tokens].
 
     Raises:
-      ValueError: for an empty prompt, a negative temperature or token count, or more positions than the model has.
+      ValueError: the prompt is empty, `max_new_tokens` is less than 1, the temperature is negative or NaN, or the
+        result would be longer than the model's max_position_embeddings.
     """
     length = prompt.shape[1] + max_new_tokens
     if prompt.shape[1] < 1 or max_new_tokens < 1:
@@ -28,7 +44,7 @@ def generate(
     if length > model.config.max_position_embeddings:
         raise ValueError(f"{length} tokens exceed max_position_embeddings={model.config.max_position_embeddings}")
     graphdef, state = nnx.split(model)
-    traced = None if temperature == 0 else jnp.float32(temperature)  # None compiles to argmax
+    traced = None if temperature == 0 else jnp.float32(temperature)  # None makes the program take the argmax
     return _generate(graphdef, state, prompt.astype(jnp.int32), max_new_tokens, traced, jax.random.key(seed))
 
 

@@ -1,11 +1,15 @@
-"""Reading and writing `config.json`, of either generation: what the configs of all models have in common."""
+"""Reading and writing Hugging Face's `config.json`: the part that is the same for the configs of all models.
+
+Files of both generations are read: RoPE settings in `rope_scaling` and at the top level, or in `rope_parameters`; the
+dtype in `torch_dtype` or in `dtype`.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
 DTYPES = ("bfloat16", "float32")
-# Keys that all models know, with what they must say; an absent one says it.
+# Keys with the only value that the models here support; a key that is absent or null means that value.
 _SUPPORTED = {
     "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_bias": False, "use_sliding_window": False,
     "partial_rotary_factor": 1.0, "compression_ratio": 1.0,
@@ -21,14 +25,26 @@ def read_hf(
     renamed: Mapping[str, str] | None = None,
     rope_types: Sequence[str] = ("default",),
 ) -> Any:
-    """A parsed `config.json` as a config; keys that only concern training or serving are ignored.
+    """Make a model's config object from a parsed `config.json`.
 
-    absent: what Hugging Face takes for absent keys, where that is not the class's own default. renamed: {field: other
-    name in the file}. rope_types: kinds of RoPE that the model has; `rope_theta` stands at the top level, or inside
-    `rope_parameters` or `rope_scaling`. Type: `dtype` or `torch_dtype`.
+    Keys that only matter for training or serving are ignored. `rope_theta` may stand at the top level, in
+    `rope_parameters` or in `rope_scaling`. The dtype is read from `dtype` or `torch_dtype`; without both it is
+    bfloat16. A missing `head_dim` is hidden_size / num_attention_heads.
+
+    Args:
+      config_class: the dataclass to make, such as `Qwen3MoeConfig`.
+      config: the parsed file.
+      model_type: the `model_type` that the file must have.
+      absent: values of fields whose key the file lacks, where Hugging Face's default is not that of the dataclass.
+      renamed: the key in the file for each field that has another name there.
+      rope_types: the kinds of RoPE that the model supports.
+
+    Returns:
+      An object of `config_class`.
 
     Raises:
-      ValueError: naming a missing key, or a key whose value asks for something this project does not do.
+      ValueError: a key is missing or has a wrong type, or its value asks for something that the model does not
+        support. The message names the key.
     """
     _refuse_unsupported(config, model_type, rope_types)
     values: dict[str, Any] = {}
@@ -53,7 +69,12 @@ def read_hf(
 
 
 def check_types(config_class: Any, values: Mapping[str, Any], model_type: str) -> None:
-    """ValueError for text, fractions or lists where a field is a number or a switch, and for lists of other things."""
+    """Check that every value read from a file has the type of its field.
+
+    Raises:
+      ValueError: a field of type int, float or bool got another type, or a tuple field got something else than a list
+        of whole numbers. The message names the field and the value.
+    """
     accepted = {"int": (int,), "float": (int, float), "bool": (bool,)}
     for field in fields(config_class):
         kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", "")
@@ -66,7 +87,10 @@ def check_types(config_class: Any, values: Mapping[str, Any], model_type: str) -
 
 
 def as_fields(config_class: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-    """What JSON has as types of a dataclass: lists as tuples, whole numbers as floats where it wants them."""
+    """Convert values as JSON has them to the types of a dataclass.
+
+    Lists become tuples, and whole numbers become floats where the field is a float.
+    """
     floats = {field.name for field in fields(config_class) if field.type in (float, "float")}
     found = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     return {key: float(v) if key in floats and type(v) is int else v for key, v in found.items()}
@@ -75,7 +99,14 @@ def as_fields(config_class: Any, values: Mapping[str, Any]) -> dict[str, Any]:
 def write_hf(
     config: Any, *, model_type: str, architecture: str, renamed: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """The `config.json` that `read_hf` reads back to an equal config."""
+    """The contents of a `config.json` that `read_hf` reads back to an equal config.
+
+    Args:
+      config: the config to write, a dataclass.
+      model_type: the `model_type` of the file.
+      architecture: the name of Hugging Face's model class, for the key `architectures`.
+      renamed: the key in the file for each field that has another name there.
+    """
     values = {(renamed or {}).get(f.name, f.name): getattr(config, f.name) for f in fields(config)}
     values = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
     values["torch_dtype"] = values.pop("dtype")
@@ -84,7 +115,12 @@ def write_hf(
 
 
 def check_shapes(config: Any) -> None:
-    """ValueError for numbers that no model can have."""
+    """Check the sizes and constants that the configs of all models share.
+
+    Raises:
+      ValueError: a size is less than 1, sizes do not fit each other, a constant is not positive, or the dtype is none
+        of `DTYPES`.
+    """
     for name in (
         "vocab_size", "hidden_size", "num_hidden_layers", "moe_intermediate_size", "num_attention_heads",
         "num_key_value_heads", "max_position_embeddings",
@@ -111,6 +147,7 @@ def check_shapes(config: Any) -> None:
 
 
 def _refuse_unsupported(config: Mapping[str, Any], model_type: str, rope_types: Sequence[str]) -> None:
+    """Raise ValueError for the first key whose value asks for something that the model does not support."""
     if config.get("model_type") != model_type:
         raise ValueError(f"model_type {config.get('model_type')!r} is not supported, expected {model_type!r}")
     ropes = {key: config.get(key) or {} for key in ("rope_parameters", "rope_scaling")}

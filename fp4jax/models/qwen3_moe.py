@@ -1,4 +1,7 @@
-"""Qwen3-MoE: grouped-query attention with an RMSNorm on every query and key head, routed SwiGLU experts."""
+"""Qwen3-MoE: grouped-query attention with an RMSNorm on every query and key head, and routed SwiGLU experts.
+
+Routing is the softmax of the router's logits; the k largest are chosen, and divided by their sum if `norm_topk_prob`.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,12 +16,18 @@ from fp4jax.models.decoder import Decoder
 from fp4jax.models.hf_config import check_shapes, read_hf, write_hf
 
 MODEL_TYPE = "qwen3_moe"
-VL_MODEL_TYPE = "qwen3_vl_moe"  # sees images too; for text it is the same model
+VL_MODEL_TYPE = "qwen3_vl_moe"  # a Qwen3-MoE that reads images too; its text model is loaded
 
 
 @dataclass(frozen=True)
 class Qwen3MoeConfig:
-    """Shapes and constants, under the names of Hugging Face's `config.json`. `dtype` is what the model computes in."""
+    """Shapes and constants of a Qwen3-MoE, with the field names of Hugging Face's `config.json`.
+
+    `num_experts` may also be called `num_local_experts` in the file. `dtype` is the dtype that the model computes in.
+
+    Raises:
+      ValueError: a field has a value that no model can have.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -46,34 +55,44 @@ class Qwen3MoeConfig:
         check_shapes(self)
 
     def is_moe_layer(self, layer: int) -> bool:
-        """Whether `layer` has experts: not listed in `mlp_only_layers`, and every `decoder_sparse_step`-th one."""
+        """Whether a layer has experts instead of a dense MLP.
+
+        It has experts if `mlp_only_layers` does not list it and its number, counted from 1, is a multiple of
+        `decoder_sparse_step`.
+        """
         return layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "Qwen3MoeConfig":
-        """Read a parsed `config.json`, see `hf_config.read_hf`; of Qwen3-VL-MoE the part of the text model."""
+        """Make a config from a parsed `config.json`; `hf_config.read_hf` explains the rules.
+
+        The file of a Qwen3-VL-MoE, which reads images too, gives the config of its text model.
+
+        Raises:
+          ValueError: a key is missing, or its value asks for something that this model does not support.
+        """
         if config.get("model_type") == VL_MODEL_TYPE:
             config = _text_config(config)
         absent = {"rope_theta": 1e4, "norm_topk_prob": False}
         return read_hf(cls, config, model_type=MODEL_TYPE, absent=absent, renamed={"num_experts": "num_local_experts"})
 
     def to_hf(self) -> dict[str, Any]:
-        """The `config.json` that `from_hf` reads back to an equal config."""
+        """The contents of a `config.json` that `from_hf` reads back to an equal config."""
         return write_hf(self, model_type=MODEL_TYPE, architecture="Qwen3MoeForCausalLM")
 
 
 class Qwen3Moe(Decoder):
-    """See `Decoder`."""
+    """Qwen3-MoE as a `Decoder`."""
 
     @staticmethod
     def make_attention(config: Qwen3MoeConfig, **parts: Any) -> Attention:
-        """With norms on heads."""
+        """The grouped-query attention of a layer, with norms on the query and key heads."""
         heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         return Attention(config.hidden_size, *heads, theta=config.rope_theta, norm_eps=config.rms_norm_eps, **parts)
 
     @staticmethod
     def make_mlp(config: Qwen3MoeConfig, layer: int, **parts: Any) -> nnx.Module:
-        """Experts without shared ones."""
+        """The dense MLP or the expert block of a layer; the block has no shared experts."""
         if not config.is_moe_layer(layer):
             return MLP(config.hidden_size, config.intermediate_size, **parts)
         router = RoutingConfig(config.num_experts, config.num_experts_per_tok, renormalize=config.norm_topk_prob)
@@ -82,10 +101,10 @@ class Qwen3Moe(Decoder):
 
 
 def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Qwen3-VL-MoE's `text_config` as the config of a Qwen3-MoE.
+    """The part of a Qwen3-VL-MoE config that describes its text model, as the config of a Qwen3-MoE.
 
-    Its router always divides by the sum of the chosen. Text has the same position along all three axes of its RoPE
-    (`mrope_section`), which then turns like the usual one.
+    The router of Qwen3-VL-MoE always divides the chosen weights by their sum, so `norm_topk_prob` is True. Its RoPE
+    uses three positions per token (`mrope_section`); for text all three are equal, and the result is the usual RoPE.
     """
     text = config.get("text_config")
     expected = f"{VL_MODEL_TYPE}_text"

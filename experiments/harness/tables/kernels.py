@@ -1,10 +1,10 @@
-"""Tables of kernels on one GPU: grouped GEMM, linear layers, and the ops that the memory limits."""
+"""Tables about kernels on one GPU: the grouped GEMM, linear layers, and the memory-bound ops."""
 
 from typing import Any
 
 from experiments.harness.tables.markdown import table
 
-# What the table of ops shows: an op of bench_ops, its name in the table, and (model, tokens).
+# The rows of the table of ops: an op of bench_ops, its name in the table, and the sizes (model, tokens).
 _OPS = (
     ("quantize", "quantize, linear scales", (("deepseek-v3", 8192), ("deepseek-v3", 128))),
     ("quantize_swizzled", "quantize, 128x4 scales", (("deepseek-v3", 8192),)),
@@ -14,14 +14,14 @@ _OPS = (
     ("permute_decoded", "permute: metadata, rows decoded to bf16", (("qwen3-30b", 4096), ("deepseek-v3", 4096))),
     ("depermute", "depermute and combine", (("qwen3-30b", 4096), ("deepseek-v3", 4096))),
 )
-# What the table of linear layers shows of bench_dense.
+# The results of bench_dense that the table of linear layers shows: (K, N), tokens, and functions.
 _DENSE_SHAPES = ((7168, 4096), (16384, 7168), (2048, 5120))
 _DENSE_TOKENS = (1, 128, 1024, 4096)
 _DENSE_FORMS = ("block_fp8 gemm", "block_fp8", "nvfp4 w4a16", "nvfp4 w4a4")
 
 
 def ops_table(report: dict[str, Any]) -> str:
-    """The kernel of every memory-bound op: its time, its percent of the copy bandwidth, its ratio to XLA."""
+    """The kernel of every memory-bound op: its time, its percent of the copy bandwidth, and its ratio to XLA."""
     found = {
         (r["op"], r["shape"]["model"], r["shape"]["T"]): r
         for r in report["rows"]
@@ -38,7 +38,7 @@ def ops_table(report: dict[str, Any]) -> str:
 
 
 def gemm_table(report: dict[str, Any]) -> str:
-    """Grouped GEMM: our time, the fastest bf16 of the same run, the quoted FP4 peer, for every shape and m."""
+    """The grouped GEMM for every shape and m: our time, the run's fastest bf16, and the quoted time of an FP4 peer."""
     rows = []
     for r in report["rows"]:
         s = r["shape"]
@@ -52,7 +52,7 @@ def gemm_table(report: dict[str, Any]) -> str:
 
 
 def swiglu_table(report: dict[str, Any]) -> str:
-    """GEMM 1 with SwiGLU in its epilogue, for each format it can write, against GEMM 1 alone."""
+    """GEMM 1 with SwiGLU in its epilogue, for each format that it can write, compared with GEMM 1 alone."""
     prefix = "grouped_gemm_swiglu "
     found = {
         (r["op"].removeprefix(prefix), *(r["shape"][letter] for letter in ("E", "K", "N", "m"))): r
@@ -69,7 +69,7 @@ def swiglu_table(report: dict[str, Any]) -> str:
 
 
 def dense_table(report: dict[str, Any]) -> str:
-    """Linear layers: times, and ratios to bf16 of the library that XLA calls."""
+    """Linear layers: their times, and how many times as fast as bf16 through XLA and cuBLAS they are."""
     found = {(r["shape"]["K"], r["shape"]["N"], r["shape"]["T"], r["op"]): r for r in report["rows"]}
     rows = []
     for k, n, tokens in dict.fromkeys(key[:3] for key in found):

@@ -1,4 +1,4 @@
-"""Tables of whole layers and models: the demo, the exchange between GPUs, the expert layer, blocks in buckets."""
+"""Tables about whole layers and models: the demo, the exchange between GPUs, the expert layer, and compiled blocks."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ _STAGES = ("dispatch", "permute", "gemm_1_swiglu", "gemm_2", "depermute", "combi
 
 
 def demo_table(report: dict[str, Any]) -> str:
-    """Bits per byte and wire bytes of every variant of the demo."""
+    """Bits per byte and bytes on the wire of every variant of the demo."""
     base = report["rows"][0]["bits_per_byte"]
     rows = []
     for row in report["rows"]:
@@ -22,10 +22,10 @@ def demo_table(report: dict[str, Any]) -> str:
 
 
 def dispatch_table(reports: dict[str, dict[str, Any]]) -> str:
-    """NVFP4 dispatch and bf16 combine, by kernels and by NCCL, against NCCL's all_to_all of bf16 rows.
+    """NVFP4 dispatch and bf16 combine, by kernels and through NCCL, compared with NCCL's all_to_all of bf16 rows.
 
     Args:
-      reports: results of bench_dispatch under the number and kind of GPUs whose rows are shown, such as "4 H200".
+      reports: {the GPUs whose rows are shown, such as "4 H200": results of bench_dispatch}.
     """
     columns = ("GPUs", "T", "bf16 all_to_all, us", "dispatch, us", "faster", "low latency, us", "faster")
     columns += ("through NCCL, us", "faster", "bf16 back + sum, us", "combine, us", "faster")
@@ -48,10 +48,10 @@ def dispatch_table(reports: dict[str, dict[str, Any]]) -> str:
 
 
 def moe_table(reports: dict[str, dict[str, Any]]) -> str:
-    """An expert layer in NVFP4 against two in bf16, and the ratio that the sums of floors have.
+    """An expert layer in NVFP4 compared with two in bf16; "floors' ratio" is the ratio of the sums of floors.
 
     Args:
-      reports: results of bench_moe under the number and kind of GPUs whose rows are shown, such as "4 H200".
+      reports: {the GPUs whose rows are shown, such as "4 H200": results of bench_moe}.
     """
     columns = ("GPUs", "model", "T", "NVFP4, us", "low latency, us", "through NCCL, us", "bf16, us", "bf16 of JAX, us")
     names = ("nvfp4", "nvfp4 low latency", "nvfp4 nccl", "bf16", "bf16 jax")
@@ -69,7 +69,7 @@ def moe_table(reports: dict[str, dict[str, Any]]) -> str:
 
 
 def stage_table(report: dict[str, Any]) -> str:
-    """Where the time of an expert layer goes, in us.
+    """The time of every stage of an expert layer, in microseconds.
 
     The profile times every kernel alone, so the stages of a layer add up to more than the layer takes.
     """
@@ -82,7 +82,7 @@ def stage_table(report: dict[str, Any]) -> str:
 
 
 def block_table(report: dict[str, Any]) -> str:
-    """Blocks in buckets: with CUDA graphs, without, compiled for the exact size, padded to the largest bucket."""
+    """Compiled blocks: with CUDA graphs, without, compiled for the exact token count, padded to the largest bucket."""
     found = {(r["block"], r["tokens"], r["variant"]): r for r in report["rows"] if r["part"] == "blocks"}
     # The embedding and the head take the same time for any number of tokens: one row shows it.
     shown = {key[:2] for key in found if key[0].startswith("deco") or key[1] == 100}

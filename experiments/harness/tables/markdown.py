@@ -1,18 +1,18 @@
-"""The one way in which a table becomes Markdown."""
+"""Markdown of a table; all tables of README and docs are made by it."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Markdown of a table.
+    """Write a table as Markdown.
 
     Args:
-      columns: titles, one per column.
-      rows: cells of each row; every cell is shown as `str` gives it.
+      columns: the title of every column.
+      rows: the cells of every row; a cell is shown as `str` gives it.
 
     Raises:
-      ValueError: a row has more or fewer cells than there are columns, or a cell would break the table.
+      ValueError: a row has more or fewer cells than there are columns, or a cell contains a bar or a line break.
     """
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for row in rows:

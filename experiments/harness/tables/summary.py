@@ -1,4 +1,4 @@
-"""The summary of README.md: eight rows for a reader who decides whether to use this library."""
+"""The summary table of README.md: eight rows for a reader who decides whether to use this library."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -15,19 +15,20 @@ _COLUMNS = ("what", "fp4jax", "what people use instead", "ratio", "share of the 
 _NOTE = """\
 A ratio says how many times as fast, or as small, fp4jax is: below 1x it is the slower one. A range holds the lowest and
 the highest ratio over what the row names. The floor is the least time that memory, tensor cores or NVLink need."""
-# Up to this many rows per expert the weights' bytes limit the grouped GEMM (decode); above, the FLOPs do (prefill).
+# Up to this many rows per expert the bytes of the weights limit the grouped GEMM (decode). With more rows the FLOPs
+# limit it (prefill).
 _DECODE_ROWS = 64
 
 
 def summary_table(read: Read) -> str:
-    """The table and a note on how to read it.
+    """The table, and a note on how to read it.
 
     Args:
-      read: gives the results in a file of experiments/results, such as "h100/bench_gemm.json".
+      read: a function that returns the contents of a file of experiments/results, such as "h100/bench_gemm.json".
 
     Raises:
       LookupError: a file lacks a result that the table shows.
-      OSError: there is no such file.
+      OSError: a file does not exist.
     """
     gemm = read("h100/bench_gemm.json")
     rows = (
@@ -47,7 +48,10 @@ def summary_table(read: Read) -> str:
 
 
 def _gemm_row(report: Row, phase: str, m: int) -> tuple[str, ...]:
-    """The grouped GEMM of one shape with m rows per expert; in parentheses all shapes and all m of the phase."""
+    """The grouped GEMM of DeepSeek-V3's gate and up projections with m rows per expert.
+
+    The parentheses hold the range over all shapes and all m of the phase, "decode" or "prefill".
+    """
     ours = _all(report["rows"], op="masked_grouped_gemm", shape=lambda s: s["distribution"] == "multinomial")
     shown = _one(ours, shape=lambda s: (s["E"], s["K"], s["N"], s["m"]) == (32, 7168, 4096, m))
     same_phase = _all(ours, shape=lambda s: (s["m"] <= _DECODE_ROWS) == (phase == "decode"))
@@ -64,7 +68,7 @@ def _gemm_row(report: Row, phase: str, m: int) -> tuple[str, ...]:
 
 
 def _layer_row(report: Row) -> tuple[str, ...]:
-    """A decode step's expert layer of DeepSeek-V3 on four GPUs, and the range over all models and numbers of tokens."""
+    """DeepSeek-V3's expert layer, 128 tokens per GPU on four GPUs, and the range over all models and token counts."""
     cells: dict[Any, dict[str, Row]] = {}
     for r in _all(report["rows"], ranks=4):
         cells.setdefault((r["model"], r["tokens"]), {})[r["layer"]] = r
@@ -90,7 +94,7 @@ def _layer_row(report: Row) -> tuple[str, ...]:
 
 
 def _dispatch_row(report: Row, scaling: Row) -> tuple[str, ...]:
-    """Dispatch of 1024 tokens per GPU, and the ranges over numbers of tokens, by kernels and through NCCL."""
+    """Dispatch of 1024 tokens per GPU, and the ranges over all token counts, by kernels and through NCCL."""
     rows = _all(report["rows"], op="dispatch", ranks=4, wire_format="nvfp4", routing="random", form="per_peer")
     kernels, nccl = _all(rows, implementation="mosaic_gpu"), _all(rows, implementation="nccl")
     shown = _one(kernels, T=1024)
@@ -108,7 +112,7 @@ def _dispatch_row(report: Row, scaling: Row) -> tuple[str, ...]:
 
 
 def _weights_row(report: Row) -> tuple[str, ...]:
-    """Bytes per weight: those that the grouped GEMM reads where every expert has rows, scales included."""
+    """Bytes per weight that the grouped GEMM reads if every expert has rows, scales included."""
     shape = {"E": 32, "K": 7168, "N": 4096, "m": 16, "distribution": "multinomial"}
     row = _one(report["rows"], op="masked_grouped_gemm", shape=shape)
     size = row["weight_gbps"] * 1e3 * row["us"] / (shape["E"] * shape["K"] * shape["N"])
@@ -118,7 +122,7 @@ def _weights_row(report: Row) -> tuple[str, ...]:
 
 
 def _quality_row(report: Row) -> tuple[str, ...]:
-    """Bits per byte of the demo's model: weights alone in NVFP4, and the worst of all variants."""
+    """Bits per byte of the demo's model with NVFP4 weights and bf16 activations, and of the worst variant."""
     rows = {r["name"]: r["bits_per_byte"] for r in report["rows"]}
     bf16, weights = rows["bf16"], rows["W4A16"]
     worst = max(rows, key=lambda name: rows[name])
@@ -133,7 +137,7 @@ def _quality_row(report: Row) -> tuple[str, ...]:
 
 
 def _loading_row(report: Row) -> tuple[str, ...]:
-    """Speed of loading a checkpoint; nothing else was measured."""
+    """The speed of loading a checkpoint; no other library's was measured."""
     warm, cold = (_one(report["rows"], cache=cache) for cache in ("warm", "cold"))
     return (
         f"Loading a checkpoint: {warm['model']}, {warm['bytes'] / 1e9:.1f} GB",
@@ -146,7 +150,7 @@ def _loading_row(report: Row) -> tuple[str, ...]:
 
 
 def _block_row(report: Row) -> tuple[str, ...]:
-    """Prefill of a decoder layer in a bucket, against no CUDA graphs and against a program for the exact size."""
+    """Prefill of a decoder layer in a bucket, compared with no CUDA graphs and with a program for the exact size."""
     layers = _all(report["rows"], part="blocks", block="decoder layer")
     found = {(r["variant"], r["tokens"]): r for r in layers}
     sizes = sorted({r["tokens"] for r in layers})
@@ -179,12 +183,20 @@ def _range(ratios: Iterable[float]) -> str:
 
 
 def _gpu(report: Row) -> str:
-    """The kind of GPU: "H100" of "NVIDIA H100 80GB HBM3"."""
+    """The kind of GPU, such as "H100" for "NVIDIA H100 80GB HBM3"."""
     return report["device"].split()[1]
 
 
 def _all(rows: Iterable[Row], **fields: Any) -> list[Row]:
-    """The rows whose fields have these values, or for which these functions of a field are true."""
+    """The rows that match all fields.
+
+    Args:
+      rows: rows of results.
+      fields: for every field a value that it must have, or a function of its value that must be true.
+
+    Raises:
+      LookupError: no row matches.
+    """
     found = [
         r
         for r in rows
@@ -196,7 +208,11 @@ def _all(rows: Iterable[Row], **fields: Any) -> list[Row]:
 
 
 def _one(rows: Iterable[Row], **fields: Any) -> Row:
-    """The one row that `_all` finds; LookupError if there are several, as the table could show either."""
+    """The only row that matches all fields; the fields are those of `_all`.
+
+    Raises:
+      LookupError: no row or more than one row matches.
+    """
     found = _all(rows, **fields)
     if len(found) > 1:
         raise LookupError(f"{len(found)} rows of results have {fields}")
