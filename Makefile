@@ -22,7 +22,7 @@ help:  ## this text
 	@echo 'Targets (each makes $(VENV) and installs what it needs):'
 	@awk -F ':.*## +' '/^[a-z-]+:.*## /{printf "  %-18s %s\n", $$1, $$2}' Makefile
 	@echo 'Variables:'
-	@echo '  EXTRA=cuda12       also install this extra (cuda12, cuda13, triton; several with commas)'
+	@echo '  EXTRA=cuda12       also install this extra (cuda12 or cuda13)'
 	@echo '  ARGS="..."         arguments of pytest, of the demo or of the benchmarks'
 	@echo '  WORKERS=n          test processes; 2 on the CPU, 0 (none but the main one) with a CUDA extra'
 	@echo '  PYTHON=/path       make $(VENV) with this Python (>= 3.12) instead of looking for one'

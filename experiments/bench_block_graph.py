@@ -41,6 +41,7 @@ from absl import app, flags
 from flax import nnx
 from tqdm import tqdm
 
+from configs import qwen3_30b_a3b
 from experiments.harness import block_graph_flags, block_report, outputs, script, timing
 from experiments.harness.flag_values import integers
 from experiments.harness.graph_kernels import KEEP_GRAPHS, Kernel, kernel_columns, profile_kernels
@@ -129,13 +130,13 @@ def main(argv):
 
 def model_config(gpu: bool, layers: int) -> Qwen3MoeConfig:
     """The config of Qwen3-30B with a smaller vocabulary on a GPU, of a tiny model otherwise."""
-    shape: dict[str, Any] = dict(vocab_size=256, hidden_size=64, num_attention_heads=4, num_key_value_heads=2,
-                                 head_dim=16, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32,
-                                 dtype="float32")  # fmt: skip
     if gpu:
-        shape = dict(vocab_size=32768, hidden_size=2048, num_attention_heads=32, num_key_value_heads=4, head_dim=128,
-                     num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768)  # fmt: skip
-    return Qwen3MoeConfig(num_hidden_layers=layers, **shape)
+        real = dict(qwen3_30b_a3b.get_config().model)
+        return Qwen3MoeConfig.from_hf({**real, "vocab_size": 32768, "num_hidden_layers": layers})
+    return Qwen3MoeConfig(
+        vocab_size=256, hidden_size=64, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=16, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, dtype="float32",
+    )  # fmt: skip
 
 
 def make_model(config: Qwen3MoeConfig) -> Qwen3Moe:

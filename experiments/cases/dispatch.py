@@ -136,6 +136,6 @@ def combine_step(state, operands, zero, *, ranks, cell, implementation):
     else:
         width = 1 if cell.form == "per_slot" else cell.top_k
         ids, ones = jnp.zeros((y.shape[0], width), jnp.int32), jnp.ones((y.shape[0], width))
-        d = Dispatched(None, ids, ones, send_map, jnp.int32(0))
+        d = Dispatched(y, ids, ones, send_map, jnp.int32(0))  # combine reads no tokens of it
         out = combine(y, d, topk_weights=home, implementation=implementation)
     return out[0, 0].astype(jnp.int32), out

@@ -197,7 +197,7 @@ def bf16_layer(shape: Shape, *, own: bool):
     def layer(x, ids, weights, dense, buffers):
         scope, options = jax.named_scope, dict(implementation=implementation)
         with scope("dispatch"):
-            d = dispatch(x, ids, weights, num_experts=shape.experts, wire_format="bf16", **options)
+            d: Any = dispatch(x, ids, weights, num_experts=shape.experts, wire_format="bf16", **options)
         with scope("permute"):
             p = permute_to_contiguous(
                 d.x, None, d.local_ids, num_experts=shape.local_experts, num_rows=shape.capacity, **options

@@ -30,6 +30,7 @@ from fp4jax.checkpoint.storage import stored
 from fp4jax.checkpoint.storage.reader import some
 from fp4jax.checkpoint.storage.scales import positive_scales
 from fp4jax.layers import BlockFP8Linear, MoEBlock, NVFP4Linear
+from fp4jax.models.decoder import Decoder, DecoderConfig
 from fp4jax.nvfp4 import NVFP4Tensor
 from fp4jax.quant_config.methods import Method
 from fp4jax.sharded_moe import EP_AXIS, expert_mesh
@@ -47,7 +48,7 @@ def load_model(
     quantization: Mapping[str, Any] | str | None = None,
     dtype: Any = None,
     input_scales: str = "stored",
-) -> tuple[Any, Any]:
+) -> tuple[Decoder, DecoderConfig]:
     """Loads the model of a folder that has config.json and safetensors (one file, or several with an index).
 
     Args:

@@ -23,7 +23,7 @@ from fp4jax.expert_parallel.all_to_all import combine_all_to_all, dispatch_all_t
 from fp4jax.expert_parallel.checks import Form, check_dispatch
 from fp4jax.expert_parallel.low_latency import ReceiveBuffers
 from fp4jax.expert_parallel.ways import check_combine_into_buffers, combine_way, dispatch_way
-from fp4jax.expert_parallel.wire_formats import WireFormat, from_wire, kernel_encode, to_wire
+from fp4jax.expert_parallel.wire_formats import Received, WireFormat, from_wire, kernel_encode, to_wire
 from fp4jax.implementations import Call, Implementation, multiprocessors, run_by_platform, run_kernel
 from fp4jax.nvfp4 import NVFP4Tensor
 from fp4jax.operands import axis_size, check_array, check_type
@@ -46,7 +46,7 @@ class Dispatched(NamedTuple):
       buffers: the receive buffers, which `combine_into_buffers` takes from here; None if the dispatch was given none.
     """
 
-    x: Any
+    x: Received
     local_ids: Int[Array, "rows k"]
     local_weights: Float[Array, "rows k"]
     send_map: Int[Array, "t s"]

@@ -18,6 +18,10 @@ WireFormat = Literal["nvfp4", "fp8", "bf16"]
 WIRE_FORMATS: tuple[str, ...] = get_args(WireFormat)
 
 
+# Received tokens: NVFP4, FP8 (e4m3 values and the f32 scales of their groups), or bf16.
+Received = NVFP4Tensor | tuple[Float[Array, "rows h"], Float[Array, "rows groups"]] | Float[Array, "rows h"]
+
+
 class WireTokens(NamedTuple):
     """Tokens as a dispatch sends them.
 
@@ -66,7 +70,7 @@ def nvfp4_parts(x: NVFP4Tensor) -> list[Array]:
     return [x.qdata, x.block_scale, *own_scales]
 
 
-def from_wire(parts: list[Array], wire_format: str, global_scale: Float[Array, ""] | None) -> Any:
+def from_wire(parts: list[Array], wire_format: str, global_scale: Float[Array, ""] | None) -> Received:
     """Returns received parts in the form of `exchange.Dispatched.x`.
 
     Args:
@@ -75,7 +79,8 @@ def from_wire(parts: list[Array], wire_format: str, global_scale: Float[Array, "
       global_scale: the NVFP4 scale that did not cross, or None, as in `WireTokens`.
     """
     if wire_format == "fp8":
-        return tuple(parts)
+        values, scales = parts
+        return values, scales
     if wire_format == "bf16":
         return parts[0]
     qdata, block_scale, *own_scales = parts

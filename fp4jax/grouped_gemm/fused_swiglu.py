@@ -39,7 +39,7 @@ def grouped_gemm_swiglu(
     out_dtype: Any = jnp.bfloat16,
     expected_m: int | None = None,
     implementation: Implementation | None = None,
-) -> Any:
+) -> NVFP4Tensor | Float[Array, "..."] | tuple[Float[Array, "..."], Float[Array, "..."]]:
     """Computes swiglu_quantize(grouped_gemm(x, w13, counts)), in the layout that the rank of x says.
 
     Args:

@@ -36,6 +36,10 @@ class DecoderConfig(Protocol):
     initializer_range: float
     dtype: str
 
+    def to_hf(self) -> dict[str, Any]:
+        """The content of a Hugging Face `config.json` for this model."""
+        ...
+
 
 class KVCache(NamedTuple):
     """The cache of all layers of a model, made by `Decoder.init_cache`.
