@@ -51,8 +51,8 @@ def assert_same_model(first, second):
 
 def formats(block):
     """Of the activations of both GEMMs: as set, or as the scales say."""
-    settings = block.settings
-    given = settings.activation_format_1, settings.activation_format_2
+    config = block.config
+    given = config.activation_format_1, config.activation_format_2
     scales = block.input_scale_1, block.input_scale_2
     return [f or ("bf16" if scale is None else "nvfp4") for f, scale in zip(given, scales, strict=True)]
 

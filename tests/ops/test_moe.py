@@ -130,6 +130,19 @@ def test_masked_equals_contiguous_bit_for_bit(config, batch, rng):
         np.testing.assert_array_equal(_bits(masked), _bits(contiguous))
 
 
+def test_the_layout_follows_the_number_of_rows(rng):
+    """Few rows stay in the masked layout, whose worst case drops an expert that a token names twice; more do not."""
+    weights = MoEWeights(jnp.zeros((E, 2 * I, H), jnp.bfloat16), jnp.zeros((E, H, I), jnp.bfloat16))
+    for tokens, capacity, dropped in ((256, None, 256), (257, None, 0), (257, 257, 257)):
+        ids = jnp.zeros((tokens, 2), jnp.int32)
+        config = MoEConfig(num_experts=E, capacity=capacity)
+        _, stats = layer(jnp.zeros((tokens, H), jnp.bfloat16), ids, jnp.ones((tokens, 2)), weights, config)
+        assert int(stats.dropped) == dropped
+        chosen = config.resolved(weights, tokens)
+        assert chosen.layout == ("masked" if dropped else "contiguous")
+        assert chosen.activation_format_1 == chosen.activation_format_2 == "bf16"
+
+
 @pytest.mark.parametrize("spread", [10.0, 0.1])
 @pytest.mark.parametrize("config", [W4A4, W4A16], ids=["w4a4", "w4a16"])
 def test_gate_and_up_scales_apart(spread, config, batch, rng):

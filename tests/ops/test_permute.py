@@ -10,7 +10,7 @@ from hypothesis import given, strategies as st
 from jax.experimental import checkify
 
 import oracles
-from fp4jax import permute
+from fp4jax import NVFP4Tensor, permute
 
 E, H = 5, 64  # local experts; hidden size (u8 rows are H/2 wide, scales H/16 = 4)
 MASKED = ("num_experts", "capacity", "scale_layout", "decode", "checked")
@@ -166,6 +166,32 @@ def test_bf16_rows_without_scales(rng):
     assert p.scales is None and p.row_scale is None
     for (e, row), t in source.items():
         np.testing.assert_array_equal(np.asarray(p.x)[e, row].view(np.uint16), x[t].view(np.uint16))
+
+
+@pytest.mark.parametrize("own_scales", [False, True])
+def test_nvfp4_rows_stay_whole(own_scales, rng):
+    """An NVFP4Tensor gives the bytes that its parts give, and its scale: that of each row, or the one of all rows."""
+    x, scales, row_scale = _tokens(rng, 9)
+    scales &= 0x7E  # no NaN
+    ids = jnp.asarray(rng.integers(-1, E, (9, 2)), jnp.int32)
+    global_scale = jnp.asarray(row_scale) if own_scales else jnp.float32(0.25)
+    whole = NVFP4Tensor(jnp.asarray(x), _e4m3(scales), global_scale)
+    for permute_rows, options in ((_masked, dict(num_experts=E, capacity=4)), (_contiguous, dict(num_experts=E))):
+        parts = permute_rows(whole.qdata, whole.block_scale, ids, row_scale=jnp.asarray(row_scale), **options)
+        found = permute_rows(whole, None, ids, **options)
+        assert found.scales is None and found.row_scale is None
+        np.testing.assert_array_equal(found.x.qdata, parts.x)
+        np.testing.assert_array_equal(_bytes(found.x.block_scale), _bytes(parts.scales))
+        np.testing.assert_array_equal(found.row_map, parts.row_map)
+        expected = parts.row_scale if own_scales else np.float32(0.25)
+        np.testing.assert_array_equal(found.x.global_scale, expected)
+        decoded = permute_rows(whole, None, ids, decode=True, **options)
+        assert decoded.scales is None
+        np.testing.assert_array_equal(decoded.row_scale, expected)
+        filled = np.unique(np.asarray(found.row_map)[np.asarray(found.row_map) >= 0])
+        rows = np.asarray(decoded.x, np.float64).reshape(-1, H)[filled]
+        codes, blocks = np.asarray(parts.x).reshape(-1, H // 2), _bytes(parts.scales).reshape(-1, H // 16)
+        np.testing.assert_array_equal(rows, oracles.dequantize(codes[filled], blocks[filled], np.float32(1)))
 
 
 def test_decode_gives_code_times_block_scale(rng):

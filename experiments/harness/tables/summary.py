@@ -1,0 +1,203 @@
+"""The summary of README.md: eight rows for a reader who decides whether to use this library."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+from ml_dtypes import bfloat16
+
+from experiments.harness.tables.markdown import table
+
+Row = dict[str, Any]
+Read = Callable[[str], dict[str, Any]]
+
+_COLUMNS = ("what", "fp4jax", "what people use instead", "ratio", "share of the floor", "GPU")
+_NOTE = """\
+A ratio says how many times as fast, or as small, fp4jax is: below 1x it is the slower one. A range holds the lowest and
+the highest ratio over what the row names. The floor is the least time that memory, tensor cores or NVLink need."""
+# Up to this many rows per expert the weights' bytes limit the grouped GEMM (decode); above, the FLOPs do (prefill).
+_DECODE_ROWS = 64
+
+
+def summary_table(read: Read) -> str:
+    """The table and a note on how to read it.
+
+    Args:
+      read: gives the results in a file of experiments/results, such as "h100/bench_gemm.json".
+
+    Raises:
+      LookupError: a file lacks a result that the table shows.
+      OSError: there is no such file.
+    """
+    gemm = read("h100/bench_gemm.json")
+    rows = (
+        _gemm_row(gemm, "decode", 16),
+        _gemm_row(gemm, "prefill", 1024),
+        _layer_row(read("h200/bench_moe.json")),
+        _dispatch_row(read("h200/dispatch_256_experts.json"), read("h200/scaling.json")),
+        _weights_row(gemm),
+        _quality_row(read("cpu/demo.json")),
+        _loading_row(read("h100/bench_loading.json")),
+        _block_row(read("h100/bench_block_graph.json")),
+    )
+    return f"{table(_COLUMNS, rows)}\n\n{_NOTE}"
+
+
+# --- rows ---
+
+
+def _gemm_row(report: Row, phase: str, m: int) -> tuple[str, ...]:
+    """The grouped GEMM of one shape with m rows per expert; in parentheses all shapes and all m of the phase."""
+    ours = _all(report["rows"], op="masked_grouped_gemm", shape=lambda s: s["distribution"] == "multinomial")
+    shown = _one(ours, shape=lambda s: (s["E"], s["K"], s["N"], s["m"]) == (32, 7168, 4096, m))
+    same_phase = _all(ours, shape=lambda s: (s["m"] <= _DECODE_ROWS) == (phase == "decode"))
+    sizes = [r["shape"]["m"] for r in same_phase]
+    ratios = _range(r["speedup"] for r in same_phase)
+    return (
+        f"Grouped GEMM, {phase}: DeepSeek-V3's gate and up, {m} rows per expert",
+        _us(shown["us"]),
+        f"{_us(shown['baseline_us'])}, bf16 {shown['baseline'].removesuffix(' bf16')}",
+        f"{shown['speedup']:.2f}x ({ratios} over all shapes, {min(sizes)} to {max(sizes)} rows)",
+        f"{shown['percent_of_floor']:.0f}%",
+        _gpu(report),
+    )
+
+
+def _layer_row(report: Row) -> tuple[str, ...]:
+    """A decode step's expert layer of DeepSeek-V3 on four GPUs, and the range over all models and numbers of tokens."""
+    cells: dict[Any, dict[str, Row]] = {}
+    for r in _all(report["rows"], ranks=4):
+        cells.setdefault((r["model"], r["tokens"]), {})[r["layer"]] = r
+
+    def fastest(layers: dict[str, Row], names: Iterable[str]) -> Row:
+        return min((layers[name] for name in names if name in layers), key=lambda r: r["us"])
+
+    pairs = {
+        cell: (fastest(layers, ("nvfp4", "nvfp4 low latency")), fastest(layers, ("bf16", "bf16 jax")))
+        for cell, layers in cells.items()
+    }
+    ours, bf16 = pairs["deepseek-v3", 128]
+    ratios = [other["us"] / mine["us"] for mine, other in pairs.values()]
+    tokens = [cell[1] for cell in pairs]
+    return (
+        "Whole expert layer, exchange included: DeepSeek-V3, 128 tokens per GPU",
+        _us(ours["us"]),
+        f"{_us(bf16['us'])}, bf16 with JAX's ragged dot",
+        f"{bf16['us'] / ours['us']:.2f}x ({_range(ratios)} over all models, {min(tokens)} to {max(tokens)} tokens)",
+        f"{100 * ours['floor_us'] / ours['us']:.0f}%",
+        f"4 {_gpu(report)}",
+    )
+
+
+def _dispatch_row(report: Row, scaling: Row) -> tuple[str, ...]:
+    """Dispatch of 1024 tokens per GPU, and the ranges over numbers of tokens, by kernels and through NCCL."""
+    rows = _all(report["rows"], op="dispatch", ranks=4, wire_format="nvfp4", routing="random", form="per_peer")
+    kernels, nccl = _all(rows, implementation="mosaic_gpu"), _all(rows, implementation="nccl")
+    shown = _one(kernels, T=1024)
+    link = _one(scaling["rows"], line="dispatch, nvfp4, mosaic_gpu", T=shown["T"], ranks=4, us=shown["us"])
+    tokens = [r["T"] for r in kernels]
+    return (
+        f"Dispatch to {shown['experts']} experts: {shown['T']} tokens per GPU, H = {shown['H']}",
+        _us(shown["us"]),
+        f"{_us(shown['baseline_us'])}, bf16 {shown['baseline'].removesuffix(' bf16')} of NCCL",
+        f"{shown['speedup']:.2f}x ({_range(r['speedup'] for r in kernels)} over {min(tokens)} to {max(tokens)} tokens; "
+        f"NVFP4 through NCCL {_range(r['speedup'] for r in nccl)})",
+        f"{link['percent_of_link']:.0f}%",
+        f"4 {_gpu(report)}",
+    )
+
+
+def _weights_row(report: Row) -> tuple[str, ...]:
+    """Bytes per weight: those that the grouped GEMM reads where every expert has rows, scales included."""
+    shape = {"E": 32, "K": 7168, "N": 4096, "m": 16, "distribution": "multinomial"}
+    row = _one(report["rows"], op="masked_grouped_gemm", shape=shape)
+    size = row["weight_gbps"] * 1e3 * row["us"] / (shape["E"] * shape["K"] * shape["N"])
+    bf16 = np.dtype(bfloat16).itemsize
+    cells = ("Memory of expert weights", f"{size:.4f} bytes per weight", f"{bf16} bytes, bf16", f"{bf16 / size:.2f}x")
+    return (*cells, "", "any")
+
+
+def _quality_row(report: Row) -> tuple[str, ...]:
+    """Bits per byte of the demo's model: weights alone in NVFP4, and the worst of all variants."""
+    rows = {r["name"]: r["bits_per_byte"] for r in report["rows"]}
+    bf16, weights = rows["bf16"], rows["W4A16"]
+    worst = max(rows, key=lambda name: rows[name])
+    return (
+        "Quality: bits per byte of unseen text, a model of 4 M parameters",
+        f"{weights:.4f} W4A16; at worst {rows[worst]:.4f} ({worst})",
+        f"{bf16:.4f}, bf16",
+        f"{100 * (weights / bf16 - 1):+.2f}%; at worst {100 * (rows[worst] / bf16 - 1):+.2f}%",
+        "",
+        report["device"].upper(),
+    )
+
+
+def _loading_row(report: Row) -> tuple[str, ...]:
+    """Speed of loading a checkpoint; nothing else was measured."""
+    warm, cold = (_one(report["rows"], cache=cache) for cache in ("warm", "cold"))
+    return (
+        f"Loading a checkpoint: {warm['model']}, {warm['bytes'] / 1e9:.1f} GB",
+        f"{warm['gigabytes_per_second']:.1f} GB/s; {cold['gigabytes_per_second']:.1f} GB/s where no file is cached",
+        "not measured",
+        "",
+        "",
+        _gpu(report),
+    )
+
+
+def _block_row(report: Row) -> tuple[str, ...]:
+    """Prefill of a decoder layer in a bucket, against no CUDA graphs and against a program for the exact size."""
+    layers = _all(report["rows"], part="blocks", block="decoder layer")
+    found = {(r["variant"], r["tokens"]): r for r in layers}
+    sizes = sorted({r["tokens"] for r in layers})
+    ours, plain, exact = (found[name, 100] for name in ("graph", "graph, no command buffers", "exact"))
+
+    def ratio(variant: str) -> str:
+        ratios = {tokens: found[variant, tokens]["us"] / found["graph", tokens]["us"] for tokens in sizes}
+        return f"{ratios[100]:.2f}x ({_range(ratios.values())})"
+
+    return (
+        f"Prefill of a Qwen3-30B layer in compiled buckets: 100 tokens in a bucket of {ours['bucket']}",
+        _us(ours["us"]),
+        f"{_us(plain['us'])} without CUDA graphs; {_us(exact['us'])} if compiled for exactly 100 tokens",
+        f"{ratio('graph, no command buffers')}; {ratio('exact')} over {sizes[0]} to {sizes[-1]} tokens",
+        f"{100 * ours['kernel_us'] / ours['us']:.0f}% in its kernels",
+        _gpu(report),
+    )
+
+
+# --- cells and rows of results ---
+
+
+def _us(us: float) -> str:
+    return f"{us:.0f} us"
+
+
+def _range(ratios: Iterable[float]) -> str:
+    ratios = list(ratios)
+    return f"{min(ratios):.2f}x to {max(ratios):.2f}x"
+
+
+def _gpu(report: Row) -> str:
+    """The kind of GPU: "H100" of "NVIDIA H100 80GB HBM3"."""
+    return report["device"].split()[1]
+
+
+def _all(rows: Iterable[Row], **fields: Any) -> list[Row]:
+    """The rows whose fields have these values, or for which these functions of a field are true."""
+    found = [
+        r
+        for r in rows
+        if all(name in r and (want(r[name]) if callable(want) else r[name] == want) for name, want in fields.items())
+    ]
+    if not found:
+        raise LookupError(f"no row of results has {fields}")
+    return found
+
+
+def _one(rows: Iterable[Row], **fields: Any) -> Row:
+    """The one row that `_all` finds; LookupError if there are several, as the table could show either."""
+    found = _all(rows, **fields)
+    if len(found) > 1:
+        raise LookupError(f"{len(found)} rows of results have {fields}")
+    return found[0]
