@@ -9,12 +9,11 @@ import ml_dtypes
 import model_oracles
 import numpy as np
 import pytest
-from flax import nnx
 from python_runs import ROOT, run_python
 from refusals import check_refusals
 from safetensors import safe_open
 from small_folders import add_tokenizer, edit, edit_config
-from small_models import YARN, make_deepseek_v3, make_ernie45_moe, make_qwen3_moe
+from small_models import YARN, forward, make_deepseek_v3, make_ernie45_moe, make_qwen3_moe
 from tensor_files import read_tensors
 
 import oracles
@@ -34,9 +33,6 @@ ENDS = {
     "modelopt": ("weight", "weight_scale", "weight_scale_2", "input_scale"),
     "compressed_tensors": ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale"),
 }
-
-
-forward = nnx.jit(lambda model, ids: model(ids))
 
 
 def make_source(folder, make=make_qwen3_moe, **changes):

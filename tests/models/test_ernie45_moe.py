@@ -6,8 +6,7 @@ import jax.numpy as jnp
 import model_oracles
 import numpy as np
 import pytest
-from flax import nnx
-from small_models import make_ernie45_moe as make_model
+from small_models import forward, make_ernie45_moe as make_model
 from tensor_files import read_tensors
 
 from fp4jax.checkpoint import load_model, save_model
@@ -17,9 +16,6 @@ from fp4jax.models import Ernie45MoeConfig, configure_experts, quantize_experts
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 ATOL = 2e-5  # float32 against float64, of logits up to 3
-
-
-forward = nnx.jit(lambda model, ids: model(ids))
 
 
 @pytest.mark.parametrize(
