@@ -23,7 +23,10 @@ ATOL = 2e-5  # float32 against float64, of logits up to 3
     [
         dict(),
         dict(tie_word_embeddings=False, moe_num_shared_experts=0, num_experts_per_tok=3),
-        dict(moe_layer_start_index=0, moe_layer_end_index=1, num_key_value_heads=1),
+        # Which layers have experts is tested below, for every setting.
+        pytest.param(
+            dict(moe_layer_start_index=0, moe_layer_end_index=1, num_key_value_heads=1), marks=pytest.mark.slow
+        ),
         dict(moe_layer_interval=2, head_dim=8),
     ],
     ids=["first layer dense", "no shared experts", "last layer dense", "every second layer sparse"],
