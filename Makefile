@@ -15,7 +15,7 @@ WORKERS ?= $(if $(findstring cuda,$(EXTRA)),0,2)
 test_platforms = $${JAX_PLATFORMS:-$(if $(findstring cuda,$(EXTRA)),cuda$(comma)cpu,cpu)}
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu bench lint format clean
+.PHONY: help demo test test-slow test-gpu bench docs lint format clean
 
 help:  ## this text
 	@echo 'Targets (each makes $(VENV) and installs what it needs):'
@@ -50,6 +50,10 @@ bench:  ## every benchmark experiments/bench_*.py
 	    [ -e "$$script" ] || continue; found=yes; echo "$$script"; $(bin)/python "$$script" $(ARGS); \
 	done; [ -n "$$found" ] || echo 'No benchmark in experiments/ yet.'
 
+docs:  ## the pages of docs/ as a website in site/
+	@.ci/bootstrap $(VENV) docs $(extras)
+	$(bin)/mkdocs build --strict $(ARGS)
+
 lint:  ## ruff check, ruff format --check, static types by pyrefly
 	@.ci/bootstrap $(VENV) dev $(extras)
 	$(bin)/ruff check .
@@ -62,5 +66,5 @@ format:  ## let ruff format the code and fix what it can
 	$(bin)/ruff format .
 
 clean:  ## remove caches and build outputs, keep $(VENV)
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .pyrefly_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .pyrefly_cache .hypothesis
 	find . -name __pycache__ -not -path '*/.*' -prune -exec rm -rf {} +

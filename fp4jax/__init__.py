@@ -1,4 +1,4 @@
-"""Mixture-of-Experts layers in NVFP4 for JAX."""
+"""Mixture-of-Experts layers in NVFP4 (4-bit) for JAX: the public functions and types of the library."""
 
 __version__ = "0.1.0"
 

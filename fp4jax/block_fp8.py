@@ -1,10 +1,10 @@
-"""Block-wise FP8: weights in blocks of 128 x 128, activations in groups of 128 per token, products summed per block.
+"""Block-wise FP8: e4m3 weights in blocks of 128 x 128, e4m3 activations in groups of 128 per token, and their matmul.
 
-    y[t, n] = sum over blocks g of K:  (x8[t, g] . w8[n, g]) * (x_scale[t, g] * w_scale[n / 128, g])
+    y[t, n] = sum over blocks g of K:  (x8[t, g] . w8[n, g]) * (x_scale[t, g] * w_scale[n // 128, g])
 
-Scales are amax / 448 in f32, multiplied to decode (the `weight_scale_inv` of checkpoints in DeepSeek's layout), those
-of x optionally raised to a power of two. The dot of a block is exact in its products and summed in f32; blocks are
-added in f32 in the order of K.
+A scale is amax / 448 in f32 and decodes by multiplication; checkpoints in DeepSeek's layout store the scales of weights
+as `weight_scale_inv`. Scales of activations may be rounded up to powers of two. The products of e4m3 values are exact.
+They are summed in f32 within a block, and the blocks are added in f32 in the order of K.
 """
 
 import dataclasses
@@ -19,17 +19,22 @@ from jaxtyping import Array, Float
 
 from fp4jax.implementations import Call, Implementation, run_implementation
 from fp4jax.operands import check_array, check_type, summary
-from fp4jax.rounding import E4M3_MAX, div_rn, largest_magnitude, round_to_e4m3
+from fp4jax.rounding import div_rn, largest_magnitude, round_to_e4m3
 from pallas_kernels.fp8 import config as fp8_config, gemm as fp8_gemm, quantize as quantize_fp8
-from pallas_kernels.fp8.config import BLOCK
+from pallas_kernels.simt.formats import E4M3_MAX, FP8_BLOCK as BLOCK
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["qdata", "block_scale"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class BlockFP8Weights:
-    """A weight [N, K]: qdata e4m3 [N, K], block_scale f32 [ceil(N / 128), ceil(K / 128)], decode direction.
+    """A weight [N, K] in block-wise FP8, a pytree of two arrays.
 
-    A pytree whose leaves may also be structs or specs; `validate()` checks real arrays.
+    Under tree operations the leaves may also be PartitionSpec, ShapeDtypeStruct or None, so the constructor checks
+    nothing; `validate()` does.
+
+    Attributes:
+      qdata: e4m3 [N, K].
+      block_scale: f32 [ceil(N / 128), ceil(K / 128)], decode direction (multiply).
     """
 
     qdata: Any
@@ -37,14 +42,18 @@ class BlockFP8Weights:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """[N, K]."""
+        """Shape [N, K] of the values."""
         return self.qdata.shape
 
     def __repr__(self) -> str:
         return summary(self, f"e4m3 in blocks of {BLOCK} x {BLOCK}")
 
     def validate(self) -> "BlockFP8Weights":
-        """Returns self; raises TypeError or ValueError naming the leaf whose dtype or shape does not fit."""
+        """Returns the weight itself if its leaves fit together.
+
+        Raises:
+          TypeError, ValueError: a dtype or shape does not fit; the message names the leaf.
+        """
         for name, dtype in (("qdata", jnp.float8_e4m3fn), ("block_scale", jnp.float32)):
             found = getattr(getattr(self, name), "dtype", None)
             if found != dtype:
@@ -58,15 +67,22 @@ class BlockFP8Weights:
 
 
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Blocks of a weight [N, K], the last ones smaller."""
+    """Returns how many blocks of 128 x 128 cover a weight [N, K] along N and along K."""
     n, k = shape[-2:]
     return -(-n // BLOCK), -(-k // BLOCK)
 
 
 def quantize_blocks(w: Float[Array, "n k"]) -> BlockFP8Weights:
-    """scale = amax of the block / 448 (1 for a block of zeros), values rounded to nearest, ties to even.
+    """Quantizes a weight to block-wise FP8, to nearest even.
 
-    A NaN or Inf makes its block NaN once decoded.
+    The scale of a block is its amax / 448, or 1 for a block of zeros. A block with a NaN or Inf decodes to NaN
+    everywhere.
+
+    Args:
+      w: floating-point [N, K]; N and K need not be multiples of 128.
+
+    Raises:
+      TypeError, ValueError: w is not a floating-point array, or not [N, K].
     """
     check_array("quantize_blocks: w", w, jnp.floating)
     if w.ndim != 2:
@@ -80,7 +96,7 @@ def quantize_blocks(w: Float[Array, "n k"]) -> BlockFP8Weights:
 
 
 def dequantize_blocks(w: BlockFP8Weights, dtype: Any = jnp.bfloat16) -> Float[Array, "n k"]:
-    """qdata x block_scale, rounded once."""
+    """Returns qdata x block_scale [N, K], rounded once to `dtype`."""
     check_type("dequantize_blocks: w", w, BlockFP8Weights, "`quantize_blocks` makes one of an array")
     n, k = w.shape
     wide = jnp.repeat(jnp.repeat(w.block_scale, BLOCK, axis=0)[:n], BLOCK, axis=1)[:, :k]
@@ -95,14 +111,19 @@ def block_fp8_matmul(
     power_of_two_scales: bool = False,
     implementation: Implementation | None = None,
 ) -> Float[Array, "t n"]:
-    """x [T, K], quantized here per token and group of 128, times w^T -> [T, N], rounded once.
+    """Quantizes x to FP8 per token and group of 128, and returns x @ w^T [T, N], rounded once to `out_dtype`.
 
-    power_of_two_scales: the scales of x are 2^ceil(log2(amax / 448)), what checkpoints call `scale_fmt: ue8m0`; w is
-    taken as it is.
+    Args:
+      x: floating-point [T, K].
+      w: weights [N, K].
+      out_dtype: dtype of the result.
+      power_of_two_scales: round the scales of x up to powers of two, 2^ceil(log2(amax / 448)), which checkpoints call
+        `scale_fmt: ue8m0`. The scales of w are used as they are.
+      implementation: "xla", "mosaic_gpu", or None for the best one (`implementations.run_implementation`).
 
     Raises:
-      ValueError, TypeError: shapes or dtypes that do not fit.
-      NotImplementedError: a named implementation that does not exist.
+      ValueError, TypeError: shapes or dtypes do not fit.
+      NotImplementedError: implementation "mosaic_gpu" was named and cannot serve the call.
     """
     check_array("block_fp8_matmul: x", x, jnp.floating)
     check_type("block_fp8_matmul: w", w, BlockFP8Weights, "`quantize_blocks` makes one of an array")
@@ -123,7 +144,7 @@ def _matmul_kernel(x, w, *, out_dtype, power_of_two_scales):
 
 
 def _matmul_xla(x, w, *, out_dtype, power_of_two_scales):
-    """One dot per block of K; e4m3 values are exact in bf16."""
+    """Computes one dot per block of K. The operands are bf16, in which e4m3 values are exact."""
     x, x_scale = to_fp8(x, power_of_two_scales=power_of_two_scales)
     tokens, n = x.shape[0], w.shape[0]
     groups = x_scale.shape[1]
@@ -143,32 +164,45 @@ def _matmul_xla(x, w, *, out_dtype, power_of_two_scales):
 
 
 def _blocks(w):
-    """[N, K] -> [N / 128, 128, K / 128, 128], zeros where N and K end before."""
+    """Cuts [N, K] into blocks [ceil(N / 128), 128, ceil(K / 128), 128]; zeros fill up the last blocks."""
     rows, columns = scale_shape(w.shape)
     padded = jnp.pad(w, ((0, rows * BLOCK - w.shape[0]), (0, columns * BLOCK - w.shape[1])))
     return padded.reshape(rows, BLOCK, columns, BLOCK)
 
 
 def from_fp8(x: Float[Array, "rows h"], scales: Float[Array, "rows groups"]) -> Float[Array, "rows h"]:
-    """fp8 wire format -> bf16: e4m3 value x f32 scale of its group of 128, rounded once."""
+    """Decodes rows in the fp8 wire format to bf16: e4m3 value x f32 scale of its group of 128, rounded once.
+
+    Args:
+      x: e4m3 [rows, H].
+      scales: f32 [rows, ceil(H/128)], as `to_fp8` returns them.
+    """
     wide = jnp.repeat(scales, BLOCK, axis=-1)[:, : x.shape[-1]]
-    # Without the barrier XLA:GPU leaves out the rounding where f32 arithmetic follows in the same program.
+    # Without the barrier XLA:GPU leaves out the rounding to bf16 where f32 arithmetic follows in the same program.
     return lax.optimization_barrier((x.astype(jnp.float32) * wide).astype(jnp.bfloat16))
 
 
 def to_fp8(
     x: Float[Array, "t h"], *, power_of_two_scales: bool = False
 ) -> tuple[Float[Array, "t h"], Float[Array, "t groups"]]:
-    """x [T, H] -> e4m3 [T, H], f32 [T, ceil(H/128)]: scale = amax of the group / 448, 1 for a group of zeros.
+    """Quantizes rows to FP8 with one scale per group of 128 values: amax of the group / 448, or 1 for a group of zeros.
 
-    power_of_two_scales: scale = 2^ceil(log2(amax / 448)), what checkpoints call `scale_fmt: ue8m0`. A NaN or Inf makes
-    its whole group NaN once decoded.
+    A group with a NaN or Inf decodes to NaN everywhere.
+
+    Args:
+      x: floating-point [T, H].
+      power_of_two_scales: round scales up to powers of two, 2^ceil(log2(amax / 448)), which checkpoints call
+        `scale_fmt: ue8m0`.
+
+    Returns:
+      The values, e4m3 [T, H], and their scales, f32 [T, ceil(H/128)], which decode by multiplication.
     """
     tokens, hidden = x.shape
     groups = -(-hidden // BLOCK)
     wide = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, groups * BLOCK - hidden))).reshape(tokens, groups, BLOCK)
     amax = largest_magnitude(wide, axis=-1)
-    # Below, amax / 448 would be subnormal, which CPUs flush to zero; such a group is zero to e4m3 with scale 1.
+    # For amax below 448 * 2^-126, amax / 448 would be subnormal, and CPUs flush it to zero. With scale 1 the values of
+    # such a group round to zero.
     scales = jnp.where(amax < E4M3_MAX * 2.0**-126, np.float32(1), div_rn(amax, np.float32(E4M3_MAX)))
     if power_of_two_scales:
         scales = quantize_fp8.power_of_two(scales)

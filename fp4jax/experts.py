@@ -1,4 +1,4 @@
-"""The weights of an expert layer, and how they are made of plain ones."""
+"""The weights of an expert layer, and their quantization from plain arrays."""
 
 import functools
 from typing import NamedTuple
@@ -17,13 +17,16 @@ from fp4jax.operands import check_array
 
 
 class MoEWeights(NamedTuple):
-    """Expert weights, stacked: E experts of a whole layer, or the L experts of one device inside shard_map.
+    """Stacked expert weights: the E experts of a whole layer, or inside shard_map the L experts of one device.
 
-    w13: gate rows, then up rows, [E, 2I, H]; w2: [E, H, I]. Each is PackedWeights (the layout of the kernel on Hopper),
-      an NVFP4Tensor, or a bf16 or f32 array.
-    input_scale_1: f32 decode scale of the tokens (), the same on every device; scales per expert [E, 1, 1] are reduced
-      to the maximum over all devices in every call. None: every token gets a scale of its own.
-    input_scale_2: f32 [E, 1, 1], decode scales of the second GEMM's activations; None: every row gets its own.
+    w13 and w2 may each be PackedWeights (the layout of the kernel on Hopper), an NVFP4Tensor, or a bf16 or f32 array.
+
+    Attributes:
+      w13: the weights of GEMM 1, [E, 2I, H]: the rows of gate, then the rows of up.
+      w2: the weights of GEMM 2, [E, H, I].
+      input_scale_1: f32 decode scale of the tokens, () and the same on every device. An array of several scales, such
+        as [E, 1, 1], is reduced in every call to its maximum over all devices. None: a scale per token is computed.
+      input_scale_2: f32 decode scales [E, 1, 1] of the activations of GEMM 2. None: a scale per row is computed.
     """
 
     w13: Weights
@@ -40,18 +43,22 @@ def prepare_experts(
     activation_format: ActivationFormat | None = None,
     four_over_six: bool = False,
 ) -> MoEWeights:
-    """Plain expert weights -> NVFP4 weights for `moe.moe_layer` and `moe.sharded_moe_layer`.
+    """Quantizes plain expert weights to NVFP4, for `moe_layer` and `sharded_moe_layer`.
 
-    Every expert and projection gets a global scale of its own: amax / 2688, or / 1536 with four-over-six. Where JAX
-    sees a Hopper GPU the weights are packed for its kernel, with I raised to a multiple of 64 by rows of zeros; weights
-    whose H is no multiple of 64 are not packed, and XLA multiplies them. Values are the same either way.
+    Every expert and projection gets a global scale of its own: amax / 2688, or amax / 1536 with four-over-six. If JAX
+    sees a Hopper GPU, the weights are packed for its kernel, and zeros pad I to a multiple of 64. Weights whose H is
+    not a multiple of 64 are not packed; XLA multiplies them. Packing does not change the values.
 
     Args:
-      gate, up: bf16 or f32 [E, I, H]; I and H are multiples of 16.
+      gate: bf16 or f32 [E, I, H]; I and H are multiples of 16.
+      up: like gate.
       down: bf16 or f32 [E, H, I].
-      activation_format: the format of the activations that the weights will meet, None: any. "nvfp4" and "bf16" use the
-        same weights.
-      four_over_six: store each block at the better of two scales, see `nvfp4.quantize`.
+      activation_format: the format of the activations that these weights will be multiplied by, "nvfp4" or "bf16".
+        None: either one. All three choices give the same weights.
+      four_over_six: choose the better of two scales for every block, see `nvfp4.quantize`.
+
+    Returns:
+      `MoEWeights` without input scales, so that activation scales, where needed, are computed per token.
 
     Raises:
       TypeError, ValueError: arguments of another kind, dtype or shape.
@@ -73,12 +80,12 @@ def prepare_experts(
     return MoEWeights(*arrange_experts(w13, w2, size, packed=runs_on_kernel(jnp.bfloat16)))
 
 
-# Under jit, so that no f32 copy of all weights is in memory.
+# The next two functions run under jit, so that no f32 copy of all weights is in memory at once.
 
 
 @functools.partial(jax.jit, static_argnames="four_over_six")
 def quantize_experts(w: Float[Array, "e n k"], *, four_over_six: bool = False) -> NVFP4Tensor:
-    """Stacked weights -> NVFP4 with one global scale per expert [E, 1, 1]."""
+    """Quantizes stacked weights [E, N, K] to NVFP4 with one global scale per expert, [E, 1, 1]."""
     return quantize(w, global_scale="per_expert", four_over_six=four_over_six)
 
 
@@ -86,7 +93,10 @@ def quantize_experts(w: Float[Array, "e n k"], *, four_over_six: bool = False) -
 def quantize_gate_up(
     gate: Float[Array, "e i h"], up: Float[Array, "e i h"], *, four_over_six: bool = False
 ) -> NVFP4Tensor:
-    """Gate and up rows -> w13 [E, 2I, H] whose halves have global scales of their own, [E, 2I, 1]."""
+    """Quantizes gate and up, each with a global scale per expert, and stacks them to w13 [E, 2I, H].
+
+    The global scale of w13 has one entry per row, [E, 2I, 1].
+    """
     halves = [quantize_experts(w, four_over_six=four_over_six) for w in (gate, up)]
     scales = [jnp.broadcast_to(t.global_scale, (*t.shape[:2], 1)) for t in halves]
     parts = [[t.qdata for t in halves], [t.block_scale for t in halves], scales]
@@ -94,5 +104,5 @@ def quantize_gate_up(
 
 
 def runs_on_kernel(dtype: jnp.dtype | type, implementation: Implementation | None = None) -> bool:
-    """Whether NVFP4 experts that compute in `dtype` go to the grouped GEMM's kernel, and so are packed."""
+    """Whether the kernel of the grouped GEMM runs NVFP4 experts that compute in `dtype`; their weights are packed."""
     return implementations.has_hopper_gpu() and implementation in (None, "mosaic_gpu") and dtype == jnp.bfloat16

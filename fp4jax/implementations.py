@@ -1,4 +1,4 @@
-"""Which implementations an op has, and the one rule for choosing between them."""
+"""The implementations of an op, and the one rule for choosing between them."""
 
 import dataclasses
 import functools
@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import jax
 from jax import lax
 
-from pallas_kernels.simt.schedule import H100_SMS
+from pallas_kernels.simt.hardware import H100_SMS
 
 Implementation = Literal["xla", "mosaic_gpu"]
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
@@ -17,14 +17,17 @@ _HOPPER_NAMES = ("H100", "H200", "H800", "H20")  # device kinds of compute capab
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A function with its static options: equal calls are compiled once, unlike closures made anew for every call."""
+    """A function with its static options.
+
+    A `Call` is hashable, and equal ones share one compiled program. A closure made anew for every call would not.
+    """
 
     function: Callable[..., Any]
     options: tuple[tuple[str, Any], ...] = ()
 
     @classmethod
     def of(cls, function: Callable[..., Any], **options: Any) -> "Call":
-        """`function(*operands, **options)`; the options are hashable."""
+        """Returns a Call that runs `function(*operands, **options)`; the options must be hashable."""
         return cls(function, tuple(options.items()))
 
     def __call__(self, *operands: Any) -> Any:
@@ -32,11 +35,16 @@ class Call:
 
 
 def resolve_implementation(op: str, implementation: str | None, available: tuple[str, ...] = ("xla",)) -> str:
-    """The implementation that `op` runs: the first available one for None, else exactly the one that was named.
+    """Returns the implementation that an op runs: for None the first available one, else the one that was named.
+
+    Args:
+      op: the name of the op, for errors.
+      implementation: what the user asked for.
+      available: the implementations that the op has, best first.
 
     Raises:
       ValueError: the name is not one of `IMPLEMENTATIONS`.
-      NotImplementedError: the name is known but `op` does not have it. A named implementation never falls back.
+      NotImplementedError: the name is known but the op does not have it. A named implementation never falls back.
     """
     if implementation is None:
         return available[0]
@@ -50,15 +58,23 @@ def resolve_implementation(op: str, implementation: str | None, available: tuple
 def run_implementation(
     op: str, implementation: str | None, operands: tuple[Any, ...], *, xla: Call, mosaic_gpu: Call, problem: str | None
 ) -> Any:
-    """Calls `xla(*operands)` or `mosaic_gpu(*operands)`; operands are pytrees of arrays.
+    """Calls `xla(*operands)` or `mosaic_gpu(*operands)`.
 
-    None takes the kernel wherever the program runs on a Hopper GPU, unless there is a `problem` (what the kernel does
-    not accept) or the arrays are spread over devices outside shard_map, where XLA partitions better. Which platform
-    that is, is decided when the program is lowered, so that CPU arrays on a GPU machine go through XLA. Derivatives are
-    always those of `xla`.
+    Implementation None calls `mosaic_gpu` if JAX sees a Hopper GPU and the program is lowered for CUDA. (A program on
+    CPU arrays is not, on a machine with GPUs either.) Otherwise it calls `xla`, and also if there is a `problem` or if
+    arrays outside shard_map lie on several devices, where XLA partitions better. Derivatives are always those of `xla`.
+
+    Args:
+      op: the name of the op, for errors.
+      implementation: "xla", "mosaic_gpu" or None.
+      operands: pytrees of arrays.
+      xla: the op in plain JAX.
+      mosaic_gpu: the op as a kernel.
+      problem: why the kernel cannot serve this call, or None if it can.
 
     Raises:
-      NotImplementedError: "mosaic_gpu" was named and there is a problem.
+      ValueError: the implementation is unknown.
+      NotImplementedError: "mosaic_gpu" was named and cannot serve the call; the message says why.
     """
     chosen = None if implementation is None else resolve_implementation(op, implementation, ("xla", "mosaic_gpu"))
     if chosen == "xla" or (chosen is None and (problem is not None or not has_hopper_gpu() or _is_spread(operands))):
@@ -75,16 +91,16 @@ def run_implementation(
 
 
 def run_by_platform(operands: tuple[Any, ...], *, xla: Call, mosaic_gpu: Call) -> Any:
-    """`mosaic_gpu(*operands)` where the program is lowered for CUDA, `xla(*operands)` elsewhere."""
+    """Calls `mosaic_gpu(*operands)` if the program is lowered for CUDA, else `xla(*operands)`."""
     return _run_by_platform(xla, mosaic_gpu, operands)
 
 
 def run_kernel(operands: tuple[Any, ...], *, xla: Call, mosaic_gpu: Call) -> Any:
-    """`mosaic_gpu(*operands)`; its derivatives are those of `xla`."""
+    """Calls `mosaic_gpu(*operands)`. Its derivatives are those of `xla`."""
     return _run_kernel(xla, mosaic_gpu, operands)
 
 
-# Both under jit: an eager call then finds its program in the cache, and its platform from its arrays.
+# Both functions are jitted: an eager call then finds its program in the cache, and its arrays decide the platform.
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -104,7 +120,7 @@ def _differentiated_as(xla, mosaic_gpu):
 
 
 def _vary_alike(operands):
-    """Inside shard_map: all operands vary over the same mesh axes, so that both branches' results do."""
+    """Makes all operands vary over the same mesh axes of a shard_map, so that the results of both branches do too."""
     leaves, structure = jax.tree.flatten(operands)
     varying = [jax.typeof(leaf).manual_axis_type.varying for leaf in leaves]
     every = frozenset().union(*varying)
@@ -114,7 +130,7 @@ def _vary_alike(operands):
 
 
 def _is_spread(operands) -> bool:
-    """Whether an array lies on several devices, or has an axis that is sharded over a mesh of explicit axes."""
+    """Whether an array lies on several devices, or has an axis that is sharded over an Explicit mesh axis."""
     for leaf in jax.tree.leaves(operands):
         if any(axis is not None for axis in jax.typeof(leaf).sharding.spec):
             return True
@@ -124,10 +140,11 @@ def _is_spread(operands) -> bool:
 
 
 def peers_problem(axis_name: str) -> str | None:
-    """None if kernels may store into the memory of the other devices of this mesh axis, else why not.
+    """Returns None if kernels may store into the memory of the other devices of a mesh axis, else the reason why not.
 
-    They may where one process drives all devices of a mesh of this one axis and the GPUs are of a kind that is built
-    onto boards with NVLink between all of them (SXM). JAX does not tell what links there are.
+    They may if the mesh has this one axis only, one process drives all its devices, and the GPUs are of a kind that is
+    built onto boards with NVLink between all of them (SXM). The kind decides because JAX does not tell which links
+    there are.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.axis_names != (axis_name,):
@@ -146,7 +163,10 @@ def peers_problem(axis_name: str) -> str | None:
 
 
 def multiprocessors() -> int:
-    """Of the smallest GPU that JAX sees or traces for: how many blocks of threads may wait for each other."""
+    """Returns the number of multiprocessors of the smallest GPU that JAX sees or traces for; without a GPU, an H100's.
+
+    That many blocks of threads run at once, so that they may wait for each other.
+    """
     target = jax.sharding.get_abstract_mesh().abstract_device
     if target is not None and target.num_cores:
         return target.num_cores
@@ -154,7 +174,7 @@ def multiprocessors() -> int:
 
 
 def has_hopper_gpu() -> bool:
-    """Whether JAX sees a GPU of compute capability 9.0, or traces for one (a mesh of H100, say)."""
+    """Whether JAX sees a GPU of compute capability 9.0, or traces for one (with an abstract mesh of H100, say)."""
     target = jax.sharding.get_abstract_mesh().abstract_device
     if target is not None:
         return any(name in target.device_kind for name in _HOPPER_NAMES)

@@ -1,4 +1,4 @@
-"""The expert layer, composed from the ops: quantize, dispatch, permute, GEMM, SwiGLU, GEMM, depermute, combine."""
+"""The expert layer as a pipeline of ops: dispatch, quantize, permute, GEMM 1 and SwiGLU, GEMM 2, depermute, combine."""
 
 from typing import Any, NamedTuple
 
@@ -27,10 +27,11 @@ from fp4jax.swiglu import Output, silu
 
 
 class MoEStats(NamedTuple):
-    """What a layer reports besides its result.
+    """What a layer returns besides its result.
 
-    dropped: i32 [], routes lost to bad ids or capacities, summed over the devices of the axis.
-    buffers: receive buffers for the program's next layer, where this one was given some.
+    Attributes:
+      dropped: i32 (), the number of routes lost to bad ids or capacities, summed over the devices of the mesh axis.
+      buffers: the receive buffers to pass to the program's next layer; None if this layer was given none.
     """
 
     dropped: Int[Array, ""]
@@ -45,21 +46,31 @@ def moe_layer(
     config: MoEConfig,
     buffers: ReceiveBuffers | None = None,
 ) -> tuple[Float[Array, "t h"], MoEStats]:
-    """y[t] = sum over slots j of topk_weights[t, j] * expert_{topk_ids[t, j]}(x[t]); expert(x) = w2 (silu(gate) * up).
+    """Sends every token through its experts and sums their weighted outputs.
 
-    With `config.axis_name`, called inside shard_map with the tokens, the routing and the experts of one device;
+        y[t] = sum over slots j of topk_weights[t, j] * expert_{topk_ids[t, j]}(x[t])
+        expert_e(x) = w2[e] @ (silu(gate) * up),  where (gate, up) are the halves of w13[e] @ x
+
+    With `config.axis_name`, call it inside shard_map with the tokens, the routing and the experts of one device.
     `sharded_moe_layer` does that for global arrays.
 
     Args:
-      x: bf16, or f32 (then the GEMMs round to f32).
-      topk_ids: global ids of experts; -1 = no expert.
-      buffers: see `expert_parallel.dispatch`.
+      x: bf16 or f32 [T, H]; with f32, the GEMMs return f32.
+      topk_ids: i32 or i64 [T, k], global ids of experts; -1 = no expert.
+      topk_weights: floating-point [T, k].
+      weights: the experts of this device.
+      config: how the experts run.
+      buffers: receive buffers that the program keeps, see `expert_parallel.low_latency`; None: new ones in every call.
+
+    Returns:
+      y [T, H] in the dtype of x, and `MoEStats`.
 
     Raises:
       TypeError, ValueError: arguments of another kind, shape or dtype, or weights and config that do not fit.
+      NotImplementedError: an implementation that the config names, or the buffers, cannot serve the call.
     """
     _check_arguments(x, topk_ids, topk_weights, weights, config)
-    if x.shape[0] == 0:  # on every device, as shapes are the same there: no device waits for another's collective
+    if x.shape[0] == 0:  # shapes are the same on every device, so all return here and none waits in a collective
         return x, MoEStats(jnp.int32(0), buffers)
     if config.differentiable:
         plain: Any = weights.w13, weights.w2
@@ -69,7 +80,7 @@ def moe_layer(
     config = config.resolved(weights, local.ids.shape[0])
     rows = _quantize(local.x, scale_1, config)
     permuted = _permute(rows, local.ids, weights.w13.shape[0], config)
-    expected_m = max(1, topk_ids.size // weights.w13.shape[0])  # all devices send topk_ids.size routes on average
+    expected_m = max(1, topk_ids.size // weights.w13.shape[0])  # a device receives topk_ids.size routes on average
     y = _experts(permuted, weights, config, x.dtype, expected_m)
     y, buffers = _bring_home(y, permuted.row_map, local, topk_weights, config, buffers)
     return y, MoEStats(_all_dropped(permuted.dropped, local.sent, config), buffers)
@@ -82,28 +93,45 @@ def dense_moe(
     w13: Float[Array, "e two_i h"],
     w2: Float[Array, "e h i"],
 ) -> Float[Array, "t h"]:
-    """The same layer with every expert on every token, unquantized and differentiable: E/k times the FLOPs.
+    """Computes the layer with every expert on every token: unquantized and differentiable, with E/k times the FLOPs.
 
-    The reference for training and calibration; an id of -1 adds nothing.
+    It is meant for training, and as a reference for `moe_layer`.
+
+    Args:
+      x: bf16 or f32 [T, H].
+      topk_ids: integer [T, k], ids of experts; -1 adds nothing.
+      topk_weights: floating-point [T, k].
+      w13: plain weights [E, 2I, H], gate rows first.
+      w2: plain weights [E, H, I].
+
+    Returns:
+      y [T, H] in the dtype of x.
     """
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None  # GPUs would use TF32 otherwise
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None  # GPUs would round f32 to TF32 otherwise
     gate_up = jnp.einsum("th,enh->etn", x, w13.astype(x.dtype), precision=precision)
     gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
     y = jnp.einsum("eti,ehi->eth", (silu(gate) * up).astype(x.dtype), w2.astype(x.dtype), precision=precision)
     ids = jnp.asarray(topk_ids)[..., None]
     chosen = ids == jnp.arange(w13.shape[0], dtype=ids.dtype)[None, None, :]
     mixing = jnp.sum(jnp.where(chosen, topk_weights[..., None], 0), axis=1)
-    # An expert that was not chosen may have made Inf or NaN of a token, and times 0 that is NaN.
+    # An expert that a token did not choose may give Inf or NaN, and 0 * Inf is NaN: such outputs are set to 0.
     y = jnp.where(jnp.any(chosen, axis=1).T[..., None], y.astype(jnp.float32), 0)
     mixed = jnp.einsum("te,eth->th", mixing, y, precision=lax.Precision.HIGHEST)
     return mixed.astype(x.dtype)
 
 
-# --- the stages of `moe_layer`, each under the name that profiles show ---
+# --- the stages of `moe_layer`; each runs under a named scope, whose name profiles show ---
 
 
 class _Local(NamedTuple):
-    """Rows that this device's experts work on, with their routing; sent: what `dispatch` returned, None without it."""
+    """The rows that this device's experts work on.
+
+    Attributes:
+      x: the rows, as an array or NVFP4Tensor [rows, H].
+      ids: i32 [rows, k], experts of this device; -1 = not here.
+      weights: f32 [rows, k].
+      sent: what `dispatch` returned; None on one device, which has no dispatch.
+    """
 
     x: Any
     ids: jax.Array
@@ -112,11 +140,11 @@ class _Local(NamedTuple):
 
 
 def _token_scale(weights, config):
-    """The global scale of the tokens, f32 (), the same on all devices; or "per_token"."""
+    """Returns the global scale of the tokens, f32 () and the same on all devices, or "per_token"."""
     scale = weights.input_scale_1
     if scale is None:
         return "per_token"
-    return agree_global_scale(scale, config.axis_name) if jnp.ndim(scale) else scale  # a scalar needs no collective
+    return agree_global_scale(scale, config.axis_name) if jnp.ndim(scale) else scale  # a scalar is agreed already
 
 
 def _dispatch(x, topk_ids, topk_weights, scale_1, config, buffers):
@@ -141,7 +169,7 @@ def _quantize(rows, scale_1, config):
 
 
 def _permute(rows, ids, local_experts, config):
-    """Hopper multiplies code x block_scale in bf16, which is exact: NVFP4 rows are decoded while they are moved."""
+    """Moves rows to their experts. NVFP4 rows become bf16 code x block_scale on the way: Hopper multiplies in bf16."""
     options = dict(
         num_experts=local_experts, decode=isinstance(rows, NVFP4Tensor), implementation=config.implementation
     )
@@ -166,14 +194,14 @@ def _experts(permuted, weights, config, dtype, expected_m):
         act: Any = grouped_gemm_swiglu(
             permuted.x, weights.w13, counts, x_scale=permuted.row_scale, global_scale=act_scale, out=out, **options
         )
-    if isinstance(act, tuple):  # scales per token are computed there
+    if isinstance(act, tuple):  # scales per row, which SwiGLU computed
         act, act_scale = act
     with jax.named_scope("gemm_2"):
         return gemm(act, weights.w2, counts, x_scale=act_scale, **options)
 
 
 def _bring_home(y, row_map, local, topk_weights, config, buffers):
-    """-> the tokens' sums [T, H] on their home device, and the buffers for the next layer."""
+    """Returns the sums [T, H] of the tokens on their home device, and the buffers for the next layer."""
     home: dict[str, Any] = dict(
         topk_weights=topk_weights if config.form == "per_slot" else None, axis_name=config.axis_name
     )
@@ -193,12 +221,12 @@ def _all_dropped(dropped, sent, config):
 
 
 def _scale_of_row(scale, group_sizes, num_rows):
-    """Per-expert scales [L, 1, 1] -> [rows, 1] for rows sorted by expert; a pad takes the last expert's."""
+    """Expands scales per expert [L, 1, 1] to [rows, 1] for rows sorted by expert; pads get the last expert's scale."""
     if scale is None:
         return None
     ends = jnp.cumsum(group_sizes)
     row = jnp.arange(num_rows, dtype=ends.dtype)
-    expert = jnp.searchsorted(ends, row, side="right", method="compare_all")  # one kernel, no loop
+    expert = jnp.searchsorted(ends, row, side="right", method="compare_all")  # compare_all is one kernel without a loop
     return scale.reshape(-1)[jnp.minimum(expert, scale.shape[0] - 1)][:, None]
 
 

@@ -1,11 +1,11 @@
-"""How the experts of a layer run: one frozen class of settings for the op, the Flax block and whole models."""
+"""`MoEConfig`, the settings of how experts run, for the op `moe_layer`, the Flax block and whole models."""
 
 import dataclasses
 from typing import Any, Literal, get_args
 
 import numpy as np
 
-from fp4jax.expert_parallel.exchange import FORMS, Form
+from fp4jax.expert_parallel.checks import FORMS, Form
 from fp4jax.expert_parallel.wire_formats import WIRE_FORMATS, WireFormat
 from fp4jax.grouped_gemm.packed_weights import is_nvfp4
 from fp4jax.implementations import IMPLEMENTATIONS, Implementation
@@ -15,9 +15,9 @@ Layout = Literal["masked", "contiguous"]
 ActivationFormat = Literal["nvfp4", "bf16"]
 LAYOUTS: tuple[str, ...] = get_args(Layout)
 ACTIVATION_FORMATS: tuple[str, ...] = get_args(ActivationFormat)
-# With `layout=None`, up to this many rows on a device stay in the masked layout, which is up to 9% faster there
-# (experiments/results/h200/moe_layouts.json). Its buffers have as many rows for every expert: 0.3 GB of pads at 256 rows
-# and 128 experts, gigabytes in a prefill.
+# With `layout=None`, the masked layout serves calls with up to this many rows per device, where it is up to 9% faster
+# (experiments/results/h200/moe_layouts.json). Each expert has room for all rows: 0.3 GB of pads with 256 rows and 128
+# experts of Qwen3-30B, gigabytes in a prefill.
 MASKED_ROWS = 256
 
 
@@ -25,30 +25,30 @@ MASKED_ROWS = 256
 class MoEConfig:
     """Static settings of an expert layer.
 
-    They change numerics, traffic and speed, never the weights. The mesh is not among them: functions that need it take
-    it as an argument.
+    They change numerics, traffic and speed, never the values of the weights. The mesh is not a field: functions that
+    need it take it as an argument.
 
     Attributes:
-      num_experts: the experts of all devices together (E).
-      activation_format_1: format of the activations in the first GEMM: "nvfp4" (W4A4), "bf16" (W4A16), or None: NVFP4
-        where the weights are NVFP4 and come with an input scale, bf16 elsewhere. Tokens that crossed the network in
-        NVFP4 stay in NVFP4.
-      activation_format_2: the same for the second GEMM.
-      wire_format: format in which tokens cross the network, see `expert_parallel.dispatch`.
-      form: "per_peer" or "per_slot", see `expert_parallel.dispatch`.
-      layout: "masked" [L, M, ...], "contiguous" [rows, ...], or None: masked for decode steps (up to 256 rows on a
-        device) and wherever a capacity is given, contiguous for more rows.
-      capacity: rows per local expert (M) in the masked layout, rows in all in the contiguous one; routes beyond it are
-        dropped and counted. None: the worst case for tokens that name an expert at most once.
-      pair_capacity: rows per sender and receiver (C) of a dispatch; None: the worst case.
-      axis_name: mesh axis that experts and tokens are split over, None on one device.
-      low_latency: programs of many layers keep their receive buffers (`expert_parallel.ReceiveBuffers`), so that
-        devices need not meet before they send. `engine.BucketedModel` does so in decode steps.
-      differentiable: every expert runs on every token, unquantized (`moe.dense_moe`): for training on one device.
-      implementation: of every op of the layer; None: the best one for the device and the shapes.
+      num_experts: the number of experts on all devices together (E).
+      activation_format_1: the format of the activations in GEMM 1. "nvfp4": W4A4. "bf16": W4A16. None: "nvfp4" if the
+        weights are NVFP4 and come with an input scale, else "bf16". Tokens that crossed the network in NVFP4 stay in
+        NVFP4 whatever this says.
+      activation_format_2: the same for GEMM 2.
+      wire_format: the format in which tokens cross the network: "nvfp4", "fp8" or "bf16".
+      form: "per_peer" or "per_slot", explained in `expert_parallel.exchange`.
+      layout: "masked" [L, M, ...] or "contiguous" [rows, ...]. None: masked if there are at most 256 rows on a device
+        (decode steps) or a capacity is given, else contiguous.
+      capacity: rows per local expert (M) in the masked layout, rows of all local experts in the contiguous layout.
+        Routes beyond it are dropped and counted. None: enough for tokens that name an expert at most once.
+      pair_capacity: rows per sender and receiver (C) of a dispatch. None: the worst case.
+      axis_name: the mesh axis over which experts and tokens are split. None: one device.
+      low_latency: let a program of many layers keep its receive buffers, so that devices need not meet before they
+        send (`expert_parallel.low_latency`). `engine.BucketedModel` then does so in decode steps.
+      differentiable: run every expert on every token, unquantized (`moe.dense_moe`), for training on one device.
+      implementation: the implementation of every op of the layer. None: the best one for the device and the shapes.
 
     Raises:
-      TypeError, ValueError: a field that is unknown or does not fit the others; the message names it.
+      TypeError, ValueError: a field has an unknown value or does not fit the others; the message names it.
     """
 
     num_experts: int
@@ -95,7 +95,12 @@ class MoEConfig:
             )
 
     def resolved(self, weights: Any, rows: int) -> "MoEConfig":
-        """The config without a None in formats and layout, for `experts.MoEWeights` and that many rows on a device."""
+        """Returns a copy in which activation formats and layout are no longer None.
+
+        Args:
+          weights: the `experts.MoEWeights` that the layer runs with.
+          rows: the number of rows that enter the permutation on one device.
+        """
         scales = weights.input_scale_1, weights.input_scale_2
         formats = [
             given or ("nvfp4" if is_nvfp4(w) and scale is not None else "bf16")

@@ -1,8 +1,8 @@
 """The NVFP4 format: value = e2m1 code x e4m3 block scale x f32 global scale (decode direction: multiply).
 
-A block is 16 values along the last axis. Two codes share a byte, the even element in the low nibble. All arithmetic
-that decides a stored bit is float32 with correctly rounded divisions, so that CPU, GPU, eager and jit give the same
-bytes.
+A block is 16 consecutive values along the last axis; they share one block scale. Two codes share a byte, with the even
+element in the low nibble. All arithmetic that decides a stored bit is float32 with correctly rounded divisions, so that
+CPU and GPU, eager and under jit, give the same bytes.
 """
 
 import dataclasses
@@ -12,29 +12,34 @@ from typing import Any, Literal, NamedTuple, get_args, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.experimental import checkify
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int
 
+from fp4jax.global_scale import amax_of_valid, as_scale, check_scale_shape, scale_from
 from fp4jax.implementations import Call, Implementation, run_implementation
+from fp4jax.nvfp4_codes import (
+    decode_blocks as decode_blocks,
+    encode_compressed_tensors,
+    encode_exact,
+    encode_modelopt,
+    pack_codes,
+)
 from fp4jax.operands import axis_size, check_array, check_type, summary
-from fp4jax.rounding import E4M3_MAX, div_rn, flush_subnormals, largest_magnitude, round_to_e2m1, round_to_e4m3
+from fp4jax.rounding import div_rn, flush_subnormals, largest_magnitude
 from pallas_kernels.rows import quantize as quantize_kernel
+from pallas_kernels.simt.formats import (
+    AMAX_DIVISOR,
+    AMAX_DIVISOR_FOUR_OVER_SIX,
+    BLOCK_SIZE,
+    F32_MAX,
+    GLOBAL_SCALE_RANGE,
+)
 
-BLOCK_SIZE = 16
-E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # magnitude of codes 0..7; bit 3 is the sign
-E2M1_MAX = 6.0
 Dialect = Literal["exact", "modelopt", "compressed_tensors"]
 DIALECTS: tuple[str, ...] = get_args(Dialect)
-GLOBAL_SCALE_RANGE = (2.0**-100, 2.0**100)  # beyond it intermediate products leave the normal f32 range
 
-# Global scale = amax / divisor. With four-over-six a block may be stored at 1.5x its usual scale, so the largest block
-# scale is set to 256 (384 after the factor, still below 448).
-_AMAX_DIVISOR = E2M1_MAX * E4M3_MAX
-_AMAX_DIVISOR_FOUR_OVER_SIX = E2M1_MAX * 256.0
-_F32_MAX = np.float32(np.finfo(np.float32).max)
-_E4M3_SATURATES_ABOVE = 464.0  # midpoint of 448 and the absent 480: up to here rounding alone gives 448
-_E4M3_ROUNDS_TO_ZERO = 2.0**-10  # half of the smallest subnormal 2^-9; the tie goes to zero
+_E4M3_SATURATES_ABOVE = 464.0  # midpoint of 448 and 480, the next step: up to it values round to 448
+_E4M3_ROUNDS_TO_ZERO = 2.0**-10  # half of the smallest subnormal 2^-9; the tie rounds to zero
 
 
 @functools.partial(
@@ -42,10 +47,16 @@ _E4M3_ROUNDS_TO_ZERO = 2.0**-10  # half of the smallest subnormal 2^-9; the tie 
 )
 @dataclasses.dataclass(frozen=True)
 class NVFP4Tensor:
-    """A tensor in NVFP4. A pytree whose leaves may also be specs, structs or None; `validate()` checks real arrays.
+    """A tensor in NVFP4, a pytree of three arrays.
 
-    qdata: u8 [..., K/2] packed codes. block_scale: e4m3 [..., K/16], linear layout. global_scale: f32, decode
-    direction, shape () or the rank of qdata with a trailing 1 (tokens [T, 1], stacked weights [E, 1, 1] or [E, N, 1]).
+    Under tree operations the leaves may also be PartitionSpec, ShapeDtypeStruct or None, so the constructor checks
+    nothing; `validate()` does.
+
+    Attributes:
+      qdata: u8 [..., K/2], packed codes.
+      block_scale: e4m3 [..., K/16], in the linear layout.
+      global_scale: f32, decode direction (multiply). Its shape is () or has the rank of qdata and a trailing 1:
+        [T, 1] for tokens, [E, 1, 1] or [E, N, 1] for stacked weights.
     """
 
     qdata: Any
@@ -54,19 +65,23 @@ class NVFP4Tensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Logical shape [..., K]."""
+        """Shape [..., K] of the values."""
         return (*self.qdata.shape[:-1], 2 * self.qdata.shape[-1])
 
     @property
     def ndim(self) -> int:
-        """Logical rank."""
+        """Number of axes."""
         return self.qdata.ndim
 
     def __repr__(self) -> str:
         return summary(self, "nvfp4", "global_scale")
 
     def validate(self) -> "NVFP4Tensor":
-        """Returns self; raises TypeError or ValueError naming the first leaf whose dtype or shape does not fit."""
+        """Returns the tensor itself if its leaves fit together.
+
+        Raises:
+          TypeError, ValueError: a dtype or shape does not fit; the message names the first such leaf.
+        """
         for name, dtype in (("qdata", jnp.uint8), ("block_scale", jnp.float8_e4m3fn), ("global_scale", jnp.float32)):
             found = getattr(getattr(self, name), "dtype", None)
             if found != dtype:
@@ -84,11 +99,13 @@ class NVFP4Tensor:
 
 
 class QuantStats(NamedTuple):
-    """Counters of one `quantize` call, i32, shape () or [E] (per expert). Rows beyond `masked_m` do not count.
+    """Counters of one `quantize` call: i32, shape () or, per expert, [E]. Rows beyond `masked_m` are not counted.
 
-    saturated_scales: blocks clipped because their scale lies above the e4m3 range. zero_scales: blocks with a non-zero
-    value whose scale underflows to zero (they decode as zero, or at the dialect's smallest scale). nonfinite: NaN and
-    Inf elements.
+    Attributes:
+      saturated_scales: blocks whose scale is above the e4m3 range and was clipped to 448, which clips their values too.
+      zero_scales: blocks that hold a non-zero value but whose scale rounds to zero. They decode to zeros, or to values
+        at the smallest scale of the dialect.
+      nonfinite: elements that are NaN or Inf.
     """
 
     saturated_scales: Int[Array, "..."]
@@ -138,38 +155,53 @@ def quantize(
     checked: bool = False,
     implementation: Implementation | None = None,
 ) -> NVFP4Tensor | tuple[NVFP4Tensor, QuantStats]:
-    """x -> NVFP4Tensor, or (NVFP4Tensor, QuantStats) with `return_stats`; nearest even, K a multiple of 16.
+    """Quantizes x to NVFP4 in blocks of 16 along its last axis, to nearest, with ties to the even code.
 
-    `exact`, with gs = 1/global_scale: sf = e4m3(min(amax_block * (gs * (1/6)), 448)), code = e2m1(x * min(1/(sf *
-    (1/gs)), FLT_MAX)), all in f32; a block of zeros has scale 0 and codes +-0. `modelopt` and `compressed_tensors`
-    reproduce those tools byte for byte. `four_over_six` stores each block at the better of scale amax/6 and amax/4
-    (squared error).
+    The dialect "exact" computes in f32, with gs = 1 / global_scale,
 
-    Inputs below 2^-126 count as signed zero. A NaN or Inf makes its block's scale NaN (0x7F) and the block's codes
-    zero, so that whatever the row is multiplied by is NaN. Both are counted in `QuantStats.nonfinite`, and neither
-    enters a computed global scale.
+        block_scale = e4m3(min(amax_of_block * (gs * (1/6)), 448))
+        code        = e2m1(x * min(1 / (block_scale * (1/gs)), FLT_MAX))
+
+    and gives a block of zeros the block scale 0 and codes +-0. The dialects "modelopt" and "compressed_tensors" give,
+    byte for byte, what the quantizers of those two tools give.
+
+    Inputs below 2^-126 in magnitude count as zeros of the same sign. A NaN or Inf makes the scale of its block NaN
+    (byte 0x7F) and the codes of the block zero, so that whatever is computed from the block is NaN. NaN and Inf do not
+    enter a computed global scale.
 
     Args:
-      x: bf16, f16 or f32.
-      global_scale: f32 decode scale used as given (shape () or rank of x with trailing 1); or None: amax of the valid
-        rows (and of all devices of `axis_name`) / 2688, / 1536 with four-over-six; "per_token": the same for each row;
-        "per_expert": over the last two axes. amax 0 gives 1; computed scales are clamped to [2^-100, 2^100].
-      masked_m: i32 [E] for x [E, M, K]: only rows below masked_m[e] are valid.
-      axis_name: mesh axis to take the maximum over; only with global_scale=None.
-      return_stats: also return `QuantStats`, per expert if `masked_m` or a per-expert scale is given.
-      checked: `checkify.check` that scales are in range and valid inputs finite (an eager call throws by itself).
+      x: bf16, f16 or f32 [..., K]; K is a multiple of 16.
+      global_scale: an f32 decode scale to use as it is, of shape () or of the rank of x with a trailing 1; or a way to
+        compute it as amax / 2688 (amax / 1536 with four-over-six). None: one scale, from amax over all valid rows.
+        "per_token": one scale per row. "per_expert": one scale per matrix of the last two axes, [..., 1, 1]. Where amax
+        is 0 the scale is 1. Computed scales are clamped to [2^-100, 2^100].
+      masked_m: i32 [E] for x [E, M, K]: only the first masked_m[e] rows of expert e are valid. None: all rows are.
+      axis_name: with global_scale=None inside shard_map: the mesh axis over whose devices amax is taken.
+      dialect: whose rounding to reproduce: "exact", "modelopt" or "compressed_tensors".
+      four_over_six: try the block scales amax/6 and amax/4 for every block and keep the one with the smaller squared
+        error, amax/6 on a tie. Needs dialect "exact".
+      return_stats: also return `QuantStats`; its counters are per expert where x is [E, M, K] and comes with `masked_m`
+        or with scales [E, 1, 1].
+      checked: use `checkify.check` to assert that global scales are in range and valid inputs finite. An eager call
+        raises the error by itself; a traced function needs `checkify.checkify` around it.
+      implementation: "xla", "mosaic_gpu", or None for the best one (`implementations.run_implementation`).
+
+    Returns:
+      The NVFP4Tensor of the shape of x; with `return_stats` the pair (NVFP4Tensor, QuantStats).
 
     Raises:
-      ValueError, TypeError: shapes, dtypes, options or a concrete global scale outside [2^-100, 2^100].
+      ValueError, TypeError: shapes, dtypes or options do not fit, or a concrete global scale is outside
+        [2^-100, 2^100].
+      NotImplementedError: implementation "mosaic_gpu" was named and cannot serve the call.
     """
     _check_quantize_args(x, global_scale, masked_m, axis_name, dialect, four_over_six)
     valid = None if masked_m is None else valid_rows(masked_m, x.shape[1])[..., None]
     per_token = isinstance(global_scale, str) and global_scale == "per_token"
-    divisor = np.float32(_AMAX_DIVISOR_FOUR_OVER_SIX if four_over_six else _AMAX_DIVISOR)
+    divisor = np.float32(AMAX_DIVISOR_FOUR_OVER_SIX if four_over_six else AMAX_DIVISOR)
     if global_scale is None or isinstance(global_scale, str):
-        amax = _valid_amax(flush_subnormals(x.astype(jnp.float32)), valid, global_scale, axis_name)
-        scale = _scale_from(amax, lambda a: div_rn(a, divisor))
-        encode_scale = _scale_from(amax, lambda a: div_rn(divisor, a))
+        amax = amax_of_valid(flush_subnormals(x.astype(jnp.float32)), valid, global_scale, axis_name)
+        scale = scale_from(amax, lambda a: div_rn(a, divisor))
+        encode_scale = scale_from(amax, lambda a: div_rn(divisor, a))
     else:
         scale = as_scale(global_scale, x.shape)
         encode_scale = div_rn(np.float32(1), scale)
@@ -199,55 +231,31 @@ def quantize(
 
 
 def valid_rows(masked_m: Int[Array, " e"], rows: int) -> Bool[Array, "e m"]:
-    """Of a masked layout [E, M, ..] with M = `rows`: which rows are valid."""
+    """Returns a mask [E, M] with M = `rows`: row m of expert e in a masked layout is valid if m < masked_m[e]."""
     counts = jnp.asarray(masked_m)[:, None]
     return jnp.arange(rows, dtype=counts.dtype)[None, :] < counts
 
 
 def dequantize(t: NVFP4Tensor, dtype: Any = jnp.bfloat16) -> Float[Array, "..."]:
-    """code x block_scale (exact) x global_scale in f32, then one rounding to `dtype`; shape [..., K]."""
+    """Decodes t to an array [..., K]: (code x block_scale) x global_scale in f32, then one rounding to `dtype`."""
     check_type("dequantize: t", t, NVFP4Tensor, "`quantize` makes one of an array, `unpack_weights` of PackedWeights")
     t.validate()
     return (decode_blocks(t.qdata, t.block_scale, jnp.float32) * t.global_scale).astype(dtype)
 
 
-def decode_blocks(
-    qdata: UInt8[Array, "... half_k"], block_scale: Float[Array, "... blocks"], dtype: Any = jnp.bfloat16
-) -> Float[Array, "..."]:
-    """code x block_scale [..., K] without the global scale: exact in bf16, f16 and f32 (6 significant bits at most)."""
-    codes = unpack(qdata)
-    # Twice the magnitude, branch-free: 0 1 2 3 4 6 8 12 for m = 0..7.
-    m = (codes & 7).astype(jnp.int32)
-    doubled = m + jnp.maximum(m - 4, 0) + 2 * jnp.maximum(m - 6, 0)
-    magnitude = lax.bitcast_convert_type(doubled.astype(jnp.float32) * 0.5, jnp.uint32)
-    value = lax.bitcast_convert_type(magnitude | ((codes >> 3).astype(jnp.uint32) << 31), jnp.float32)
-    blocks = value.reshape(*block_scale.shape, BLOCK_SIZE) * block_scale.astype(jnp.float32)[..., None]
-    return blocks.reshape(codes.shape).astype(dtype)
-
-
-def unpack(qdata: UInt8[Array, "... half_k"]) -> UInt8[Array, "..."]:
-    """Packed bytes [..., K/2] -> one code (0..15) per byte [..., K], the low nibble first."""
-    return jnp.stack([qdata & 0xF, qdata >> 4], axis=-1).reshape(*qdata.shape[:-1], 2 * qdata.shape[-1])
-
-
-def pack_codes(codes: UInt8[Array, "... k"]) -> UInt8[Array, "..."]:
-    """Inverse of `unpack`."""
-    return codes[..., 0::2] | (codes[..., 1::2] << 4)
-
-
 def _quantize_xla(x, masked_m, scale, encode_scale, *, dialect, four_over_six, return_stats):
-    """-> NVFP4Tensor; with `return_stats` also (amax of each block, the block scales before clipping and rounding)."""
-    del masked_m  # invalid rows may hold anything
+    """Returns the NVFP4Tensor; with `return_stats` also (amax per block, block scales before clipping and rounding)."""
+    del masked_m  # rows that are not valid may hold anything, so they are quantized too
     x32 = flush_subnormals(x.astype(jnp.float32))
     blocks = x32.reshape(*x.shape[:-1], x.shape[-1] // BLOCK_SIZE, BLOCK_SIZE)
     block_amax = largest_magnitude(blocks, axis=-1)
-    block_amax = jnp.where(block_amax <= _F32_MAX, block_amax, np.float32(np.nan))  # and with it the block's scale
+    block_amax = jnp.where(block_amax <= F32_MAX, block_amax, np.float32(np.nan))  # Inf counts as NaN
     if dialect == "exact":
-        codes, block_scale, raw = _encode_exact(blocks, block_amax, scale, four_over_six)
+        codes, block_scale, raw = encode_exact(blocks, block_amax, scale, four_over_six)
     elif dialect == "modelopt":
-        codes, block_scale, raw = _encode_modelopt(blocks, block_amax, scale)
+        codes, block_scale, raw = encode_modelopt(blocks, block_amax, scale)
     else:
-        codes, block_scale, raw = _encode_compressed_tensors(blocks, block_amax, encode_scale)
+        codes, block_scale, raw = encode_compressed_tensors(blocks, block_amax, encode_scale)
     codes = jnp.where(jnp.isnan(block_amax)[..., None], jnp.zeros_like(codes), codes)
     quantized = NVFP4Tensor(pack_codes(codes.reshape(x.shape)), block_scale, scale)
     return (quantized, (block_amax, raw)) if return_stats else quantized
@@ -255,125 +263,18 @@ def _quantize_xla(x, masked_m, scale, encode_scale, *, dialect, four_over_six, r
 
 def _quantize_kernel(x, masked_m, scale, encode_scale, *, per_token, four_over_six):
     del encode_scale
-    given = "per_token" if per_token else scale  # per token: computed in the same pass over x
+    given = "per_token" if per_token else scale  # the kernel computes scales per token itself, in its one pass over x
     qdata, block_scale, row_scale = quantize_kernel.quantize(x, given, masked_m, four_over_six=four_over_six)
     return NVFP4Tensor(qdata, block_scale, row_scale if per_token else scale)
 
 
 def _kernel_problem(x, global_scale, masked_m, dialect, return_stats):
-    """None, or why the GPU kernel cannot serve this call."""
+    """Returns None if the GPU kernel can serve this call, else the reason why not."""
     if dialect != "exact":
         return f"dialect={dialect!r}; the kernel has 'exact' only"
     if return_stats:
         return "return_stats=True; the kernel does not count"
     return quantize_kernel.check_config(x, global_scale, masked_m)
-
-
-# --- the dialects: blocks f32 [..., Kb, 16] -> codes u8, e4m3 scales, and the scales before clipping and rounding ---
-
-
-def _encode_exact(blocks, block_amax, scale, four_over_six):
-    gs = div_rn(np.float32(1), scale)
-    inverse = div_rn(np.float32(1), gs)
-
-    def candidate(reciprocal):
-        raw = block_amax * (gs * np.float32(reciprocal))
-        block_scale = round_to_e4m3(raw)
-        multiplier = jnp.minimum(div_rn(np.float32(1), block_scale.astype(jnp.float32) * inverse), _F32_MAX)
-        multiplier = jnp.where(block_amax == 0, np.float32(0), multiplier)
-        return round_to_e2m1(blocks * multiplier[..., None]), block_scale, raw
-
-    six = candidate(1 / 6)
-    if not four_over_six:
-        return six
-    four = candidate(1 / 4)
-    four_wins = _squared_error(blocks, *four[:2], scale) < _squared_error(blocks, *six[:2], scale)
-    codes = jnp.where(four_wins[..., None], four[0], six[0])
-    return codes, jnp.where(four_wins, four[1], six[1]), jnp.where(four_wins, four[2], six[2])
-
-
-def _encode_modelopt(blocks, block_amax, scale):
-    raw = div_rn(block_amax, jnp.broadcast_to(np.float32(6) * scale, block_amax.shape))
-    block_scale = round_to_e4m3(jnp.maximum(raw, 2.0**-9))
-    block_scale = jnp.where(block_amax == 0, jnp.ones_like(block_scale), block_scale)
-    divisor = block_scale.astype(jnp.float32) * scale
-    return _sign_of_input(round_to_e2m1(div_rn(blocks, divisor[..., None])), blocks), block_scale, raw
-
-
-def _encode_compressed_tensors(blocks, block_amax, gs):
-    raw = gs * div_rn(block_amax, np.float32(6))
-    block_scale = round_to_e4m3(raw)
-    block_scale = jnp.where(block_scale == 0, jnp.full_like(block_scale, 0.125), block_scale)
-    divisor = div_rn(block_scale.astype(jnp.float32), jnp.broadcast_to(gs, block_scale.shape))
-    return _sign_of_input(round_to_e2m1(div_rn(blocks, divisor[..., None])), blocks), block_scale, raw
-
-
-def _sign_of_input(codes, blocks):
-    """Both tools set the sign where x < 0: an input of -0 gets code 0, a negative that rounds to zero keeps code 8."""
-    return jnp.where(blocks < 0, codes, codes & 7)
-
-
-def _squared_error(blocks, codes, block_scale, scale):
-    """Sum of (x - value)^2 per block in f32, halves added pairwise 16-8-4-2-1."""
-    value = decode_blocks(pack_codes(codes.reshape(*codes.shape[:-2], -1)), block_scale, jnp.float32) * scale
-    # The barriers keep XLA from contracting product and sum into one FMA, which would change the last bit. CPUs flush
-    # subnormal errors and squares, GPUs do not: flush them everywhere.
-    error = flush_subnormals(blocks - lax.optimization_barrier(value).reshape(blocks.shape))
-    total = flush_subnormals(lax.optimization_barrier(error * error))
-    while total.shape[-1] > 1:
-        half = total.shape[-1] // 2
-        total = total[..., :half] + total[..., half:]
-    return total[..., 0]
-
-
-# --- global scales, counters, argument checks ---
-
-
-def tensor_scale(x: Float[Array, "..."], axis_name: str | None = None) -> Float[Array, ""]:
-    """The global scale that `quantize` computes for all of x, of all devices of `axis_name`, with global_scale=None."""
-    amax = _valid_amax(flush_subnormals(x.astype(jnp.float32)), None, None, axis_name)
-    return _scale_from(amax, lambda a: div_rn(a, np.float32(_AMAX_DIVISOR)))
-
-
-def _valid_amax(x32, valid, mode, axis_name):
-    magnitude = jnp.abs(x32)
-    use = jnp.isfinite(x32) if valid is None else jnp.isfinite(x32) & valid
-    axes = {None: None, "per_token": -1, "per_expert": (-2, -1)}[mode]
-    amax = jnp.max(jnp.where(use, magnitude, 0), axis=axes, keepdims=axes is not None, initial=0)
-    return amax if axis_name is None else lax.pmax(amax, axis_name)
-
-
-def _scale_from(amax, divide):
-    return jnp.where(amax == 0, np.float32(1), jnp.clip(divide(amax), *map(np.float32, GLOBAL_SCALE_RANGE)))
-
-
-def as_scale(global_scale: Any, shape: tuple[int, ...]) -> Float[Array, "..."]:
-    """A given global scale as f32, checked against a tensor of `shape`; concrete values must be in range."""
-    if not isinstance(global_scale, int | float):
-        check_array("quantize: global_scale", global_scale)
-    scale = jnp.asarray(global_scale)
-    if not jnp.issubdtype(scale.dtype, jnp.floating):
-        raise TypeError(f"quantize: global_scale must be float32, got {scale.dtype}")
-    check_scale_shape("quantize: global_scale", scale.shape, shape)
-    if not isinstance(scale, jax.core.Tracer):
-        values, (low, high) = np.asarray(scale, np.float64), GLOBAL_SCALE_RANGE
-        fits = (values >= low) & (values <= high)
-        if scale.ndim > 1 and scale.shape[-2] > 1:  # one for every row: those of pads may be NaN
-            fits |= np.isnan(values)
-        bad = values[~fits]
-        if bad.size:
-            raise ValueError(f"quantize: global_scale {bad.flat[0]} (shape {scale.shape}) is outside [2^-100, 2^100]")
-    return scale.astype(jnp.float32)
-
-
-def check_scale_shape(name: str, scale_shape: tuple[int, ...], shape: tuple[int, ...]) -> None:
-    """Raises ValueError unless a scale of `scale_shape` is () or broadcasts over the rows of a tensor of `shape`."""
-    fits = len(scale_shape) == len(shape) and scale_shape[-1] == 1
-    fits = fits and all(s in (1, d) for s, d in zip(scale_shape[:-1], shape[:-1], strict=True))
-    if scale_shape != () and not fits:
-        raise ValueError(
-            f"{name} must have shape () or {(*shape[:-1], 1)} (or 1 in place of an axis), got {scale_shape}"
-        )
 
 
 def _count(x, block_amax, raw, valid, axes):

@@ -1,6 +1,6 @@
-"""What a public op says to an argument of the wrong kind: what was given, and what to do.
+"""Checks of the arguments of public ops. Their errors say what was given and what to do instead.
 
-Types are checked by hand, as users run without a type checker; shapes are left to the ops.
+Types are checked at run time because most users run no type checker. Most shapes are checked by the ops themselves.
 """
 
 import dataclasses
@@ -24,9 +24,10 @@ _REMEDIES = {
 
 
 def described(value: Any) -> str:
-    """One line that fetches nothing from a device: dtype and shape of an array, length of a container, else the type.
+    """Describes a value in one line, for errors, without fetching anything from a device.
 
-    Of None and of a PartitionSpec it is the value itself.
+    The line shows dtype and shape of an array, type and length of a list, tuple or dict, the `repr` of None, of a
+    PartitionSpec and of this library's tensors, and the type of everything else.
     """
     if value is None or isinstance(value, PartitionSpec):
         return repr(value)
@@ -40,14 +41,17 @@ def described(value: Any) -> str:
 
 
 def is_array(value: Any) -> bool:
-    """Whether this has a dtype and a shape, as arrays, tracers and `jax.ShapeDtypeStruct` do."""
+    """Whether the value has a dtype and a shape, as arrays, tracers and `jax.ShapeDtypeStruct` do."""
     return hasattr(value, "dtype") and isinstance(getattr(value, "shape", None), tuple)
 
 
 def check_array(name: str, value: Any, kind: Any = None) -> None:
-    """Raises TypeError unless `value` is an array: JAX's, numpy's or what JAX takes for one.
+    """Raises TypeError unless `value` is an array of JAX or numpy, or has `__jax_array__`.
 
-    kind: `jnp.floating` or `jnp.integer`, which the dtype must be then.
+    Args:
+      name: the name of the argument, for the error.
+      value: the argument.
+      kind: `jnp.floating` or `jnp.integer`, the kind that the dtype must be of; None: any.
     """
     if not (isinstance(value, jax.Array | np.ndarray | np.generic) or hasattr(value, "__jax_array__")):
         raise TypeError(f"{name} must be an array, got {described(value)}{_REMEDIES.get(type(value).__name__, '')}")
@@ -57,13 +61,13 @@ def check_array(name: str, value: Any, kind: Any = None) -> None:
 
 
 def check_type(name: str, value: Any, wanted: type, remedy: str) -> None:
-    """Raises TypeError unless `value` is of the type; remedy: how one makes such a value."""
+    """Raises TypeError unless `value` is of type `wanted`; `remedy` tells the user how to make such a value."""
     if not isinstance(value, wanted):
         raise TypeError(f"{name} must be of type {wanted.__name__}, got {described(value)}; {remedy}")
 
 
 def check_routes(op: str, tokens: int, topk_ids: Any, topk_weights: Any = None) -> None:
-    """Raises TypeError or ValueError unless ids, and weights where there are any, are [T, k] for that many tokens."""
+    """Raises TypeError or ValueError unless topk_ids, and topk_weights if given, are [T, k] with T = `tokens`."""
     check_array(f"{op}: topk_ids", topk_ids)
     if topk_ids.ndim != 2 or topk_ids.shape[0] != tokens or topk_ids.shape[1] < 1:
         raise ValueError(f"{op}: topk_ids must be [T, k] with T = {tokens} and k >= 1, got {topk_ids.shape}")
@@ -79,10 +83,10 @@ def check_routes(op: str, tokens: int, topk_ids: Any, topk_weights: Any = None) 
 
 
 def axis_size(op: str, axis_name: Any) -> int:
-    """How many devices there are along a mesh axis of the surrounding `jax.shard_map`.
+    """Returns the number of devices along a mesh axis of the surrounding `jax.shard_map`.
 
     Raises:
-      ValueError: there is no such axis, or no shard_map; the message names the axes that there are.
+      ValueError: there is no shard_map, or it has no such axis; the message then names its axes.
     """
     try:
         return lax.axis_size(axis_name)
@@ -97,9 +101,9 @@ def axis_size(op: str, axis_name: Any) -> int:
 
 
 def check_unsharded(op: str, *operands: Any) -> None:
-    """Raises ValueError if an operand (pytrees of arrays) is sharded over Explicit mesh axes, outside of shard_map.
+    """Raises ValueError if an array in `operands` (pytrees) is sharded over Explicit mesh axes outside shard_map.
 
-    For ops that move rows between experts: JAX asks for the sharding of every step of theirs then.
+    Ops that move rows between experts call it: for Explicit axes JAX would ask for a sharding of each of their steps.
     """
     for leaf in jax.tree.leaves(operands):
         spec = jax.typeof(leaf).sharding.spec
@@ -111,9 +115,10 @@ def check_unsharded(op: str, *operands: Any) -> None:
 
 
 def summary(tensor: Any, what: str, *shown: str) -> str:
-    """`repr` of a dataclass of arrays in one line: shape, what it is, shapes of the fields `shown`, bytes.
+    """Returns the `repr` of a dataclass of arrays in one line, without fetching anything from a device.
 
-    Nothing is fetched from a device. Where fields are not arrays (specs, None), each is described instead.
+    The line shows the shape, `what` the tensor is, the shapes of the fields named in `shown`, and the size in memory.
+    If a field is no array (a spec or None), the line describes every field instead.
     """
     fields = {field.name: getattr(tensor, field.name) for field in dataclasses.fields(tensor)}
     name = type(tensor).__name__
@@ -127,7 +132,7 @@ def summary(tensor: Any, what: str, *shown: str) -> str:
 
 
 def size_text(size: int) -> str:
-    """Bytes below 10 kB, else MB (10^6) or GB (10^9)."""
+    """Formats a size: in bytes below 10^4, in MB (10^6) below 10^9, else in GB (10^9)."""
     if size < 10**4:
         return f"{size} bytes"
     return f"{size / 10**6:.2f} MB" if size < 10**9 else f"{size / 10**9:.2f} GB"

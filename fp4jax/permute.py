@@ -1,8 +1,9 @@
-"""Token-major rows -> expert-major layouts and back, within one device.
+"""Permute token rows to an expert-major layout and back, within one device.
 
-Row order is stable: token order, then slot order. A route (token, slot) is dropped, counted and marked -1 in `row_map`
-when its id is out of range or its expert is full; an id of -1 means "not here" and is skipped without counting. Rows
-that no route fills may hold anything; only scale pads of the swizzled layout, which hardware reads, are zero.
+The rows of an expert are in token order, then slot order. A route (token, slot) whose id is -1 has no expert on this
+device and is skipped. A route whose id is out of range, or whose expert is full, is dropped and counted. Both get -1 in
+`row_map`. Rows that no route fills may hold anything. Only the scale pads of the swizzled layout are zero, because
+hardware reads them.
 """
 
 from typing import NamedTuple
@@ -21,14 +22,18 @@ from pallas_kernels.rows import permute as permute_kernels
 
 
 class Permuted(NamedTuple):
-    """The masked layout: rows of expert e are x[e, :masked_m[e]].
+    """Rows in the masked layout: the valid rows of expert e are x[e, :masked_m[e]].
 
-    x: an array [E, M, Hx], or an NVFP4Tensor [E, M, H] where one was given (global scale () or [E, M, 1]).
-    scales: block scales [E, M, S], [E, S, M] or swizzled, where they were given apart and not decoded, else None.
-    row_scale: f32 [E, M, 1] where it was given, or the global scale of an NVFP4Tensor that was decoded, else None.
-    masked_m: i32 [E], the valid rows per expert.
-    row_map: i32 [T, k], e * M + row of each route, or -1.
-    dropped: i32 [], routes with a bad id or beyond the capacity.
+    Attributes:
+      x: an NVFP4Tensor [E, M, H] with global scale () or [E, M, 1] if x was one and decode=False, else an array
+        [E, M, Hx].
+      scales: the block scales of an array x, [E, M, S], [E, S, M] or swizzled; None if x had none, was decoded, or is
+        an NVFP4Tensor.
+      row_scale: f32 [E, M, 1], the moved `row_scale`; the global scale, () or [E, M, 1], of an NVFP4Tensor that was
+        decoded; else None.
+      masked_m: i32 [E], the number of valid rows per expert.
+      row_map: i32 [T, k], e * M + row of each route, or -1.
+      dropped: i32 (), the number of routes with a bad id or beyond the capacity.
     """
 
     x: Shaped[Array, "e m hx"] | NVFP4Tensor
@@ -40,11 +45,17 @@ class Permuted(NamedTuple):
 
 
 class PermutedContiguous(NamedTuple):
-    """The contiguous layout: rows sorted by expert; rows at or beyond sum(group_sizes) are pads.
+    """Rows in the contiguous layout: sorted by expert; rows at or beyond sum(group_sizes) are pads.
 
-    The fields are those of `Permuted` without the axis of experts: x [rows, Hx] or an NVFP4Tensor [rows, H]; scales
-    [rows, S], [S, rows] or swizzled; row_scale [rows, 1] or (); group_sizes i32 [E], the rows per expert; row_map
-    i32 [T, k], the row of each route, or -1; dropped i32 [].
+    Attributes:
+      x: an NVFP4Tensor [rows, H] with global scale () or [rows, 1] if x was one and decode=False, else an array
+        [rows, Hx].
+      scales: the block scales of an array x, [rows, S], [S, rows] or swizzled; None as in `Permuted`.
+      row_scale: f32 [rows, 1], the moved `row_scale`; the global scale, () or [rows, 1], of an NVFP4Tensor that was
+        decoded; else None.
+      group_sizes: i32 [E], the number of valid rows per expert.
+      row_map: i32 [T, k], the row of each route, or -1.
+      dropped: i32 (), the number of routes with a bad id or beyond `num_rows`.
     """
 
     x: Shaped[Array, "rows hx"] | NVFP4Tensor
@@ -68,23 +79,27 @@ def permute_to_masked(
     checked: bool = False,
     implementation: Implementation | None = None,
 ) -> Permuted:
-    """Copies every routed row of x (and its scales, untouched) to [expert, row]: at most `capacity` rows per expert.
+    """Copies the row of every route, with its scales, to its expert in the masked layout [E, M, ...].
 
     Args:
-      x: an NVFP4Tensor [T, H], global scale () or [T, 1]; or an array, e4m3, bf16, ... [T, H] or NVFP4 codes u8
-        [T, H/2], with its block scales in `scales`.
-      scales: block scales [T, S] of an array x; None where x has none or is an NVFP4Tensor.
-      topk_ids: expert of each route, 0 <= id < num_experts; -1 = not here. Any k >= 1.
-      row_scale: f32 [T, 1] for an array x, copied along; an NVFP4Tensor carries its own.
-      num_experts: experts of this device (E).
+      x: an NVFP4Tensor [T, H] with global scale () or [T, 1]; or an array [T, Hx] of any dtype, such as bf16 or e4m3
+        [T, H] or NVFP4 codes u8 [T, H/2].
+      scales: the block scales [T, S] of an array x; None if x has none or is an NVFP4Tensor.
+      topk_ids: i32 or i64 [T, k], the expert of each route, 0 <= id < num_experts; -1 = not here. Any k >= 1.
+      row_scale: f32 [T, 1], a scale per row of an array x, which is copied with the row. An NVFP4Tensor carries its
+        own.
+      num_experts: the number of experts on this device (E).
       capacity: rows per expert (M).
-      scale_layout: layout of the returned `scales`: "linear", "m_major" or "swizzled" (one byte per scale). An
-        NVFP4Tensor stays linear.
-      decode: return NVFP4 rows as bf16 code x block_scale, which is exact, and their global scale as `row_scale`.
-      checked: `checkify.check` that no id is out of range and nothing overflows.
+      scale_layout: the layout of the returned `scales`: "linear", "m_major" or "swizzled" (one-byte scales only). The
+        scales of an NVFP4Tensor stay linear.
+      decode: return NVFP4 rows as bf16 code x block_scale, which is exact, and the global scale of an NVFP4Tensor as
+        `row_scale`.
+      checked: use `checkify.check` to assert that no id is out of range and no expert overflows.
+      implementation: "xla", "mosaic_gpu", or None for the best one (`implementations.run_implementation`).
 
     Raises:
-      ValueError, TypeError: shapes, dtypes or options that do not fit.
+      ValueError, TypeError: shapes, dtypes or options do not fit.
+      NotImplementedError: implementation "mosaic_gpu" was named and cannot serve the call.
     """
     _check_args("permute_to_masked", x, scales, topk_ids, row_scale, num_experts, scale_layout, decode)
     parts = _parts(x, scales, row_scale)
@@ -111,10 +126,15 @@ def permute_to_contiguous(
     checked: bool = False,
     implementation: Implementation | None = None,
 ) -> PermutedContiguous:
-    """The same rows back to back, sorted by expert: no capacity per expert, `num_rows` in all (None: T*k, never full).
+    """Copies the row of every route, with its scales, to the contiguous layout [rows, ...], sorted by expert.
 
-    With fewer rows the routes of the last experts that do not fit are dropped and counted. Other arguments and errors
-    as in `permute_to_masked`.
+    Experts have no capacity of their own.
+
+    Args:
+      num_rows: rows of the result. None: T * k, which every batch fits into. Where there are fewer rows than routes,
+        the routes that come last in the order of experts are dropped and counted.
+
+    All other arguments, and the errors, are those of `permute_to_masked`.
     """
     _check_args("permute_to_contiguous", x, scales, topk_ids, row_scale, num_experts, scale_layout, decode)
     parts = _parts(x, scales, row_scale)
@@ -136,10 +156,25 @@ def depermute_combine(
     *,
     implementation: Implementation | None = None,
 ) -> Float[Array, "t h"]:
-    """out[t] = cast(sum over slots j in order, row_map[t, j] >= 0, of f32(y[row_map[t, j]]) * topk_weights[t, j]).
+    """Sums the weighted expert rows of every token, in slot order.
 
-    y: [E, M, H] or [rows, H]. Each product is rounded to f32 before it is added and the sum is rounded once to y's
-    dtype. A slot of -1 adds exactly nothing, whatever its weight; a token without slots is zero.
+        out[t] = cast(sum over the slots j with row_map[t, j] >= 0 of f32(y[row_map[t, j]]) * topk_weights[t, j])
+
+    Each product is rounded to f32 before it is added, and the sum is rounded once to y's dtype. A slot with row_map -1
+    adds exactly nothing, even if its weight is NaN. A token with no other slots becomes zero.
+
+    Args:
+      y: floating-point [E, M, H] or [rows, H], the rows of the experts.
+      row_map: integer [T, k], the row of each route in y.reshape(-1, H), or -1.
+      topk_weights: floating-point [T, k].
+      implementation: "xla", "mosaic_gpu", or None for the best one (`implementations.run_implementation`).
+
+    Returns:
+      The tokens [T, H] in y's dtype.
+
+    Raises:
+      ValueError, TypeError: shapes or dtypes do not fit.
+      NotImplementedError: implementation "mosaic_gpu" was named and cannot serve the call.
     """
     op = "depermute_combine"
     check_array(f"{op}: y", y, jnp.floating)
@@ -175,7 +210,7 @@ def _combine_xla(rows, row_map, topk_weights):
 
 
 def _parts(x, scales, row_scale):
-    """What is moved of each row; a global scale that all rows share stays where it is."""
+    """Returns the arrays that move row by row. A global scale that all rows share does not move."""
     if not isinstance(x, NVFP4Tensor):
         return Rows(x, scales, row_scale)
     own_scale = None if x.global_scale.ndim == 0 else jnp.broadcast_to(x.global_scale, (x.shape[0], 1))
@@ -183,7 +218,7 @@ def _parts(x, scales, row_scale):
 
 
 def _whole(rows, x, decode):
-    """Moved parts as the op returns them: of an NVFP4Tensor again one, or its values and its global scale."""
+    """Returns moved rows in the form of x: an NVFP4Tensor, or with `decode` its values and its global scale."""
     if not isinstance(x, NVFP4Tensor):
         return rows
     global_scale = x.global_scale if rows.row_scale is None else rows.row_scale

@@ -1,4 +1,4 @@
-"""The rows of all experts, gathered by XLA or scattered by kernels: what `permute` does once arguments are checked."""
+"""Moves rows to their experts, for `permute`, which checks the arguments. XLA gathers rows, kernels scatter them."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -9,12 +9,18 @@ from jaxtyping import Array, Int
 
 from fp4jax import scale_layout as scale_layouts
 from fp4jax.implementations import Call, Implementation, run_implementation
-from fp4jax.nvfp4 import decode_blocks
+from fp4jax.nvfp4_codes import decode_blocks
 from pallas_kernels.rows import permute as permute_kernels, route_metadata as metadata_kernels
 
 
 class Rows(NamedTuple):
-    """The parts of rows: x, its block scales and a scale per row, the latter two None where there are none."""
+    """The arrays that together hold rows.
+
+    Attributes:
+      x: values or NVFP4 codes; in the result of `permute._whole` also an NVFP4Tensor.
+      scales: block scales, or None if the rows have none.
+      row_scale: one f32 scale per row, or None if the rows have none.
+    """
 
     x: Any
     scales: jax.Array | None
@@ -23,7 +29,15 @@ class Rows(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Where rows go: `capacity` rows per expert (masked), or None for `num_rows` back to back (contiguous)."""
+    """The layout that rows are moved to.
+
+    Attributes:
+      num_experts: experts on this device (E).
+      capacity: rows per expert in the masked layout; None: the layout is contiguous.
+      num_rows: rows of all experts together.
+      scale_layout: the layout of the moved block scales.
+      decode: whether NVFP4 rows become bf16 on the way.
+    """
 
     num_experts: int
     capacity: int | None
@@ -35,9 +49,18 @@ class Target:
 def permute_rows(
     op: str, implementation: Implementation | None, parts: Rows, topk_ids: Int[Array, "t k"], target: Target
 ) -> tuple[Rows, Int[Array, " e"], Int[Array, ""], Int[Array, "t k"]]:
-    """Moves rows to their experts -> parts in the target's shapes, filled rows per expert, dropped routes, row_map.
+    """Moves the row of every route to its expert.
 
-    Arguments as `permute.permute_to_masked` and `permute_to_contiguous` check them; `op` is the name in errors.
+    Args:
+      op: the name of the public op, for errors.
+      implementation: as in `permute.permute_to_masked`.
+      parts: the arrays of the tokens' rows, [T, n] each.
+      topk_ids: the expert of each route; -1 = not here.
+      target: the layout to move them to.
+
+    Returns:
+      The moved parts, the number of filled rows per expert i32 [E], the number of dropped routes i32 (), and row_map
+      i32 [T, k].
     """
     rows, counts, filled, bad, row_map = run_implementation(
         op,
@@ -74,7 +97,7 @@ def _permute_kernels(x, scales, topk_ids, row_scale, *, target):
         if row_scale is not None:
             rows = rows._replace(row_scale=permute_kernels.scatter_rows([row_scale], meta.row_map, target.num_rows)[0])
     else:
-        leaves, structure = jax.tree.flatten(Rows(x, None if arrange else scales, row_scale))  # without the Nones
+        leaves, structure = jax.tree.flatten(Rows(x, None if arrange else scales, row_scale))  # without None fields
         rows = jax.tree.unflatten(structure, permute_kernels.scatter_rows(leaves, meta.row_map, target.num_rows))
     rows = _per_expert(rows, target)
     if arrange:
@@ -96,7 +119,11 @@ def _per_expert(rows, target):
 
 
 def _rank_in_expert(topk_ids, num_experts):
-    """-> per route (flattened): its expert (E = none) and its stable rank within it; per expert its routes; bad ids."""
+    """Ranks the T*k routes within their experts, in token order, then slot order.
+
+    Returns per route its expert (E for a route with none) and its rank; per expert its number of routes; and the number
+    of ids that are out of range.
+    """
     ids = topk_ids.reshape(-1)
     here = (ids >= 0) & (ids < num_experts)
     group = jnp.where(here, ids, num_experts).astype(jnp.int32)
@@ -111,7 +138,7 @@ def _rank_in_expert(topk_ids, num_experts):
 def _gather_rows(x, scales, row_scale, row_map, num_rows, decode):
     tokens, slots = row_map.shape
     token = jnp.repeat(jnp.arange(tokens, dtype=jnp.int32), slots)
-    # A dropped route points beyond the last row, where the scatter ignores it.
+    # A route without a row gets the index num_rows, beyond the last row, which the scatter ignores.
     target = jnp.where(row_map < 0, num_rows, row_map).reshape(-1)
     source = jnp.full(num_rows, -1, jnp.int32).at[target].set(token, mode="drop")
 
@@ -129,7 +156,7 @@ def _gather_rows(x, scales, row_scale, row_map, num_rows, decode):
 
 
 def _kernel_problem(x, scales, topk_ids, row_scale, target):
-    """None, or why the GPU kernels cannot serve this call."""
+    """Returns None if the GPU kernels can serve this call, else the reason why not."""
     arranged = scales is not None and target.scale_layout != "linear" and not target.decode
     if arranged and scales.dtype.itemsize != 1:
         return f"scale_layout={target.scale_layout!r} of {scales.dtype} scales; the kernel lays out one-byte scales"

@@ -1,8 +1,8 @@
-"""Router logits -> which experts a token visits, and with what weight.
+"""Routing: from router logits to the experts that a token visits, and their weights.
 
     scores = softmax(logits) or sigmoid(logits);  ids = top_k(scores + bias);  weights = scores[ids] (/ sum) * factor
 
-Everything is float32. Ties go to the lower expert index, so that routing is the same on every device.
+All arithmetic is float32. Ties go to the lower expert index, so that routing is the same on every device.
 """
 
 from typing import Literal, NamedTuple, get_args
@@ -23,7 +23,12 @@ _SCORES_PER_GROUP = 2
 
 
 class Routing(NamedTuple):
-    """Experts of every token and their weights, best expert first."""
+    """The k experts of every token, best first.
+
+    Attributes:
+      topk_ids: i32 [T, k], experts.
+      topk_weights: f32 [T, k], their weights.
+    """
 
     topk_ids: Int[Array, "T k"]
     topk_weights: Float[Array, "T k"]
@@ -32,7 +37,7 @@ class Routing(NamedTuple):
 def check_routing(
     num_experts: int, *, top_k: int, scoring: str = "softmax", num_groups: int = 1, topk_groups: int = 1
 ) -> None:
-    """Raise ValueError, with the offending values, for a combination that `route` cannot serve."""
+    """Raises ValueError, with the offending values, if `route` cannot serve these arguments."""
     if scoring not in get_args(Scoring):
         raise ValueError(f"scoring must be one of {get_args(Scoring)}, got {scoring!r}")
     if num_groups < 1 or num_experts % num_groups:
@@ -58,17 +63,26 @@ def route(
     topk_groups: int = 1,
     routed_scaling_factor: float = 1.0,
 ) -> Routing:
-    """Choose `top_k` experts per token: by score plus `correction_bias`; weights come from the score alone.
+    """Chooses `top_k` experts per token by score plus bias; the weights come from the scores without the bias.
 
-    Models: Qwen3 is softmax with `renormalize` = its `norm_topk_prob`; ERNIE-4.5 is softmax with a correction bias;
-    DeepSeek-V3 is sigmoid with a correction bias, groups and a scaling factor. With `num_groups > 1` only experts of
-    the `topk_groups` best groups can be chosen; a group counts as the sum of its two best biased scores.
-    `renormalize` divides the chosen weights by their sum, before `routed_scaling_factor` multiplies them.
+    Qwen3 uses softmax, with `renormalize` = its `norm_topk_prob`. ERNIE-4.5 uses softmax with a correction bias.
+    DeepSeek-V3 uses sigmoid with a correction bias, groups and a scaling factor.
 
-    A token one of whose scores is NaN goes to the first experts that can be chosen, with weights NaN.
+    If a score of a token is NaN, the token goes to the first experts that can be chosen, with weights NaN.
+
+    Args:
+      logits: floating-point [T, E].
+      top_k: experts per token (k).
+      scoring: how logits become scores: "softmax" over the experts, or "sigmoid".
+      renormalize: divide the chosen weights of a token by their sum.
+      correction_bias: [E], added to the scores for the choice only; None: no bias.
+      num_groups: cut the experts into this many groups of neighbours, and rank a group by the sum of its two best
+        biased scores. 1: no groups.
+      topk_groups: only experts of this many best groups can be chosen.
+      routed_scaling_factor: factor on the weights, applied after `renormalize`.
 
     Raises:
-      ValueError: for impossible counts, an unknown scoring, or a bias that does not fit the logits.
+      TypeError, ValueError: impossible counts, an unknown scoring, or arrays that do not fit.
     """
     check_array("route: logits", logits, jnp.floating)
     if logits.ndim != 2:
@@ -82,7 +96,8 @@ def route(
     logits = logits.astype(jnp.float32)
     scores = jax.nn.softmax(logits, axis=-1) if scoring == "softmax" else jax.nn.sigmoid(logits)
     choice = scores if correction_bias is None else scores + correction_bias.astype(jnp.float32)[None, :]
-    # How NaN compares depends on the device: no choice is left to it, and no score beside it may hide it.
+    # How NaN compares depends on the device. A token with a NaN therefore chooses among equal values and gets the first
+    # experts, and all its weights become NaN below, so that its finite scores do not hide the NaN.
     spoiled = jnp.any(jnp.isnan(scores), axis=1, keepdims=True)
     choice = jnp.where(spoiled, jnp.zeros_like(choice), choice)
     if num_groups > 1:
@@ -96,7 +111,7 @@ def route(
 
 
 def _mask_groups(choice: jax.Array, num_groups: int, topk_groups: int) -> jax.Array:
-    """-inf for every expert outside the best groups (not 0: a biased score may be negative)."""
+    """Sets every expert outside the best groups to -inf; 0 would not do, as a biased score may be negative."""
     tokens, num_experts = choice.shape
     grouped = choice.reshape(tokens, num_groups, num_experts // num_groups)
     best, _ = jax.lax.top_k(grouped, min(_SCORES_PER_GROUP, grouped.shape[-1]))
@@ -108,10 +123,16 @@ def _mask_groups(choice: jax.Array, num_groups: int, topk_groups: int) -> jax.Ar
 def load_balance_loss(
     logits: Float[Array, "T E"], topk_ids: Int[Array, "T k"], *, scoring: Scoring = "softmax"
 ) -> Float[Array, ""]:
-    """E * sum_e(share of routes to e * mean score of e): 1 when experts are used evenly, E when one takes all.
+    """Returns E * sum over experts e of (share of routes to e) * (mean score of e), f32 ().
 
-    The auxiliary loss of Switch Transformers (arXiv:2101.03961, eq. 4) with k routes per token. Differentiable through
-    the scores; the shares are constants. Sigmoid scores are normalised over the experts first.
+    The loss is 1 when all experts are used evenly, and E when one expert takes every route with score 1. It is the
+    auxiliary loss of Switch Transformers (arXiv:2101.03961, eq. 4) for k routes per token. Gradients flow through the
+    scores; the shares are constants.
+
+    Args:
+      logits: floating-point [T, E].
+      topk_ids: integer [T, k], the experts that `route` chose.
+      scoring: as in `route`; sigmoid scores are first divided by their sum over the experts.
     """
     num_experts = logits.shape[1]
     logits = logits.astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""The expert layer on global arrays: experts and tokens split over the devices of a mesh."""
+"""The expert layer on global arrays, with experts and tokens split over the devices of a mesh."""
 
 import dataclasses
 from functools import partial
@@ -27,17 +27,27 @@ def sharded_moe_layer(
     mesh: Mesh,
     buffers: ReceiveBuffers | None = None,
 ) -> tuple[Float[Array, "t h"], MoEStats]:
-    """`moe_layer` on global arrays, tokens and experts split over the axis "ep" of a mesh; compiled once per shape.
+    """Runs `moe_layer` on global arrays whose tokens and experts are split over the axis "ep" of a mesh.
 
-    Any number of tokens: where it is no multiple of the devices, tokens that go to no expert fill up the last one.
+    The function is compiled once per combination of shapes, config and mesh. T may be any number: if R devices do not
+    divide it, tokens without experts fill it up to a multiple of R.
 
     Args:
-      weights: of all experts, E a multiple of the devices. To keep each expert on its device between calls, place them
+      x: bf16 or f32 [T, H].
+      topk_ids: i32 or i64 [T, k], ids of experts; -1 = no expert.
+      topk_weights: floating-point [T, k].
+      weights: all E experts; E is a multiple of R. To keep every expert on its device between calls, place the weights
         with `jax.device_put(weights, NamedSharding(mesh, PartitionSpec("ep")))`.
-      mesh: has the one axis "ep". `config.axis_name` may be None; here it is "ep".
+      config: how the experts run. Its `axis_name` may be None, and counts as "ep".
+      mesh: a mesh with the one axis "ep".
+      buffers: as in `moe_layer`.
+
+    Returns:
+      y [T, H] in the dtype of x, and `MoEStats` of all devices.
 
     Raises:
-      TypeError, ValueError: as `moe_layer`, and for a mesh with other axes or experts that it does not divide.
+      TypeError, ValueError: as `moe_layer`; also a mesh with other axes, or experts that do not divide by R.
+      NotImplementedError: as `moe_layer`.
     """
     mesh = expert_mesh(mesh)
     check_type("sharded_moe_layer: config", config, MoEConfig, "e.g. MoEConfig(num_experts=8)")
@@ -63,17 +73,17 @@ def _sharded(x, topk_ids, topk_weights, weights, buffers, *, config, mesh):
         mesh=mesh,
         in_specs=(P(EP_AXIS), P(EP_AXIS), P(EP_AXIS), by_expert, P(EP_AXIS)),
         out_specs=(P(EP_AXIS), MoEStats(*specs)),
-        check_vma=buffers is None,  # JAX knows no references that vary over a mesh
+        check_vma=buffers is None,  # JAX has no references that vary over a mesh axis
     )
     y, stats = sharded(*padded, weights, buffers)
     return y[:tokens], stats
 
 
 def expert_mesh(mesh: Mesh) -> Mesh:
-    """The mesh with Auto axes, which shard_map needs here; `jax.make_mesh` makes Explicit ones.
+    """Returns the mesh with an axis of type Auto, as this layer's shard_map needs; `jax.make_mesh` makes Explicit axes.
 
     Raises:
-      TypeError, ValueError: no mesh of devices, or other axes than the one named "ep".
+      TypeError, ValueError: the argument is no `jax.sharding.Mesh`, or its axes are not just "ep".
     """
     check_type("mesh", mesh, Mesh, f"`jax.make_mesh((devices,), ({EP_AXIS!r},))` makes one")
     if mesh.axis_names != (EP_AXIS,):

@@ -1,17 +1,17 @@
-"""SwiGLU and requantization between the two grouped GEMMs: v = silu(gate) * up in f32, quantized from f32."""
+"""SwiGLU between the two grouped GEMMs: silu(gate) * up, and its quantization to NVFP4."""
 
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from fp4jax.global_scale import as_scale
 from fp4jax.implementations import Call, Implementation, run_implementation
-from fp4jax.nvfp4 import BLOCK_SIZE, NVFP4Tensor, as_scale, decode_blocks, quantize
+from fp4jax.nvfp4 import BLOCK_SIZE, NVFP4Tensor, quantize
+from fp4jax.nvfp4_codes import decode_blocks
 from fp4jax.operands import check_array
 from pallas_kernels.rows import swiglu_quantize as swiglu_kernel
-
-Output = Literal["nvfp4", "nvfp4_as_bf16", "bf16"]
-OUTPUTS: tuple[str, ...] = get_args(Output)
+from pallas_kernels.rows.swiglu_quantize import OUTPUTS, Output
 
 
 def swiglu_quantize(
@@ -22,20 +22,27 @@ def swiglu_quantize(
     out: Output = "nvfp4",
     implementation: Implementation | None = None,
 ) -> NVFP4Tensor | Float[Array, "..."] | tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """gate_up [E, M, 2I] (gate = first half of the columns) -> silu(gate) * up [E, M, I] in the form `out`.
+    """Computes silu(gate) * up in f32 and returns it quantized to NVFP4 (dialect "exact"), or rounded once.
 
-    GEMM 1 has rounded gate and up to bf16; the product stays f32 until it is quantized (dialect exact), or until the
-    one rounding of "bf16". Rows beyond `masked_m` may hold anything.
+    The product is not rounded before it is quantized. Rows beyond `masked_m` may hold anything, here and in the result.
 
     Args:
-      masked_m: valid rows per expert, or None for contiguous rows [rows, 2I].
-      global_scale: as in `nvfp4.quantize`, e.g. f32 [E, 1, 1] or "per_token"; not used by "bf16".
-      out: "nvfp4"; "nvfp4_as_bf16": the same values as bf16 code x block_scale (exact), to be multiplied by
-        x_scale=global_scale in GEMM 2; a pair of them and the global scale where that is computed here; "bf16":
-        unquantized (f32 if gate_up is f32).
+      gate_up: floating-point [E, M, 2I], or contiguous rows [rows, 2I], usually the bf16 result of GEMM 1. The first
+        half of the columns is gate, the second half is up. I is a multiple of 16 unless `out` is "bf16".
+      masked_m: integer [E], valid rows per expert; None for contiguous rows.
+      global_scale: as in `nvfp4.quantize`: an array such as f32 [E, 1, 1], or "per_token", "per_expert" or None for
+        scales that are computed here. Not used by "bf16".
+      out: the form of the result, see below.
+      implementation: "xla", "mosaic_gpu", or None for the best one (`implementations.run_implementation`).
+
+    Returns:
+      "nvfp4": an NVFP4Tensor [E, M, I] or [rows, I]. "nvfp4_as_bf16": the same codes as bf16 code x block_scale, which
+      is exact; GEMM 2 multiplies by the global scale (its `x_scale`). If the scale is computed here, this is the pair
+      (values, global scale). "bf16": the unquantized product in the dtype of gate_up.
 
     Raises:
-      ValueError: unknown `out`, or shapes that do not fit.
+      ValueError, TypeError: `out` is unknown, or shapes or dtypes do not fit.
+      NotImplementedError: implementation "mosaic_gpu" was named and cannot serve the call.
     """
     if out not in OUTPUTS:
         raise ValueError(f"swiglu_quantize: out={out!r} is unknown; choose one of {OUTPUTS}")
@@ -85,8 +92,8 @@ def _swiglu_kernel(gate_up, masked_m, scale, *, mode, out):
 
 
 def silu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """x * sigmoid(x) in f32, within 4 ulp of float64 wherever the result is a normal number; NaN for -Inf."""
-    # exp(-x) overflows below -88 while silu is still a normal number down to -91: there sigmoid(x) = exp(x), taken as a
-    # square so that no factor is subnormal.
+    """Returns x * sigmoid(x) in f32: within 4 ulp of float64 where the result is a normal number, NaN for x = -Inf."""
+    # exp(-x) overflows for x below -88, while silu(x) is a normal number down to about -91. Below -80 sigmoid(x) equals
+    # exp(x) in f32, computed as the square of exp(x / 2) so that no factor is subnormal.
     root = jnp.exp(jnp.minimum(x, -80) * 0.5)
     return jnp.where(x < -80, x * root * root, x / (1 + jnp.exp(-jnp.maximum(x, -80))))

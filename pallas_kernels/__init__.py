@@ -1,5 +1,5 @@
-"""GPU kernels, arrays in and arrays out: a leaf that imports JAX and nothing of ours.
+"""GPU kernels in Pallas Mosaic GPU, written for Hopper (sm90). They take arrays and return arrays.
 
-Pallas Mosaic GPU, written for Hopper (sm90). Every kernel module has a `check_...` that is the one statement of what
-its kernels accept, and a frozen `TuningConfig` where there is something to tune.
+The package imports JAX and nothing else of this repository. Every kernel module has a function `check_...`, the only
+place that says which operands its kernels accept. Where something can be tuned it has a frozen `TuningConfig`.
 """

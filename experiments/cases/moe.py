@@ -16,6 +16,7 @@ from fp4jax.implementations import Implementation
 from fp4jax.moe import MoEConfig, MoEWeights, moe_layer
 from fp4jax.permute import depermute_combine, permute_to_contiguous
 from fp4jax.swiglu import swiglu_quantize
+from pallas_kernels.simt.formats import AMAX_DIVISOR
 
 STAGES = ("quantize", "dispatch", "permute", "gemm_1_swiglu", "gemm_2", "depermute", "combine")
 # GB/s that leave an H100 with rows of 4 KB and of 14 KB, both ways busy: what a feasibility study of ours measured.
@@ -67,7 +68,7 @@ def make_shape(model: str, ranks: int, tokens: int) -> Shape:
     return Shape(model, ranks, tokens, hidden, intermediate, min(experts, 64 * ranks), top_k)
 
 
-_ACTIVATION_SCALE = 6 / 2688  # static, as checkpoints bring it: values up to 6
+_ACTIVATION_SCALE = 6 / AMAX_DIVISOR  # static, as checkpoints bring it: values up to 6
 
 
 class Weights(NamedTuple):

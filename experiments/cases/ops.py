@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fp4jax import scale_layout
-from fp4jax.nvfp4 import decode_blocks, quantize
+from fp4jax.nvfp4 import quantize
+from fp4jax.nvfp4_codes import decode_blocks
 from fp4jax.permute import depermute_combine, permute_to_masked
 from fp4jax.swiglu import swiglu_quantize
 from pallas_kernels.rows import (
@@ -22,6 +23,7 @@ from pallas_kernels.rows import (
     route_metadata as metadata_kernels,
     swiglu_quantize as swiglu_kernel,
 )
+from pallas_kernels.simt.formats import AMAX_DIVISOR
 
 
 class Model(NamedTuple):
@@ -87,7 +89,7 @@ def _valid_rows(counts: np.ndarray, capacity: int) -> jax.Array:
 
 def quantize_cases(name: str, model: Model, tokens: int) -> list[Case]:
     """One global scale with linear and swizzled scales, and a scale per token."""
-    x, g = _normal(tokens, model.hidden), jnp.float32(4.5 / 2688)
+    x, g = _normal(tokens, model.hidden), jnp.float32(4.5 / AMAX_DIVISOR)
     shape = {"model": name, "T": tokens, "K": model.hidden}
     num_bytes = x.size * 2 + x.size // 2 + x.size // 16
     common = dict(shape=shape, args=(x, g), kernel="quantize", items=x.size // 16)
@@ -121,7 +123,7 @@ def swiglu_cases(name: str, model: Model, tokens: int) -> list[Case]:
     _, counts, capacity = routing(model, tokens)
     rows, i = int(counts.sum()), model.intermediate
     gate_up = _normal(model.experts, capacity, 2 * i)
-    g = jnp.full((model.experts, 1, 1), 5 / 2688, jnp.float32)
+    g = jnp.full((model.experts, 1, 1), 5 / AMAX_DIVISOR, jnp.float32)
     common = dict(
         shape={"model": name, "T": tokens, "E": model.experts, "I": i, "rows": rows},
         args=(gate_up, jnp.asarray(counts), g), valid=_valid_rows(counts, capacity), max_mismatch=1e-4,

@@ -12,14 +12,12 @@ stay on the device and are neither padded nor cut.
 """
 
 import functools
-import operator
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fp4jax.block_graph.arguments import (
@@ -27,13 +25,12 @@ from fp4jax.block_graph.arguments import (
     Bucketed,
     home_of_all,
     is_bucketed,
-    leaves_of_axes,
     map_axes,
     map_tokens,
     structs_of,
     take_tokens,
-    values_of,
 )
+from fp4jax.block_graph.block import Block
 from fp4jax.block_graph.planner import check_buckets
 from fp4jax.block_graph.stats import BlockStats, CompileSeconds, compile_all
 
@@ -45,20 +42,8 @@ class BlockGraph:
     on_compile: a function that the caller may set; it is called with (name, CompileSeconds) after each compilation.
     """
 
-    def __init__(
-        self, fn, buckets, in_axes, out_axes, static_argnames, donate_argnums, count_argname, chunks, options, name,
-        check_compiled,
-    ):  # fmt: skip
-        self.buckets, self.name = check_buckets(buckets), name
-        self._fn, self._in_axes, self._out_axes = fn, tuple(in_axes), out_axes
-        statics = (static_argnames,) if isinstance(static_argnames, str) else static_argnames
-        self._statics, self._donate, self._count = frozenset(statics), tuple(donate_argnums), count_argname
-        if bad := [i for i in self._donate if not 0 <= i < len(self._in_axes)]:
-            raise ValueError(f"{name}: donate_argnums has {bad[0]}; arguments are 0 to {len(self._in_axes) - 1}")
-        self._chunks = count_argname is None if chunks is None else chunks
-        if negative := [a for a in leaves_of_axes((self._in_axes, out_axes)) if a is not None and a < 0]:
-            raise ValueError(f"{name}: token axes count from the front, got {negative[0]}")
-        self._options, self._check_compiled = dict(options or {}), check_compiled
+    def __init__(self, block: Block, buckets: Sequence[int]):
+        self.buckets, self.name, self._block = check_buckets(buckets), block.name, block
         self._executables: dict[Any, jax.stages.Compiled] = {}
         self._compiling: dict[Any, threading.RLock] = {}
         self._axes: dict[Any, tuple[int | None, ...]] = {}
@@ -97,7 +82,7 @@ class BlockGraph:
           ValueError: there are more arguments than the block takes, or one is donated: it would be gone after one call.
         """
         first = self._looked_at(args)
-        if donated := [i for i in self._donate if i < len(first)]:
+        if donated := [i for i in self._block.donate_argnums if i < len(first)]:
             raise ValueError(f"{self.name}: argument {donated[0]} is donated and cannot be bound")
 
         def bound(*rest: Any) -> Any:
@@ -106,12 +91,12 @@ class BlockGraph:
         return bound
 
     def _call(self, arguments, static):
-        self._check_call(arguments, static)
-        tokens, size = self._count_tokens(arguments)
+        self._block.check_call(arguments, static)
+        tokens, size = self._block.count_tokens(arguments, self.buckets)
         home = home_of_all(arguments)
         if size is not None:  # Bucketed
             outputs = self._run(arguments, home, tokens, size, static)
-            return map_tokens(lambda a, v: Bucketed(v, tokens), self._out_axes, outputs)
+            return map_tokens(lambda a, v: Bucketed(v, tokens), self._block.out_axes, outputs)
         if tokens == 0:
             return self._empty(arguments, home, static)
         if tokens > self.buckets[-1]:
@@ -122,14 +107,14 @@ class BlockGraph:
             whole = leaf.shape[axis] == tokens
             return leaf if whole else jax.device_put(take_tokens(leaf, axis, slice(0, tokens)), home)
 
-        return map_tokens(cut, self._out_axes, outputs)
+        return map_tokens(cut, self._block.out_axes, outputs)
 
     def _bucket(self, tokens):
         return next(b for b in self.buckets if b >= tokens)
 
     def _run(self, arguments, home, tokens, bucket, static):
         executable = self._executable(arguments, home, bucket, static)
-        padded = [a.padded(bucket, home, donated=i in self._donate) for i, a in enumerate(arguments)]
+        padded = [a.padded(bucket, home, donated=i in self._block.donate_argnums) for i, a in enumerate(arguments)]
         outputs = executable(self._count_of(tokens, home), *padded)
         with self._lock:
             self._calls[bucket] += 1
@@ -137,8 +122,10 @@ class BlockGraph:
         return outputs
 
     def _looked_at(self, args, start=0):
-        if start + len(args) > len(self._in_axes):
-            raise ValueError(f"{self.name}: takes {len(self._in_axes)} positional arguments, got {start + len(args)}")
+        if start + len(args) > len(self._block.in_axes):
+            raise ValueError(
+                f"{self.name}: takes {len(self._block.in_axes)} positional arguments, got {start + len(args)}"
+            )
         return [self._argument(start + i, arg) for i, arg in enumerate(args)]
 
     def _argument(self, place, value) -> Argument:
@@ -146,14 +133,14 @@ class BlockGraph:
         axes = self._axes.get((place, structure))
         if axes is None:
             found: list[int | None] = []
-            map_axes(lambda axis, _: found.append(axis), self._in_axes[place], value)
+            map_axes(lambda axis, _: found.append(axis), self._block.in_axes[place], value)
             axes = self._axes[place, structure] = tuple(found)
         return Argument(leaves, structure, axes)
 
     def _in_chunks(self, arguments, home, static, tokens):
         problem = f"{tokens} tokens are above the largest bucket, {self.buckets[-1]}"
-        self._check_whole(problem)
-        if not self._chunks:
+        self._block.check_whole(problem)
+        if not self._block.chunks:
             raise ValueError(
                 f"{self.name}: {problem}, and its tokens meet: they cannot run in chunks (chunks=True: they can)"
             )
@@ -162,31 +149,28 @@ class BlockGraph:
             some = slice(start, min(start + size, tokens))
             length = some.stop - some.start
             outputs = self._run([a.chunk(some) for a in arguments], home, length, self._bucket(length), static)
-            parts.append(map_axes(lambda axis, v, n=length: take_tokens(v, axis, slice(0, n)), self._out_axes, outputs))
+            parts.append(
+                map_axes(lambda axis, v, n=length: take_tokens(v, axis, slice(0, n)), self._block.out_axes, outputs)
+            )
         with self._lock:
             self._chunked += 1
-        return map_axes(lambda axis, *vs: jax.device_put(np.concatenate(vs, axis), home), self._out_axes, *parts)
+        return map_axes(lambda axis, *vs: jax.device_put(np.concatenate(vs, axis), home), self._block.out_axes, *parts)
 
     def _empty(self, arguments, home, static):
         """Returns outputs of size 0 along their token axis, without running an executable."""
-        self._check_whole("there are no tokens")
+        self._block.check_whole("there are no tokens")
         bucket = self.buckets[0]
         key = self._key(arguments, home, bucket, static)
         if key not in self._outputs:
-            self._outputs[key] = jax.eval_shape(self._traced(bucket, static), *structs_of(arguments, home, bucket))
+            self._outputs[key] = jax.eval_shape(
+                self._block.traced(bucket, static), *structs_of(arguments, home, bucket)
+            )
 
         def empty(axis, leaf):
             shape = [0 if i == axis else n for i, n in enumerate(leaf.shape)]
             return jax.device_put(np.zeros(shape, leaf.dtype), home)
 
-        return map_axes(empty, self._out_axes, self._outputs[key])
-
-    def _check_whole(self, problem):
-        if self._donate or any(axis is None for axis in leaves_of_axes(self._out_axes)):
-            raise ValueError(
-                f"{self.name}: {problem}, and with donated arguments or outputs that belong to no token a call "
-                "takes at least one token and runs as a whole"
-            )
+        return map_axes(empty, self._block.out_axes, self._outputs[key])
 
     # --- compiling ---
 
@@ -210,7 +194,7 @@ class BlockGraph:
         There is one entry per bucket, the largest bucket first. The dicts of several blocks can be merged and passed to
         `compile_all`. The arguments are those of `warm_up`.
         """
-        self._check_call(args, static)
+        self._block.check_call(args, static)
         arguments = self._looked_at(args)
         home = home_of_all(arguments)
 
@@ -245,11 +229,11 @@ class BlockGraph:
 
     def _compile(self, key, arguments, home, bucket, static, warming):
         start = time.perf_counter()
-        lowered = self._lower(structs_of(arguments, home, bucket), bucket, static, home)
+        lowered = self._block.lower(structs_of(arguments, home, bucket), bucket, static, home)
         middle = time.perf_counter()
-        executable = lowered.compile(compiler_options=self._options or None)
-        if self._check_compiled is not None:
-            self._check_compiled(executable)
+        executable = lowered.compile(compiler_options=self._block.compiler_options or None)
+        if self._block.check_compiled is not None:
+            self._block.check_compiled(executable)
         seconds = CompileSeconds(bucket, middle - start, time.perf_counter() - middle)
         with self._lock:
             self._executables[key] = executable
@@ -258,72 +242,6 @@ class BlockGraph:
         if self.on_compile is not None:
             self.on_compile(self.name, seconds)
         return executable
-
-    def _lower(self, structs, bucket, static, home):
-        donated = tuple(i + 1 for i in self._donate)
-        # Outputs are placed at the home of the arguments, so that the next block finds them there and needs no other
-        # executable for them.
-        placed = {} if home is None else {"out_shardings": home}
-        lowered = jax.jit(self._traced(bucket, static), donate_argnums=donated, **placed).lower(*structs)
-
-        def check(axis, leaf):
-            if axis is not None and (axis >= len(leaf.shape) or leaf.shape[axis] != bucket):
-                raise ValueError(f"{self.name}: an output {leaf.shape} has no token axis {axis} of {bucket}")
-
-        map_axes(check, self._out_axes, lowered.out_info)
-        return lowered
-
-    def _traced(self, bucket, static):
-        def run(tokens, *args):
-            def clear(axis, leaf):
-                if axis is None:
-                    return leaf
-                valid = jnp.arange(bucket, dtype=jnp.int32) < tokens
-                valid = jnp.expand_dims(valid, [i for i in range(leaf.ndim) if i != axis])
-                return jnp.where(valid, leaf, jnp.zeros_like(leaf))
-
-            cleared = [map_axes(clear, axis, arg) for axis, arg in zip(self._in_axes, args, strict=True)]
-            counted = {} if self._count is None else {self._count: tokens}
-            return self._fn(*cleared, **counted, **static)
-
-        return run
-
-    # --- arguments ---
-
-    def _check_call(self, args, static):
-        if len(args) != len(self._in_axes):
-            raise ValueError(f"{self.name}: takes {len(self._in_axes)} positional arguments, got {len(args)}")
-        if static.keys() != self._statics:
-            raise ValueError(f"{self.name}: static arguments are {sorted(self._statics)}, got {sorted(static)}")
-
-    def _count_tokens(self, arguments):
-        """Returns (number of tokens, size of the bucket if the arguments are Bucketed, else None)."""
-        found: set[tuple[int, int | None]] = set()
-
-        def note(axis, leaf):
-            if axis is None:
-                return
-            shape = np.shape(values_of(leaf))
-            if axis >= len(shape):
-                raise ValueError(f"{self.name}: an argument {shape} has no token axis {axis}")
-            if not isinstance(leaf, Bucketed):
-                found.add((shape[axis], None))
-                return
-            tokens = operator.index(leaf.tokens)
-            if shape[axis] not in self.buckets or not 1 <= tokens <= shape[axis]:
-                raise ValueError(f"{self.name}: Bucketed with {tokens} tokens in {shape}; buckets are {self.buckets}")
-            found.add((tokens, shape[axis]))
-
-        for argument in (a for a in arguments if a.has_tokens):
-            for axis, leaf in zip(argument.axes, argument.leaves, strict=True):
-                note(axis, leaf)
-        if len(found) != 1:
-            counts = [f"{n}" if size is None else f"{n} in a bucket of {size}" for n, size in sorted(found, key=str)]
-            raise ValueError(
-                f"{self.name}: arguments have {' and '.join(counts) or 'no'} tokens; all must have the same, and "
-                "all be Bucketed, of one size, or none"
-            )
-        return found.pop()
 
     # --- report ---
 
@@ -380,7 +298,16 @@ def block_graph(
       ValueError: the buckets are not positive and ascending, a token axis is negative, or `donate_argnums` names an
         argument that does not exist.
     """
-    return BlockGraph(
-        fn, buckets, in_axes, out_axes, static_argnames, donate_argnums, count_argname, chunks, compiler_options,
-        name or getattr(fn, "__name__", "block"), check_compiled,
-    )  # fmt: skip
+    block = Block(
+        name=name or getattr(fn, "__name__", "block"),
+        fn=fn,
+        in_axes=tuple(in_axes),
+        out_axes=out_axes,
+        static_argnames=frozenset((static_argnames,) if isinstance(static_argnames, str) else static_argnames),
+        donate_argnums=tuple(donate_argnums),
+        count_argname=count_argname,
+        chunks=count_argname is None if chunks is None else chunks,
+        compiler_options=dict(compiler_options or {}),
+        check_compiled=check_compiled,
+    )
+    return BlockGraph(block, buckets)

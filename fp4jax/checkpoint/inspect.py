@@ -26,6 +26,7 @@ from fp4jax.checkpoint.storage.stored import Source
 from fp4jax.experts import runs_on_kernel
 from fp4jax.grouped_gemm.packed_weights import arrange_experts
 from fp4jax.nvfp4 import NVFP4Tensor
+from pallas_kernels.simt.formats import FOUR_OVER_SIX_SCALE
 
 # Suffix of a global scale's name -> suffix of the input scale's name. The character before the suffix is a dot, or "_"
 # if experts are stacked in one parameter.
@@ -33,7 +34,7 @@ _SCALES = {"weight_scale_2": "input_scale", "weight_global_scale": "input_global
 _GLOBAL_SCALE = re.compile(rf"(.+[._])({'|'.join(_SCALES)})$")
 # With four-over-six, block scales reach 256 in blocks whose largest code is 6, and 256 * 6 / 4 where it is 4. Without
 # it, the largest block scale is near 448.
-_FOUR_OVER_SIX_MAX = 384.0
+_FOUR_OVER_SIX_MAX = FOUR_OVER_SIX_SCALE * 6 / 4
 RATIOS = (1.0, 1.001, 1.1, 2.0, 10.0)  # lower edges of the bins that count gate-to-up ratios; the last bin is open
 _PROGRESS_FROM = 1000  # steps; a shorter loop ends before a user can read the progress bar
 # Limits of `as_text`: columns of a line, texts of one kind, entries of a list. The report itself is complete.

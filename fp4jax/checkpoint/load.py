@@ -28,6 +28,7 @@ from fp4jax.checkpoint.match import Match, at, match_folder
 from fp4jax.checkpoint.names import Path as ParamPath
 from fp4jax.checkpoint.storage import stored
 from fp4jax.checkpoint.storage.reader import some
+from fp4jax.checkpoint.storage.scales import positive_scales
 from fp4jax.layers import BlockFP8Linear, MoEBlock, NVFP4Linear
 from fp4jax.nvfp4 import NVFP4Tensor
 from fp4jax.quant_config.methods import Method
@@ -95,7 +96,7 @@ def load_model(
     for block, path in _blocks(match.model):
         _set_up_experts(match, block, path, mesh)
     for name, (layer, attribute) in match.kv_scales.items():
-        scale = jnp.float32(stored.positive_scales(match.reader, name).reshape(()))
+        scale = jnp.float32(positive_scales(match.reader, name).reshape(()))
         setattr(match.model.layers[layer].self_attn, attribute, nnx.Variable(scale))
     return match.model, match.config
 

@@ -22,6 +22,7 @@ from fp4jax.checkpoint.names import (
 from fp4jax.checkpoint.run_as import activation_scales, method_of
 from fp4jax.checkpoint.storage import stacked, stored
 from fp4jax.checkpoint.storage.reader import Reader, some
+from fp4jax.checkpoint.storage.scales import positive_scales
 from fp4jax.layers import Linear
 from fp4jax.quant_config.methods import Method, QuantizationPlan, disagreements
 
@@ -125,7 +126,7 @@ def examine_folder(
             problems.append(str(error))
     for name in kv_scales:
         try:
-            stored.positive_scales(reader, name)
+            positive_scales(reader, name)
         except ValueError as error:
             problems.append(str(error))
     lines = [] if problems else _check_plan(reader, plan, sources, prefix)

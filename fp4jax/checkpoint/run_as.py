@@ -6,6 +6,7 @@ from fp4jax.checkpoint.names import Path as ParamPath, projections_of, stacked_n
 from fp4jax.checkpoint.storage import stacked, stored
 from fp4jax.checkpoint.storage.layouts import NAMES
 from fp4jax.checkpoint.storage.reader import Reader
+from fp4jax.checkpoint.storage.scales import decoded
 from fp4jax.nvfp4 import BLOCK_SIZE, GLOBAL_SCALE_RANGE
 from fp4jax.quant_config.methods import BF16, FP8_EXPERTS, FP8_STORED, Method, QuantizationPlan, shortened
 
@@ -111,7 +112,7 @@ def _one_scale(reader: Reader, module: str) -> np.float32:
     name = f"{module}.{NAMES[layout].input_scale}"
     _check_usable(reader, name)
     reader.check(name, reader.shape(name) if reader.shape(name) in ((), (1,)) else (), ("F32",))
-    return np.float32(stored.decoded(reader, layout, name).reshape(()))
+    return np.float32(decoded(reader, layout, name).reshape(()))
 
 
 def _check_usable(reader: Reader, name: str) -> None:

@@ -6,24 +6,32 @@ runs in chunks, and each chunk attends to the earlier ones through the cache. De
 its own position, in one executable per batch size.
 """
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from fp4jax.block_graph import BlockGraph, Bucketed, block_graph, check_buckets, compile_all
-from fp4jax.block_graph.arguments import home_of, place_of
-from fp4jax.expert_parallel.low_latency import ReceiveBuffers, check_no_copies
-from fp4jax.layers.moe_block import MoEBlock
-from fp4jax.models.decoder import Decoder, DecoderLayer
-
-# (keys, values) of every layer, each [B, heads, positions, dim]; `Decoder.cache_parts` gives heads and dim of both.
-Cache = list[tuple[jax.Array, jax.Array]]
+from fp4jax.block_graph.arguments import home_of
+from fp4jax.engine.blocks import (
+    Cache,
+    Structure,
+    decode_step,
+    embed,
+    insert_request,
+    is_low_latency,
+    placed_together,
+    run_head,
+    run_layer,
+    split,
+    split_layer,
+    without_layers,
+)
+from fp4jax.expert_parallel.low_latency import check_no_copies
+from fp4jax.models.decoder import Decoder
 
 
 class Prefilled(NamedTuple):
@@ -75,24 +83,24 @@ class BucketedModel:
         options: dict[str, Any] = dict(static_argnames=("structure",), compiler_options=compiler_options)
         counted: dict[str, Any] = dict(count_argname="num_tokens", **options)
         in_place: dict[str, Any] = dict(donate_argnums=(3,), **counted)
-        structures: dict[Any, _Structure] = {}
-        model = _placed(model)
-        self._embed = _split(model.embed_tokens, structures)
-        self._layers = [_split_layer(layer, structures) for layer in model.layers]
-        self._rest = _split(_without_layers(model), structures)
-        self._whole = _split(model, structures)
+        structures: dict[Any, Structure] = {}
+        model = placed_together(model)
+        self._embed = split(model.embed_tokens, structures)
+        self._layers = [split_layer(layer, structures) for layer in model.layers]
+        self._rest = split(without_layers(model), structures)
+        self._whole = split(model, structures)
         self.embed = block_graph(
-            _embed, buckets=buckets, in_axes=(None, 1), out_axes=1, name="embedding", **options
+            embed, buckets=buckets, in_axes=(None, 1), out_axes=1, name="embedding", **options
         )  # fmt: skip
         self.layer = block_graph(
-            _layer, buckets=buckets, in_axes=(None, 1, None, None), out_axes=(1, None), name="layer", **in_place
+            run_layer, buckets=buckets, in_axes=(None, 1, None, None), out_axes=(1, None), name="layer", **in_place
         )
-        self.head = block_graph(_head, buckets=buckets, in_axes=(None, 1), out_axes=None, name="head", **counted)
+        self.head = block_graph(run_head, buckets=buckets, in_axes=(None, 1), out_axes=None, name="head", **counted)
         axes: dict[str, Any] = dict(in_axes=(None, 0, 0, None), out_axes=(0, 0, None))
-        check = check_no_copies if _is_low_latency(model) else None
+        check = check_no_copies if is_low_latency(model) else None
         decoding: dict[str, Any] = dict(**axes, **in_place, check_compiled=check)
         self.decoders = {
-            size: block_graph(_decode, buckets=(size,), name=f"decode step of {size}", **decoding)
+            size: block_graph(decode_step, buckets=(size,), name=f"decode step of {size}", **decoding)
             for size in batch_buckets
         }
         home = home_of(self._whole[1])
@@ -104,7 +112,7 @@ class BucketedModel:
         # First positions of chunks are kept on the device: 0 for every prompt, then multiples of the largest bucket.
         self._start_of = functools.lru_cache(1024)(lambda start: jax.device_put(np.int32(start), home))
         placed: dict[str, Any] = {} if home is None else {"out_shardings": home}
-        self._insert = jax.jit(_insert, donate_argnums=0, **placed)
+        self._insert = jax.jit(insert_request, donate_argnums=0, **placed)
         self._zeros = jax.jit(self._make_zeros, static_argnums=0, **placed)
 
     @property
@@ -233,102 +241,3 @@ class BucketedModel:
         zeros = lambda heads, dim: jnp.zeros((batch, heads, self._cache_length, dim), self.config.dtype)  # noqa: E731
         keys, values = self._cache_parts
         return [(zeros(*keys), zeros(*values)) for _ in range(self.config.num_hidden_layers)]
-
-
-# --- the blocks: functions of a list of weights ---
-
-
-def _placed(model):
-    """Returns the model with every uncommitted weight put at the home of the committed ones; see `home_of`.
-
-    Often only the experts were committed to devices, by `configure_experts`. A model without committed weights comes
-    back as it is.
-    """
-    graphdef, state = nnx.split(model)
-    home = home_of(state)
-    if home is None:
-        return model
-    put = lambda leaf: leaf if place_of(leaf) is not None else jax.device_put(leaf, home)  # noqa: E731
-    return nnx.merge(graphdef, jax.tree.map(put, state))
-
-
-class _Structure:
-    """Rebuilds a module from the list of its weights.
-
-    Modules that differ only in the values of their weights share one object, so that comparing the static arguments of
-    two executables is a comparison of identities.
-    """
-
-    def __init__(self, graphdef, treedef):
-        self._graphdef, self._treedef = graphdef, treedef
-
-    def module(self, weights):
-        return nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, weights))
-
-
-def _split(module, structures):
-    graphdef, state = nnx.split(module)
-    weights, treedef = jax.tree.flatten(state)
-    return structures.setdefault((graphdef, treedef), _Structure(graphdef, treedef)), weights
-
-
-def _embed(weights, ids, *, structure):
-    return structure.module(weights)(ids)
-
-
-def _layer(weights, x, start, cache, *, structure, num_tokens):
-    valid = jnp.arange(x.shape[1], dtype=jnp.int32) < num_tokens
-    x, cache, _ = structure.module(weights)(x, start, cache, functools.partial(MoEBlock.__call__, valid=valid))
-    return x, cache
-
-
-def _head(weights, x, *, structure, num_tokens):
-    last = jax.lax.dynamic_slice_in_dim(x, num_tokens - 1, 1, axis=1)
-    return structure.module(weights).head(last)[:, 0]
-
-
-def _decode(weights, last, lengths, cache, *, structure, num_tokens):
-    """Decodes one token of every request; see `BucketedModel.decode`. `num_tokens` counts the valid requests."""
-    model = structure.module(weights)
-    valid = jnp.arange(last.shape[0], dtype=jnp.int32) < num_tokens
-    x, kept = model.embed_tokens(last[:, None]), []
-    buffers = ReceiveBuffers() if _is_low_latency(model) else None
-    for layer, old in zip(model.layers, cache, strict=True):
-        x, new, aux = layer(x, lengths, old, functools.partial(MoEBlock.__call__, valid=valid, buffers=buffers))
-        buffers = buffers if aux is None else aux.buffers
-        kept.append(new)
-    return jnp.argmax(model.head(x)[:, 0], axis=-1).astype(jnp.int32), lengths + 1, kept
-
-
-def _is_low_latency(model):
-    return any(block.config.low_latency for block in model.moe_blocks())
-
-
-def _insert(batch, one, slot):
-    """Writes the cache of one request into row `slot` of the batch's cache."""
-    return jax.tree.map(lambda b, o: jax.lax.dynamic_update_slice_in_dim(b, o, slot, 0), batch, one)
-
-
-@contextlib.contextmanager
-def _without_name(layer: DecoderLayer) -> Iterator[None]:
-    """Gives the layer's experts a common name meanwhile, so that layers that differ only in it share executables."""
-    if not isinstance(layer.mlp, MoEBlock):
-        yield
-        return
-    path, layer.mlp.path = layer.mlp.path, "mlp"
-    try:
-        yield
-    finally:
-        layer.mlp.path = path
-
-
-def _split_layer(layer, structures):
-    with _without_name(layer):
-        return _split(layer, structures)
-
-
-def _without_layers(model):
-    """Returns a model without decoder layers, as the head block needs it; its arrays are those of `model`."""
-    head = nnx.merge(*nnx.split(model))
-    head.layers = nnx.List([])
-    return head

@@ -1,10 +1,9 @@
-"""Tokens cross a mesh to the devices that hold their experts, and come back."""
+"""Expert parallelism: tokens cross a mesh axis to the devices that hold their experts, and their results come back."""
 
 from fp4jax.block_fp8 import from_fp8 as from_fp8
+from fp4jax.expert_parallel.checks import FORMS as FORMS, Form as Form
 from fp4jax.expert_parallel.exchange import (
-    FORMS as FORMS,
     Dispatched as Dispatched,
-    Form as Form,
     agree_global_scale as agree_global_scale,
     combine as combine,
     combine_into_buffers as combine_into_buffers,

@@ -1,6 +1,6 @@
-"""Dispatch and combine through one all_to_all of rows of bytes: where kernels cannot store to peers, between hosts say.
+"""Dispatch and combine by an all_to_all of rows of bytes, for devices that kernels cannot reach, on other hosts say.
 
-On Hopper a kernel quantizes the tokens and puts the rows where they leave from, in one pass; elsewhere XLA does.
+On Hopper a kernel quantizes the tokens and packs the rows to be sent, in one pass. Elsewhere XLA does both.
 """
 
 from typing import Any
@@ -17,8 +17,9 @@ from fp4jax.permute import depermute_combine, permute_to_masked
 from pallas_kernels.exchange import dispatch as dispatch_kernels
 from pallas_kernels.exchange.plan import Routes
 
-# From this many bytes of a first part on (16 MB: 1024 tokens of 7168 values in NVFP4 for each of 4 devices) cutting it
-# out of the received rows costs more than an all_to_all of its own.
+# The first part of a row holds its codes or values. If the first parts of all rows together have at least this many
+# bytes (16 MiB: 1170 tokens of 7168 values in NVFP4 for each of 4 devices), they cross in an all_to_all of their own:
+# that costs less than cutting them out of the received rows.
 _APART_BYTES = 2**24
 
 
@@ -33,20 +34,28 @@ def dispatch_all_to_all(
     encode: str | None,
     packed: bool,
 ) -> tuple[list[Array], Int[Array, "rows s"], Float[Array, "rows s"], Int[Array, "t c"]]:
-    """The exchange as one all_to_all of u8 rows -> (received parts, local ids, local weights, send map).
+    """Dispatches tokens by one all_to_all of u8 rows, or by two if the first parts of the rows are large.
 
-    Where the first parts of all rows are large together, they cross in an all_to_all of their own.
+    Args:
+      parts: as in `wire_formats.WireTokens`.
+      global_scale: as in `wire_formats.WireTokens`.
+      ids: i32 [T, k], global ids of experts; ids out of range go nowhere.
+      topk_weights: f32 [T, k].
+      routes: the sizes of the exchange and its form.
+      axis_name: the mesh axis that tokens cross.
+      encode: as in `wire_formats.WireTokens`.
+      packed: whether a kernel packs the rows if the program runs on a GPU; else XLA does. The caller makes sure that
+        the kernel can serve the call (`ways.dispatch_way`).
 
-    parts, encode, global_scale: as in `wire_formats.WireTokens`.
-    packed: whether the kernel packs the rows where the program runs on a Hopper GPU; else XLA does. The caller has
-      made sure that the kernel takes them (`ways.dispatch_way`).
+    Returns:
+      The received parts [R*C, n], and local_ids, local_weights and send_map as in `exchange.Dispatched`.
     """
     row = _row_of(parts, global_scale, routes, encode)
     apart = routes.devices * routes.capacity * row[0].shape[1] * row[0].dtype.itemsize >= _APART_BYTES
     split = [row[:1], row[1:]] if apart else [row]
     widths = [sum(p.shape[1] * p.dtype.itemsize for p in group) for group in split]
     if packed:
-        widths[-1] = -(-widths[-1] // 16) * 16  # what the kernel writes
+        widths[-1] = -(-widths[-1] // 16) * 16  # the kernel writes rows of a multiple of 16 bytes
     operands = parts, global_scale, ids, topk_weights
     pack = Call.of(_pack_xla, routes=routes, encode=encode, widths=tuple(widths))
     if packed:
@@ -64,7 +73,7 @@ def dispatch_all_to_all(
 
 
 def _row_of(parts, global_scale, routes, encode):
-    """Structs of the parts of a payload's row."""
+    """Returns structs [T, n] of what a row consists of: encoded parts, expert ids and, per_peer, weights."""
     tokens = parts[0].shape[0]
     row = [jax.ShapeDtypeStruct(p.shape, p.dtype) for p in parts]
     if encode is not None:
@@ -75,7 +84,11 @@ def _row_of(parts, global_scale, routes, encode):
 
 
 def _pack_xla(parts, global_scale, ids, topk_weights, *, routes, encode, widths):
-    """-> ([devices, capacity, width in bytes] each, map): the rows for every device; u8, but for a part of its own."""
+    """Packs the rows for every device.
+
+    Returns the payloads and the send map. The last payload is u8 [R, C, width]; a first part that crosses on its own
+    comes before it, [R, C, n] in its own dtype.
+    """
     if encode is not None:
         with jax.named_scope("quantize"):
             parts = encoded(parts[0], encode, global_scale)
@@ -86,7 +99,7 @@ def _pack_xla(parts, global_scale, ids, topk_weights, *, routes, encode, widths)
         ranks = jnp.arange(routes.devices, dtype=jnp.int32)[None, :]
         destination = jnp.where(jnp.any(peer[:, :, None] == ranks[None], axis=1), ranks, -1)
         rows.append(topk_weights)
-    else:  # every route is a row of its own; its weight stays at home
+    else:  # every route is a row, and its weight stays at home
         destination = peer.reshape(-1, 1)
         rows = [*(jnp.repeat(a, routes.k, axis=0) for a in parts), ids.reshape(-1, 1)]
     payload = to_bytes(rows)
@@ -94,7 +107,7 @@ def _pack_xla(parts, global_scale, ids, topk_weights, *, routes, encode, widths)
     sent: Any = permute_to_masked(
         payload, None, destination, num_experts=routes.devices, capacity=routes.capacity, implementation="xla"
     )
-    # 0xFF in every pad: ids become -1 and floats NaN, so that nothing can come to depend on a pad unnoticed.
+    # Every pad is filled with 0xFF: its ids are then -1 and its floats NaN, so that no use of a pad goes unnoticed.
     filled = valid_rows(sent.masked_m, routes.capacity)[..., None]
     payload = jnp.where(filled, sent.x, jnp.uint8(0xFF))
     send_map = sent.row_map.reshape(ids.shape[0], routes.columns)
@@ -118,13 +131,25 @@ def combine_all_to_all(
     axis_name: str,
     implementation: Implementation | None,
 ) -> Float[Array, "t h"]:
-    """The way back as one all_to_all of rows, summed at home."""
+    """Brings rows back by one all_to_all and sums them at home.
+
+    Args:
+      y: floating-point [R*C, H], one row per received row.
+      send_map: i32 [T, S] as in `exchange.Dispatched`; S is R per_peer and k per_slot.
+      weights: f32 [T, S]: the top-k weights per_slot, ones per_peer.
+      devices: R.
+      axis_name: the mesh axis that rows cross.
+      implementation: of the sum, `permute.depermute_combine`.
+    """
     home = _exchange(y.reshape(devices, y.shape[0] // devices, -1), axis_name)
     return depermute_combine(home, send_map, weights, implementation=implementation)
 
 
 def _exchange(payload, axis_name):
-    """[R, C, n], block r for device r -> [R*C, n], block r from device r; as integers: floats some backends widen."""
+    """Sends block r of [R, C, n] to device r -> [R*C, n], where block r came from device r.
+
+    Values cross as integers, because some backends widen floats.
+    """
     integers = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[payload.dtype.itemsize]
     received = lax.all_to_all(lax.bitcast_convert_type(payload, integers), axis_name, split_axis=0, concat_axis=0)
     return lax.bitcast_convert_type(received.reshape(-1, payload.shape[-1]), payload.dtype)

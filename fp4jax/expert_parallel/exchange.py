@@ -1,15 +1,18 @@
-"""Dispatch of tokens to the devices that hold their experts, and the way back, inside `jax.shard_map`.
+"""Dispatch sends tokens to the devices that hold their experts; combine brings the results home. Both run in shard_map.
 
-On GPUs of one process with NVLink between them kernels store rows straight into the receivers' buffers and read results
-from there (pallas_kernels/exchange). Elsewhere a dense all_to_all moves one packed u8 payload per row: the token in its
-wire format, its expert ids and its weights. Same rows, same order, same bits.
+On GPUs of one process with NVLink between them, kernels store rows straight into the buffers of the receivers, and read
+the results from there (pallas_kernels/exchange). Elsewhere an all_to_all moves rows of bytes: the token in its wire
+format and its expert ids, and in the form per_peer its weights. Both ways deliver the same bits in the same order.
 
-Two forms. *per_peer* sends one copy of a token to every device that hosts one of its experts; the experts' outputs are
-weighted and summed there and one partial row returns. *per_slot* sends one row per (token, slot), unweighted rows
-return and the weights are applied at home in slot order: the same bits for every number of devices.
+There are two forms of a dispatch and its combine:
+
+* per_peer: a token goes once to every device that hosts one of its experts. That device weights and sums the outputs of
+  its experts and returns one partial row. Home adds the partial rows in rank order.
+* per_slot: a token goes once to each of its experts, so there is one row per route. The rows return unweighted, and
+  home weights and adds them in slot order. The result has the same bits for every number of devices.
 """
 
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -17,27 +20,30 @@ from jaxtyping import Array, Float, Int
 
 from fp4jax.expert_parallel import low_latency
 from fp4jax.expert_parallel.all_to_all import combine_all_to_all, dispatch_all_to_all
+from fp4jax.expert_parallel.checks import Form, check_dispatch
 from fp4jax.expert_parallel.low_latency import ReceiveBuffers
 from fp4jax.expert_parallel.ways import check_combine_into_buffers, combine_way, dispatch_way
-from fp4jax.expert_parallel.wire_formats import WIRE_FORMATS, WireFormat, from_wire, kernel_encode, to_wire
+from fp4jax.expert_parallel.wire_formats import WireFormat, from_wire, kernel_encode, to_wire
 from fp4jax.implementations import Call, Implementation, multiprocessors, run_by_platform, run_kernel
 from fp4jax.nvfp4 import NVFP4Tensor
-from fp4jax.operands import axis_size, check_array, check_routes, check_type
+from fp4jax.operands import axis_size, check_array, check_type
 from pallas_kernels.exchange import combine as combine_kernels, dispatch as dispatch_kernels, push_combine
 from pallas_kernels.exchange.dispatch import Routes
 
-Form = Literal["per_peer", "per_slot"]
-FORMS: tuple[str, ...] = get_args(Form)
-
 
 class Dispatched(NamedTuple):
-    """What a device received: R*C rows, C from each of the R devices in rank order.
+    """What one device holds after a dispatch: R*C received rows, C from each of the R devices in rank order.
 
-    x: NVFP4Tensor, (e4m3 [R*C, H], f32 scales [R*C, ceil(H/128)]) or bf16 [R*C, H]. local_ids i32 [R*C, k], per_slot
-    [R*C, 1]: experts of this device, -1 = not here or pad. local_weights f32, same shape (per_slot: ones).
-    send_map i32 [T, R], per_slot [T, k]: row of the returned buffer [R*C] that belongs to this token, or -1.
-    dropped i32 []: routes of this device's tokens lost to a bad id or to `pair_capacity`. buffers: for the program's
-    next dispatch, where this one was given some.
+    Attributes:
+      x: the rows in wire format "nvfp4": NVFP4Tensor [R*C, H]; "fp8": the pair (e4m3 [R*C, H], f32 scales
+        [R*C, ceil(H/128)]), see `from_fp8`; "bf16": bf16 [R*C, H].
+      local_ids: i32 [R*C, k], or [R*C, 1] per_slot: the experts of a row, numbered within this device; -1 = an expert
+        of another device, or none. A pad has only -1.
+      local_weights: f32 of the same shape, the weights of these experts; per_slot: ones. Those of pads mean nothing.
+      send_map: i32 [T, R], or [T, k] per_slot: where this device's tokens went. An entry is receiver * C + row, which
+        is also the index of the returned row at home, or -1 if nothing was sent.
+      dropped: i32 (), the number of routes of this device's tokens lost to a bad id or to `pair_capacity`.
+      buffers: the receive buffers, which `combine_into_buffers` takes from here; None if the dispatch was given none.
     """
 
     x: Any
@@ -62,33 +68,38 @@ def dispatch(
     buffers: ReceiveBuffers | None = None,
     implementation: Implementation | None = None,
 ) -> Dispatched:
-    """Sends each token to the devices that host its experts: expert e lives on device e // (num_experts / R).
+    """Sends each token of this device to the devices that host its experts. Expert e lives on device e // (E / R).
 
     Args:
-      x: bf16 or f32 [T, H], put into `wire_format` here; or an NVFP4Tensor that crosses as it is: its global_scale is
-        () and the same on every device, or [T, 1] and then travels with the row (4 bytes).
-      topk_ids: global ids, 0 <= id < num_experts; -1 = no expert. Other ids are dropped and counted.
-      num_experts: experts of all devices together, a multiple of R.
-      pair_capacity: rows per (sender, receiver) (C); None = the worst case, T or T*k. Routes beyond it are dropped,
-      counted.
-      global_scale: for wire format nvfp4 and a plain x: f32 (), the same on every device; "per_token"; or None: from
-        the maximum over all devices.
-      buffers: receive into arrays that the program keeps, without a barrier before it but for the first time; see
-        `low_latency`. Needs what implementation "mosaic_gpu" needs.
+      x: bf16 or f32 [T, H], which is put into `wire_format` here; or an NVFP4Tensor [T, H], which crosses as it is. Its
+        global scale is () and the same on every device, or [T, 1]; then it travels with the rows (4 bytes each).
+      topk_ids: i32 or i64 [T, k], global ids, 0 <= id < num_experts; -1 = no expert. Other ids are dropped and counted.
+      topk_weights: floating-point [T, k].
+      axis_name: the mesh axis that tokens and experts are split over; it has R devices.
+      num_experts: the number of experts on all devices together (E), a multiple of R.
+      form: "per_peer" or "per_slot", see the module.
+      wire_format: "nvfp4", "fp8" or "bf16".
+      pair_capacity: rows per sender and receiver (C). None: the worst case, T per_peer and T*k per_slot. Routes beyond
+        it are dropped and counted.
+      global_scale: the scale of a plain x in wire format "nvfp4": f32 (), the same on every device; "per_token": one
+        per token; None: one for all devices, computed from their common amax.
+      buffers: receive buffers that the program keeps, so that only the first dispatch waits for a barrier; see
+        `low_latency`. They need what implementation "mosaic_gpu" needs. None: new buffers.
+      implementation: "xla": XLA packs rows for an all_to_all. "mosaic_gpu": a kernel stores rows into the peers'
+        memory. None: that kernel where it can serve the call (`ways.dispatch_way`), else an all_to_all.
 
-    implementation None stores straight to the peers where `peers_problem` and the kernel have no objection, and goes
-    through one all_to_all elsewhere.
+    Returns:
+      What this device received, `Dispatched`.
 
     Raises:
-      ValueError, TypeError: shapes, dtypes or options that do not fit, or no shard_map with this axis.
-      NotImplementedError: "mosaic_gpu" was named and cannot serve the call; the message says why.
+      ValueError, TypeError: shapes, dtypes or options do not fit, or there is no shard_map with this axis.
+      NotImplementedError: "mosaic_gpu" was named or buffers were given, and the kernel cannot serve the call; the
+        message says why.
     """
     devices = axis_size("dispatch", axis_name)
-    _check_dispatch_args(
-        x, topk_ids, topk_weights, num_experts, devices, form, wire_format, pair_capacity, global_scale
-    )
+    check_dispatch(x, topk_ids, topk_weights, num_experts, devices, form, wire_format, pair_capacity, global_scale)
     valid = (topk_ids >= 0) & (topk_ids < num_experts)
-    # In 64 bits an id that is no expert could become one when it is cast.
+    # A 64-bit id out of range could become a valid id when it is cast to 32 bits.
     ids = topk_ids if topk_ids.dtype == jnp.int32 else jnp.where(valid, topk_ids, -1).astype(jnp.int32)
     tokens, k = ids.shape
     capacity = max(1, tokens * (1 if form == "per_peer" else k)) if pair_capacity is None else pair_capacity
@@ -106,7 +117,10 @@ def dispatch(
 
 
 def _move(way, sent, ids, topk_weights, routes, axis_name, buffers, implementation):
-    """Tokens cross the axis in a way of `ways` -> received parts, local ids and weights, send map, buffers."""
+    """Moves the tokens the given way (`ways.DispatchWay`).
+
+    Returns the received parts, local ids, local weights, the send map and the buffers (None unless they are kept).
+    """
     scale = sent.global_scale if sent.encode == "nvfp4" else None
     operands = sent.parts, scale, ids, topk_weights
     options = dict(routes=routes, axis_name=axis_name, encode=sent.encode)
@@ -120,7 +134,7 @@ def _move(way, sent, ids, topk_weights, routes, axis_name, buffers, implementati
 
 
 def _count_dropped(topk_ids, ids, valid, send_map, routes):
-    """Routes of this device's tokens that name no expert, though their id is not -1, or found no room."""
+    """Counts the routes of this device's tokens that have a bad id, other than -1, or found no room at the receiver."""
     row_of_route = send_map
     if routes.form == "per_peer":
         peer = jnp.where(valid, ids // routes.local_experts, 0)
@@ -150,16 +164,26 @@ def combine(
     axis_name: str = "ep",
     implementation: Implementation | None = None,
 ) -> Float[Array, "t h"]:
-    """Returns rows to the tokens' home devices and sums them in f32, one rounding: -> [T, H] in y's dtype.
+    """Brings rows back to the home devices of their tokens and sums them there.
 
-    per_peer (`topk_weights` None): y holds partial sums, one per received row; added in rank order. per_slot: y holds
-    unweighted expert outputs; weights are applied here in slot order. Each product is rounded before it is added.
+    In the form per_peer, y holds one partial sum per received row, and home adds them in rank order. In the form
+    per_slot, y holds unweighted expert outputs, and home adds their products with `topk_weights` in slot order. Sums
+    are f32. Each product is rounded before it is added, and the sum is rounded once, to y's dtype.
 
-    implementation as in `dispatch`.
+    Args:
+      y: floating-point [R*C, H], one row per received row.
+      dispatched: what `dispatch` returned.
+      topk_weights: floating-point [T, k] in the form per_slot; None in the form per_peer.
+      axis_name: as in `dispatch`.
+      implementation: "xla": an all_to_all. "mosaic_gpu": a kernel reads the rows from the peers' memory. None: that
+        kernel where it can serve the call (`ways.combine_way`), else an all_to_all.
+
+    Returns:
+      This device's tokens [T, H] in y's dtype.
 
     Raises:
+      ValueError, TypeError: shapes or dtypes do not fit, or weights are missing (per_slot) or given (per_peer).
       NotImplementedError: "mosaic_gpu" was named and cannot serve the call; the message says why.
-      ValueError: weights missing for the per-slot form, given for the per-peer form, or shapes that do not fit.
     """
     devices = axis_size("combine", axis_name)
     check_array("combine: y", y, jnp.floating)
@@ -184,18 +208,23 @@ def combine_into_buffers(
     topk_weights: Float[Array, "t s"] | None = None,
     axis_name: str = "ep",
 ) -> tuple[Float[Array, "t h"], ReceiveBuffers]:
-    """`permute.depermute_combine` and `combine` in one kernel, after a dispatch with buffers: the same bits.
+    """Does `permute.depermute_combine` and `combine` in one kernel, with the same bits, after a dispatch with buffers.
 
     Args:
-      y: bf16 or f32, [E, M, H] or [rows, H]: what this device's experts made of the rows that they were given.
-      row_map: row of y for each route of each received row, or -1: what permuting returned.
+      y: bf16 or f32 [L, M, H] or [rows, H], the outputs of this device's experts.
+      row_map: integer [R*C, k] ([R*C, 1] per_slot), the row of y.reshape(-1, H) for each route of each received row, or
+        -1, as `permute_to_masked` or `permute_to_contiguous` returned it.
+      dispatched: what `dispatch` returned; it was given buffers.
       topk_weights: as in `combine`.
+      axis_name: as in `dispatch`.
 
-    -> the tokens [T, H] in y's dtype, and the buffers for the next dispatch.
+    Returns:
+      This device's tokens [T, H] in y's dtype, and the buffers for the program's next dispatch.
 
     Raises:
+      ValueError, TypeError: there are no buffers, weights are missing (per_slot) or given (per_peer), or shapes or
+        dtypes do not fit.
       NotImplementedError: the kernel cannot serve the call; the message says why.
-      ValueError: no buffers, weights missing or too many, or shapes that do not fit.
     """
     op = "combine_into_buffers"
     check_array(f"{op}: y", y, jnp.floating)
@@ -212,7 +241,7 @@ def combine_into_buffers(
 
 
 def _home_weights(op, dispatched, topk_weights, devices):
-    """Weights of the columns of the map, f32: given for the per-slot form, ones for the per-peer form."""
+    """Returns f32 weights for the entries of the send map: the given ones per_slot, ones per_peer."""
     send_map, ids = dispatched.send_map, dispatched.local_ids
     if topk_weights is None:
         if send_map.shape[1] != devices:
@@ -228,36 +257,16 @@ def _home_weights(op, dispatched, topk_weights, devices):
 
 
 def agree_global_scale(scale: Float[Array, "..."], axis_name: str | None = None) -> Float[Array, ""]:
-    """One global scale for the whole mesh axis: the maximum over all given scales of all devices, f32 ()."""
+    """Returns one global scale for a whole mesh axis, f32 (): the maximum over the given scales of all devices.
+
+    Args:
+      scale: f32 of any shape, the scales of this device.
+      axis_name: the mesh axis of the surrounding shard_map; None: this device alone.
+
+    Raises:
+      ValueError: there is no shard_map with this axis.
+    """
     if axis_name is not None:
         axis_size("agree_global_scale", axis_name)
     agreed = jnp.max(jnp.asarray(scale, jnp.float32))
     return agreed if axis_name is None else lax.pmax(agreed, axis_name)
-
-
-def _check_dispatch_args(
-    x, topk_ids, topk_weights, num_experts, devices, form, wire_format, pair_capacity, global_scale
-):
-    if form not in FORMS:
-        raise ValueError(f"dispatch: form={form!r} is unknown; choose one of {FORMS}")
-    if wire_format not in WIRE_FORMATS:
-        raise ValueError(f"dispatch: wire_format={wire_format!r} is unknown; choose one of {WIRE_FORMATS}")
-    if num_experts < 1 or num_experts % devices:
-        raise ValueError(f"dispatch: num_experts={num_experts} must be a positive multiple of the {devices} devices")
-    if not isinstance(x, NVFP4Tensor):
-        check_array("dispatch: x", x, jnp.floating)
-    if len(x.shape) != 2:
-        raise ValueError(f"dispatch: x must be [T, H], one row per token, got {x.shape}")
-    check_routes("dispatch", x.shape[0], topk_ids, topk_weights)
-    if pair_capacity is not None and pair_capacity < 1:
-        raise ValueError(f"dispatch: pair_capacity must be at least 1, got {pair_capacity}")
-    if isinstance(x, NVFP4Tensor):
-        x.validate()
-        if wire_format != "nvfp4":
-            raise ValueError(f"dispatch: x is an NVFP4Tensor, so wire_format must be 'nvfp4', got {wire_format!r}")
-    if global_scale is not None and (wire_format != "nvfp4" or isinstance(x, NVFP4Tensor)):
-        raise ValueError("dispatch: global_scale is only for a plain x sent with wire_format='nvfp4'")
-    if isinstance(global_scale, str) and global_scale != "per_token":
-        raise ValueError(f"dispatch: global_scale={global_scale!r} is unknown; give a number, 'per_token' or None")
-    if not isinstance(global_scale, str | None) and jnp.ndim(global_scale):
-        raise ValueError(f"dispatch: global_scale must be a scalar, got shape {jnp.shape(global_scale)}")

@@ -1,4 +1,4 @@
-"""Bytes that a compiled program exchanges, read from the text of its HLO: what runs, not what was meant to run."""
+"""Counts the bytes that a compiled program exchanges between devices, from the text of its optimized HLO."""
 
 import math
 import re
@@ -18,12 +18,18 @@ _INSTRUCTION = re.compile(r"^\s*(?:ROOT\s+)?%?[\w.\-]+ = (.*?) ([a-z][a-z0-9\-]*
 _SHAPE = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\]")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|called_computations)=\{?%?([\w.\-]+)")
 _BRANCHES = re.compile(r"\b(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+))")
-_MAX_SCALARS = 64  # in a vector of combined all-reduces
+_MAX_SCALARS = 64  # an all-reduce of up to this many numbers counts as combined scalars
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
 class AllToAll(NamedTuple):
-    """One all-to-all: element type, bytes that a device puts in (its own block included), devices in its group."""
+    """One all-to-all of a program.
+
+    Attributes:
+      dtype: the element type, as HLO writes it.
+      bytes: the bytes that one device puts in, the block for itself included.
+      devices: the number of devices that exchange with each other.
+    """
 
     dtype: str
     bytes: int
@@ -31,11 +37,14 @@ class AllToAll(NamedTuple):
 
 
 class WireBytes(NamedTuple):
-    """Bytes per device and execution.
+    """Bytes that one device exchanges in one execution of a program.
 
-    total: operands of all all-to-alls. crossing: total * (R - 1) / R, what leaves the device. all_to_alls lists them,
-    one inside a loop once per iteration. scalar_bytes: all-reduces of single numbers (agreed scales, counts; XLA puts
-    those of several layers into one short vector), in neither sum.
+    Attributes:
+      total: the bytes of the operands of all all-to-alls.
+      crossing: the part of `total` that leaves the device, total * (R - 1) / R.
+      scalar_bytes: the bytes of all-reduces of single numbers, such as agreed scales and counts, in neither sum. XLA
+        may put those of several layers into one short vector.
+      all_to_alls: every all-to-all; one inside a loop is listed once per iteration.
     """
 
     total: int
@@ -45,13 +54,14 @@ class WireBytes(NamedTuple):
 
 
 def wire_bytes(compiled: jax.stages.Compiled | str) -> WireBytes:
-    """Bytes on the wire of a compiled program (or of its HLO text), all-to-alls in plain, tuple and async form.
+    """Returns the bytes that a compiled program exchanges. On one device they are 0, as XLA leaves no collective.
 
-    0 on one device, where XLA leaves no collective.
+    Args:
+      compiled: a compiled program, or the text of its HLO. All-to-alls may be in plain, tuple or async form.
 
     Raises:
-      ValueError: a collective other than an all-to-all or a scalar all-reduce, or one that runs an unknown number of
-      times.
+      ValueError: the program has a collective other than an all-to-all or a scalar all-reduce, or one that runs an
+        unknown number of times; or the text is no HLO module.
     """
     text = compiled if isinstance(compiled, str) else compiled.as_text() or ""
     computations, entry = _computations(text)
@@ -76,7 +86,7 @@ def _computations(text):
 
 
 def _collect(computations, name):
-    """-> all-to-alls and bytes of scalar all-reduces of one execution of computation `name`."""
+    """Returns the all-to-alls, and the bytes of scalar all-reduces, of one execution of the computation `name`."""
     all_to_alls, scalar_bytes = [], 0
     for result, op, rest in computations.get(name, ()):
         if _COLLECTIVE.search(op):
@@ -102,7 +112,7 @@ def _collect(computations, name):
 
 def _collective(result, op, rest, computations):
     kind = re.sub(r"-(start|done|update)$", "", op)
-    if op.endswith(("-done", "-update")):  # its -start was counted
+    if op.endswith(("-done", "-update")):  # counted at its -start
         return [], 0
     if kind == "all-reduce":
         shapes = _SHAPE.findall(result)
@@ -111,7 +121,8 @@ def _collective(result, op, rest, computations):
         return [], sum(_bits(*s) for s in shapes) // 8 if _group_size(rest) > 1 else 0
     if kind != "all-to-all":
         raise ValueError(f"wire_bytes: unknown collective {op}: {result}")
-    # The -start form returns ((operands), results, contexts); the plain form only results, of the operands' size.
+    # The -start form has the type ((operands), results, contexts). The plain form has the type of its results, which
+    # are as large as the operands.
     if op.endswith("-start"):
         result = _first_element(result)
     shapes = _SHAPE.findall(result)
@@ -133,7 +144,10 @@ def _first_element(tuple_type):
 
 
 def _group_size(attributes):
-    """Devices per group from replica_groups: {{0,1},{2,3}}, [groups,size]<=[...], or mesh['a'=2,'b'=4] {'b'}."""
+    """Reads the number of devices per group from the replica_groups of an instruction.
+
+    The text is {{0,1},{2,3}}, [groups,size]<=[...], or mesh['a'=2,'b'=4] {'b'}.
+    """
     if m := re.search(r"replica_groups=\{\{([0-9, ]*)\}", attributes):
         return len(m.group(1).split(","))
     if m := re.search(r"replica_groups=\[([0-9,]+)\]<=", attributes):

@@ -1,13 +1,16 @@
-"""How a dispatch or a combine is served. This module decides; nothing below it decides again.
+"""Decides in which way a dispatch or a combine moves its rows. Nothing below this module decides again.
 
 Ways of a dispatch, fastest first:
 
 * "kept_buffers": kernels store rows into receive buffers that the program keeps (see `low_latency`).
-* "direct_stores": kernels store rows into the receivers' buffers, after all devices have met.
-* "packed_all_to_all": a kernel packs the rows, one all_to_all moves them.
-* "xla": XLA packs the rows, one all_to_all moves them.
+* "direct_stores": kernels store rows into new buffers of the receivers, after a barrier between all devices.
+* "packed_all_to_all": a kernel packs the rows, and an all_to_all moves them.
+* "xla": XLA packs the rows, and an all_to_all moves them.
 
-Ways of a combine: "direct_reads", where a kernel reads the results from the devices that made them, and "all_to_all".
+Ways of a combine:
+
+* "direct_reads": a kernel at home reads the rows from the memory of the devices that made them.
+* "all_to_all": an all_to_all moves the rows.
 """
 
 from typing import Any, Literal
@@ -31,17 +34,20 @@ def dispatch_way(
     keeps_buffers: bool,
     implementation: Implementation | None,
 ) -> DispatchWay:
-    """The way of one dispatch.
+    """Chooses the way of one dispatch.
 
     Args:
-      parts, routes, encode: as `pallas_kernels.exchange.dispatch` takes them.
-      axis_name: mesh axis that the tokens cross.
+      parts: as `pallas_kernels.exchange.dispatch` takes them.
+      routes: likewise.
+      encode: likewise.
+      axis_name: the mesh axis that the tokens cross.
       keeps_buffers: whether the caller gave `ReceiveBuffers`; only "kept_buffers" serves them.
-      implementation: "xla", "mosaic_gpu" ("direct_stores" or an error), or None for the fastest way that there is.
+      implementation: "xla"; "mosaic_gpu": "direct_stores" or an error; None: the fastest way that can serve the call.
+        With buffers, "mosaic_gpu" and None both mean "kept_buffers" or an error.
 
     Raises:
       ValueError: the implementation is unknown.
-      NotImplementedError: what was asked for cannot be served; the message says why.
+      NotImplementedError: the call cannot be served as asked; the message says why.
     """
     if implementation is not None:
         resolve_implementation("dispatch", implementation, ("xla", "mosaic_gpu"))
@@ -66,7 +72,19 @@ def dispatch_way(
 def combine_way(
     y: Any, send_map: Any, *, devices: int, axis_name: str, implementation: Implementation | None
 ) -> CombineWay:
-    """The way of one combine; arguments, errors and the meaning of `implementation` as in `dispatch_way`."""
+    """Chooses the way of one combine.
+
+    Args:
+      y: floating-point [R*C, H], an array or struct.
+      send_map: i32 [T, S], an array or struct.
+      devices: R.
+      axis_name: the mesh axis that the rows cross.
+      implementation: "xla"; "mosaic_gpu": "direct_reads" or an error; None: the fastest way that can serve the call.
+
+    Raises:
+      ValueError: the implementation is unknown.
+      NotImplementedError: "mosaic_gpu" was named and cannot serve the call; the message says why.
+    """
     if implementation is not None:
         resolve_implementation("combine", implementation, ("xla", "mosaic_gpu"))
     if implementation == "xla":
@@ -78,7 +96,7 @@ def combine_way(
 
 
 def check_combine_into_buffers(y: Any, row_map: Any, send_map: Any, *, devices: int, axis_name: str, config: Any):
-    """Raises NotImplementedError, saying why, where the kernel of `combine_into_buffers` cannot serve the call."""
+    """Raises NotImplementedError, with the reason, if the kernel of `combine_into_buffers` cannot serve the call."""
     problem = peers_problem(axis_name) or push_combine.check_config(y, row_map, send_map, devices, config)
     if problem:
         raise NotImplementedError(f"combine_into_buffers: {problem}")

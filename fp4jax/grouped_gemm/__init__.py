@@ -1,4 +1,4 @@
-"""Grouped GEMMs of the experts: one matrix per expert, 4-bit weights, masked and contiguous layouts."""
+"""Grouped GEMMs: the rows of every expert times its own 4-bit matrix, in the masked and the contiguous layout."""
 
 from fp4jax.grouped_gemm.fused_swiglu import grouped_gemm_swiglu as grouped_gemm_swiglu
 from fp4jax.grouped_gemm.gemm import (

@@ -1,8 +1,8 @@
-"""GEMM 1 of an expert layer and its SwiGLU in one op: the [.., 2I] between them need not reach memory.
+"""GEMM 1 of an expert layer and its SwiGLU as one op, so that gate and up [.., 2I] need not be written to memory.
 
-The kernel rounds where the two ops round: the product to bf16 once, after the scales; silu(gate) * up in f32, not
-rounded before it is quantized. So it equals `grouped_gemm` followed by `swiglu_quantize` bit for bit, kernel against
-kernel.
+The kernel rounds where the two separate ops round: it rounds the product to bf16 once, after the scales, and does not
+round silu(gate) * up before it quantizes. Its result therefore equals that of the GEMM kernel followed by the SwiGLU
+kernel bit for bit.
 """
 
 from typing import Any
@@ -11,17 +11,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from fp4jax.global_scale import as_scale
+from fp4jax.grouped_gemm.checks import check_operands
 from fp4jax.grouped_gemm.gemm import (
     KernelPlan,
     Weights,
-    check_operands,
     gemm_xla,
     kernel_operands,
     plan_kernel,
     run_gemm,
 )
 from fp4jax.implementations import Call, Implementation, run_implementation
-from fp4jax.nvfp4 import NVFP4Tensor, as_scale
+from fp4jax.nvfp4 import NVFP4Tensor
 from fp4jax.operands import check_array
 from fp4jax.swiglu import OUTPUTS, Output, swiglu_quantize
 from pallas_kernels.gemm import grouped_gemm as masked_gemm
@@ -39,22 +40,27 @@ def grouped_gemm_swiglu(
     expected_m: int | None = None,
     implementation: Implementation | None = None,
 ) -> Any:
-    """swiglu_quantize(grouped_gemm(x, w13, counts), global_scale=.., out=..) for x [E, M, K] or [rows, K].
+    """Computes swiglu_quantize(grouped_gemm(x, w13, counts)), in the layout that the rank of x says.
 
     Args:
-      x, w13, counts, x_scale, expected_m: as in `masked_grouped_gemm` (x of rank 3) or `contiguous_grouped_gemm`;
-        w13 [E, 2I, K], gate rows first.
-      global_scale, out: as in `swiglu_quantize`. A scale per token needs a whole row, so the two ops run one after
-        the other then.
-      out_dtype: of the product, before SwiGLU.
+      x: NVFP4Tensor, bf16 or f32: masked [E, M, K] or contiguous [rows, K].
+      w13: weights [E, 2I, K], gate rows first, as in `masked_grouped_gemm`.
+      counts: i32 or i64 [E], valid rows per expert: masked_m of a masked x, group_sizes of a contiguous x.
+      x_scale: scale of a plain x, as in `masked_grouped_gemm` or `contiguous_grouped_gemm`.
+      global_scale: as in `swiglu_quantize`. If scales are to be computed here ("per_token", say), the two ops run one
+        after the other, because a scale per token needs a whole row.
+      out: as in `swiglu_quantize`.
+      out_dtype: dtype of gate and up; the kernel has bfloat16 only.
+      expected_m: as in `masked_grouped_gemm` or `contiguous_grouped_gemm`.
+      implementation: "xla", "mosaic_gpu", or None for the best one.
 
     Returns:
-      NVFP4Tensor, or an array [E, M, I] or [rows, I]; for "nvfp4_as_bf16" with a scale per token a pair of that and the
-      scales, f32 [E, M, 1] or [rows, 1].
+      What `swiglu_quantize` returns: an NVFP4Tensor or an array, [E, M, I] or [rows, I]; with "nvfp4_as_bf16" and a
+      scale computed here, the pair of that array and the scale.
 
     Raises:
-      ValueError, TypeError: shapes or dtypes that do not fit.
-      NotImplementedError: a named implementation that cannot do it.
+      ValueError, TypeError: shapes or dtypes do not fit.
+      NotImplementedError: implementation "mosaic_gpu" was named and cannot serve the call.
     """
     if not isinstance(x, NVFP4Tensor):
         check_array("grouped_gemm_swiglu: x", x)

@@ -1,32 +1,34 @@
-"""Grouped GEMM: each expert's rows times that expert's weights, out = cast(acc * (x_scale * w.global_scale)).
+"""Grouped GEMM: the rows of each expert times the weights of that expert.
 
-Masked layout x [E, M, K] with `masked_m` valid rows per expert, or contiguous x [rows, K] sorted by expert with
-`group_sizes`. Weights [E, N, K] in NVFP4, as checkpoints have them or packed, or plain bf16 / f32 arrays (the
-unquantized baseline). code x block_scale is exact in bf16, so bf16 operands with f32 accumulation and the f32 global
-scales in the epilogue are the NVFP4 GEMM, up to the order of summation. Rows that are not valid may hold anything, in x
-as in the result.
+    out = cast(acc * (x_scale * w.global_scale)),  acc = x @ w^T in f32, without the global scales
 
-"xla" decodes one expert at a time and multiplies tiles of 32 rows. "mosaic_gpu" (Hopper) keeps the weights in 4 bits
-until they are in registers; it wants them packed. None chooses it for PackedWeights only; named, it packs an
-NVFP4Tensor inside the call.
+Rows come in the masked layout, x [E, M, K] with `masked_m` valid rows per expert, or in the contiguous layout,
+x [rows, K] sorted by expert with `group_sizes` rows per expert. Weights [E, N, K] are NVFP4, packed or as checkpoints
+store them, or plain bf16 or f32 arrays (the unquantized baseline). code x block_scale is exact in bf16, so a bf16 GEMM
+with f32 accumulation and the f32 global scales in the epilogue is the NVFP4 GEMM, up to the order of summation. Rows
+that are not valid may hold anything, in x and in the result.
+
+Implementation "xla" decodes one expert at a time and multiplies tiles of 32 rows. "mosaic_gpu" is the Hopper kernel,
+which keeps packed weights in 4 bits until they are in registers. If it is named and w is an NVFP4Tensor, it packs w in
+every call. None takes the kernel for PackedWeights only.
 """
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from fp4jax.grouped_gemm.checks import check_operands
 from fp4jax.grouped_gemm.packed_weights import PackedWeights, pack_weights, unpack_weights
 from fp4jax.implementations import Call, Implementation, run_implementation
-from fp4jax.nvfp4 import NVFP4Tensor, check_scale_shape, decode_blocks
-from fp4jax.operands import check_array, check_unsharded
+from fp4jax.nvfp4 import NVFP4Tensor
+from fp4jax.nvfp4_codes import decode_blocks
 from pallas_kernels.gemm import choice as gemm_choice, config as gemm_config, grouped_gemm as masked_gemm, weight_layout
 
-# Rows are multiplied in tiles of one fixed shape: a library dot gives a row the same bits whenever its shape is the
-# same, so a row's bits depend on that row and the weights, not on M, on its neighbours or on the number of devices.
+# XLA multiplies tiles of this many rows. Dots of the same shape give a row the same bits. With tiles of one fixed shape
+# the bits of a row depend on that row and the weights only, not on M, on other rows or on the number of devices.
 _TILE_M = 32
 
 Weights = NVFP4Tensor | PackedWeights | Float[Array, "e n k"]
@@ -42,20 +44,29 @@ def masked_grouped_gemm(
     out_dtype: Any = jnp.bfloat16,
     implementation: Implementation | None = None,
 ) -> Float[Array, "e m n"]:
-    """out[e, :masked_m[e]] = cast((x[e] @ w[e]^T) * (xs * w.global_scale)) in f32, one rounding at the end.
+    """Multiplies the valid rows of every expert by its weights, in the masked layout.
+
+        out[e, :masked_m[e]] = cast((x[e] @ w[e]^T) * (xs * w.global_scale))
+
+    xs is the global scale of an NVFP4 x, or `x_scale`. All arithmetic is f32, with one rounding at the end.
 
     Args:
-      x: bf16 or f32 [E, M, K], or NVFP4Tensor (then xs = x.global_scale).
-      w: NVFP4Tensor, PackedWeights or bf16 / f32 array, [E, N, K]; global_scale [E, 1, 1] or [E, N, 1] (gate and up
-        rows may differ).
-      masked_m: valid rows per expert; values above M count as M.
-      x_scale: f32 scale of a plain x: (), or rank 3 with trailing 1, e.g. [E, 1, 1] or [E, M, 1]; None = 1.
-      expected_m: the usual rows per expert, by which the kernel is tuned (None: half of M); a hint, results do not
-        depend on it.
+      x: NVFP4Tensor, bf16 or f32 [E, M, K].
+      w: NVFP4Tensor, PackedWeights, bf16 or f32 [E, N, K]. Its global scale is [E, 1, 1], or [E, N, 1] where rows
+        differ, as those of gate and up do.
+      masked_m: i32 or i64 [E], valid rows per expert; values above M count as M.
+      x_scale: f32 scale of a plain x, () or of rank 3 with a trailing 1, such as [E, 1, 1] or [E, M, 1]. None: 1.
+      expected_m: the usual number of rows per expert, a hint that chooses the kernel's tuning. None: half of M. The
+        result does not depend on it.
+      out_dtype: dtype of the result; the kernel has bfloat16 only.
+      implementation: "xla", "mosaic_gpu", or None for the best one, see the module.
+
+    Returns:
+      [E, M, N] in `out_dtype`; rows beyond masked_m[e] may hold anything.
 
     Raises:
-      ValueError, TypeError: shapes or dtypes that do not fit, with the offending values.
-      NotImplementedError: a named implementation that cannot do it.
+      ValueError, TypeError: shapes or dtypes do not fit; the message has the offending values.
+      NotImplementedError: implementation "mosaic_gpu" was named and cannot serve the call.
     """
     check_operands("masked_grouped_gemm", x, w, masked_m, x_scale, expected_m, ndim=3)
     return run_gemm("masked_grouped_gemm", x, w, masked_m, x_scale, expected_m, out_dtype, implementation)
@@ -71,10 +82,21 @@ def contiguous_grouped_gemm(
     out_dtype: Any = jnp.bfloat16,
     implementation: Implementation | None = None,
 ) -> Float[Array, "rows n"]:
-    """The same for rows [rows, K] sorted by expert; rows beyond sum(group_sizes) are pads.
+    """Multiplies every row by the weights of its expert, in the contiguous layout. See `masked_grouped_gemm`.
 
-    x_scale: () or rank 2 with trailing 1, [rows, 1]. expected_m: None = rows / E. Other arguments and errors as in
-    `masked_grouped_gemm`.
+    Args:
+      x: NVFP4Tensor, bf16 or f32 [rows, K], sorted by expert.
+      group_sizes: i32 or i64 [E], rows per expert. Rows at or beyond their sum are pads.
+      x_scale: f32 scale of a plain x, () or [rows, 1]. None: 1.
+      expected_m: the usual number of rows per expert, a hint. None: rows / E.
+
+    All other arguments are those of `masked_grouped_gemm`.
+
+    Returns:
+      [rows, N] in `out_dtype`; pads may hold anything.
+
+    Raises:
+      ValueError, TypeError, NotImplementedError: as in `masked_grouped_gemm`.
     """
     check_operands("contiguous_grouped_gemm", x, w, group_sizes, x_scale, expected_m, ndim=2)
     return run_gemm("contiguous_grouped_gemm", x, w, group_sizes, x_scale, expected_m, out_dtype, implementation)
@@ -83,7 +105,7 @@ def contiguous_grouped_gemm(
 def run_gemm(
     op: str, x: Any, w: Any, counts: Any, x_scale: Any, expected_m: int | None, out_dtype: Any, implementation: Any
 ) -> jax.Array:
-    """The GEMM of operands that are checked already, in the layout that the rank of x says."""
+    """Runs a GEMM whose operands are checked already: masked if x has three axes, contiguous if it has two."""
     plan = plan_kernel(x, w, counts, expected_m, implementation)
     problem = plan.problem
     if problem is None and jnp.dtype(out_dtype) != jnp.bfloat16:
@@ -99,7 +121,7 @@ def run_gemm(
 
 
 def gemm_xla(x, w, counts, x_scale, *, out_dtype):
-    """Both layouts, by the rank of x."""
+    """Computes the GEMM in plain JAX: masked if x has three axes, contiguous if it has two."""
     *lead, _ = x.shape
     if len(lead) == 2:
         starts = jnp.arange(lead[0], dtype=jnp.int32) * lead[1]
@@ -114,7 +136,12 @@ def gemm_xla(x, w, counts, x_scale, *, out_dtype):
 
 
 class KernelPlan(NamedTuple):
-    """How the kernel would run one call: its tuned configuration, and None or the reason why it cannot."""
+    """How the kernel would run one call.
+
+    Attributes:
+      config: its tuned configuration; None if a problem was found before one was chosen.
+      problem: why the kernel cannot run the call, or None if it can.
+    """
 
     config: gemm_config.TuningConfig | None
     problem: str | None
@@ -123,7 +150,13 @@ class KernelPlan(NamedTuple):
 def plan_kernel(
     x: Any, w: Any, counts: Any, expected_m: int | None, implementation: Implementation | None, **fused: Any
 ) -> KernelPlan:
-    """The plan of one call on these operands (arrays or structs); `fused`: the options of the SwiGLU epilogue."""
+    """Plans one call of the kernel on these operands, which are arrays or structs.
+
+    Args:
+      fused: the options of the SwiGLU epilogue (`out` and `act_scale`); none for a plain GEMM.
+
+    The other arguments are those of `masked_grouped_gemm`; counts are masked_m or group_sizes.
+    """
     if not isinstance(w, NVFP4Tensor | PackedWeights):
         return KernelPlan(None, f"w must be NVFP4, got {w.dtype}")
     if problem := weight_layout.check_shape(w.shape):
@@ -139,7 +172,7 @@ def plan_kernel(
 
 
 def kernel_operands(x, w, x_scale):
-    """-> x bf16, words, w_scale [E, 1 or N], x_scale [E] or one per row, as `masked_gemm.grouped_gemm` takes them."""
+    """Returns the operands of the kernel: x as bf16, the words of w, w_scale [E, 1 or N], x_scale [E] or [rows, 1]."""
     packed = w if isinstance(w, PackedWeights) else pack_weights(w)
     if isinstance(x, NVFP4Tensor):
         x, x_scale = decode_blocks(x.qdata, x.block_scale), x.global_scale
@@ -155,7 +188,7 @@ def kernel_operands(x, w, x_scale):
 
 
 def kernel_config(x: Any, w: Any, expected_m: int | None, *, fused: bool = False) -> gemm_config.TuningConfig:
-    """The tuned configuration; without a hint, half of a capacity is taken to be in use."""
+    """Returns the tuned configuration. Without the hint `expected_m`, it expects masked x to be half full."""
     experts, n, k = w.shape
     rows = x.shape[-2] / 2 if len(x.shape) == 3 else x.shape[0] / experts
     return gemm_choice.choose(k, n, experts, rows if expected_m is None else expected_m, fused=fused)
@@ -167,15 +200,23 @@ def _gemm_kernel(x, w, counts, x_scale, *, config):
 
 
 def _multiply_rows(rows, scale, w, starts, sizes, out_dtype):
-    """rows (pytree of [R, ..]) of expert e at starts[e] .. + sizes[e] -> [R, N]; starts ascend.
+    """Multiplies the rows of every expert by its weights, in tiles of 32 rows -> [rows, N].
 
-    A tile may reach beyond its expert: what it writes there belongs to a later expert, which overwrites it, or to a
-    pad.
+    A tile may reach beyond the rows of its expert. What it writes there is a pad, or a row of a later expert, which
+    overwrites it because experts are served in the order of their rows.
+
+    Args:
+      rows: a tuple of arrays [rows, n]: (x,), or codes and block scales.
+      scale: f32 [rows, 1].
+      w: weights [E, N, K].
+      starts: i32 [E], the first row of each expert, ascending.
+      sizes: i32 [E], the number of rows of each expert.
+      out_dtype: dtype of the result.
     """
     num_experts, n, _ = w.shape
     num_rows = scale.shape[0]
     dtype = rows[0].dtype if len(rows) == 1 else jnp.bfloat16
-    # One more tile of rows, so that no slice is clamped.
+    # One tile of rows is added, so that no slice reaches beyond the end and is clamped.
     rows, scale = jax.tree.map(lambda a: jnp.pad(a, ((0, _TILE_M), (0, 0))), (rows, scale))
     out = _varying_like(jnp.zeros((num_rows + _TILE_M, n), out_dtype), (rows, scale, w, starts, sizes))
 
@@ -206,7 +247,7 @@ def _multiply_rows(rows, scale, w, starts, sizes, out_dtype):
 
 
 def _decode_expert(w, e, dtype):
-    """-> weights [N, K] of expert e, the only ones decoded at a time, and their f32 scale [1, 1] or [1, N]."""
+    """Returns the decoded weights [N, K] of expert e without global scale, and that scale, f32 [1, 1] or [1, N]."""
     one = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, e, keepdims=False), w)
     if isinstance(one, PackedWeights):
         one = unpack_weights(one)
@@ -224,45 +265,15 @@ def _decode_operand(rows, dtype):
 
 
 def _row_scale(x, x_scale, lead):
-    """f32 [rows, 1]."""
+    """Returns the scale of every row, f32 [rows, 1]."""
     scale = x.global_scale if isinstance(x, NVFP4Tensor) else x_scale
     scale = jnp.ones((), jnp.float32) if scale is None else jnp.asarray(scale, jnp.float32)
     return jnp.broadcast_to(scale, (*lead, 1)).reshape(-1, 1)
 
 
 def _varying_like(value, tree):
-    """Adds empty sums of all leaves: under shard_map, `value` then varies over the axes its loop carry varies over."""
+    """Makes `value` vary over the same shard_map axes as the leaves of `tree`, by adding sums of empty slices of them.
+
+    A loop needs this: its carry must vary over the same axes at the start as after a step.
+    """
     return value + sum(jnp.sum(leaf[:0].astype(value.dtype)) for leaf in jax.tree.leaves(tree))
-
-
-def check_operands(op, x, w, sizes, x_scale, expected_m, ndim):
-    """Raises ValueError or TypeError where the operands do not fit."""
-    if isinstance(x, PackedWeights):
-        raise TypeError(f"{op}: x must be an NVFP4Tensor or an array, got {x}; only weights are packed")
-    for name, t in (("x", x), ("w", w)):
-        if isinstance(t, NVFP4Tensor | PackedWeights):
-            t.validate()
-            continue
-        check_array(f"{op}: {name}", t)
-        if t.dtype not in (jnp.bfloat16, jnp.float32):
-            raise TypeError(f"{op}: {name} must be an NVFP4Tensor, bfloat16 or float32, got {t.dtype}")
-    check_array(f"{op}: counts", sizes)
-    if len(x.shape) != ndim or len(w.shape) != 3 or x.shape[-1] != w.shape[-1] or sizes.shape != w.shape[:1]:
-        raise ValueError(f"{op}: shapes do not fit: x {x.shape}, w {w.shape} (must be [E, N, K]), counts {sizes.shape}")
-    if ndim == 3 and x.shape[0] != w.shape[0]:
-        raise ValueError(f"{op}: x has {x.shape[0]} experts and w has {w.shape[0]}: x {x.shape}, w {w.shape}")
-    if isinstance(w, NVFP4Tensor) and (w.global_scale.ndim != 3 or w.global_scale.shape[0] != w.shape[0]):
-        raise ValueError(f"{op}: w.global_scale must be [E, 1, 1] or [E, N, 1], got {w.global_scale.shape}")
-    if isinstance(x, NVFP4Tensor) and x_scale is not None:
-        raise ValueError(f"{op}: x_scale is for a plain x; an NVFP4Tensor carries its own global_scale")
-    if x_scale is not None:
-        if not isinstance(x_scale, float):
-            check_array(f"{op}: x_scale", x_scale)
-        check_scale_shape(f"{op}: x_scale", jnp.shape(x_scale), x.shape)
-    if sizes.dtype not in (jnp.int32, jnp.int64):
-        raise TypeError(f"{op}: counts must be int32 or int64, got {sizes.dtype}")
-    if expected_m is not None and not isinstance(expected_m, int | np.integer):
-        raise TypeError(f"{op}: expected_m is a static hint, an int or None, got {expected_m!r}")
-    if expected_m is not None and expected_m < 0:
-        raise ValueError(f"{op}: expected_m must not be negative, got {expected_m}")
-    check_unsharded(op, x, w, sizes, x_scale)

@@ -1,4 +1,4 @@
-"""Stacked NVFP4 weights in the layout that the grouped GEMM's kernel reads: packed once, when a model is loaded."""
+"""Stacked NVFP4 weights in the layout that the grouped GEMM's kernel reads; they are packed once, at load time."""
 
 import dataclasses
 import functools
@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fp4jax.nvfp4 import BLOCK_SIZE, NVFP4Tensor, pack_codes, unpack
+from fp4jax.nvfp4 import BLOCK_SIZE, NVFP4Tensor
+from fp4jax.nvfp4_codes import pack_codes, unpack
 from fp4jax.operands import check_type, check_unsharded, summary
 from pallas_kernels.gemm import weight_layout
 
@@ -16,10 +17,14 @@ from pallas_kernels.gemm import weight_layout
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["words", "global_scale"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class PackedWeights:
-    """Weights [E, N, K]: `words` u32 [E, N/64, K/64, 9, 64], codes and block scales of 64 x 64 tiles.
+    """Stacked NVFP4 weights [E, N, K] in the layout of the kernel, a pytree of two arrays.
 
-    global_scale: f32 [E, 1, 1] or [E, N, 1], decode direction, as in NVFP4Tensor. A pytree whose leaves both have the
-    leading axis E, so that it can be sharded over `ep` and sliced per expert.
+    Both leaves have the leading axis E, so that weights can be sharded over `ep` and sliced per expert.
+
+    Attributes:
+      words: u32 [E, N/64, K/64, 9, 64], the codes and block scales of tiles of 64 x 64 values
+        (`pallas_kernels.gemm.weight_layout`).
+      global_scale: f32 [E, 1, 1] or [E, N, 1], decode direction (multiply), as in `NVFP4Tensor`.
     """
 
     words: Any
@@ -27,20 +32,24 @@ class PackedWeights:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Logical shape [..., N, K]."""
+        """Shape [..., N, K] of the values."""
         *lead, n_tiles, k_tiles, _, _ = self.words.shape
         return (*lead, n_tiles * weight_layout.TILE, k_tiles * weight_layout.TILE)
 
     @property
     def ndim(self) -> int:
-        """Logical rank."""
+        """Number of axes of `shape`."""
         return len(self.shape)
 
     def __repr__(self) -> str:
         return summary(self, "nvfp4 packed", "global_scale")
 
     def validate(self) -> "PackedWeights":
-        """Returns self; raises TypeError or ValueError naming the leaf whose dtype or shape does not fit."""
+        """Returns the weights themselves if their leaves fit together.
+
+        Raises:
+          TypeError, ValueError: a dtype or shape does not fit; the message names the leaf.
+        """
         for name, dtype in (("words", jnp.uint32), ("global_scale", jnp.float32)):
             found = getattr(getattr(self, name), "dtype", None)
             if found != dtype:
@@ -57,13 +66,16 @@ class PackedWeights:
 
 
 def pack_weights(w: NVFP4Tensor) -> PackedWeights:
-    """w [E, N, K] -> the kernel's layout; 4.5 bits per value as before. N and K are multiples of 64.
+    """Moves weights into the layout of the kernel, which takes 4.5 bits per value like NVFP4Tensor.
 
-    Every value is kept exactly. `unpack_weights` gives the same bytes back, but for two kinds of blocks, which decode
-    to the same values: codes under a zero scale become +0, and a negative scale becomes positive with negated codes.
+    Every value is kept exactly. `unpack_weights` also gives the same bytes back, except for two kinds of blocks. In a
+    block with scale 0, all codes become +0. A block with a negative scale gets the positive scale and negated codes.
+
+    Args:
+      w: weights [E, N, K] with global scale [E, 1, 1] or [E, N, 1]; N and K are multiples of 64.
 
     Raises:
-      ValueError, TypeError: shapes or dtypes that do not fit.
+      ValueError, TypeError: shapes or dtypes do not fit.
     """
     check_type("pack_weights: w", w, NVFP4Tensor, "`quantize(w, global_scale='per_expert')` makes one of an array")
     w.validate()
@@ -77,7 +89,7 @@ def pack_weights(w: NVFP4Tensor) -> PackedWeights:
 
 
 def unpack_weights(packed: PackedWeights) -> NVFP4Tensor:
-    """The inverse of `pack_weights`, for any leading axes (one expert's slice has none)."""
+    """Inverse of `pack_weights`. It takes any leading axes, so also the slice of one expert, which has none."""
     check_type("unpack_weights: packed", packed, PackedWeights, "`pack_weights` makes one of an NVFP4Tensor")
     check_unsharded("unpack_weights", packed)
     codes, scale_bytes = _unpack(packed.words)
@@ -85,20 +97,30 @@ def unpack_weights(packed: PackedWeights) -> NVFP4Tensor:
     return NVFP4Tensor(pack_codes(codes), block_scale, packed.global_scale)
 
 
-# Under jit, so that codes in a byte each, and words in the making, are not all in memory at once.
+# Both run under jit, so that unpacked codes (a byte each) and unfinished words are not all in memory at once.
 _pack = jax.jit(lambda qdata, scale_bytes: weight_layout.pack(unpack(qdata), scale_bytes))
 _unpack = jax.jit(weight_layout.unpack)
 
 
 def is_nvfp4(w: Any) -> bool:
-    """Whether weights are in NVFP4, packed or not, and no plain array."""
+    """Whether w is in NVFP4, packed or not, rather than a plain array."""
     return isinstance(w, NVFP4Tensor | PackedWeights)
 
 
 def arrange_experts(w13: Any, w2: Any, size: int, *, packed: bool) -> tuple[Any, Any]:
-    """The weights of both GEMMs, I = size, as the kernel reads them, or as they were; what is not NVFP4 stays as it is.
+    """Packs the weights of both GEMMs for the kernel, or unpacks them; plain arrays stay as they are.
 
-    An I that the layout does not have is padded: see `pad_experts`. Other shapes that it does not have are not packed.
+    To pack, I is first padded to a multiple of 64 (`pad_experts`). Weights whose other sizes do not fit the layout stay
+    unpacked.
+
+    Args:
+      w13: the weights of GEMM 1, [E, 2I, H].
+      w2: the weights of GEMM 2, [E, H, I].
+      size: I without pads. Unpacking trims the weights to it.
+      packed: whether to pack or to unpack.
+
+    Returns:
+      The pair (w13, w2).
     """
     if packed and isinstance(w13, NVFP4Tensor) and isinstance(w2, NVFP4Tensor):
         w13, w2 = pad_experts(w13, w2)
@@ -109,7 +131,7 @@ def arrange_experts(w13: Any, w2: Any, size: int, *, packed: bool) -> tuple[Any,
 
 
 def packed_if(w: Any, wanted: bool) -> Any:
-    """w packed if `wanted` and its shape has the layout, unpacked if not wanted; what is not NVFP4 stays as it is."""
+    """Packs w if `wanted` and its shape fits the layout; unpacks it if not wanted. Plain arrays stay as they are."""
     if wanted and isinstance(w, NVFP4Tensor) and weight_layout.check_shape(w.shape) is None:
         return pack_weights(w)
     if not wanted and isinstance(w, PackedWeights):
@@ -118,15 +140,15 @@ def packed_if(w: Any, wanted: bool) -> Any:
 
 
 def packed_size(intermediate_size: int) -> int:
-    """The rows of gate, and of up, that `pad_experts` leaves."""
+    """Returns I after `pad_experts`: I rounded up to a multiple of 64."""
     return -(-intermediate_size // weight_layout.TILE) * weight_layout.TILE
 
 
 def pad_experts(w13: NVFP4Tensor, w2: NVFP4Tensor) -> tuple[NVFP4Tensor, NVFP4Tensor]:
-    """w13 [E, 2I, H] and w2 [E, H, I] with I raised to a multiple of 64, gate and up rows each on their own.
+    """Pads I of w13 [E, 2I, H] and w2 [E, H, I] to a multiple of 64; the rows of gate and of up are padded separately.
 
-    Codes and block scales of the pads are 0, their global scales 1: gate and up are 0 there, so that silu(gate) * up
-    is, and adds nothing in the second GEMM.
+    The pads have codes and block scales 0, and global scale 1 where there is one per row. So gate and up are 0 there,
+    silu(gate) * up is 0, and the pads add nothing in the second GEMM.
     """
     size = w2.shape[-1]
     more = packed_size(size) - size
@@ -134,7 +156,7 @@ def pad_experts(w13: NVFP4Tensor, w2: NVFP4Tensor) -> tuple[NVFP4Tensor, NVFP4Te
 
 
 def trim_experts(w13: NVFP4Tensor, w2: NVFP4Tensor, size: int) -> tuple[NVFP4Tensor, NVFP4Tensor]:
-    """The inverse of `pad_experts` for I = size."""
+    """Inverse of `pad_experts`: cuts I back to `size`."""
     return (w13, w2) if w2.shape[-1] == size else _trim(w13, w2, size)
 
 

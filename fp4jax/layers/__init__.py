@@ -1,5 +1,6 @@
-"""Flax NNX modules, thin over the pure functions: dense layers and the expert layer."""
+"""Flax NNX modules, thin layers over the pure functions: linear layers, MLP, RMSNorm and the expert layer."""
 
+from fp4jax.layers.calibration import ExpertAmax as ExpertAmax
 from fp4jax.layers.linear import (
     MLP as MLP,
     BlockFP8Linear as BlockFP8Linear,
@@ -8,8 +9,7 @@ from fp4jax.layers.linear import (
     RMSNorm as RMSNorm,
 )
 from fp4jax.layers.moe_block import (
-    ExpertAmax as ExpertAmax,
     MoEAux as MoEAux,
     MoEBlock as MoEBlock,
-    RoutingConfig as RoutingConfig,
 )
+from fp4jax.layers.routing_config import RoutingConfig as RoutingConfig

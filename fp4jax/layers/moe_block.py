@@ -1,17 +1,15 @@
-"""The expert layer as a Flax NNX module: router, routed experts, shared experts, latent projections.
+"""The expert layer as a Flax NNX module: router, routed experts, shared experts and latent projections.
 
-Experts are stored stacked, w13 [E, 2I, H] (gate rows first) and w2 [E, H, I], plain, as NVFP4Tensor, or as
-PackedWeights where the grouped GEMM's kernel runs (`configure` packs them). What the model fixes is in `RoutingConfig`,
-what its user chooses in `MoEConfig`.
+The experts are stored stacked: w13 [E, 2I, H] with gate rows first, and w2 [E, H, I]. They are plain arrays,
+NVFP4Tensor, or PackedWeights where the kernel of the grouped GEMM runs (`MoEBlock.configure` packs them).
+`RoutingConfig` holds what the model fixes, `MoEConfig` what its user chooses.
 """
 
 import dataclasses
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
@@ -20,56 +18,52 @@ from fp4jax import routing
 from fp4jax.expert_parallel.low_latency import ReceiveBuffers
 from fp4jax.experts import MoEWeights, quantize_experts, quantize_gate_up, runs_on_kernel
 from fp4jax.grouped_gemm.packed_weights import arrange_experts, is_nvfp4
-from fp4jax.layers.linear import MLP, Linear, exact_precision, largest, normal_param
+from fp4jax.layers.calibration import ExpertAmax, check_input_scale, measure_experts
+from fp4jax.layers.linear import MLP, Linear, normal_param
+from fp4jax.layers.routing_config import RoutingConfig
 from fp4jax.moe import MoEStats, moe_layer
 from fp4jax.moe_config import MoEConfig
 from fp4jax.operands import check_type
 from fp4jax.sharded_moe import EP_AXIS, expert_mesh, sharded_moe_layer
 
 
-@dataclasses.dataclass(frozen=True)
-class RoutingConfig:
-    """Arguments of `routing.route` that belong to the model; `correction_bias=True` makes it a parameter."""
-
-    num_experts: int
-    top_k: int
-    scoring: routing.Scoring = "softmax"
-    renormalize: bool = True
-    correction_bias: bool = False
-    num_groups: int = 1
-    topk_groups: int = 1
-    routed_scaling_factor: float = 1.0
-
-    def __post_init__(self) -> None:
-        routing.check_routing(
-            self.num_experts,
-            top_k=self.top_k,
-            scoring=self.scoring,
-            num_groups=self.num_groups,
-            topk_groups=self.topk_groups,
-        )
-
-
 class MoEAux(NamedTuple):
-    """What a forward pass reports besides its result, summed over MoE layers; buffers: of one block, see its call."""
+    """What a forward pass returns besides its result: of one block, or of a model, summed over its blocks.
+
+    Attributes:
+      dropped: i32 (), the number of routes lost to bad ids or capacities.
+      balance_loss: f32 (), see `routing.load_balance_loss`.
+      buffers: the receive buffers to pass to the program's next block; None if this block was given none.
+    """
 
     dropped: Int[Array, ""]
     balance_loss: Float[Array, ""]
     buffers: ReceiveBuffers | None = None
 
 
-class ExpertAmax(NamedTuple):
-    """Largest absolute values seen by one block: inputs of GEMM 1, and per expert inputs of GEMM 2 (0: never hit)."""
-
-    input_1: Float[Array, ""]
-    input_2: Float[Array, "E"]
-
-
 class MoEBlock(nnx.Module):
-    """Router and routed experts, plus optional shared experts and latent projections.
+    """Router and routed experts, and optionally shared experts, their gate, and latent projections.
 
-    y = fc2_latent_proj(experts(fc1_latent_proj(x))) + sigmoid(shared_gate(x)) * shared(x); each optional part only when
-    its size is given. The router and the shared experts see the original x. `path` is the block's name in errors.
+        y = fc2_latent_proj(experts(fc1_latent_proj(x))) + sigmoid(shared_expert_gate(x)) * shared_experts(x)
+
+    The router and the shared experts see the original x.
+
+    Args:
+      hidden_size: H.
+      moe_intermediate_size: I of the routed experts.
+      router: how tokens are routed.
+      shared_intermediate_size: the intermediate size of the shared experts; None: there are none.
+      shared_gate: whether the shared experts have a gate.
+      latent_size: the width of the routed experts' inputs and outputs behind latent projections; None: H, without
+        projections.
+      dtype: dtype of the computation.
+      param_dtype: dtype of new parameters.
+      stddev: standard deviation of new parameters.
+      path: the name of the block in errors and in the names of its tensors.
+      rngs: random numbers for new parameters.
+
+    Raises:
+      ValueError: shared_gate=True without shared_intermediate_size.
     """
 
     def __init__(
@@ -120,10 +114,17 @@ class MoEBlock(nnx.Module):
         valid: Bool[Array, "..."] | None = None,
         buffers: ReceiveBuffers | None = None,
     ) -> tuple[Float[Array, "... H"], MoEAux]:
-        """Tokens that are not `valid` go to no routed expert (and take no capacity); what they become means nothing.
+        """Runs the layer on tokens x [..., H].
 
-        The balance loss is that of all tokens, valid or not. buffers: what the program's block before reported, to
-        receive into; None: into new arrays.
+        Args:
+          x: floating-point tokens [..., H].
+          valid: bool [...], which tokens are valid; None: all. The others go to no routed expert and take no capacity,
+            and their results mean nothing. They still count in the balance loss.
+          buffers: receive buffers, `MoEAux.buffers` of the program's previous block; None: new buffers. See
+            `expert_parallel.low_latency`.
+
+        Returns:
+          The result, of the shape of x, and `MoEAux` of this block.
         """
         rows = x.reshape(-1, x.shape[-1])
         route, balance_loss = self._route(rows)
@@ -150,7 +151,7 @@ class MoEBlock(nnx.Module):
         return route, routing.load_balance_loss(logits, route.topk_ids, scoring=config.scoring)
 
     def _finish(self, y: jax.Array, rows: jax.Array) -> jax.Array:
-        """Latent projection up, then shared experts on the original rows."""
+        """Projects the routed experts' result y up from the latent size, and adds the shared experts' result."""
         if self.fc2_latent_proj is not None:
             y = self.fc2_latent_proj(y)
         if self.shared_experts is None:
@@ -163,7 +164,16 @@ class MoEBlock(nnx.Module):
     def experts(
         self, x: jax.Array, route: routing.Routing, buffers: ReceiveBuffers | None = None
     ) -> tuple[jax.Array, MoEStats]:
-        """Routed experts on rows x [T, H] with a given routing: weighted sums [T, H], and what `moe_layer` reports."""
+        """Runs the routed experts alone, with a given routing.
+
+        Args:
+          x: rows [T, H], behind the latent projection if there is one.
+          route: the experts and weights of the T rows.
+          buffers: as in the call of the block.
+
+        Returns:
+          The weighted sums [T, H], and the `MoEStats` of `moe_layer`.
+        """
         w13, w2 = (w if is_nvfp4(w) else w.astype(self.dtype) for w in (self.w13.get_value(), self.w2.get_value()))
         if self.config.differentiable and (is_nvfp4(w13) or is_nvfp4(w2)):
             raise ValueError(f"{self.path}: differentiable=True needs plain expert weights; these are NVFP4")
@@ -176,17 +186,18 @@ class MoEBlock(nnx.Module):
         return y.astype(self.dtype), stats
 
     def configure(self, config: MoEConfig, mesh: Mesh | None = None) -> None:
-        """Sets how the experts run and places their weights: split over "ep" of a mesh, or all on one device.
+        """Sets how the experts run, and places their weights on the devices.
 
-        NVFP4 weights are packed where the kernel of the grouped GEMM will run, and unpacked where not. The other
-        parameters are not moved; `models.configure_experts` does that for a whole model.
+        NVFP4 weights are packed if the kernel of the grouped GEMM will run them, and else unpacked. Parameters other
+        than the experts' are not moved; `models.configure_experts` moves those of a whole model.
 
         Args:
-          config: `config.num_experts` is the block's. `config.axis_name` may be left out.
-          mesh: has the one axis "ep"; None: one device.
+          config: the new settings. `num_experts` must be the block's. `axis_name` is set here, "ep" with a mesh and
+            None without.
+          mesh: a mesh with the one axis "ep", over which the experts are split; None: all go to the first device.
 
         Raises:
-          TypeError, ValueError: a config or mesh that does not fit the block.
+          TypeError, ValueError: the config or the mesh does not fit the block.
         """
         check_type(f"{self.path}: config", config, MoEConfig, "e.g. MoEConfig(num_experts=8)")
         experts, mesh = self.router_config.num_experts, None if mesh is None else expert_mesh(mesh)
@@ -202,18 +213,21 @@ class MoEBlock(nnx.Module):
         self._pack_or_unpack()
 
     def _pack_or_unpack(self) -> None:
-        """Kernel layout for NVFP4 weights if and only if the config leads to the kernel."""
+        """Packs NVFP4 weights if the kernel of the grouped GEMM will run them, and else unpacks them."""
         on_kernel = runs_on_kernel(self.dtype, self.config.implementation)
         pair = arrange_experts(self.w13.get_value(), self.w2.get_value(), self.intermediate_size, packed=on_kernel)
         for param, value in zip((self.w13, self.w2), pair, strict=True):
             param.set_value(value)
 
     def sharded_params(self) -> list[nnx.Param]:
-        """Parameters with a leading expert axis; all others are the same on every device."""
+        """Returns the parameters with a leading axis of experts. All others are the same on every device."""
         return [param for param in (self.w13, self.w2, self.input_scale_2) if param is not None]
 
     def quantize_experts(self, *, four_over_six: bool = False) -> None:
-        """Replace plain expert weights by NVFP4 with one global scale per expert and projection (gate and up apart).
+        """Replaces plain expert weights by NVFP4 ones; gate, up and down of every expert get a global scale each.
+
+        Args:
+          four_over_six: choose the better of two scales for every block of weights, see `nvfp4.quantize`.
 
         Raises:
           ValueError: the weights of both GEMMs are NVFP4 already.
@@ -231,9 +245,17 @@ class MoEBlock(nnx.Module):
     def calibrate(
         self, x: Float[Array, "... H"], *, all_tokens: bool = False
     ) -> tuple[Float[Array, "... H"], ExpertAmax]:
-        """Forward pass with plain weights that also reports the amax of both GEMMs' inputs (one expert at a time).
+        """Runs the layer with plain weights, one expert at a time, and measures the inputs of both GEMMs.
 
-        all_tokens: an expert's amax is over every token, routed to it or not; a NaN is reported as such.
+        Args:
+          x: tokens [..., H].
+          all_tokens: measure an expert's GEMM 2 on all tokens, not only on those that are routed to it.
+
+        Returns:
+          The result, of the shape of x, and the amax of the inputs of both GEMMs; NaN if an input is NaN.
+
+        Raises:
+          ValueError: the expert weights are NVFP4 already.
         """
         w13, w2 = self.w13.get_value(), self.w2.get_value()
         if is_nvfp4(w13) or is_nvfp4(w2):
@@ -242,29 +264,20 @@ class MoEBlock(nnx.Module):
         route, _ = self._route(rows)
         hidden = (rows if self.fc1_latent_proj is None else self.fc1_latent_proj(rows)).astype(self.dtype)
 
-        def add_expert(y: jax.Array, expert_and_weights: Any) -> tuple[jax.Array, jax.Array]:
-            expert, *weights = expert_and_weights
-            product = partial(jnp.einsum, "tk,nk->tn", precision=exact_precision(self.dtype))
-            gate_up = product(hidden, weights[0].astype(self.dtype))
-            gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=1)
-            act = jax.nn.silu(gate) * up
-            chosen = route.topk_ids == expert
-            hit = jnp.any(chosen, axis=1, keepdims=True)
-            amax = largest(act, where=hit | all_tokens)
-            out = product(act.astype(self.dtype), weights[1].astype(self.dtype)).astype(jnp.float32)
-            weight = jnp.sum(jnp.where(chosen, route.topk_weights, 0), axis=1, keepdims=True)
-            return y + jnp.where(hit, weight * out, 0), amax
-
-        zeros = jnp.zeros((rows.shape[0], w2.shape[1]), jnp.float32)
-        y, amax_2 = jax.lax.scan(add_expert, zeros, (jnp.arange(w13.shape[0], dtype=jnp.int32), w13, w2))
-        return self._finish(y.astype(self.dtype), rows).reshape(x.shape), ExpertAmax(largest(hidden), amax_2)
+        y, amax = measure_experts(hidden, route, w13, w2, all_tokens=all_tokens)
+        return self._finish(y.astype(self.dtype), rows).reshape(x.shape), amax
 
     def set_input_scales(self, input_scale_1: Float[Array, ""] | None, input_scale_2: Float[Array, "E"] | None) -> None:
-        """Static activation scales (decode direction): one for GEMM 1, one per expert for GEMM 2; None: per token.
+        """Sets static scales of the activations, in decode direction (multiply).
+
+        Args:
+          input_scale_1: f32 (), the scale of the inputs of GEMM 1; None: no static scale.
+          input_scale_2: f32 [E], the scales of the inputs of GEMM 2, one per expert; None: no static scales.
 
         Raises:
-          ValueError: naming the tensor, when one of the two is missing (unless only the other GEMM's weights are
-            NVFP4), or a scale is zero, negative or not finite.
+          ValueError: a scale is zero, negative or not finite, or input_scale_2 is not [E]; or only one of the two is
+            given, and the GEMM of the other has NVFP4 weights or both GEMMs have plain ones. The message names the
+            tensor.
         """
         given = {"input_scale_1": input_scale_1, "input_scale_2": input_scale_2}
         quantized = [is_nvfp4(w.get_value()) for w in (self.w13, self.w2)]
@@ -273,13 +286,8 @@ class MoEBlock(nnx.Module):
         if missing and any(value is not None for value in given.values()):
             raise ValueError(f"{self.path}.experts.{missing[0]} is missing while the other input scale is given")
         for name, value in given.items():
-            if value is None:
-                continue
-            flat = np.atleast_1d(np.asarray(value, np.float32))
-            bad = np.flatnonzero(~(np.isfinite(flat) & (flat > 0)))
-            if bad.size:
-                where = f"[{bad[0]}]" if flat.size > 1 else ""
-                raise ValueError(f"{self.path}.experts.{name}{where} = {flat[bad[0]]} must be positive and finite")
+            if value is not None:
+                check_input_scale(f"{self.path}.experts.{name}", value)
         if input_scale_2 is not None and input_scale_2.shape != (self.router_config.num_experts,):
             raise ValueError(
                 f"{self.path}.experts.input_scale_2 has shape {input_scale_2.shape}, "

@@ -1,4 +1,4 @@
-"""Models, one readable file each, and what all of them share: serving settings and text generation."""
+"""Models, one file each, and what they share: the setup of their experts, and text generation."""
 
 from fp4jax.models.deepseek_v3 import DeepseekV3 as DeepseekV3, DeepseekV3Config as DeepseekV3Config
 from fp4jax.models.ernie45_moe import Ernie45Moe as Ernie45Moe, Ernie45MoeConfig as Ernie45MoeConfig

@@ -1,4 +1,4 @@
-"""How the experts of a model are served: quantized in memory, calibrated, spread over devices."""
+"""Setup of all experts of a model: how they run, on which devices, quantization in memory, and activation scales."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,17 +12,17 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
-from fp4jax.layers.moe_block import ExpertAmax, MoEBlock
-from fp4jax.nvfp4 import E2M1_MAX, E4M3_MAX
+from fp4jax.layers import ExpertAmax, MoEBlock
 from fp4jax.operands import check_array
 from fp4jax.sharded_moe import EP_AXIS, expert_mesh
+from pallas_kernels.simt.formats import AMAX_DIVISOR
 
-_AMAX_PER_SCALE = np.float32(E2M1_MAX * E4M3_MAX)  # the value that code 6 with block scale 448 stands for
+_AMAX_PER_SCALE = np.float32(AMAX_DIVISOR)  # amax / scale: code 6 with block scale 448 decodes to this
 
 
 @runtime_checkable
 class MoEModel(Protocol):
-    """What this module needs of a model."""
+    """What this module needs of a model: its expert layers, and a forward pass that reports the amax of activations."""
 
     def moe_blocks(self) -> list[MoEBlock]: ...
 
@@ -30,12 +30,16 @@ class MoEModel(Protocol):
 
 
 def configure_experts(model: MoEModel, **changes: Any) -> None:
-    """Changes how all experts of a model run, in place; weights keep their values.
+    """Changes how all experts of a model run, in place. The values of weights do not change.
 
     Args:
-      changes: fields of `MoEConfig`, and `mesh`, over which the experts are split: the experts' weights are split over
-        its axis "ep" and everything else is copied to all its devices; with None everything goes to the first device.
-        Fields that are not named stay as they are.
+      model: the model.
+      changes: fields of `MoEConfig` with new values; the other fields stay as they are. Also `mesh`: with a mesh whose
+        one axis is "ep", the weights of the experts are split over it, and everything else is copied to all its
+        devices; with None, everything goes to the first device.
+
+    Raises:
+      TypeError, ValueError: a field or the mesh does not exist or does not fit the model.
     """
     new_mesh = "mesh" in changes
     mesh = changes.pop("mesh", None)
@@ -55,14 +59,18 @@ def configure_experts(model: MoEModel, **changes: Any) -> None:
 def quantize_experts(
     model: MoEModel, sample_ids: Int[Array, "B S"] | None = None, *, four_over_six: bool = False
 ) -> None:
-    """Quantize all expert weights to NVFP4 in memory, in place; with `sample_ids` first calibrate activation scales.
+    """Quantizes all expert weights of a model to NVFP4, in place, and calibrates activation scales on a sample.
 
-    Calibrated: amax / 2688 over the sample, one scale per layer for GEMM 1 and one per expert for GEMM 2; an expert
-    that no token of the sample visits takes its layer's largest. Without a sample each token gets its own scale when it
-    comes.
+    An activation scale is amax / 2688 over the sample: one per layer for GEMM 1, and one per expert for GEMM 2. An
+    expert that no token of the sample visits gets the largest scale in its layer.
+
+    Args:
+      model: a model with plain expert weights.
+      sample_ids: token ids [B, S] to calibrate on. None: the layers get no activation scales.
+      four_over_six: choose the better of two scales for every block of weights, see `nvfp4.quantize`.
 
     Raises:
-      TypeError, ValueError: a sample that is not an integer array [B, S].
+      TypeError, ValueError: the sample is not an integer array [B, S], or the weights are quantized already.
     """
     if sample_ids is not None:
         check_array("quantize_experts: sample_ids", sample_ids, jnp.integer)
@@ -81,20 +89,29 @@ def _calibrate(graphdef: Any, state: Any, ids: jax.Array) -> list[ExpertAmax]:
 
 
 def scales_from_amax(amax: ExpertAmax) -> tuple[jax.Array, jax.Array]:
-    """Activation scales of one block; experts with amax 0 were not hit (or saw zeros only) and take the largest."""
+    """Returns the activation scales of one block, amax / 2688: f32 () for GEMM 1 and f32 [E] for GEMM 2.
+
+    An expert with amax 0 was not visited, or saw only zeros. It gets the largest scale of the block.
+    """
     amax_1, amax_2 = np.asarray(amax.input_1, np.float32), np.asarray(amax.input_2, np.float32)
     amax_2 = np.where(amax_2 > 0, amax_2, amax_2.max())
     return jnp.asarray(amax_1 / _AMAX_PER_SCALE), jnp.asarray(amax_2 / _AMAX_PER_SCALE)
 
 
 def set_input_scales(model: MoEModel, scales: Mapping[str, float]) -> None:
-    """Use static activation scales given under checkpoint names, `<block>.experts.E.{gate,up,down}_proj.input_scale`.
+    """Sets static activation scales for all experts of a model, in place.
 
-    Decode direction (amax / 2688). GEMM 1 of a layer takes the largest of all its experts' gate and up scales, so that
-    every device quantizes alike; GEMM 2 takes each expert's own.
+    GEMM 1 of a layer gets the largest gate or up scale of all its experts, so that every device quantizes alike. GEMM 2
+    gets one scale per expert, that of its down projection.
+
+    Args:
+      model: the model.
+      scales: decode scales (amax / 2688) by the names that checkpoints give them,
+        `<path of the block>.experts.<e>.{gate,up,down}_proj.input_scale`.
 
     Raises:
-      ValueError: naming the first tensor that is missing, zero, negative or not finite; no block is changed then.
+      ValueError: a scale is missing, zero, negative or not finite; the message names the first one, and no block is
+        changed.
     """
 
     def checked(name: str) -> float:

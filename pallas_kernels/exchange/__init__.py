@@ -1,1 +1,1 @@
-"""Kernels that store rows into the memory of other GPUs: dispatch and combine."""
+"""Kernels of expert parallelism, which read and write the memory of other GPUs: dispatch and combine."""

@@ -1,11 +1,15 @@
-"""The way back without a collective: every device reads its tokens' rows from the peers' memory and sums them.
+"""Combine without a collective: each device reads the rows of its tokens from the peers' memory and sums them.
 
-For the devices of one process that reach each other's memory (NVLink), inside `jax.shard_map` over one mesh axis. A
-lane owns 16 bytes of a token: it loads them from every row of the token, wherever that is, and adds in f32 in the order
-of the columns of the map, rounding where `permute.depermute_combine` rounds. No copy of the rows is written at home.
+    out[t] = sum over columns s of weights[t, s] * (row send_map[t, s], on the device that has it)
 
-At the end all devices meet (meeting.py), so that nobody overwrites rows that others still read. What limits it: the
-links.
+The kernel runs inside `jax.shard_map` over one mesh axis, on devices of one process that reach each other's memory
+(NVLink). A persistent grid goes over the accesses of the result, and a lane takes 16 bytes of a token at a time: it
+loads these bytes of each of the token's rows from whichever device has the row, and adds them in f32. It adds in the
+order of the columns of send_map and rounds where `permute.depermute_combine` does. No copy of the rows is written at
+home.
+
+At the end all devices meet (meeting.py), so that no device overwrites rows which others still read. The bandwidth of
+the links between the GPUs bounds the time.
 """
 
 import dataclasses
@@ -19,26 +23,27 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.exchange.meeting import Meeting
 from pallas_kernels.exchange.plan import MAX_DEVICES
 from pallas_kernels.rows.permute import check_depermute, row_access, sum_of_routes
-from pallas_kernels.rows.quantize import MAX_INDEX, unsigned_div
 from pallas_kernels.simt import lanes, launch
-from pallas_kernels.simt.schedule import H100_SMS
+from pallas_kernels.simt.hardware import H100_SMS
+from pallas_kernels.simt.lane_math import unsigned_div
+from pallas_kernels.simt.schedule import PersistentLanes
 
 
 @dataclasses.dataclass(frozen=True)
 class TuningConfig:
-    """blocks: of threads, all at work at once. warpgroups: of a block."""
+    """blocks: thread blocks, which all run at the same time. warpgroups: of a thread block."""
 
     blocks: int = H100_SMS
     warpgroups: int = 4
 
 
 def default_config(tokens: int) -> TuningConfig:
-    """Few tokens take fewer blocks: every block signals every peer. Measured on four H100."""
+    """Half as many thread blocks for up to 256 tokens, as each of them signals every peer. Measured on four H100."""
     return TuningConfig(H100_SMS if tokens > 256 else H100_SMS // 2)
 
 
 def check_config(y: Any, send_map: Any, devices: int, config: TuningConfig | None = None) -> str | None:
-    """None if `combine` accepts these (arrays or structs), else what does not fit."""
+    """None if `combine` accepts these (arrays or ShapeDtypeStructs), else what does not fit."""
     config = config or default_config(send_map.shape[0])
     if not 2 <= devices <= MAX_DEVICES:
         return f"needs 2 to {MAX_DEVICES} devices, got {devices}"
@@ -49,7 +54,7 @@ def check_config(y: Any, send_map: Any, devices: int, config: TuningConfig | Non
     if problem := check_depermute(y, send_map):
         return problem
     lanes_in_all = config.blocks * config.warpgroups * lanes.LANES
-    if send_map.shape[0] * row_access(y.shape[1] * y.dtype.itemsize).items + lanes_in_all >= MAX_INDEX:
+    if send_map.shape[0] * row_access(y.shape[1] * y.dtype.itemsize).items + lanes_in_all >= lanes.MAX_INDEX:
         return f"{send_map.shape[0]} rows of {y.shape[1]} exceed the kernel's 32-bit indices"
     return None
 
@@ -63,20 +68,27 @@ def combine(
     axis_name: str,
     config: TuningConfig | None = None,
 ) -> jax.Array:
-    """out[t] = cast(sum over columns j in order of weights[t, j] * f32(row send_map[t, j])) -> [T, H].
+    """out[t] = sum over columns s of weights[t, s] * (row send_map[t, s]), [T, H] of y's dtype.
 
-    y: bf16 or f32 [devices * C, H], rows of the tokens of every device in turn. send_map i32 [T, S]: device * C + row
-    of that device's y among those for this one, or -1, which adds nothing.
+    The sum runs in f32, in the order of the columns, and is rounded once to y's dtype.
+
+    Args:
+      y: bf16 or f32 [devices * C, H]. Rows d * C to d * C + C - 1 are results for the tokens of device d.
+      send_map: i32 [T, S], where S is the number of rows that a token may have. The entry d * C + c means row c of
+        those that device d has for this device. -1 adds nothing.
+      weights: f32 [T, S].
+      devices: number of devices on the mesh axis.
+      axis_name: the mesh axis.
+      config: None takes `default_config`.
 
     Raises:
-      NotImplementedError: what `check_config` returns.
+      NotImplementedError: the kernel does not accept the operands; the message is that of `check_config`.
     """
     config = config or default_config(send_map.shape[0])
     if problem := check_config(y, send_map, devices, config):
         raise NotImplementedError(f"combine kernel: {problem}")
     tokens, capacity = send_map.shape[0], y.shape[0] // devices
     cut = row_access(y.shape[1] * y.dtype.itemsize)
-    workers = config.blocks * config.warpgroups
 
     def body(map_ref, weight_ref, y_ref, out_ref, *meeting):
         me = lax.axis_index(axis_name)
@@ -87,17 +99,13 @@ def combine(
             position = (me * capacity + row - device * capacity) * cut.items + column
             return lanes.gather(peers, position, cut.count, where=where, which=device)
 
-        warpgroup = lanes.warpgroup_index() if config.warpgroups > 1 else 0
-        worker = lanes.block_index() * config.warpgroups + warpgroup
-
-        def step(i, _):
-            item = (worker + i * workers) * lanes.LANES + lanes.lane_index()
+        def add(item):
             token = unsigned_div(item, cut.items)
             valid = token < tokens
             words = sum_of_routes(token, item - token * cut.items, valid, load, map_ref, weight_ref, y.dtype)
             lanes.scatter(out_ref, item, words, where=valid)
 
-        lax.fori_loop(0, -(-tokens * cut.items // (workers * lanes.LANES)), step, None)
+        PersistentLanes(config.blocks, config.warpgroups).for_each(tokens * cut.items, add)
         Meeting(*meeting).meet(devices, config.warpgroups)
 
     return launch.kernel(

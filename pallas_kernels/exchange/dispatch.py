@@ -1,17 +1,22 @@
-"""Expert dispatch without a collective: rows are made in shared memory and stored straight into the peers' buffers.
+"""Dispatch without a collective: each device quantizes its tokens and stores their rows into the peers' buffers.
 
-For the devices of one process that reach each other's memory (NVLink). Inside `jax.shard_map` over one mesh axis.
+    received[sender, place] on device d = row of a token of `sender` that has an expert on d
 
-A block of threads owns a run of consecutive tokens. One of its warpgroups works out to which row of which peer they go
-(`RowPlan`: counts of all earlier tokens, then a prefix sum over its own) and stores ids and weights there. The others,
-meanwhile, make one token's row after the other in one of two buffers of shared memory each, quantizing where that is
-asked for, and let the copy engine send it to all of its destinations while they make the next one. At the end a block
-waits for its stores, signals every peer and waits for the signals of all of them: block b of one device meets block b
-of the others. XLA puts a barrier between the devices in front of such a kernel, so that nobody's buffers are written
-while they still hold something else.
+The kernel runs inside `jax.shard_map` over one mesh axis, on devices of one process that reach each other's memory
+(NVLink). Rows of one sender are in token order, then slot order, as `route_metadata` would place them.
 
-Rows of one sender are in token order, then slot order, as `route_metadata` would place them. What limits it: the links
-from some thousand tokens on, below that the barrier, the signals and the launch, about 15 us together.
+A thread block takes a run of successive tokens. One of its warpgroups finds the row of each token on each device
+(`RowPlan`: it counts all earlier tokens, then computes a prefix sum over its own) and stores ids and weights there.
+Meanwhile each of the other warpgroups makes the rows of the tokens, one after the other and quantized if that is asked
+for, in one of two buffers in shared memory. The copy engine sends a row to all of its destinations while the warpgroup
+makes the next one in the other buffer.
+
+At the end a thread block waits for its stores, signals every peer and waits for the signals of all of them: thread
+block b of a device meets thread block b of each other device. XLA lets the devices meet before such a kernel, so that
+no buffer is written while it still holds other data.
+
+From some thousand tokens on the links bound the time. Below that it is the meeting before the kernel, the signals and
+the launch, about 15 us together.
 """
 
 from collections.abc import Sequence
@@ -23,24 +28,24 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.exchange.makers import PIECE, check_parts, is_single, row_maker
+from pallas_kernels.exchange.makers import check_parts, is_single, row_maker
 from pallas_kernels.exchange.meeting import CountedMeeting, Meeting
 from pallas_kernels.exchange.plan import MAX_DEVICES, MAX_SLOTS, Routes, RowPlan, TuningConfig, counts_of_blocks
 from pallas_kernels.exchange.targets import Payload, Peers
-from pallas_kernels.rows.quantize import MAX_INDEX, unsigned_div
 from pallas_kernels.simt import lanes, launch
-from pallas_kernels.simt.schedule import H100_SMS
+from pallas_kernels.simt.hardware import H100_SMS, PIECE_BYTES, SMEM_BYTES
+from pallas_kernels.simt.lane_math import unsigned_div
 
-_STAGES = 2
-_MAX_SHARED_BYTES = 220 * 1024
-# From here on a kernel of its own counts the routes; below, every block reads the ids of all tokens.
+_STAGES = 2  # buffers per warpgroup: one is made while the other is sent
+_MAX_SHARED_BYTES = SMEM_BYTES - 7 * 1024  # leaves room for barriers, semaphore and alignment
+# With more tokens a kernel of its own counts the routes. With fewer each thread block reads the ids of all tokens.
 _COUNT_APART = 2048
 
 
 def default_config(routes: Routes, row_bytes: int) -> TuningConfig:
-    """Few tokens take fewer blocks: every block signals every peer. Two warpgroups where their rows fit.
+    """At most one thread block per two tokens, as each signals every peer; two warpgroups if their buffers fit.
 
-    Measured on two and four H100, like `TuningConfig`.
+    Measured on two and four H100, as the defaults of `TuningConfig` are.
     """
     blocks = max(1, min(H100_SMS, -(-routes.tokens // 2)))
     fits = _shared_bytes(routes, row_bytes, TuningConfig(blocks, 2)) <= _MAX_SHARED_BYTES
@@ -58,7 +63,7 @@ def _shared_bytes(routes, row_bytes, config):
 def check_config(
     parts: Sequence[Any], routes: Routes, *, encode: Any = None, config: TuningConfig | None = None
 ) -> str | None:
-    """None if `dispatch` accepts these (arrays or structs), else what does not fit."""
+    """None if `dispatch` accepts these (arrays or ShapeDtypeStructs), else what does not fit."""
     if not 2 <= routes.devices <= MAX_DEVICES:
         return f"needs 2 to {MAX_DEVICES} devices, got {routes.devices}"
     return check_pack(parts, routes, encode=encode, config=config)
@@ -67,7 +72,7 @@ def check_config(
 def check_pack(
     parts: Sequence[Any], routes: Routes, *, encode: Any = None, config: TuningConfig | None = None
 ) -> str | None:
-    """None if `pack` accepts these (arrays or structs), else what does not fit."""
+    """None if `pack` accepts these (arrays or ShapeDtypeStructs), else what does not fit."""
     if routes.devices > MAX_DEVICES:
         return f"needs at most {MAX_DEVICES} devices, got {routes.devices}"
     if routes.tokens < 1 or not 1 <= routes.k <= MAX_SLOTS:
@@ -78,7 +83,7 @@ def check_pack(
     row_bytes = _bytes_of(sent)
     config = config or default_config(routes, row_bytes)
     row_words = row_bytes // 4 + 2 * routes.k + 4
-    if routes.devices * routes.capacity * max(row_words, *(p.shape[1] for p in sent)) >= MAX_INDEX:
+    if routes.devices * routes.capacity * max(row_words, *(p.shape[1] for p in sent)) >= lanes.MAX_INDEX:
         return f"{routes.devices * routes.capacity} rows exceed the kernel's 32-bit indices"
     if not (1 <= config.blocks <= H100_SMS and 1 <= config.warpgroups <= 7):
         return f"blocks must be 1..{H100_SMS} and warpgroups 1..7, got {config}"
@@ -98,21 +103,30 @@ def dispatch(
     encode: Any = None,
     config: TuningConfig | None = None,
 ) -> tuple[list[jax.Array], jax.Array, jax.Array | None, jax.Array]:
-    """Rows of the parts [T, n] -> every device's [devices, capacity, n], in rank order of the senders.
+    """Sends the row of each token to the devices that have its experts.
 
     Args:
-      parts: what a row consists of; 16 bytes or a multiple per row, or one 32-bit value.
-      topk_ids: i32 [T, k], global; others than 0..devices * local_experts - 1 go nowhere. topk_weights: f32 [T, k].
-      encode: parts is one bf16 or f32 array [T, H] to be sent as NVFP4: its scale, f32 of one element, or "per_token";
-        or as "fp8".
+      parts: arrays [T, n] that together are the tokens' rows. A part has a multiple of 16 bytes per row, or one 32-bit
+        value, which must come last.
+      topk_ids: global expert ids, i32 [T, k]. Ids outside 0..devices * local_experts - 1 go nowhere.
+      topk_weights: f32 [T, k].
+      routes: sizes, and the form "per_peer" or "per_slot".
+      axis_name: the mesh axis.
+      encode: None sends the parts as they are. Otherwise `parts` is one bf16 or f32 array [T, H]: "fp8" sends it as
+        block-wise FP8, a global scale (f32 of one element) or "per_token" as NVFP4.
+      config: None takes `default_config`.
 
-    -> received parts (NVFP4: codes u8 [.., H/2], scales e4m3 [.., H/16] and, "per_token", f32 [.., 1]; fp8: e4m3
-    [.., H], f32 [.., ceil(H/128)]); local ids i32 [devices, capacity, k] (per_slot: 1), -1 where it is not here or no
-    row; weights f32 like them, None per_slot; the map i32 [T, columns] of rows that this device sent: receiver *
-    capacity + place, or -1.
+    Returns:
+      received: the parts of the received rows, [devices, capacity, n], first axis the sender. NVFP4 has codes u8
+        [.., H/2], block scales e4m3 [.., H/16] and for "per_token" global scales f32 [.., 1]. FP8 has e4m3 [.., H] and
+        scales f32 [.., ceil(H/128)].
+      local ids: i32 [devices, capacity, k], per_slot [devices, capacity, 1]: expert on this device, -1 where the expert
+        is on another device or no row was received.
+      weights: f32 of the same shape, or None for per_slot.
+      send_map: i32 [T, columns], rows that this device sent: receiver * capacity + place there, or -1.
 
     Raises:
-      NotImplementedError: what `check_config` returns.
+      NotImplementedError: the kernel does not accept the operands; the message is that of `check_config`.
     """
     if problem := check_config(parts, routes, encode=encode, config=config):
         raise NotImplementedError(f"dispatch kernel: {problem}")
@@ -131,11 +145,21 @@ def pack(
     apart: bool = False,
     config: TuningConfig | None = None,
 ) -> tuple[list[jax.Array], jax.Array]:
-    """The same rows in buffers of this device, for an all_to_all -> ([u8 [devices, capacity, bytes]], map).
+    """Writes the rows that `dispatch` would send into buffers of this device, for an all_to_all.
 
-    A row: its parts, k global ids i32 (per_slot: 1), per_peer k weights f32, and up to 12 bytes more: a multiple of 16
-    in all. apart: the first part has an array of its own, [devices, capacity, n] of its dtype, before that of the rest.
-    Ids of rows that nobody fills are -1. Arguments, map and errors as in `dispatch`; any number of devices up to 8.
+    A packed row consists of its parts, k global ids i32 (per_slot: 1 id), for per_peer k weights f32, and padding to a
+    multiple of 16 bytes. Rows that no token fills have ids of -1.
+
+    Args:
+      apart: whether the first part gets an array of its own, [devices, capacity, n] of its dtype.
+      The other arguments are those of `dispatch`, for 1 to 8 devices.
+
+    Returns:
+      payload: [packed rows u8 [devices, capacity, bytes]], before them the array of the first part if `apart`.
+      send_map: as in `dispatch`.
+
+    Raises:
+      NotImplementedError: the kernel does not accept the operands; the message is that of `check_pack`.
     """
     if problem := check_pack(parts, routes, encode=encode, config=config):
         raise NotImplementedError(f"pack kernel: {problem}")
@@ -144,7 +168,10 @@ def pack(
 
 
 class Kernel:
-    """The kernel of both: to the peers of a mesh axis, or (axis_name None) into one or two buffers of this device."""
+    """The kernel of `dispatch`, which stores to the peers of `axis_name`, and of `pack` (axis_name None).
+
+    The other arguments are those of `dispatch` and `pack`.
+    """
 
     def __init__(self, parts, routes, encode, config, axis_name, apart=False):
         self.routes, self.axis_name, self.apart = routes, axis_name, int(apart)
@@ -153,15 +180,15 @@ class Kernel:
         self.plan = RowPlan(routes, self.config)
         self.with_weights = routes.form == "per_peer"
         self.ids_per_row = routes.k if self.with_weights else 1
-        # A row: what is copied as a whole, then what lanes store: single values, ids, weights.
+        # The large parts of a row go through the copy engine. Lanes store the rest: single values, ids, weights.
         self.big = [p for p in self.maker.sent if not is_single(p)]
         self.singles = [p for p in self.maker.sent if is_single(p)]
         self.big_bytes = [p.shape[1] * p.dtype.itemsize for p in self.big]
         self.widths = [1] * len(self.singles) + [self.ids_per_row] * (1 + self.with_weights)
-        self.row_bytes = -(-(sum(self.big_bytes[self.apart :]) + 4 * sum(self.widths)) // PIECE) * PIECE
+        self.row_bytes = -(-(sum(self.big_bytes[self.apart :]) + 4 * sum(self.widths)) // PIECE_BYTES) * PIECE_BYTES
 
     def targets(self) -> list[jax.ShapeDtypeStruct]:
-        """The arrays that rows are sent to, of every receiver or of this device."""
+        """Types of the arrays that rows are stored to: those of each receiver (dispatch), or of this device (pack)."""
         r = self.routes
         if self.axis_name is None:
             apart = [(p.shape[1], p.dtype) for p in self.big[: self.apart]]
@@ -172,14 +199,14 @@ class Kernel:
         return [jax.ShapeDtypeStruct((r.devices, r.capacity, n), t) for n, t in types]
 
     def unpacked(self, received: Sequence[jax.Array]) -> tuple[list[jax.Array], jax.Array, jax.Array | None]:
-        """What is in arrays like `targets`: parts, local ids, weights (None per slot)."""
+        """Splits received arrays of the types `targets` into parts, local ids and weights (None for per_slot)."""
         *received, last = received
         if not self.with_weights:
             return received, last, None
         return received[:-1], received[-1], last
 
     def run(self, topk_ids: jax.Array, topk_weights: jax.Array) -> tuple[jax.Array, ...]:
-        """-> new arrays like `targets`, and the map."""
+        """Runs the kernel. Returns new arrays of the types `targets`, and send_map."""
         targets, send_map = self.targets(), self._map()
         operands = self._operands(topk_ids, topk_weights)
         meeting = [] if self.axis_name is None else Meeting.scratch(self.config.warpgroups + 1)
@@ -197,9 +224,14 @@ class Kernel:
     def run_into(
         self, topk_ids: jax.Array, topk_weights: jax.Array, targets: list[Any], kept: list[Any], *, first: bool
     ) -> jax.Array:
-        """Into references to arrays like `targets` -> the map. kept: references that nothing happens to, and counters.
+        """Runs the kernel on existing arrays. Returns send_map.
 
-        first: XLA lets the devices meet before; else they met in the call before, with the same counters.
+        Args:
+          topk_ids, topk_weights: as in `dispatch`.
+          targets: references to arrays of the types `targets`; the peers store to them.
+          kept: references that the kernel does not touch, and last the counters of the meeting, i32 [blocks, 32].
+          first: whether XLA lets the devices meet before the kernel. They need not if a call with the same counters ran
+            before, at whose end they met.
         """
         operands = self._operands(topk_ids, topk_weights)
         inputs = [*operands, *targets, *kept]
@@ -218,7 +250,7 @@ class Kernel:
         return jax.ShapeDtypeStruct((self.routes.tokens, self.routes.columns), jnp.int32)
 
     def _operands(self, topk_ids, topk_weights):
-        """Rows, ids, weights where they are sent, counts where they are made apart."""
+        """Operands of the kernel: rows, ids, for per_peer weights, and counts if another kernel computes them."""
         operands = [*self.maker.operands, topk_ids]
         if self.with_weights:
             operands.append(topk_weights)
@@ -227,22 +259,22 @@ class Kernel:
         return operands
 
     def _scratch(self):
-        """Buffers for rows, the plan, and a barrier for it."""
+        """Scratch of the kernel, without that of the meeting: buffers for rows, the plan, and the plan's barrier."""
         if self.axis_name is None:
             types = [(p.shape[1], p.dtype) for p in self.big[: self.apart]]
             types += [(n, jnp.uint8) for n in self.big_bytes[self.apart :]]
         else:
             types = [(p.shape[1], p.dtype) for p in self.big]
         buffers = [plgpu.SMEM((self.config.warpgroups * _STAGES, n), t) for n, t in types]
-        return [*buffers, self.plan.scratch(4 * self.config.warpgroups), plgpu.Barrier(num_arrivals=1)]
+        return [*buffers, self.plan.scratch(lanes.WARPS * self.config.warpgroups), plgpu.Barrier(num_arrivals=1)]
 
     @property
     def _own(self):
-        """Number of `_scratch`."""
+        """Number of entries of `_scratch`."""
         return len(self.big) + 2
 
     def _send_all(self, inputs, targets, map_ref, scratch, meeting):
-        """One warpgroup plans and sends what the plan alone says; the others make rows and send them."""
+        """The last warpgroup makes the plan and sends ids and weights. The others make the rows and send them."""
         sources, (ids_ref,), weights_ref, counts_ref = _cut(inputs, len(self.maker.operands), 1, self.with_weights)
         *buffers, plan_smem, planned = scratch
         target = (Payload if meeting is None else Peers)(self, targets)
@@ -265,7 +297,7 @@ class Kernel:
     def _send_rows(self, mover, sources, buffers, rows, planned, target):
         r, movers = self.routes, self.config.warpgroups
         first, number = self.plan.tokens_of_block()
-        scratch = rows.at[pl.ds(self.plan.words + 4 * mover, 4)]
+        scratch = rows.at[pl.ds(self.plan.words + lanes.WARPS * mover, lanes.WARPS)]
 
         def load(i):
             local = mover + i * movers
@@ -301,13 +333,13 @@ class Kernel:
         plgpu.wait_smem_to_gmem(0)
 
     def _destination(self, row, where):
-        """Of rows of the plan: whether they exist, device, place there; lane arrays."""
+        """Entries of the plan as three lane arrays: whether there is a row, its device, and its place there."""
         row = row.astype(jnp.int32)
         device = unsigned_div(jnp.maximum(row, 0), self.routes.capacity)
         return where & (row >= 0), device, row - device * self.routes.capacity
 
     def _send_words(self, rows, ids_ref, weights_ref, target):
-        """Lane (token, column, slot): an id and a weight of the row that goes there."""
+        """Stores ids and weights. A lane takes one (token, column of the plan, slot): that id and weight of the row."""
         r, per_row = self.routes, self.ids_per_row
         first, number = self.plan.tokens_of_block()
 
@@ -328,7 +360,7 @@ class Kernel:
         lax.fori_loop(0, lax.div(number * r.columns * per_row + lanes.LANES - 1, jnp.int32(lanes.LANES)), step, None)
 
     def _blank(self, totals, target):
-        """Ids of -1 into the rows that nobody fills."""
+        """Stores ids of -1 to the rows that no token fills."""
         r, per_row = self.routes, self.ids_per_row
         stride = self.config.blocks * lanes.LANES
         for d, total in enumerate(totals):
@@ -346,7 +378,7 @@ class Kernel:
 
 
 def _cut(refs: Sequence[Any], *sizes: int) -> list[list[Any]]:
-    """Runs of these sizes, and the rest."""
+    """Splits `refs` into lists of these sizes, and one more with the rest."""
     runs, start = [], 0
     for size in sizes:
         runs.append(list(refs[start : start + size]))

@@ -1,4 +1,4 @@
-"""Where kernels that reach into other devices' memory wait for each other."""
+"""Meetings: points where the thread blocks of kernels on several devices wait for each other."""
 
 from typing import Any
 
@@ -11,24 +11,29 @@ from jaxlib.mlir.dialects import arith, memref
 
 from pallas_kernels.simt import lanes
 
-COUNTER_WORDS = 32  # of a block in an array of counters: what peers increment, how often it met, and 120 bytes of room
+# Words of a thread block in an array of counters: word 0 is what peers increment, word 1 how often the thread block
+# met. The other words keep the counters of different thread blocks 128 bytes apart.
+COUNTER_WORDS = 32
 
 
 class Meeting:
-    """Where the blocks of the same index of all devices wait for each other: a semaphore and a barrier of the block."""
+    """Thread blocks of the same index on all devices wait for each other.
+
+    semaphore: of the thread block; peers increment it. barrier: of its warpgroups, None if there is only one.
+    """
 
     def __init__(self, semaphore: Any, barrier: Any = None):
         self.semaphore, self.barrier = semaphore, barrier
 
     @staticmethod
     def scratch(warpgroups: int) -> list[Any]:
-        """What a kernel that meets needs."""
+        """Scratch of a kernel that meets: semaphore and barrier."""
         return [plgpu.SemaphoreType.REGULAR, *_barriers(warpgroups)]
 
     def meet(self, devices: int, warpgroups: int) -> None:
-        """The end of a kernel: warpgroup 0 waits until everybody's block is here, so that no block leaves before.
+        """Ends a kernel: warpgroup 0 waits for the peers' thread blocks, so that the thread block does not end before.
 
-        What was stored before is visible to all of them after it.
+        Every device sees after the meeting what the others stored before it.
         """
         if warpgroups == 1:
             lanes.sync()
@@ -38,9 +43,9 @@ class Meeting:
         plgpu.barrier_arrive(self.barrier)
 
         @pl.when(lanes.warpgroup_index() == 0)
-        def _():  # signals are expensive: one block, one signal
+        def _():  # signals are expensive, so a thread block sends one to each peer
             plgpu.barrier_wait(self.barrier)
-            lanes.sync()  # one thread signals for all
+            lanes.sync()  # one thread signals, after all threads are here
             self._signal_and_wait(devices)
 
     def _signal_and_wait(self, devices: int) -> None:
@@ -49,9 +54,10 @@ class Meeting:
 
 
 class CountedMeeting(Meeting):
-    """The same with counters i32 [blocks, 32] that outlive the kernel, zeros at first: nothing need be reset.
+    """A `Meeting` with counters in place of a semaphore: i32 [blocks, 32], zeros at first, which outlive the kernel.
 
-    A block waits until its counter is `devices` times as large as the number of meetings it has had, this one included.
+    A thread block waits until its counter is `devices` times the number of meetings it has had, this one included. So
+    nothing has to be reset between kernels.
     """
 
     def __init__(self, counters: Any, barrier: Any = None):
@@ -62,7 +68,7 @@ class CountedMeeting(Meeting):
 
     @staticmethod
     def scratch(warpgroups: int) -> list[Any]:
-        """What a kernel that meets needs, beside the counters."""
+        """Scratch of a kernel that meets: the barrier. The counters are an operand."""
         return _barriers(warpgroups)
 
     def _signal_and_wait(self, devices):
@@ -84,10 +90,10 @@ class CountedMeeting(Meeting):
 
 
 class CommonMeeting(CountedMeeting):
-    """In the middle of a kernel: all blocks of all devices wait for all, with one counter, that of block 0.
+    """A meeting in the middle of a kernel: all thread blocks of all devices wait for each other.
 
-    Every warpgroup of a block goes on only then. All blocks must be at work at once: there must be a multiprocessor for
-    each, which nothing occupies that waits for one of them.
+    They share one counter per device, that of thread block 0, and every warpgroup waits. All thread blocks must run at
+    the same time. So each needs a multiprocessor, and no other kernel that waits for this one may occupy it.
     """
 
     def __init__(self, counters: Any, blocks: int, barrier: Any = None, met: Any = None):
@@ -96,11 +102,11 @@ class CommonMeeting(CountedMeeting):
 
     @staticmethod
     def scratch(warpgroups: int) -> list[Any]:
-        """What a kernel that meets needs, beside the counters."""
+        """Scratch of a kernel that meets: two barriers. The counters are an operand."""
         return [*_barriers(warpgroups), *_barriers(warpgroups, arrivals=1)]
 
     def meet(self, devices: int, warpgroups: int) -> None:
-        """All warpgroups wait until everybody is here; what was stored before is visible to all of them after it."""
+        """All warpgroups wait for all others. Each sees after the meeting what the others stored before it."""
         super().meet(devices, warpgroups)
         if warpgroups > 1:
 
@@ -116,9 +122,9 @@ def _barriers(warpgroups, arrivals=None):
 
 
 def _signal(refs: list[Any]) -> None:
-    """One thread increments counters of several devices, behind one fence for all.
+    """One thread increments the counters of several devices, after a single fence.
 
-    A release per signal would wait, each time, until the signal before has arrived at its peer.
+    A signal with release semantics of its own would wait until the signal before it has reached its peer.
     """
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))

@@ -1,8 +1,10 @@
-"""To which rows of which peers the tokens of a block of threads go, worked out by the block itself.
+"""The plan of a dispatch: which rows of which devices the tokens of a thread block go to.
 
-A device's tokens are cut into one run per block. Rows at a receiver are in token order, then slot order: the place of a
-token's row is the number of rows that earlier tokens need there. For few tokens every block counts them itself, from
-all ids; for many a kernel counts each run first.
+    place of a token's row on device d = number of rows that earlier tokens need on d
+
+Rows on a receiver are thus in token order, then slot order. The tokens of a device are cut into one run per thread
+block. A thread block needs the rows of all tokens before its run: with few tokens it counts them itself, from all ids,
+a lane per token. With many tokens a kernel counts each run first (`counts_of_blocks`).
 """
 
 import dataclasses
@@ -13,18 +15,22 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.rows.quantize import unsigned_div
 from pallas_kernels.simt import lanes, launch
-from pallas_kernels.simt.schedule import H100_SMS
+from pallas_kernels.simt.hardware import H100_SMS
+from pallas_kernels.simt.lane_math import unsigned_div
 
 MAX_DEVICES = 8
-MAX_SLOTS = 15  # a token's routes to one device are counted in 4 bits
-_FEW_TILES = 8  # of 128 tokens, whose ids are loaded all at once
+MAX_SLOTS = 15  # slots per token: routes of a token to one device are counted in 4 bits
+_FEW_TILES = 8  # up to so many groups of 128 tokens, their ids are all loaded at once
 
 
 @dataclasses.dataclass(frozen=True)
 class TuningConfig:
-    """blocks: of threads, all at work at once. warpgroups: of a block that make rows; one more plans."""
+    """Thread blocks of a dispatch, and their warpgroups.
+
+    blocks: thread blocks, which all run at the same time.
+    warpgroups: warpgroups of a thread block that make rows. One more makes the plan.
+    """
 
     blocks: int = H100_SMS
     warpgroups: int = 2
@@ -32,7 +38,12 @@ class TuningConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Routes:
-    """What decides where rows go. form: "per_peer" or "per_slot"; capacity: rows per sender and receiver."""
+    """Sizes that decide where rows go.
+
+    tokens: T of this device. k: slots per token. devices: on the mesh axis. local_experts: experts per device.
+    capacity: rows per sender and receiver. form: "per_peer" sends a token once to each device that has one of its
+    experts; "per_slot" sends it once for each slot.
+    """
 
     tokens: int
     k: int
@@ -43,31 +54,34 @@ class Routes:
 
     @property
     def columns(self) -> int:
-        """Destinations that a token may have: one per device, or one per slot."""
+        """Rows that a token may have: one per device (per_peer) or one per slot (per_slot)."""
         return self.devices if self.form == "per_peer" else self.k
 
 
 class RowPlan:
-    """Which rows the tokens of a block go to; in shared memory."""
+    """The plan of a thread block in shared memory, [tokens of its run, columns]: device * capacity + place, or -1."""
 
     def __init__(self, routes: Routes, config: TuningConfig):
         self.routes, self.config = routes, config
         self.per_block = -(-routes.tokens // config.blocks)
         self.tiles = -(-self.per_block // lanes.LANES)
         self.table = self.tiles * lanes.LANES * routes.columns
-        self.words = self.table + 8 * routes.devices  # and what prefix sums need
+        self.words = self.table + 2 * lanes.WARPS * routes.devices  # and words for prefix sums
 
     def scratch(self, more: int = 0) -> Any:
-        """Shared memory for the rows and for making them, and some words more."""
+        """Shared memory for the plan and for computing it, and `more` words."""
         return plgpu.SMEM((self.words + more,), jnp.int32)
 
     def tokens_of_block(self) -> tuple[jax.Array, jax.Array]:
-        """First token of this block and their number."""
+        """First token of this thread block, and how many tokens it has."""
         first = lanes.block_index() * self.per_block
         return first, jnp.clip(self.routes.tokens - first, 0, self.per_block)
 
     def load(self, ids_ref: Any, token: jax.Array, valid: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
-        """-> per slot, the device of lane `token` (-1: none); per device, how many rows of it the token needs."""
+        """Loads the ids of one token per lane.
+
+        Returns the device of each slot (-1 for none), and how many rows the token needs on each device.
+        """
         r = self.routes
         ids = [i.astype(jnp.int32) for i in lanes.gather(ids_ref, token, r.k, where=valid)]
         owners, fields = [], lanes.splat(0, jnp.uint32)
@@ -80,7 +94,7 @@ class RowPlan:
         return owners, [((fields >> (4 * d)) & 15).astype(jnp.int32) for d in range(r.devices)]
 
     def count(self, ids_ref: Any, scratch: Any, at: int) -> list[jax.Array]:
-        """Rows that this block's tokens need on every device, scalars."""
+        """How many rows this thread block's tokens need on each device, scalars."""
         first, number = self.tokens_of_block()
         totals = [lanes.splat(0, jnp.int32)] * self.routes.devices
         for tile in range(self.tiles):
@@ -90,9 +104,11 @@ class RowPlan:
         return [total for _, total in lanes.prefix_sums(totals, scratch, at)]
 
     def fill(self, ids_ref: Any, counts_ref: Any, scratch: Any, map_ref: Any) -> list[jax.Array]:
-        """Puts the rows of this block's tokens into `scratch` and `map_ref`; -> rows that all tokens need, per device.
+        """Writes the plan of this thread block's tokens to `scratch` and `map_ref`.
 
-        A row is device * capacity + its place there, or -1. counts_ref: what `count` gave every block, or None.
+        counts_ref: what `counts_of_blocks` returned, or None if the thread block shall count by itself.
+
+        Returns how many rows all tokens of this device need on each device, scalars.
         """
         r, at = self.routes, self.table
         first, number = self.tokens_of_block()
@@ -162,7 +178,7 @@ class RowPlan:
 
 
 def counts_of_blocks(ids: jax.Array, plan: RowPlan, *, interpret: Any = None) -> jax.Array:
-    """i32 [blocks, devices]: rows that the tokens of every block need on every device."""
+    """How many rows the tokens of each thread block need on each device, i32 [blocks, devices]."""
     devices = plan.routes.devices
 
     def body(ids_ref, counts_ref, scratch):
@@ -173,6 +189,5 @@ def counts_of_blocks(ids: jax.Array, plan: RowPlan, *, interpret: Any = None) ->
         lanes.scatter(counts_ref, lanes.block_index() * devices + lane, [mine.astype(jnp.uint32)], where=lane < devices)
 
     out = jax.ShapeDtypeStruct((plan.config.blocks, devices), jnp.int32)
-    return launch.kernel(
-        body, out, grid=plan.config.blocks, scratch_types=[plgpu.SMEM((4 * devices,), jnp.int32)], interpret=interpret
-    )(ids)
+    scratch = [plgpu.SMEM((lanes.WARPS * devices,), jnp.int32)]
+    return launch.kernel(body, out, grid=plan.config.blocks, scratch_types=scratch, interpret=interpret)(ids)

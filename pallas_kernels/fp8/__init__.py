@@ -1,1 +1,1 @@
-"""The block-wise FP8 GEMM and the quantization of its activations."""
+"""The dense GEMM with block-wise FP8 scales, and the quantization of its activations."""

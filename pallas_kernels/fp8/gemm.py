@@ -2,18 +2,24 @@
 
     y[t, n] = sum over blocks g of K:  (x[t, g] . w[n, g]) * (x_scale[g, t] * w_scale[n / 128, g])
 
-A task is 64 rows per consumer and `tile_n` columns. One warpgroup fills a ring of stages (128 of K: x, w, the rows'
-scales) through the copy engine, across task boundaries; the consumers multiply a stage with four wgmmas into registers
-of its own and add them, scaled, to the f32 sums: one FMA per value, while another consumer's wgmmas run. It also makes
-up for the tensor cores' sums, which keep fewer bits than f32: they end after 128 products. Blocks of K are added in
-order, so a row's bits depend on the row and the weights only, whatever the configuration.
+**How the work is divided.** A task is 64 rows per consumer and `tile_n` columns of the result. The grid is persistent,
+one thread block per SM. In a thread block, one warpgroup fills a ring of pipeline stages through the copy engine: a
+stage holds blocks of 128 along K of x and w, and the scales of x. It does not stop at the end of a task. The other
+warpgroups, the consumers, multiply a block of K with four wgmmas into registers of its own. Then they add it, scaled,
+to the f32 sums with one FMA per value, while the wgmmas of another consumer run.
 
-Two blocks of threads in a cluster take neighbouring columns and send the rows of x that both need to each other's
-shared memory, which saves half of that traffic from L2. Rows and columns beyond the end are read as zeros and not
-written; K, N and the rows need not be multiples of a tile.
+**Bits.** Tensor cores sum with fewer bits than f32. Here such a sum ends after the 128 products of a block, and f32
+does the rest. Blocks of K are added in order, so with every configuration the bits of a row depend on that row and the
+weights only.
 
-What limits it (H100, experiments/results/dense_log.md): for many rows the tensor cores' power limit and the 64 FMAs per
-thread and stage; for few rows the bytes of w.
+**Clusters.** The two thread blocks of a cluster take neighbouring columns, which need the same rows of x. Each loads
+half of these rows and sends it to the shared memory of both. That halves the traffic of x from L2.
+
+**Edges.** Rows and columns beyond the end are read as zeros and not written, so M, N and K need not be multiples of a
+tile.
+
+**What bounds the time** (H100; experiments/results/dense_log.md). For many rows: the power limit of the tensor cores,
+and the 64 FMAs per thread and stage. For few rows: reading w.
 """
 
 import dataclasses
@@ -28,18 +34,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import math as mlir_math
 
-from pallas_kernels.fp8.config import BLOCK, ROWS, TuningConfig, check_config, choose
+from pallas_kernels.fp8.config import TuningConfig, check_config, choose
 from pallas_kernels.simt import lanes, launch
-from pallas_kernels.simt.schedule import H100_SMS
+from pallas_kernels.simt.formats import FP8_BLOCK
+from pallas_kernels.simt.hardware import H100_SMS, SWIZZLE_BYTES, WGMMA_ROWS
+from pallas_kernels.simt.schedule import Schedule
 
 _WGMMA = plgpu.Layout.WGMMA
-_SWIZZLE = 128  # bytes of a row in shared memory within which 16-byte pieces are permuted, at most
-_GROUP = 8  # row tiles that run side by side, so that they find the same columns of w in L2
-_REGISTERS = {1: (40, 240), 2: (40, 232), 3: (32, 160)}  # per thread that loads, multiplies; by consumers
+_GROUP = 8  # row tiles whose tasks are neighbours, so that they find the same columns of w in the L2 cache
+# Number of consumers -> registers per thread of the warpgroup that loads, and of a consumer.
+_REGISTERS = {1: (40, 240), 2: (40, 232), 3: (32, 160)}
 
 
 class _Refs(NamedTuple):
-    """Operands, result, and what the roles of a block share. Of x, w and the result: two views of one buffer."""
+    """Operands, result, shared memory and barriers. x_smem, w_smem and out_smem are two views of one buffer each."""
 
     x_gmem: Any
     w_gmem: Any
@@ -64,14 +72,19 @@ def gemm(
     config: TuningConfig | None = None,
     interpret: Any = None,
 ) -> jax.Array:
-    """x e4m3 [M, K], w e4m3 [N, K] -> [M, N] bf16 or f32.
+    """y = x w^T with block-wise scales, [M, N] of out_dtype.
 
     Args:
-      x_scale: f32 [ceil(K / 128), M rounded up to 4], what is beyond M is ignored.
+      x: e4m3 [M, K].
+      w: e4m3 [N, K].
+      x_scale: f32 [ceil(K / 128), M rounded up to 4]. Columns beyond M are ignored.
       w_scale: f32 [ceil(N / 128), ceil(K / 128)].
+      out_dtype: bf16 or f32.
+      config: None takes that of `config.choose`.
+      interpret: see `launch.kernel`.
 
     Raises:
-      NotImplementedError: what `check_config` returns.
+      NotImplementedError: the kernel does not accept the operands; the message is that of `check_config`.
     """
     if problem := check_config(x, w, x_scale, w_scale, out_dtype):
         raise NotImplementedError(f"block FP8 kernel: {problem}")
@@ -81,10 +94,10 @@ def gemm(
     plan = _Plan(c, m, n, k, sms // c.cluster, np.dtype(out_dtype))
     barrier: dict[str, Any] = dict(num_arrivals=c.warpgroups, num_barriers=c.num_stages)
     scratch_types = [
-        _two_views((c.num_stages, c.k_blocks, c.tile_m, BLOCK), x.dtype, interpret),
-        _two_views((c.num_stages, c.k_blocks, c.tile_n, BLOCK), w.dtype, interpret),
+        _two_views((c.num_stages, c.k_blocks, c.tile_m, FP8_BLOCK), x.dtype, interpret),
+        _two_views((c.num_stages, c.k_blocks, c.tile_n, FP8_BLOCK), w.dtype, interpret),
         plgpu.SMEM((c.num_stages, c.k_blocks, c.tile_m), jnp.float32),
-        _two_views((c.warpgroups, c.tile_n // plan.piece, ROWS, plan.piece), out_dtype, interpret),
+        _two_views((c.warpgroups, c.tile_n // plan.piece, WGMMA_ROWS, plan.piece), out_dtype, interpret),
         plgpu.Barrier(num_arrivals=3 * c.k_blocks, num_barriers=c.num_stages),
         plgpu.Barrier(**barrier) if c.cluster == 1 else plgpu.ClusterBarrier(collective_axes=("cluster",), **barrier),
     ]
@@ -114,7 +127,7 @@ def gemm(
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """Which tasks a cluster takes: a persistent grid, task number by task number."""
+    """The static numbers of one kernel, and the place of each task. m, n, k: shapes. clusters: of the grid."""
 
     config: TuningConfig
     m: int
@@ -125,27 +138,32 @@ class _Plan:
 
     @property
     def piece(self) -> int:
-        """Columns of a row of results that lie together in shared memory."""
-        return min(_SWIZZLE // self.out_dtype.itemsize, self.config.tile_n)
+        """Columns of the result that are adjacent in shared memory, at most one span of the swizzle."""
+        return min(SWIZZLE_BYTES // self.out_dtype.itemsize, self.config.tile_n)
 
     @property
     def groups(self) -> int:
-        """Blocks of K."""
-        return -(-self.k // BLOCK)
+        """Blocks of 128 along K."""
+        return -(-self.k // FP8_BLOCK)
 
     @property
     def steps(self) -> int:
-        """Stages of a task."""
-        return -(-self.k // (BLOCK * self.config.k_blocks))
+        """Pipeline stages that a task uses."""
+        return -(-self.k // (FP8_BLOCK * self.config.k_blocks))
+
+    @property
+    def schedule(self) -> Schedule:
+        """Which tasks each cluster takes."""
+        return Schedule(self.clusters)
 
     def mine(self) -> jax.Array:
-        """Number of this cluster's tasks."""
-        return lax.div(self._rows * self._columns - lanes.block_index() + (self.clusters - 1), jnp.int32(self.clusters))
+        """How many tasks this cluster takes."""
+        return self.schedule.count(self._rows * self._columns)
 
     def place(self, number: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """First row and column of this block's part of the cluster's task of that number."""
+        """First row and first column that this thread block computes in the cluster's task of that number."""
         c = self.config
-        task = lanes.block_index() + number * self.clusters
+        task = self.schedule.task(number)
         group = lax.div(task, jnp.int32(_GROUP * self._columns))
         within = task - group * (_GROUP * self._columns)
         height = jnp.minimum(self._rows - group * _GROUP, _GROUP)
@@ -156,7 +174,7 @@ class _Plan:
         return row * c.tile_m, column * c.tile_n
 
     def slot(self, step: jax.Array) -> jax.Array:
-        """The stage that a step of this block uses."""
+        """The pipeline stage of a step; steps count the stages that this thread block has used."""
         return lax.rem(step, jnp.int32(self.config.num_stages))
 
     @property
@@ -169,9 +187,10 @@ class _Plan:
 
 
 def _two_views(shape, dtype, interpret):
-    """A swizzled buffer: as rows, which the copy engine moves, and as tiles, which a wgmma takes and leaves.
+    """One swizzled buffer in shared memory with two views: rows for the copy engine, and tiles for wgmma.
 
-    The copy engine would take tiles too, but not of arrays that end within one. Interpret mode knows no views.
+    The copy engine could also move tiles, but not of an array that ends within one. Interpret mode has no views, so
+    there the buffer has one type.
     """
     if interpret is not None:
         return plgpu.SMEM(shape, dtype)
@@ -183,7 +202,7 @@ def _two_views(shape, dtype, interpret):
 
 
 def _load(plan, r):
-    """Role of one warpgroup: the tasks' operands into the stages, in order."""
+    """The loader: copies the operands of all tasks into the pipeline stages, in order."""
     c = plan.config
     shared_by = None if c.cluster == 1 else "cluster"
     (x_smem, _), (w_smem, _) = r.x_smem, r.w_smem
@@ -203,39 +222,41 @@ def _load(plan, r):
 
             for j in range(c.k_blocks):
                 number_of_block = i * c.k_blocks + j
-                block = pl.ds(number_of_block * BLOCK, BLOCK)
+                block = pl.ds(number_of_block * FP8_BLOCK, FP8_BLOCK)
                 plgpu.copy_gmem_to_smem(r.x_gmem.at[rows, block], x_smem.at[slot, j], full, collective_axes=shared_by)
                 plgpu.copy_gmem_to_smem(r.w_gmem.at[pl.ds(column, c.tile_n), block], w_smem.at[slot, j], full)
-                # A scale beyond the last block is any other: it multiplies zeros.
+                # Beyond the last block any scale will do, as it multiplies zeros: the last one is loaded again.
                 at = jnp.minimum(number_of_block, plan.groups - 1)
                 plgpu.copy_gmem_to_smem(r.x_scale_gmem.at[at, rows], r.scale_smem.at[slot, j], full)
 
         lax.fori_loop(0, plan.steps, stage, None)
 
     lax.fori_loop(0, plan.mine(), task, None)
-    # A block must not end while the other one of its cluster still arrives at its barriers.
+    # A thread block must not end while the other one of its cluster still arrives at its barriers.
     steps = plan.mine() * plan.steps
     drain = lambda step, _: plgpu.barrier_wait(r.empty.at[plan.slot(step)])  # noqa: E731
     lax.fori_loop(jnp.maximum(steps - c.num_stages, 0), steps, drain, None)
 
 
 def _multiply(plan, r, warpgroup):
-    """Role of the consumers: 64 rows of a task each."""
+    """A consumer: multiplies and stores 64 rows of each task."""
     c = plan.config
-    mine = pl.ds(warpgroup * ROWS, ROWS)
-    width = math.gcd(c.tile_n, BLOCK)  # columns with one scale of w
+    mine = pl.ds(warpgroup * WGMMA_ROWS, WGMMA_ROWS)
+    width = math.gcd(c.tile_n, FP8_BLOCK)  # columns with one scale of w
     starts = range(0, c.tile_n, width)
     (_, x_smem), (_, w_smem), (out_rows_smem, out_tiles_smem) = r.x_smem, r.w_smem, r.out_smem
 
     def task(number, _):
         row, column = plan.place(number)
-        # Task columns beyond N have no scale; the last one does as well.
-        scale_rows = [jnp.minimum(lax.div(column + s, jnp.int32(BLOCK)), -(-plan.n // BLOCK) - 1) for s in starts]
+        # Columns beyond N have no scale. They use the last one.
+        last = -(-plan.n // FP8_BLOCK) - 1
+        scale_rows = [jnp.minimum(lax.div(column + start, jnp.int32(FP8_BLOCK)), last) for start in starts]
 
         def stage(i, totals):
             slot = plan.slot(number * plan.steps + i)
             blocks = [jnp.minimum(i * c.k_blocks + j, plan.groups - 1) for j in range(c.k_blocks)]
-            w_scales = [[r.w_scale_gmem[s, b] for s in scale_rows] for b in blocks]  # on their way before the stage is
+            # These loads are issued before the wait, so that they run meanwhile.
+            w_scales = [[r.w_scale_gmem[s, b] for s in scale_rows] for b in blocks]
             plgpu.barrier_wait(r.full.at[slot])
             x_scales = [
                 plgpu.load(r.scale_smem.at[slot, j, mine], layout=_WGMMA.reduce(1), optimized=False)
@@ -248,20 +269,20 @@ def _multiply(plan, r, warpgroup):
                 plgpu.wgmma_wait(0)
                 return [accumulator[...] for accumulator in accumulators]
 
-            products = pl.run_scoped(product, *[plgpu.ACC((ROWS, c.tile_n))] * c.k_blocks)
+            products = pl.run_scoped(product, *[plgpu.ACC((WGMMA_ROWS, c.tile_n))] * c.k_blocks)
             plgpu.barrier_arrive(r.empty.at[slot])
             for product_of_block, x_scale, w_scales_of_block in zip(products, x_scales, w_scales, strict=True):
                 added = []
                 for start, w_scale, total in zip(starts, w_scales_of_block, totals, strict=True):
-                    scales = lax.broadcast_in_dim(x_scale * w_scale, (ROWS, width), (0,))
+                    scales = lax.broadcast_in_dim(x_scale * w_scale, (WGMMA_ROWS, width), (0,))
                     part = product_of_block if width == c.tile_n else product_of_block[:, start : start + width]
                     added.append(_fma(part, scales, total))
                 totals = added
             return totals
 
-        zeros = plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), _WGMMA)
+        zeros = plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, width), jnp.float32), _WGMMA)
         totals = lax.fori_loop(0, plan.steps, stage, [zeros for _ in starts])
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the task before
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the result of the task before has left shared memory
         pieces = range(c.tile_n // plan.piece)
         for p in pieces:
             start = p * plan.piece % width
@@ -270,7 +291,7 @@ def _multiply(plan, r, warpgroup):
                 total if plan.piece == width else total[:, start : start + plan.piece]
             )
         plgpu.commit_smem()
-        rows = pl.ds(row + warpgroup * ROWS, ROWS)
+        rows = pl.ds(row + warpgroup * WGMMA_ROWS, WGMMA_ROWS)
         for p in pieces:
             columns = pl.ds(column + p * plan.piece, plan.piece)
             plgpu.copy_smem_to_gmem(out_rows_smem.at[warpgroup, p], r.out_gmem.at[rows, columns])
@@ -280,7 +301,7 @@ def _multiply(plan, r, warpgroup):
 
 
 def _fma(a, b, c):
-    """a * b + c of arrays in the layout of a wgmma's result, one instruction and rounding per value."""
+    """a * b + c for arrays in the wgmma layout: one instruction and one rounding per value."""
     if lanes.is_interpreting():
         return a * b + c
 

@@ -1,1 +1,1 @@
-"""The grouped GEMM with 4-bit weights: its configurations, roles of warpgroups, tasks and weight layout."""
+"""The grouped GEMM with 4-bit weights: kernel, configurations, roles of warpgroups, tasks and weight layout."""

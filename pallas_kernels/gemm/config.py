@@ -1,4 +1,4 @@
-"""What the grouped GEMM's kernel accepts. gemm_choice.py says which configuration it runs with."""
+"""Configurations of the grouped GEMM's kernel, and which operands it accepts. choice.py chooses a configuration."""
 
 import dataclasses
 from typing import Any
@@ -8,24 +8,29 @@ import numpy as np
 
 from pallas_kernels.gemm.weight_layout import TILE, WORDS
 from pallas_kernels.rows.swiglu_quantize import OUTPUTS
-from pallas_kernels.simt import lanes
+from pallas_kernels.simt.hardware import LANES, SM_REGISTERS, SMEM_BYTES
 
-_SMEM_ALIGNMENT = 1024  # of every buffer
-_MAX_BARRIERS = 32  # of a group; one more than there are stages is needed
-_REGISTERS = 65536  # of an SM
-# What ptxas wants beside a wgmma's accumulator: A operand, descriptors, addresses (seen: 102 for 72, 126 fits for 96).
+_SMEM_ALIGNMENT = 1024  # bytes, of every buffer in shared memory
+_MAX_BARRIERS = 32  # in one array of barriers; the kernel needs one per stage and one more
+# Registers that a consumer needs beside its accumulators: A operand, descriptors, addresses. ptxas used 102 registers
+# with accumulators of 72, and 126 were enough with accumulators of 96.
 _WGMMA_REGISTERS = 30
 
 
 @dataclasses.dataclass(frozen=True)
 class TuningConfig:
-    """How a block works: one warpgroup loads, `warpgroups` multiply, and one or they themselves store.
+    """How a thread block works: one warpgroup loads, `warpgroups` others multiply, and one more may store.
 
-    tile_m: numbers of rows a task may have, ascending multiples of 8; a task takes the least that holds its rows.
-    warpgroups: consumers, which share a task's rows. row_tiles: 64 x 64 weight tiles side by side per consumer.
-    k_tiles: tiles of 64 along K per pipeline stage. num_stages: stages. unroll: stages per iteration of the loop over
-    K. in_flight: wgmmas left running while the next weights are decoded, 0 or 1. own_store: a warpgroup of its own
-    stores a task's result while the next task is multiplied; it costs registers, which the widest tile_m needs.
+    tile_m: sizes of a tile of x that are compiled, in rows: ascending multiples of 8. A task takes the smallest that
+      holds its rows, and has at most max(tile_m) rows.
+    warpgroups: consumers. Each multiplies other weight tiles with the same tile of x.
+    row_tiles: 64 x 64 weight tiles that a consumer multiplies side by side.
+    k_tiles: tiles of 64 along K per pipeline stage.
+    num_stages: pipeline stages.
+    unroll: stages per iteration of the loop over K.
+    in_flight: wgmmas that run on while the consumer decodes the next weights, 0 or 1.
+    own_store: whether a warpgroup of its own stores the result of a task while the consumers multiply the next task.
+      It costs registers, which the widest tile_m needs; without it the consumers store.
     """
 
     tile_m: tuple[int, ...]
@@ -39,37 +44,40 @@ class TuningConfig:
 
     @property
     def tiles(self) -> int:
-        """Weight tiles of a task: tile_n = 64 * tiles."""
+        """Weight tiles of a task; it computes 64 * tiles columns."""
         return self.warpgroups * self.row_tiles
 
     @property
     def registers(self) -> tuple[int, int, int]:
-        """Per thread that loads, multiplies, stores; what one gives up another may take, in steps of 8."""
+        """Registers per thread of the loader, a consumer and the storer.
+
+        The loader and the storer give up registers, and the consumers take them, in steps of 8.
+        """
         load, store = 24, min(104, self.registers_at_launch - 8) if self.own_store else 0
         rest = self.registers_at_launch * self.all_warpgroups - load - store
         return load, min(max(232, self.registers_at_launch), rest // self.warpgroups // 8 * 8), store
 
     @property
     def registers_at_launch(self) -> int:
-        """Per thread, the same for all."""
-        return min(248, _REGISTERS // (lanes.LANES * self.all_warpgroups) // 8 * 8)
+        """Registers per thread when the kernel starts, the same for all warpgroups."""
+        return min(248, SM_REGISTERS // (LANES * self.all_warpgroups) // 8 * 8)
 
     def smem_bytes(self, experts: int) -> int:
-        """Shared memory of a block."""
-        tile_m, groups = max(self.tile_m), -(-experts // lanes.LANES)
+        """Shared memory of a thread block in bytes, for weights of so many experts."""
+        tile_m, groups = max(self.tile_m), -(-experts // LANES)
         buffers = (
             self.num_stages * self.k_tiles * tile_m * TILE * 2,  # x
             self.num_stages * self.k_tiles * self.tiles * WORDS * TILE * 4,  # weights
             self.tiles * tile_m * TILE * 2,  # result
-            self.warpgroups * -(-tile_m // lanes.LANES) * lanes.LANES * 4,  # token scales
-            (3 * groups + 1) * lanes.LANES * 4,  # plan
+            self.warpgroups * -(-tile_m // LANES) * LANES * 4,  # token scales
+            (3 * groups + 1) * LANES * 4,  # plan
             8 * (2 * self.num_stages + 5),  # barriers
         )
         return sum(-(-size // _SMEM_ALIGNMENT) * _SMEM_ALIGNMENT for size in buffers)
 
     @property
     def all_warpgroups(self) -> int:
-        """Of a block."""
+        """Warpgroups of a thread block, loader and storer included."""
         return self.warpgroups + 1 + self.own_store
 
 
@@ -84,7 +92,7 @@ def check_config(
     act_scale: Any = None,
     config: TuningConfig | None = None,
 ) -> str | None:
-    """None if `grouped_gemm` accepts these (arrays or structs), else what does not fit."""
+    """None if `grouped_gemm` accepts these (arrays or ShapeDtypeStructs), else what does not fit."""
     if x.dtype != jnp.bfloat16:
         return f"x must be bfloat16, got {x.dtype}"
     if words.dtype != jnp.uint32 or words.ndim != 5 or words.shape[3:] != (WORDS, TILE) or 0 in words.shape:
@@ -124,7 +132,7 @@ def _check_tuning(config, experts, fused):
     if config.in_flight not in (0, 1):
         return f"in_flight must be 0 or 1, got {config.in_flight}"
     if config.in_flight and config.k_tiles * config.row_tiles * config.unroll < 2:
-        # The next iteration would decode into the registers that a running wgmma still reads.
+        # Otherwise the next iteration would decode into registers that a running wgmma still reads.
         return "in_flight=1 needs at least two weight tiles per iteration (k_tiles * row_tiles * unroll)"
     if fused and config.tiles % 2:
         return "SwiGLU needs as many gate tiles as up tiles per task: warpgroups * row_tiles must be even"
@@ -133,6 +141,6 @@ def _check_tuning(config, experts, fused):
             f"tile_m {sizes} with row_tiles={config.row_tiles} does not fit {config.registers_at_launch} registers a "
             f"thread, what {config.all_warpgroups} warpgroups have at launch"
         )
-    if (needed := config.smem_bytes(experts)) > lanes.SMEM_BYTES:
-        return f"{config} needs {needed} bytes of shared memory, there are {lanes.SMEM_BYTES}"
+    if (needed := config.smem_bytes(experts)) > SMEM_BYTES:
+        return f"{config} needs {needed} bytes of shared memory, there are {SMEM_BYTES}"
     return None

@@ -1,8 +1,8 @@
-"""Tensor-core fragments in registers: packed weights decoded to a wgmma operand, accumulators turned for memory.
+"""Tensor core fragments in registers: decodes packed weights to a wgmma operand, and transposes results.
 
-Thread t = 32 warp + 4 g + q of a warpgroup holds, of a 64 x n matrix, rows 16 warp + g and 16 warp + g + 8, and of 8
-columns 2 q and 2 q + 1 (the wgmma layout). Register 2 j + h of the flat order is the pair at row half h, columns
-8 j + 2 q and the next.
+In the wgmma layout of a 64 x n matrix, thread t = 32 warp + 4 g + q of a warpgroup holds the rows 16 warp + g and
+16 warp + g + 8, and of every 8 columns the columns 2 q and 2 q + 1. Its register number 2 j + h holds two values: row
+16 warp + g + 8 h, columns 8 j + 2 q and 8 j + 2 q + 1.
 """
 
 from typing import Any
@@ -20,16 +20,19 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels.gemm.weight_layout import TILE, WORDS
+from pallas_kernels.simt.hardware import LANES, WARP
 
-# What decoding leaves out: it gives code * scale * 2^-7 (weight_layout: 2^-126 and 2^119).
+# Decoding gives code * scale * 2^-7, from the factors 2^-126 and 2^119 of weight_layout.py. The epilogue multiplies by
+# this factor to undo that.
 DECODE_FACTOR = 2.0**7
 ROW_WORDS = TILE // 2  # u32 words of a row of 64 bf16
 _ROW_BYTES = 4 * ROW_WORDS
 _WGMMA = plgpu.Layout.WGMMA
 
-# One k16 slice: its codes $4 and the scale words $5, $6 of rows g and g + 8 -> the four registers of the A operand.
-# The masks are those of weight_layout. Byte i of a scale word goes to both halves; times 16 plus 0x7600 in each half
-# makes it the bf16 scale * 2^119. Outputs are early clobbers: inputs are read after the first is written.
+# Decodes one slice of 16 along K (k16 slice i) to the four registers $0..$3 of the A operand. $4 are its codes, $5 and
+# $6 the scale words of rows g and g + 8. The masks are those of weight_layout.py. prmt copies byte i of a scale word to
+# both halves of a register; times 16, plus 0x7600 in each half, makes both the bf16 scale * 2^119. The outputs are
+# early clobbers, because inputs are still read after the first output is written.
 _DECODE_SLICE = """{{
 .reg .b32 lower, upper, t, u;
 prmt.b32 lower, $5, 0, 0x4{i}4{i}; mad.lo.u32 lower, lower, 16, 0x76007600;
@@ -46,7 +49,10 @@ shr.u32 t, $4, 3; shl.b32 u, $4, 1; and.b32 t, t, 0x01C001C0; lop3.b32 t, u, 0x8
     return_type=plgpu.ShapeDtypeStruct((TILE, TILE), jnp.dtype(jnp.bfloat16), layout=_WGMMA),
 )
 def decode_weights(_, ref):
-    """Packed tile [9, 64] u32 in shared memory -> bf16 [64, 64] in registers, code * scale / DECODE_FACTOR."""
+    """Decodes a packed tile, u32 [9, 64] in shared memory, to code * scale / DECODE_FACTOR.
+
+    The result is bf16 [64, 64] in registers, in the wgmma layout.
+    """
     codes = mgpu.FragmentedArray.load_strided(
         mgpu.memref_slice(ref, (slice(0, WORDS - 1),)), is_signed=False, vec_size=4
     )
@@ -71,19 +77,20 @@ def decode_weights(_, ref):
 
 
 def store_transposed(matrix: jax.Array, ref: Any) -> None:
-    """bf16 [64, n] in the wgmma layout -> its n columns as rows of 64 in shared memory, u32 [>= n, 32].
+    """Stores the transpose of a bf16 matrix [64, n] in the wgmma layout: n rows of 64 values in shared memory.
 
-    The 16-byte pieces of a row are permuted (`piece_index`), so that neither side has bank conflicts.
+    ref: u32 [>= n, 32]. The 16-byte pieces of a row are permuted (see `piece_index`), so that neither this store nor
+    the loads that follow have bank conflicts.
     """
 
     @plgpu.inline_mgpu(arg_types=(_WGMMA, plgpu.RefType()))
     def store(_, matrix, ref):
         i32 = ir.IntegerType.get_signless(32)
         c = lambda value: arith.constant(i32, value)  # noqa: E731
-        thread = arith.remui(mgpu_utils.thread_idx(), c(128))
-        warp, lane = arith.shrui(thread, c(5)), arith.andi(thread, c(31))
-        # Of the four 8 x 8 matrices of an instruction, lane l gives the address of row l % 8 of matrix l / 8; they are
-        # the two row halves of two groups of 8 columns.
+        thread = arith.remui(mgpu_utils.thread_idx(), c(LANES))
+        warp, lane = arith.shrui(thread, c(WARP.bit_length() - 1)), arith.andi(thread, c(WARP - 1))
+        # An instruction stores four 8 x 8 matrices: the two row halves of two groups of 8 columns. Lane l gives the
+        # address of row l % 8 of matrix l / 8.
         row, tile = arith.andi(lane, c(7)), arith.shrui(lane, c(3))
         piece = arith.xori(arith.addi(arith.shli(warp, c(1)), arith.andi(tile, c(1))), row)
         offset = arith.addi(arith.muli(arith.shrui(tile, c(1)), c(8 * _ROW_BYTES)), arith.muli(row, c(_ROW_BYTES)))
@@ -106,7 +113,7 @@ def store_transposed(matrix: jax.Array, ref: Any) -> None:
 
 
 def piece_index(row: jax.Array, piece: jax.Array) -> jax.Array:
-    """Where `store_transposed` put 16-byte piece 0..7 of a row, in units of 16 bytes."""
+    """Position, in units of 16 bytes, of piece 0..7 of a row that `store_transposed` stored."""
     return row * 8 + (piece ^ (row & 7))
 
 

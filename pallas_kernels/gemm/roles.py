@@ -1,6 +1,28 @@
-"""The roles in a block of the grouped GEMM's kernel: one warpgroup loads, some multiply, one stores.
+"""The roles of the warpgroups in a thread block of the grouped GEMM's kernel: loader, consumers, storer.
 
-masked_gemm.py says how they work together.
+grouped_gemm.py says what they compute. With two consumers and a storer, over three tasks:
+
+    time        ------------------------------------------------------------------------------->
+    loader      |  load task 0  |  load task 1  |  load task 2  |
+    consumer 0     |   multiply 0   |   multiply 1   |   multiply 2   | help to store 2 |
+    consumer 1     |   multiply 0   |   multiply 1   |   multiply 2   | help to store 2 |
+    storer                          | store 0 |      | store 1 |      |     store 2     |
+
+The loader is ahead of the consumers by up to `num_stages` stages. Within a task, with in_flight=1, a consumer does
+
+    decode      | tile 0 | tile 1 | tile 2 | tile 3 |
+    wgmma                | tile 0 | tile 1 | tile 2 | tile 3 |
+
+and with in_flight=0 it waits for each wgmma; then one consumer decodes while the wgmma of another one runs.
+
+The warpgroups wait for each other at these barriers:
+
+    plan_barrier            loader -> all              the plan of the tasks is in shared memory
+    full_barrier[stage]     copy engine -> consumers   the stage holds weights and x
+    empty_barrier[stage]    consumers -> loader        every consumer has read the stage
+    result_full_barrier     consumers -> storer        the result of a task is in shared memory
+    result_empty_barrier    storer -> consumers        that result is stored, so the next one may be written
+    last_barrier            among consumers            the last result is in shared memory, so they may help to store it
 """
 
 import dataclasses
@@ -19,17 +41,20 @@ from pallas_kernels.gemm.config import TuningConfig
 from pallas_kernels.gemm.fragments import DECODE_FACTOR, ROW_WORDS, decode_weights, piece_index, store_transposed
 from pallas_kernels.gemm.tasks import GroupTiles, Task
 from pallas_kernels.gemm.weight_layout import TILE, WORDS
-from pallas_kernels.rows.nvfp4_codec import BLOCK_SIZE, encode_scales
-from pallas_kernels.rows.quantize import Item, unsigned_div
+from pallas_kernels.rows.nvfp4_codec import encode_scales
+from pallas_kernels.rows.quantize import Item
 from pallas_kernels.rows.swiglu_quantize import store_products, swiglu
 from pallas_kernels.simt import lanes
+from pallas_kernels.simt.formats import BLOCK_SIZE
+from pallas_kernels.simt.hardware import SWIZZLE_BYTES
+from pallas_kernels.simt.lane_math import unsigned_div
 
-_PIECES = TILE // 8  # 16-byte pieces of 64 bf16
-_COLUMNS_AT_A_TIME = 32  # of an accumulator, while it is rounded
+_PIECES = TILE // 8  # 16-byte pieces of a row of 64 bf16
+_COLUMNS_AT_A_TIME = 32  # columns of an accumulator that are scaled and rounded together
 
 
 class Refs(NamedTuple):
-    """What the roles of a block share."""
+    """References that the roles of a thread block share: global memory, shared memory, barriers."""
 
     x_gmem: Any
     w_gmem: Any
@@ -38,8 +63,8 @@ class Refs(NamedTuple):
     x_scale_gmem: Any
     act_scale_gmem: Any
     out_gmem: tuple[Any, ...]
-    x_rows_smem: Any  # two views of one buffer: rows as the copy engine writes them,
-    x_tiles_smem: Any  # tiles as wgmma reads them
+    x_rows_smem: Any  # one view of the buffer of x: rows, as the copy engine writes them
+    x_tiles_smem: Any  # another view of the same buffer: tiles, as wgmma reads them
     w_smem: Any
     result_smem: Any
     token_scale_smem: Any
@@ -54,7 +79,13 @@ class Refs(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Gemm:
-    """The static numbers of one kernel, and its three roles. out: None, or the form of the fused SwiGLU's result."""
+    """One kernel: its static numbers, and the three roles as methods.
+
+    config: the tuning. n, k: shape [N, K] of an expert's weights. plan: the tasks.
+    w_scale_per_row, x_scale_per_row: whether each row of the weights or of x has a scale; else each expert has one.
+    out: None, or the form of the result of the fused SwiGLU.
+    act_scale_by: "all", "expert" or "row" share one global scale of that result. None if it needs none.
+    """
 
     config: TuningConfig
     n: int
@@ -63,35 +94,44 @@ class Gemm:
     w_scale_per_row: bool
     x_scale_per_row: bool
     out: str | None
-    act_scale_by: str | None  # "all", "expert", "row"
+    act_scale_by: str | None
 
     @property
     def tile_m(self) -> int:
-        """Rows of the largest task."""
+        """The most rows of a task."""
         return max(self.config.tile_m)
 
     @property
     def columns(self) -> int:
-        """Columns of the result."""
+        """Columns of the result, after SwiGLU if that is fused."""
         return self.n if self.out is None else self.n // 2
+
+    def out_type(self, rows: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Types of the results: bf16, or codes and block scales."""
+        if self.out != "nvfp4":
+            return (jax.ShapeDtypeStruct((rows, self.columns), jnp.bfloat16),)
+        return (
+            jax.ShapeDtypeStruct((rows, self.columns // 2), jnp.uint8),
+            jax.ShapeDtypeStruct((rows, self.columns // BLOCK_SIZE), jnp.float8_e4m3fn),
+        )
 
     @property
     def column_tiles(self) -> int:
-        """Tasks per row tile."""
+        """Column tiles, which are the tasks per row tile."""
         per_task = self.config.tiles if self.out is None else self.config.tiles // 2
         return -(-self.columns // (TILE * per_task))
 
     @property
     def steps(self) -> int:
-        """Stages per task; the copy engine fills what lies beyond K with zeros, which add nothing."""
+        """Stages per task. The copy engine fills the part beyond K with zeros, which add nothing."""
         per_iteration = self.config.k_tiles * self.config.unroll
         return -(-self.k // (TILE * per_iteration)) * self.config.unroll
 
     def scratch_types(self) -> list[Any]:
-        """Shared memory and barriers, in the order of `Refs`."""
+        """Shared memory and barriers, in the order of the fields of `Refs`."""
         c, tile_m = self.config, self.tile_m
         x_shape = (c.num_stages, c.k_tiles * tile_m, TILE)
-        swizzle = plgpu.SwizzleTransform(128)
+        swizzle = plgpu.SwizzleTransform(SWIZZLE_BYTES)
         return [
             plgpu.RefUnion(
                 plgpu.SMEM(x_shape, jnp.bfloat16, transforms=(swizzle,)),
@@ -102,7 +142,7 @@ class Gemm:
             plgpu.SMEM((c.warpgroups, -(-tile_m // lanes.LANES) * lanes.LANES), jnp.float32),
             self.plan.scratch(),
             plgpu.Barrier(num_arrivals=c.k_tiles + len(self.weight_runs(jnp.int32(0))), num_barriers=c.num_stages),
-            # One more, which nobody waits for.
+            # One more than stages: nobody waits for the last one (see `multiply`).
             plgpu.Barrier(num_arrivals=c.warpgroups, num_barriers=c.num_stages + 1),
             plgpu.Barrier(num_arrivals=c.warpgroups),
             plgpu.Barrier(num_arrivals=1 if c.own_store else c.warpgroups),
@@ -111,7 +151,10 @@ class Gemm:
         ]
 
     def weight_runs(self, column: jax.Array) -> list[tuple[int, int, jax.Array]]:
-        """Runs of adjacent weight tiles of a task: (first among the task's tiles, number, first in the weights)."""
+        """The weight tiles of a task as runs that are adjacent in the weights: one, or with SwiGLU gates and ups.
+
+        A run is (index of its first tile in the task, number of tiles, index of its first tile in the weights).
+        """
         tiles = self.config.tiles
         if self.out is None:
             return [(0, tiles, column * tiles)]
@@ -119,7 +162,7 @@ class Gemm:
         return [(0, half, column * half), (half, half, column * half + self.n // (2 * TILE))]
 
     def weight_tile(self, column: jax.Array, tile: jax.Array) -> jax.Array:
-        """Where the task's tile lies in the weights."""
+        """Index in the weights of a tile of the task."""
         if self.out is None:
             return column * self.config.tiles + tile
         half = self.config.tiles // 2
@@ -127,7 +170,7 @@ class Gemm:
         return column * half + tile + up * (self.n // (2 * TILE) - half)
 
     def by_size(self, rows: jax.Array, body: Callable[[int], None]) -> None:
-        """body(tile_m) with the least tile that holds the rows."""
+        """Calls body(tile_m) with the smallest tile_m that holds the rows."""
         sizes = self.config.tile_m
         for lower, size in zip((0, *sizes), sizes, strict=False):
             if len(sizes) == 1:
@@ -136,7 +179,7 @@ class Gemm:
                 pl.when((rows > lower) & (rows <= size))(functools.partial(body, size))
 
     def run(self, r: Refs) -> None:
-        """What every warpgroup does, by its role."""
+        """The kernel: each warpgroup does the work of its role."""
         c, warpgroup = self.config, lanes.warpgroup_index()
 
         @pl.when(warpgroup == c.warpgroups)
@@ -171,11 +214,11 @@ class Gemm:
                 self.plan.for_each(r.plan_smem, self.column_tiles, functools.partial(self.store_alone, r))
 
     def slot(self, step: jax.Array) -> jax.Array:
-        """The stage that a step of this block uses."""
+        """The pipeline stage of a step; steps count the stages that this thread block has used."""
         return lax.rem(step, jnp.int32(self.config.num_stages))
 
     def load(self, r: Refs, task: Task) -> None:
-        """Role of one warpgroup: weights and tokens of a task into the stages, in order."""
+        """The loader: copies weights and tokens of a task into the pipeline stages, in order of K."""
         c = self.config
 
         def stage(i, _):
@@ -206,11 +249,11 @@ class Gemm:
         lax.fori_loop(0, self.steps, stage, None)
 
     def multiply(self, r: Refs, warpgroup: jax.Array, task: Task) -> None:
-        """Role of the consumers: transposed, [64 rows of weights, tile_m tokens] per weight tile."""
+        """A consumer: multiplies its weight tiles with the tokens of a task. A product is [64 weight rows, tile_m]."""
         c = self.config
         tiles = [warpgroup * c.row_tiles + j for j in range(c.row_tiles)]
         first_step = task.number * self.steps
-        # Read before the loop over K and used behind it, so that nothing waits for memory.
+        # The scales are read before the loop over K and used after it, so that nothing waits for memory.
         scales = [self._load_scales(r, task, tile) for tile in tiles]
         tokens = self._load_token_scales(r, task)
 
@@ -227,10 +270,11 @@ class Gemm:
                             plgpu.wgmma(accumulator, w, x)
                             plgpu.wgmma_wait(c.in_flight)
                             issued += 1
-                            if issued == c.in_flight:  # the stage before is read
+                            if issued == c.in_flight:  # the wgmmas on the stage before are done
                                 before = self.slot(first_step + i + c.num_stages - 1)
                                 if first_of_iteration:
-                                    # Not a branch: within a pipeline, ptxas would serialize the wgmmas (C7513).
+                                    # The first stage has none before it and arrives at the extra barrier. A branch
+                                    # here would make ptxas serialize the wgmmas (its warning C7513).
                                     before = jnp.where(i > 0, before, c.num_stages)
                                 plgpu.barrier_arrive(r.empty_barrier.at[before])
                     if c.in_flight == 0:
@@ -257,7 +301,7 @@ class Gemm:
             plgpu.barrier_arrive(r.result_empty_barrier)
             return
 
-        @pl.when(task.is_last)  # nothing else to do: help to store
+        @pl.when(task.is_last)  # the consumers have nothing else to do and help to store
         def _():
             plgpu.barrier_arrive(r.last_barrier)
             move = self.mover(r, task)
@@ -265,7 +309,7 @@ class Gemm:
             self.store(task, move, 1 + warpgroup, 1 + c.warpgroups)
 
     def _load_scales(self, r, task, tile):
-        """The weights' scale, of the expert or of the tile's 64 rows, and the tokens' if it is common to all."""
+        """Scale of the weights (one, or one per row of the tile), and scale of x (None if each row has its own)."""
         x_scale = None if self.x_scale_per_row else r.x_scale_gmem[task.expert]
         if not self.w_scale_per_row:
             return r.w_scale_gmem[task.expert, 0], x_scale
@@ -274,7 +318,7 @@ class Gemm:
         return plgpu.load(rows, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False), x_scale
 
     def _load_token_scales(self, r, task):
-        """x scales of the task's rows, one or two per lane."""
+        """Scales of the task's rows of x, one or two per lane; an empty list if an expert has one scale."""
         if not self.x_scale_per_row:
             return []
         found = []
@@ -285,13 +329,13 @@ class Gemm:
         return found
 
     def _stage_result(self, r, size, tiles, products, scales, tokens, warpgroup):
-        """Scaled, rounded to bf16, turned, and left in shared memory for the warpgroup that stores."""
+        """Scales the products, rounds them to bf16 and writes them transposed to shared memory, for the storer."""
         factors = []
         for w_scale, x_scale in scales:
             scale = w_scale if x_scale is None else x_scale * w_scale
             factors.append(scale * np.float32(DECODE_FACTOR))
         plgpu.barrier_wait(r.result_empty_barrier)
-        # Behind that barrier no lane of this warpgroup still reads the token scales of the task before.
+        # After that barrier no lane of this warpgroup reads the token scales of the previous task any more.
         for i, bits in enumerate(tokens):
             lanes.scatter(r.token_scale_smem.at[warpgroup], i * lanes.LANES + lanes.lane_index(), [bits])
         if tokens:
@@ -313,18 +357,21 @@ class Gemm:
         plgpu.barrier_arrive(r.result_full_barrier)
 
     def store_alone(self, r: Refs, task: Task) -> None:
-        """Role of one warpgroup: whole results, while the next task is multiplied; the last one with the others."""
+        """The storer: stores the result of a task. The consumers help with the last one."""
         move = self.mover(r, task)
         plgpu.barrier_wait(r.result_full_barrier)
         self.store(task, move, jnp.int32(0), jnp.where(task.is_last, 1 + self.config.warpgroups, 1))
         plgpu.barrier_arrive(r.result_empty_barrier)
 
     def mover(self, r: Refs, task: Task) -> Callable[..., None]:
-        """-> move(row, item of the row, where): one item of a staged row per lane to the result, through SwiGLU."""
+        """A function move(row, item, where) by which each lane stores one item of a row in shared memory.
+
+        An item is 16 bytes, or with SwiGLU 16 columns of the result.
+        """
         return functools.partial(self._store_pieces, r, task) if self.out is None else self._store_swiglu(r, task)
 
     def store(self, task: Task, move: Callable[..., None], index: jax.Array, storing: Any) -> None:
-        """All items of the task's rows, as warpgroup `index` of the `storing` ones."""
+        """Stores this warpgroup's share of the task's items, as number `index` of `storing` warpgroups."""
         tiles = self.config.tiles
         per_row = tiles * _PIECES if self.out is None else tiles // 2 * (TILE // BLOCK_SIZE)
         unroll = 4 if self.out is None else 1
@@ -339,7 +386,7 @@ class Gemm:
         lax.fori_loop(0, lax.div(items + (at_a_time - 1), jnp.int32(at_a_time)), several, None)
 
     def _store_pieces(self, r, task, row, piece, valid):
-        """One 16-byte piece per lane."""
+        """Each lane stores one 16-byte piece of a row."""
         tile, within = piece >> 3, piece & 7
         words = self._read_pieces(r, tile, row, [within], valid)
         column_piece = (task.column * self.config.tiles + tile) * _PIECES + within
@@ -347,7 +394,7 @@ class Gemm:
         lanes.scatter(r.out_gmem[0], to, words, where=valid & (column_piece < self.columns // 8))
 
     def _store_swiglu(self, r, task):
-        """-> what stores one block of 16 columns per lane."""
+        """A function by which each lane computes and stores 16 columns of SwiGLU's result."""
         scale_of_task = None
         if self.act_scale_by in ("all", "expert"):
             index = task.expert if self.act_scale_by == "expert" else 0
@@ -371,7 +418,7 @@ class Gemm:
         return move
 
     def _read_pieces(self, r, tile, row, pieces, valid):
-        """4 words per piece of a row of a staged tile."""
+        """Reads pieces of a row of a tile in shared memory, 4 words each."""
         words = []
         for piece in pieces:
             at = tile * (self.tile_m * _PIECES) + piece_index(row, piece)

@@ -1,8 +1,9 @@
-"""The tasks of a grouped GEMM, found on the device: tiles of `tile_m` rows of every expert, times tiles of columns.
+"""The tasks of a grouped GEMM, laid out on the device: tiles of `tile_m` rows of every expert, times tiles of columns.
 
-Expert e has ceil(rows_e / tile_m) row tiles; experts without rows have none. One warpgroup of every block sums them up
-into shared memory; the blocks then walk over the tasks in order, task = row tile * column tiles + column tile, so that
-tasks that run at the same time share an expert's weights and a row tile's tokens in the L2 cache.
+Expert e has ceil(rows_e / tile_m) row tiles, so an expert without rows has none. One warpgroup of each thread block
+computes the prefix sum of these numbers into shared memory, the plan. Then the thread block takes its tasks by
+`schedule.Schedule`. Task number row tile * column tiles + column tile comes in this order, so that tasks which run at
+the same time share the weights of an expert and the tokens of a row tile in the L2 cache.
 """
 
 import dataclasses
@@ -15,15 +16,20 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.simt import lanes
-from pallas_kernels.simt.schedule import H100_SMS
+from pallas_kernels.simt.schedule import Schedule
 
-_ROTATION = 37  # coprime to the number of blocks
+_ROTATION = 37  # coprime to the number of thread blocks
 
 
 class Task(NamedTuple):
-    """expert; column: index of the column tile; row: first row in x and in the result; rows: valid ones from there.
+    """One task of a thread block; all fields are scalars on the device.
 
-    number: of tasks before it in this block. is_last: whether this block has no more.
+    expert: index of the expert.
+    column: index of the column tile.
+    row: first row of the task, in x and in the result.
+    rows: number of valid rows from there on.
+    number: how many tasks the thread block has done before.
+    is_last: whether it is the thread block's last task.
     """
 
     expert: jax.Array
@@ -36,15 +42,23 @@ class Task(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class GroupTiles:
-    """experts: their number. max_rows: per expert (masked), or in all (contiguous). tile_m: rows of a tile."""
+    """The tasks of one kernel.
+
+    experts: number of experts.
+    max_rows: rows per expert in the masked layout, rows in all in the contiguous layout.
+    tile_m: rows of a tile.
+    contiguous: whether the rows are in the contiguous layout.
+    blocks: thread blocks of the grid.
+    """
 
     experts: int
     max_rows: int
     tile_m: int
     contiguous: bool
+    blocks: int
 
     def scratch(self) -> Any:
-        """Shared memory: ends of the experts' tiles, their first rows, their numbers of rows, room for prefix sums."""
+        """Shared memory for the plan: the experts' tile ends, first rows and row counts, and words for prefix sums."""
         return plgpu.SMEM((3 * self._stride + lanes.LANES,), jnp.int32)
 
     @property
@@ -52,7 +66,7 @@ class GroupTiles:
         return -(-self.experts // lanes.LANES) * lanes.LANES
 
     def fill(self, counts_ref: Any, plan_ref: Any) -> None:
-        """Run by one warpgroup: counts, clipped to what exists, into the plan."""
+        """Computes the plan from the counts, clipped to the rows that exist. One warpgroup calls it."""
         tiles_before, rows_before = jnp.int32(0), jnp.int32(0)
         for first in range(0, self.experts, lanes.LANES):
             expert = first + lanes.lane_index()
@@ -74,18 +88,17 @@ class GroupTiles:
         lanes.sync()
 
     def for_each(self, plan_ref: Any, column_tiles: int, body: Callable[[Task], None]) -> None:
-        """body(task) for this block's share of the tasks: one of every `H100_SMS`, each time another one.
+        """Calls body(task) for each task of this thread block.
 
-        The same one every time could be in step with the row tiles, and some blocks would get all the small ones.
+        The schedule rotates: if a thread block took every `blocks`-th task, that could be in step with the row tiles,
+        and some thread blocks would get all the small ones.
         """
         total = plan_ref[self.experts - 1] * column_tiles
-
-        def index_of(number):
-            return number * H100_SMS + lax.rem(lanes.block_index() + number * _ROTATION, jnp.int32(H100_SMS))
+        schedule = Schedule(self.blocks, _ROTATION)
 
         def run(state):
             index, expert, number = state
-            following = index_of(number + 1)
+            following = schedule.task(number + 1)
             tile = lax.div(index, jnp.int32(column_tiles))
             expert = lax.while_loop(lambda e: plan_ref[e] <= tile, lambda e: e + 1, expert)
             before = jnp.where(expert > 0, plan_ref[jnp.maximum(expert - 1, 0)], 0)

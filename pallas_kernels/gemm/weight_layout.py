@@ -1,12 +1,14 @@
 """The layout in which the grouped GEMM's kernel reads NVFP4 weights: tiles of 64 x 64 that decode in few instructions.
 
-One tile is [9, 64] u32, 2304 contiguous bytes. Rows 0..7 hold codes: thread t = 32 warp + 4 g + q of the warpgroup
-finds the words of its wgmma A fragments for the four k16 slices i at the flat positions 4 t + i, its 8 codes being rows
-n = 16 warp + g + 8 h and columns k = 16 i + 8 j + 2 q + b. Row 8 holds one word per row n: its four block scales,
-slice i in byte i.
+One tile is u32 [9, 64], 2304 contiguous bytes. Rows 0..7 of it hold codes. Thread t = 32 warp + 4 g + q of a warpgroup
+reads four words at the flat positions 4 t + i, one for each slice i of 16 along K. A word has the thread's 8 codes of
+the slice: those at row n = 16 warp + g + 8 h and column k = 16 i + 8 j + 2 q + b, for h, j, b in 0..1. These are the
+values of its A fragment of a wgmma. Row 8 of the tile holds one word per row n, its four block scales: that of slice i
+in byte i.
 
-A code s eem of (h, j, b) sits in half b of the word so that a shift and a mask make it the bf16 value * 2^-126 (sign at
-bit 15, eem at bits 8..6), for register r = 2 j + h of the fragment:
+A code has a sign bit s and three bits eem of magnitude. The code of (h, j, b) sits in half b of the word, where a shift
+and a mask make it the bf16 value * 2^-126 (sign at bit 15, eem at bits 8..6). The bits depend on r = 2 j + h, the
+register of the fragment that the code goes to:
 
     r   sign  eem        r = 0: w & 0x81C081C0            r = 2: (w << 6 & 0x01C001C0) | (w << 2 & 0x80008000)
     0   15    8..6       r = 1: (w << 3) & 0x81C081C0     r = 3: (w >> 3 & 0x01C001C0) | (w << 1 & 0x80008000)
@@ -14,37 +16,39 @@ bit 15, eem at bits 8..6), for register r = 2 j + h of the fragment:
     2   13    2..0       A scale is stored as E * 8 + M = 2^(E - 10) (1 + M / 8), unsigned, E = 1..18 for the finite
     3   14    11..9      e4m3 values: 16 * byte + 0x7600 are the bits of scale * 2^119 in bf16.
 
-code * scale * 2^-7 is then one exact bf16 product. Zero scales become zero codes with byte 0, negative ones move their
-sign to the codes, and NaN is the byte that decodes to a bf16 NaN.
+The product of the two, value * scale * 2^-7, is exact in bf16. A block with scale zero is stored as zero codes and byte
+0. A negative scale is stored as a positive one, and its sign flips those of the codes. A NaN scale is stored as the
+byte that decodes to a bf16 NaN.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-TILE = 64
-BLOCK_SIZE = 16
-WORDS = 9  # rows of a tile: 8 of codes, 1 of scales
-_SIGN_AT = (15, 12, 13, 14)  # of register r
-_MAGNITUDE_AT = (6, 3, 0, 9)
-_NAN_BYTE = 19 * 8 + 1  # exponent 255 and a mantissa in bf16
+from pallas_kernels.simt.formats import BLOCK_SIZE
+
+TILE = 64  # rows and columns of a tile of weights; a wgmma takes 64 rows
+WORDS = 9  # rows of a packed tile: 8 of codes, 1 of scales
+_SIGN_AT = (15, 12, 13, 14)  # bit of the sign, by register r
+_MAGNITUDE_AT = (6, 3, 0, 9)  # lowest bit of the magnitude, by register r
+_NAN_BYTE = 19 * 8 + 1  # decodes to exponent 255 with a mantissa that is not zero, a bf16 NaN
 
 
 def check_shape(shape: tuple[int, ...]) -> str | None:
-    """None if weights [E, N, K] of this shape have the layout, else what does not fit."""
+    """None if weights of this shape can have the layout, else what does not fit."""
     if len(shape) != 3 or shape[1] % TILE or shape[2] % TILE or 0 in shape:
         return f"weights must be [E, N, K], not empty, N and K multiples of {TILE}, got {shape}"
     return None
 
 
 def packed_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of the words of weights [E, N, K]."""
+    """Shape of the packed words of weights with shape [E, N, K]."""
     experts, n, k = shape
     return experts, n // TILE, k // TILE, WORDS, TILE
 
 
 def pack(codes: jax.Array, scale_bytes: jax.Array) -> jax.Array:
-    """Codes u8 [E, N, K] (one a byte), e4m3 bytes u8 [E, N, K/16] -> u32 [E, N/64, K/64, 9, 64]."""
+    """Packs codes u8 [E, N, K] (one per byte) and e4m3 bytes u8 [E, N, K/16] into words u32 [E, N/64, K/64, 9, 64]."""
     experts, n, k = codes.shape
     encoded, clear, flip = _encode_scales(scale_bytes)
     codes = codes.reshape(experts, n, -1, BLOCK_SIZE) ^ (flip[..., None] << 3)
@@ -63,7 +67,7 @@ def pack(codes: jax.Array, scale_bytes: jax.Array) -> jax.Array:
 
 
 def unpack(packed: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """u32 [.., N/64, K/64, 9, 64] -> codes u8 [.., N, K], e4m3 bytes u8 [.., N, K/16]: the inverse of `pack`."""
+    """Inverse of `pack`: words u32 [.., N/64, K/64, 9, 64] to codes u8 [.., N, K] and e4m3 bytes u8 [.., N, K/16]."""
     *lead, n_tiles, k_tiles, _, _ = packed.shape
     words = packed[..., : WORDS - 1, :].reshape(*lead, n_tiles, k_tiles, 4, 8, 4, 4).swapaxes(-1, -2)
     tiles = []
@@ -82,7 +86,7 @@ def unpack(packed: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _encode_scales(scale_bytes):
-    """-> stored bytes, blocks whose codes become zero, 1 where the sign moves to the codes."""
+    """Stored byte of each scale, whether the codes of its block become zero, and 1 where their signs flip."""
     magnitude = scale_bytes & 0x7F
     return jnp.asarray(_STORED)[magnitude], magnitude == 0, (scale_bytes >> 7).astype(jnp.uint8)
 
@@ -92,11 +96,11 @@ def _decode_scales(encoded):
 
 
 def _tables():
-    """e4m3 magnitude byte -> stored byte, and back."""
+    """Tables: e4m3 byte without sign -> stored byte, and stored byte -> e4m3 byte."""
     stored, back = np.zeros(128, np.uint8), np.zeros(256, np.uint8)
     for byte in range(1, 127):
         exponent, mantissa = byte >> 3, byte & 7
-        if exponent == 0:  # subnormal: mantissa * 2^-9, normalized
+        if exponent == 0:  # a subnormal, mantissa * 2^-9, is normalized
             shift = mantissa.bit_length() - 1
             exponent, mantissa = shift - 2, (mantissa << (3 - shift)) & 7
         stored[byte] = (exponent + 3) * 8 + mantissa

@@ -1,1 +1,1 @@
-"""Kernels over rows of tokens: quantize, permute, SwiGLU, metadata of routes."""
+"""Memory-bound kernels on rows of tokens: quantize, SwiGLU, permute, and the rows that routes go to."""

@@ -1,11 +1,11 @@
-"""Rows and scales from token-major to expert-major order and back, by the maps of route_metadata.py.
+"""Moves rows and scales from token order to expert order and back, by the row maps of route_metadata.py.
 
-* `scatter_rows`: reads every token once, 16 bytes per lane, and writes it to each of its rows.
-* `scatter_decoded_rows`: the same, NVFP4 in and bf16 code x scale out.
-* `arrange_scales`: gathers scales into the M-major or 128x4 layout; every output byte is written once, in order.
-* `depermute_combine`: gathers k rows per token; each product and each sum rounded to f32, one final rounding.
+    scatter_rows           out[row_map[t, j]] = x[t]                    a lane moves 16 bytes of a token to all its rows
+    scatter_decoded_rows   out[row_map[t, j]] = code * block_scale      a lane decodes half a block of 16 values
+    arrange_scales         scales of expert rows, m_major or swizzled   a lane gathers 32 scales of one row
+    depermute_combine      out[t] = sum_j weight[t, j] * y[row_map[t, j]]   a lane adds up 16 bytes of a token
 
-All are limited by device memory.
+Device memory bounds the time of each of them.
 """
 
 import dataclasses
@@ -17,15 +17,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.rows.nvfp4_codec import BLOCK_SIZE, decode_word, e4m3_value, pack_exact_bf16, unpack_bf16
-from pallas_kernels.rows.quantize import MAX_INDEX, as_u32, unsigned_div
+from pallas_kernels.rows.nvfp4_codec import decode_word, e4m3_value, pack_exact_bf16, unpack_bf16
 from pallas_kernels.rows.route_metadata import MAX_TOP_K
 from pallas_kernels.simt import lane_math, lanes, launch, tuning
+from pallas_kernels.simt.formats import BLOCK_SIZE, SWIZZLE_COLUMNS, SWIZZLE_ROWS, swizzled_shape
+from pallas_kernels.simt.hardware import PIECE_BYTES
+from pallas_kernels.simt.lane_math import as_u32, unsigned_div
 
 
 @dataclasses.dataclass(frozen=True)
 class TuningConfig:
-    """items_per_lane: accesses of up to 16 bytes in flight per lane."""
+    """items_per_lane: accesses of up to 16 bytes that a lane has in flight."""
 
     items_per_lane: int = 2
 
@@ -34,13 +36,16 @@ DEFAULT_CONFIG = TuningConfig()
 
 
 def check_config(rows: Sequence[Any], num_rows: int, config: TuningConfig = DEFAULT_CONFIG) -> str | None:
-    """None if rows [T, ..] can be moved to `num_rows` rows (None entries are skipped), else what does not fit."""
+    """None if arrays `rows` [T, n] can be moved to `num_rows` rows, else what does not fit.
+
+    Entries of `rows` that are None are skipped.
+    """
     for r in rows:
         if r is None:
             continue
         if r.ndim != 2 or 0 in r.shape or _bits(r.dtype) not in (8, 16, 32):
             return f"rows must be [T, n], not empty, of 8, 16 or 32 bit elements, got {r.dtype} {r.shape}"
-        if max(num_rows, r.shape[0]) * r.shape[1] >= MAX_INDEX:
+        if max(num_rows, r.shape[0]) * r.shape[1] >= lanes.MAX_INDEX:
             return f"{max(num_rows, r.shape[0])} rows of {r.shape[1]} elements exceed the kernel's 32-bit indices"
     if not 1 <= config.items_per_lane <= 8:
         return f"items_per_lane must be 1..8, got {config.items_per_lane}"
@@ -48,12 +53,12 @@ def check_config(rows: Sequence[Any], num_rows: int, config: TuningConfig = DEFA
 
 
 def check_depermute(y: Any, row_map: Any) -> str | None:
-    """None if `depermute_combine` accepts these, else what does not fit."""
+    """None if `depermute_combine` accepts these operands, else what does not fit."""
     if y.dtype not in (jnp.bfloat16, jnp.float32) or y.ndim != 2 or 0 in y.shape:
         return f"y must be bfloat16 or float32 [rows, H], not empty, got {y.dtype} {y.shape}"
     if y.dtype == jnp.bfloat16 and y.shape[1] % 2:
         return f"a bfloat16 y needs an even H, got {y.shape}"
-    if max(y.shape[0], row_map.shape[0]) * row_access(y.shape[1] * y.dtype.itemsize).items >= MAX_INDEX:
+    if max(y.shape[0], row_map.shape[0]) * row_access(y.shape[1] * y.dtype.itemsize).items >= lanes.MAX_INDEX:
         return f"y {y.shape} with row_map {row_map.shape} exceeds the kernel's 32-bit indices"
     if row_map.size == 0 or row_map.shape[1] > MAX_TOP_K:
         return f"row_map must be [T, k], not empty, k at most {MAX_TOP_K}, got {row_map.shape}"
@@ -61,14 +66,14 @@ def check_depermute(y: Any, row_map: Any) -> str | None:
 
 
 def _bits(dtype):
-    """Bits of an element; 0 for types that are no plain numbers (bool is stored in ways of its own)."""
+    """Bits of an element of a numeric type; 0 for other types (GPU memory holds bool in a form that varies)."""
     if jnp.issubdtype(dtype, jnp.integer):
         return jnp.iinfo(dtype).bits
     return jnp.finfo(dtype).bits if jnp.issubdtype(dtype, jnp.floating) else 0
 
 
 class Access(NamedTuple):
-    """How rows of some bytes are cut: `count` elements of `dtype` per item, `items` per row."""
+    """How a row is cut into accesses: each is `count` elements of `dtype`, and a row has `items` of them."""
 
     count: int
     dtype: Any
@@ -76,8 +81,8 @@ class Access(NamedTuple):
 
 
 def row_access(row_bytes: int) -> Access:
-    """16 bytes at a time where rows are a multiple of that."""
-    size = math.gcd(row_bytes, 16)
+    """Cuts rows of `row_bytes` bytes into the widest accesses that divide them, of at most 16 bytes."""
+    size = math.gcd(row_bytes, PIECE_BYTES)
     if size >= 4:
         return Access(size // 4, jnp.uint32, row_bytes // size)
     return Access(1, jnp.uint16 if size == 2 else jnp.uint8, row_bytes // size)
@@ -91,9 +96,9 @@ def scatter_rows(
     config: TuningConfig | None = None,
     interpret: Any = None,
 ) -> tuple[jax.Array, ...]:
-    """Each array [T, n] -> [num_rows, n]: token t's row copied to rows row_map[t, :] (i32 [T, k], -1 = nowhere).
+    """Copies row t of each array [T, n] to the rows row_map[t, :] of a new array [num_rows, n].
 
-    Rows that no route names hold anything.
+    row_map: i32 [T, k], -1 for a route that has no row. Rows of the results that no route names hold anything.
     """
     tokens, k = row_map.shape
     cuts = [row_access(r.shape[1] * r.dtype.itemsize) for r in rows]
@@ -136,9 +141,12 @@ def scatter_decoded_rows(
     config: TuningConfig | None = None,
     interpret: Any = None,
 ) -> jax.Array:
-    """NVFP4 rows u8 [T, H/2] and e4m3 [T, H/16] -> bf16 code x block scale [num_rows, H] (exact), as `scatter_rows`."""
+    """`scatter_rows` of decoded NVFP4 rows: codes u8 [T, H/2] and scales e4m3 [T, H/16] give bf16 [num_rows, H].
+
+    A value of the result is code * block scale, without the global scale. bf16 represents it exactly.
+    """
     tokens, k = row_map.shape
-    halves = block_scale.shape[1] * 2  # a lane takes half a block: 4 bytes in, one 16-byte store per row out
+    halves = block_scale.shape[1] * 2  # a lane takes half a block: it reads 4 bytes and stores 16 to each row
     config = config or tuning.tuned("scatter_decoded_rows", tokens * halves, TuningConfig)
     per_block = lanes.LANES * config.items_per_lane
 
@@ -174,15 +182,23 @@ def arrange_scales(
     *,
     interpret: Any = None,
 ) -> jax.Array:
-    """One-byte scales [T, S] -> [E, S, m] ("m_major") or [E, ceil(m/128), ceil(S/4), 32, 4, 4] ("swizzled").
+    """Gathers the one-byte scales [T, S] of tokens into expert order, in a layout other than linear.
 
-    Row r of expert e takes the scales of token source[e * m + r] if r < counts[e]; other rows are zero.
+    Row r of expert e gets the scales of token source[e * m + r] if r < counts[e], otherwise zeros. The kernel writes
+    each byte of the result once, in order.
+
+    Args:
+      scales: any type of one byte, [T, S].
+      source: i32 [E * m], see `route_metadata.Metadata`.
+      counts: i32 [E], valid rows of each expert.
+      m: rows per expert.
+      layout: "m_major" gives [E, S, m], "swizzled" gives [E, ceil(m/128), ceil(S/4), 32, 4, 4].
     """
     experts, columns = counts.shape[0], scales.shape[1]
-    m_tiles, groups = -(-m // lanes.LANES), -(-columns // 4)
+    m_tiles, groups = -(-m // SWIZZLE_ROWS), -(-columns // SWIZZLE_COLUMNS)
     swizzled = layout == "swizzled"
-    shape = (experts, m_tiles, groups, 32, 4, 4) if swizzled else (experts, columns, m)
-    # A lane loads up to 32 bytes (one sector) of its row and writes them to as many places.
+    shape = swizzled_shape((experts,), m, columns) if swizzled else (experts, columns, m)
+    # A lane loads up to 8 * 4 = 32 bytes of its row, one sector of memory.
     per_lane = 8
 
     def body(scales_ref, source_ref, counts_ref, out_ref):
@@ -230,10 +246,18 @@ def depermute_combine(
     *,
     interpret: Any = None,
 ) -> jax.Array:
-    """out[t] = cast(sum over j in order, row_map[t, j] >= 0, of f32(y[row_map[t, j]]) * topk_weights[t, j]) -> [T, H].
+    """Sums up each token's rows: out[t] = sum over j of y[row_map[t, j]] * topk_weights[t, j], [T, H] of y's dtype.
+
+    The sum runs over the j with row_map[t, j] >= 0, in order. Each product and each sum is rounded to f32, and the
+    result is rounded once to y's dtype.
+
+    Args:
+      y: bf16 or f32 [rows, H].
+      row_map: i32 [T, k].
+      topk_weights: f32 [T, k].
 
     Raises:
-      NotImplementedError: what `check_depermute` returns.
+      NotImplementedError: the kernel does not accept the operands; the message is that of `check_depermute`.
     """
     if problem := check_depermute(y, row_map):
         raise NotImplementedError(f"depermute_combine kernel: {problem}")
@@ -241,7 +265,7 @@ def depermute_combine(
     cut = row_access(y.shape[1] * y.dtype.itemsize)
 
     def body(map_ref, weight_ref, y_ref, out_ref):
-        def load(row, column, where):  # a row beyond the last one reads the last, as in XLA
+        def load(row, column, where):  # a row number beyond the last row reads the last row, as XLA's gather does
             return lanes.gather(y_ref, jnp.minimum(row, y.shape[0] - 1) * cut.items + column, cut.count, where=where)
 
         item = lanes.block_index() * lanes.LANES + lanes.lane_index()
@@ -265,10 +289,16 @@ def sum_of_routes(
     weight_ref: Any,
     dtype: Any,
 ) -> list[jax.Array]:
-    """One access of the result per lane: cast(sum over j in order of y[map[t, j]] * weight[t, j]), as u32 words.
+    """The sum of `depermute_combine` for one access of up to 16 bytes per lane, as u32 words.
 
-    token, column: i32 lane arrays, which access of which row; nothing is read where `valid` is False. load(row, column,
-    where): words of y, bf16 or f32, at lane arrays.
+    Args:
+      token: i32 lane array, row of the result.
+      column: i32 lane array, index of the access in the row.
+      valid: lanes where it is False read nothing.
+      load: load(row, column, where) returns the words of y at that access of that row; all three are lane arrays.
+      map_ref: the row map, [T, k].
+      weight_ref: the weights, f32 [T, k].
+      dtype: of y and of the result, bf16 or f32.
     """
     k = map_ref.shape[1]
     routes = _load_routes(map_ref, token, k, valid)

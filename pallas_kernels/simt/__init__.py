@@ -1,1 +1,1 @@
-"""What every kernel is written with: lanes, shared memory, launches, schedules, tuned configurations."""
+"""What every kernel is written with: facts of chip and formats, lanes, launches, schedules, tuned configurations."""

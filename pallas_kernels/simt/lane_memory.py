@@ -1,4 +1,4 @@
-"""How lanes reach memory, for lanes.py: registers of lane arrays, addresses, accesses in PTX and the same in jnp."""
+"""Memory accesses of lanes.py: registers of lane arrays, addresses, loads and stores in PTX and the same in jnp."""
 
 import math
 from typing import Any
@@ -13,31 +13,34 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
-LANES = 128  # threads of a warpgroup
+from pallas_kernels.simt.hardware import LANES, PIECE_BYTES
+
 LAYOUT = plgpu.Layout.WG_STRIDED((LANES,), vec_size=1)
-_MAX_VECTOR_BYTES = 16
 
 
 def elements_per_access(count, size):
-    """Elements of one load or store: a power of two of at most 16 bytes that divides `count`; bytes go one by one."""
+    """Elements of `size` bytes in one load or store: a power of two that divides `count`, at most 16 bytes in all.
+
+    Elements smaller than 4 bytes are accessed one by one.
+    """
     if size < 4:
         return 1
-    return math.gcd(count, _MAX_VECTOR_BYTES // size)
+    return math.gcd(count, PIECE_BYTES // size)
 
 
 def i32():
-    """The MLIR type."""
+    """The MLIR type i32."""
     return ir.IntegerType.get_signless(32)
 
 
 def scalar(array):
-    """The register of this lane."""
+    """The value that this lane holds of a lane array, as an MLIR value."""
     (register,) = array.registers.flat
     return vector.extract(register, [], [0]) if isinstance(register.type, ir.VectorType) else register
 
 
 def lane_array(value, is_signed=False):
-    """A register as a lane array."""
+    """Inverse of `scalar`: an MLIR value as a lane array."""
     register = vector.broadcast(ir.VectorType.get((1,), value.type), value)
     layout = LAYOUT.to_mgpu()
     is_signed = None if isinstance(value.type, ir.F32Type) else is_signed
@@ -45,12 +48,12 @@ def lane_array(value, is_signed=False):
 
 
 def lane_struct(dtype):
-    """The type of a lane array."""
+    """Shape, dtype and layout of a lane array."""
     return plgpu.ShapeDtypeStruct((LANES,), jnp.dtype(dtype), layout=LAYOUT)
 
 
 def address_of(refs, which, index, bytes_per_index):
-    """i64 address of element `index` of the lane's reference; offsets may exceed 2^31 bytes."""
+    """i64 address of element `index` in the reference that the lane chose (`which`). Offsets may exceed 2^31 bytes."""
     i64 = ir.IntegerType.get_signless(64)
     base, *others = (llvm.ptrtoint(i64, mgpu_utils.memref_ptr(ref)) for ref in refs)
     for i, other in enumerate(others, 1):
@@ -65,12 +68,12 @@ def _suffix(size, width):
 
 
 def load_asm(address, offset, predicate, size, width, space):
-    """One load of `width` elements of `size` bytes -> their registers, zeros where the predicate is 0."""
+    """One load of `width` elements of `size` bytes. Returns one register per element, 0 where the predicate is 0."""
     kind, vec = _suffix(size, width)
     outs = [f"${i}" for i in range(width)]
     target = outs[0] if width == 1 else "{" + ", ".join(outs) + "}"
     zero = "".join(f"mov.b32 {o}, 0; " for o in outs)
-    if size == 2:  # u16 loads need a 16-bit register
+    if size == 2:  # a load of u16 needs a 16-bit register
         move = f".reg .u16 h; mov.u16 h, 0; @p ld.{space}.u16 h, [${width}+{offset}]; cvt.u32.u16 $0, h;"
     else:
         move = f"@p ld.{space}{vec}.{kind} {target}, [${width}+{offset}];"
@@ -82,7 +85,7 @@ def load_asm(address, offset, predicate, size, width, space):
 
 
 def store_asm(address, offset, predicate, size, words, space):
-    """One store of registers, truncated to `size` bytes each, where the predicate is not 0."""
+    """One store of registers, each truncated to `size` bytes. Nothing is written where the predicate is 0."""
     width = len(words)
     kind, vec = _suffix(size, width)
     names = [f"${i + 2}" for i in range(width)]
@@ -99,7 +102,7 @@ def store_asm(address, offset, predicate, size, words, space):
 
 
 def as_unsigned(flat, dtype):
-    """Flat array of any dtype -> the same bytes as flat unsigned integers of dtype's size."""
+    """The bytes of a flat array as flat unsigned integers of the size of `dtype`."""
     wanted = jnp.dtype(f"uint{8 * jnp.dtype(dtype).itemsize}")
     have, want = flat.dtype.itemsize, wanted.itemsize
     if have < want:
@@ -108,7 +111,10 @@ def as_unsigned(flat, dtype):
 
 
 def interpret_scatter(ref, index, values, dtype, where):
-    """Element by element, so that blocks that write different elements of one array do not seem to race."""
+    """`lanes.scatter` in interpret mode.
+
+    It writes element by element, so that the race detector sees no race where thread blocks write different elements.
+    """
     unsigned = jnp.dtype(f"uint{8 * jnp.dtype(dtype).itemsize}")
     block = jnp.stack([v.astype(unsigned) for v in values], axis=-1)
     if unsigned.itemsize < ref.dtype.itemsize:

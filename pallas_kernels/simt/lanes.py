@@ -1,9 +1,14 @@
 """One value per lane: a small SIMT vocabulary for memory-bound Pallas Mosaic GPU kernels.
 
-A lane array is an array of shape [128], element i held by thread i of a warpgroup, so jnp arithmetic on lane arrays is
-per-thread arithmetic on registers. What Pallas lacks is here: `gather` and `scatter` give every lane its own address
-(16 bytes per instruction where the count allows), `sync` is the barrier of the block, `instruction` is one of PTX.
-Memory is seen as flat and untyped: a bf16 array can be read as u32 words without a copy.
+A lane is a thread of a warpgroup. A lane array is an array of shape [128] whose element i is in a register of lane i,
+so jnp arithmetic on lane arrays is arithmetic that each thread does by itself. This module adds what Pallas lacks:
+
+* `gather` and `scatter` access memory at an address that each lane chooses, with up to 16 bytes per instruction;
+* `sync` is the barrier of the warpgroup;
+* `prefix_sum`, `largest` and their variants combine the values of several lanes;
+* `instruction` is one instruction of PTX, NVIDIA's assembly language.
+
+`gather` and `scatter` see memory as flat and untyped: they read a bf16 array as u32 words without a copy.
 
 In interpret mode the same functions run as plain jnp, so that a whole kernel can be tested on a CPU.
 """
@@ -24,18 +29,20 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
 from pallas_kernels.simt import lane_memory
+from pallas_kernels.simt.hardware import LANES, WARP, WARPS
 
-LANES = lane_memory.LANES
-SMEM_BYTES = 232448  # shared memory of a block
-# What the float instructions take: a lane array, or a number that is the same for all lanes.
+# Operand of a float instruction: a lane array, or a number, which all lanes then use.
 Value = jax.Array | np.floating | float
+# Kernels refuse operands with indices from here on. Below it, those of lanes beyond the last item still fit i32.
+MAX_INDEX = 2**31 - 2**16
 _LAYOUT = lane_memory.LAYOUT
+_WARP_BITS = WARP.bit_length() - 1  # lane index >> _WARP_BITS is the index of the lane's warp
 _interpreting = False
 
 
 @contextlib.contextmanager
 def interpreting(on: bool = True) -> Iterator[None]:
-    """Within it the functions of this module are plain jnp on arrays of any one shape: for tests of functions."""
+    """Context manager in which the functions of this module are plain jnp, on arrays of any shape."""
     global _interpreting
     before, _interpreting = _interpreting, on
     try:
@@ -45,29 +52,29 @@ def interpreting(on: bool = True) -> Iterator[None]:
 
 
 def is_interpreting() -> bool:
-    """Whether the kernel runs in interpret mode, where inline_mgpu does not exist."""
+    """Whether the functions of this module run as plain jnp now (interpret mode has no inline_mgpu)."""
     return _interpreting
 
 
 def block_index() -> jax.Array:
-    """Index of this block in the grid, i32 scalar."""
+    """Index of this thread block in the grid (with clusters: of this cluster), i32 scalar."""
     return lax.axis_index("block")
 
 
 def warpgroup_index() -> jax.Array:
-    """Index of this warpgroup in its block, i32 scalar."""
+    """Index of this warpgroup in its thread block, i32 scalar."""
     return lax.axis_index("warpgroup")
 
 
 def lane_index() -> jax.Array:
-    """0..127, i32 [128]."""
+    """Lane array that holds each lane's own index 0..127, i32."""
     if _interpreting:
         return jnp.arange(LANES, dtype=jnp.int32)
     return plgpu.broadcasted_iota(jnp.int32, (LANES,), 0, layout=_LAYOUT)
 
 
 def splat(value: Any, dtype: Any) -> jax.Array:
-    """A scalar as a lane array."""
+    """A scalar as a lane array: every lane holds it."""
     full = jnp.full((LANES,), value, dtype)
     return full if _interpreting else plgpu.layout_cast(full, _LAYOUT)
 
@@ -75,13 +82,21 @@ def splat(value: Any, dtype: Any) -> jax.Array:
 def gather(
     ref: Any, index: Any, count: int = 1, *, dtype: Any = jnp.uint32, where: Any = None, which: Any = 0
 ) -> tuple[jax.Array, ...]:
-    """Each lane reads `count` consecutive elements of `dtype` (1, 2 or 4 bytes) at element index * count of `ref`.
+    """Each lane reads `count` consecutive elements of `dtype`, the first one at element index * count of `ref`.
 
-    `ref` lies in global memory, of this device or of a peer, or in shared memory; or it is a list of references to
-    global memory, of which each lane reads the one that `which` says.
+    Args:
+      ref: reference to global memory, of this device or of a peer, or to shared memory; or a list of references to
+        global memory, from which each lane reads reference number `which`.
+      index: i32 lane array, or a scalar if all lanes read the same elements.
+      dtype: a type of 1, 2 or 4 bytes. Memory is read as flat elements of it, whatever the dtype of `ref` is.
+      where: boolean lane array. Lanes where it is False read nothing and get 0.
+      which: i32 lane array or scalar.
 
-    -> `count` u32 lane arrays, zero-extended. index: i32 lane array or scalar (the same for all lanes). Lanes where
-    `where` is False read nothing and get 0. `count` elements must be naturally aligned as one access of up to 16 bytes.
+    Returns:
+      `count` u32 lane arrays, each element zero-extended.
+
+    An instruction reads up to 16 bytes. Each lane's elements must be aligned to their total size, or to 16 bytes if
+    that is larger.
     """
     size = jnp.dtype(dtype).itemsize
     refs = ref if isinstance(ref, list) else [ref]
@@ -119,9 +134,10 @@ def scatter(
     where: Any = None,
     which: Any = 0,
 ) -> None:
-    """Each lane writes its `values` (u32 lane arrays, truncated to `dtype`) from element index * len(values) on.
+    """Each lane writes `values` to consecutive elements of `ref`, the first one to element index * len(values).
 
-    Lanes where `where` is False write nothing. `ref`, `which` and alignment as in `gather`.
+    values: u32 lane arrays, each truncated to `dtype`. Lanes where `where` is False write nothing. The other arguments
+    are those of `gather`.
     """
     size, count = jnp.dtype(dtype).itemsize, len(values)
     refs = ref if isinstance(ref, list) else [ref]
@@ -144,7 +160,7 @@ def scatter(
 
 
 def add_to(shared_ref: Any, index: Any, *, where: Any = None) -> None:
-    """Each lane adds 1 to element `index` of an i32 array in shared memory; lanes may meet at an element."""
+    """Each lane atomically adds 1 to element `index` of an i32 array in shared memory, if `where` is True for it."""
     index, where, _ = _lane_args(index, where, 0)
     if _interpreting:
         shared_ref[...] = shared_ref[...].at[jnp.where(where, index, 0)].add(where.astype(jnp.int32))
@@ -161,16 +177,17 @@ def add_to(shared_ref: Any, index: Any, *, where: Any = None) -> None:
 
 
 def when(condition: Any) -> Callable[[Callable[[], None]], None]:
-    """Decorator that runs a function at once if the scalar is true, the same for all lanes of the block."""
+    """Decorator that runs a function at once if `condition` is true, a scalar that is the same for all lanes."""
     return pl.when(condition)
 
 
 def replace_where(
     mask: jax.Array, replacement: Callable[[], list[jax.Array]], values: list[jax.Array]
 ) -> list[jax.Array]:
-    """`replacement()` in lanes where `mask` holds, `values` elsewhere; free of cost where no lane of a warp needs it.
+    """`replacement()` in lanes where `mask` is True, `values` in the others.
 
-    A branch that each lane takes by itself, so `replacement` must be elementwise: no barrier, no reduction.
+    Each lane branches by itself, so a warp without such a lane spends no time on it. `replacement` must be elementwise,
+    without barriers and reductions.
     """
     if _interpreting:
         return [jnp.where(mask, r, v) for r, v in zip(replacement(), values, strict=True)]
@@ -179,7 +196,7 @@ def replace_where(
         arg_types=(_LAYOUT,),
         return_type=plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.int32), layout=plgpu.Layout.WG_SPLAT(())),
     )
-    def own_flag(_, flag):  # called a splat, but every lane holds its own
+    def own_flag(_, flag):  # the layout says that all lanes hold the same value, but each one holds its own
         return mgpu.FragmentedArray.splat(lane_memory.scalar(flag), (), is_signed=True)
 
     own = own_flag(mask.astype(jnp.int32))
@@ -187,57 +204,59 @@ def replace_where(
 
 
 def prefix_sum(x: jax.Array, scratch_ref: Any, at: int) -> tuple[jax.Array, jax.Array]:
-    """-> inclusive prefix sums over the 128 lanes of an i32 lane array, and the sum of all.
+    """Inclusive prefix sums over the 128 lanes of an i32 lane array, and the sum of all lanes.
 
-    The totals of the warps meet in `scratch_ref[at : at + 4]`, i32 in shared memory.
+    The four warps exchange their sums through `scratch_ref[at : at + 4]`, i32 in shared memory.
     """
     return prefix_sums([x], scratch_ref, at)[0]
 
 
 def prefix_sums(many: Sequence[jax.Array], scratch_ref: Any, at: int) -> list[tuple[jax.Array, jax.Array]]:
-    """`prefix_sum` of several lane arrays with two barriers in all; 4 words of `scratch_ref` for each."""
-    lane, warp = lane_index() & 31, lane_index() >> 5
+    """`prefix_sum` of several lane arrays with two barriers in all. It uses 4 words of `scratch_ref` for each."""
+    lane, warp = lane_index() & (WARP - 1), lane_index() >> _WARP_BITS
     sums = []
     for x in many:
-        for step in (1, 2, 4, 8, 16):
+        for step in (1, 2, 4, 8, 16):  # less than a warp
             x = x + jnp.where(lane >= step, _shuffle(x, "up", step, 0), 0)
         sums.append(x)
-    sync()  # whoever still reads what is there
+    sync()  # lanes may still read what an earlier call left in scratch_ref
     for i, x in enumerate(sums):
-        scatter(scratch_ref, at + 4 * i + warp, [x.astype(jnp.uint32)], where=lane == 31)
+        scatter(scratch_ref, at + WARPS * i + warp, [x.astype(jnp.uint32)], where=lane == WARP - 1)
     sync()
     found = []
     for i, x in enumerate(sums):
         before = jnp.int32(0)
-        for w in range(LANES // 32):
+        for w in range(WARPS):
             x = x + jnp.where(warp == w, before, 0)
-            before = before + scratch_ref[at + 4 * i + w]
+            before = before + scratch_ref[at + WARPS * i + w]
         found.append((x, before))
     return found
 
 
 def largest(x: jax.Array, scratch_ref: Any, at: int) -> jax.Array:
-    """The largest of the 128 lanes of an i32 lane array, in every lane; what prefix_sum says of `scratch_ref`."""
-    x = largest_of_neighbours(x, 32)
+    """Maximum over the 128 lanes of an i32 lane array, in every lane. Uses `scratch_ref` as `prefix_sum` does."""
+    x = largest_of_neighbours(x, WARP)
     sync()
-    scatter(scratch_ref, at + (lane_index() >> 5), [x.astype(jnp.uint32)], where=(lane_index() & 31) == 0)
+    scatter(
+        scratch_ref, at + (lane_index() >> _WARP_BITS), [x.astype(jnp.uint32)], where=(lane_index() & (WARP - 1)) == 0
+    )
     sync()
-    for w in range(LANES // 32):
+    for w in range(WARPS):
         x = jnp.maximum(x, scratch_ref[at + w])
     return x
 
 
 def largest_of_neighbours(x: jax.Array, count: int) -> jax.Array:
-    """The largest among every `count` (a power of two up to 32) successive lanes of an i32 lane array, in each."""
+    """Maximum over each group of `count` successive lanes (a power of two up to 32), in all lanes of the group; i32."""
     step = 1
     while step < count:
-        x = jnp.maximum(x, _shuffle(x, "bfly", step, 31))
+        x = jnp.maximum(x, _shuffle(x, "bfly", step, WARP - 1))
         step *= 2
     return x
 
 
 def _shuffle(x, kind, step, clamp):
-    """i32 from another lane of the warp."""
+    """Value of an i32 lane array in another lane of the warp: `step` lanes before ("up"), or lane xor step ("bfly")."""
     if _interpreting:
         below, above = jnp.roll(x, step), jnp.roll(x, -step)
         return below if kind == "up" else jnp.where((lane_index() & step) == 0, above, below)
@@ -252,7 +271,7 @@ def _shuffle(x, kind, step, clamp):
 
 
 def sync() -> None:
-    """Barrier of the warpgroup's 128 threads; what they wrote before it is visible to all of them after it."""
+    """Barrier of the warpgroup's 128 threads. Each of them sees after it what the others wrote before it."""
     if _interpreting:
         return
 
@@ -264,9 +283,12 @@ def sync() -> None:
 
 
 def instruction(asm: str, interpreted: Callable[..., jax.Array], *args: Value, dtype: Any = jnp.float32) -> jax.Array:
-    """One PTX instruction on lane arrays, f32 or u32; numbers are spread over the lanes as f32.
+    """One PTX instruction on lane arrays of f32 or u32.
 
-    asm: with $0 for the result, $1.. for the arguments. interpreted: the same in jnp.
+    asm: the instruction, with $0 for the result and $1, $2, ... for the arguments.
+    interpreted: a jnp function that does the same in interpret mode.
+    args: lane arrays, or numbers, which every lane gets as f32.
+    dtype: of the result, f32 or u32.
     """
     arrays = [a if jnp.ndim(a) else jnp.asarray(a, jnp.float32) for a in args]
     if _interpreting:

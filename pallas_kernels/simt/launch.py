@@ -1,4 +1,4 @@
-"""Launching a kernel of lanes: blocks of warpgroups, clusters, batches, interpret mode."""
+"""Launching a kernel that is written with lanes.py: grids, warpgroups, clusters, vmap and interpret mode."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,8 +8,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.simt import lanes
-
-_MAX_GRID_AXIS = 2**16 - 1  # of CUDA's second and third grid axes
+from pallas_kernels.simt.hardware import MAX_GRID_AXIS
 
 
 def kernel(
@@ -23,12 +22,19 @@ def kernel(
     device_barrier: bool = True,
     interpret: Any = None,
 ) -> Callable[..., Any]:
-    """`body(*inputs, *outputs, *scratch)` on `grid` blocks of 128 threads; `lanes.block_index()` tells them apart.
+    """Returns a function of the operands that runs `body(*inputs, *outputs, *scratch)` on a grid of thread blocks.
 
-    warpgroups: threads of a block / 128; `lanes.warpgroup_index()` tells them apart, each has its own lanes and `sync`.
-    device_barrier: whether XLA lets the devices meet before a kernel that reaches into others' memory.
-    cluster: if above 1, `grid` counts clusters of as many blocks, which axis "cluster" tells apart.
-    interpret: `plgpu.InterpretGPUParams()` runs it on the CPU.
+    Args:
+      body: the kernel; it runs once per warpgroup.
+      out_type: a pytree of ShapeDtypeStructs, the results.
+      grid: number of thread blocks. In the body `lanes.block_index()` is the index of the running one.
+      scratch_types: shared memory, barriers and semaphores.
+      warpgroups: warpgroups (of 128 threads) per thread block. `lanes.warpgroup_index()` is the index of the running
+        one. Each warpgroup has its own lanes and its own `lanes.sync`.
+      cluster: thread blocks per cluster. Above 1, `grid` and `lanes.block_index()` count clusters, and
+        `lax.axis_index("cluster")` is the thread block's index in its cluster.
+      device_barrier: whether XLA lets all devices meet before a kernel that accesses the memory of other devices.
+      interpret: `plgpu.InterpretGPUParams()` runs the kernel on the CPU.
     """
 
     def traced(*refs: Any) -> None:
@@ -55,9 +61,24 @@ def kernel(
     )
 
     def call(*operands: Any) -> Any:
-        # Indices are 32 bits wide, with jax_enable_x64 too.
+        # Kernels compute with 32-bit indices, also where the caller has set jax_enable_x64.
         with jax.enable_x64(False):
             return traced_call(*operands)
+
+    batchable = _batchable(call, persistent=warpgroups > 1)
+
+    def run(*operands: Any) -> Any:
+        if any(isinstance(a, jax.Ref) for a in operands):  # custom_vmap does not take references
+            return call(*operands)
+        # Inside shard_map a result varies over the same mesh axes as the operands. pallas does not say so by itself.
+        axes = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in operands))
+        return jax.tree.map(lambda a: lax.pcast(a, tuple(axes), to="varying") if axes else a, batchable(*operands))
+
+    return run
+
+
+def _batchable(call, persistent):
+    """`call`, with a rule for vmap: a batch becomes an axis of the grid where CUDA's limit on its size allows it."""
 
     @jax.custom_batching.custom_vmap
     def within_grid_limit(*operands: jax.Array) -> Any:
@@ -65,34 +86,23 @@ def kernel(
 
     @within_grid_limit.def_vmap
     def batched(axis_size: int, in_batched: Sequence[bool], *operands: jax.Array) -> Any:
-        # A batch becomes an axis of the grid, and those have a limit.
-        axes = tuple(0 if b else None for b in in_batched)
-        many = jax.vmap(call, in_axes=axes)
-        if axis_size > _MAX_GRID_AXIS or warpgroups > 1:  # a persistent kernel fills the device by itself
-            split = [o for o, b in zip(operands, in_batched, strict=True) if b]
+        if axis_size <= MAX_GRID_AXIS and not persistent:
+            results = jax.vmap(call, in_axes=tuple(0 if b else None for b in in_batched))(*operands)
+            return results, jax.tree.map(lambda _: True, results)
+        split = [o for o, b in zip(operands, in_batched, strict=True) if b]
 
-            def one(mapped: list[jax.Array]) -> Any:
-                rest = iter(mapped)
-                return call(*(next(rest) if b else o for o, b in zip(operands, in_batched, strict=True)))
+        def one(mapped: list[jax.Array]) -> Any:
+            rest = iter(mapped)
+            return call(*(next(rest) if b else o for o, b in zip(operands, in_batched, strict=True)))
 
-            results = lax.map(one, split, batch_size=None if warpgroups > 1 else _MAX_GRID_AXIS)
-        else:
-            results = many(*operands)
+        # One persistent kernel fills the device, so the kernels of a batch run one after the other.
+        results = lax.map(one, split, batch_size=None if persistent else MAX_GRID_AXIS)
         return results, jax.tree.map(lambda _: True, results)
 
-    def run(*operands: Any) -> Any:
-        if any(isinstance(a, jax.Ref) for a in operands):  # vmap does not know references
-            return call(*operands)
-        # Inside shard_map a result varies over the mesh axes that its operands vary over; the kernel does not say so.
-        axes = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in operands))
-        return jax.tree.map(
-            lambda a: lax.pcast(a, tuple(axes), to="varying") if axes else a, within_grid_limit(*operands)
-        )
-
-    return run
+    return within_grid_limit
 
 
 def _name_of(body):
-    """What profiles call a kernel: module and functions around `body`, without repetitions."""
+    """Name of a kernel in profiles: module and enclosing functions of `body`, without repetitions."""
     parts = [body.__module__.rpartition(".")[2], *body.__qualname__.split(".")]
     return "_".join(dict.fromkeys(part for part in parts if part not in ("<locals>", "body")))

@@ -11,7 +11,7 @@ from small_models import forward
 from experiments.harness.timing import count_compilations
 from fp4jax import MoEConfig
 from fp4jax.engine import BucketedModel
-from fp4jax.layers.moe_block import MoEBlock, RoutingConfig
+from fp4jax.layers import MoEBlock, RoutingConfig
 from fp4jax.models import Qwen3Moe, Qwen3MoeConfig, configure_experts, generate, quantize_experts
 
 CONFIG = Qwen3MoeConfig(

@@ -21,7 +21,7 @@ from fp4jax.grouped_gemm import PackedWeights
 from fp4jax.implementations import peers_problem
 from fp4jax.moe import MoEConfig, MoEWeights, moe_layer
 from oracles import W4A4
-from pallas_kernels.exchange import dispatch as dispatch_kernels
+from pallas_kernels.exchange.dispatch import check_config
 from pallas_kernels.exchange.makers import row_maker
 from pallas_kernels.exchange.plan import Routes, RowPlan, TuningConfig, counts_of_blocks
 from pallas_kernels.simt import lanes, launch
@@ -265,7 +265,7 @@ def test_gradients_are_those_of_one_all_to_all(form):
 def test_dispatch_refuses_with_the_value(change, config, message):
     routes = dataclasses.replace(Routes(128, 8, 4, 16, 128, "per_peer"), **change)
     parts = [struct((max(1, routes.tokens), 7168), jnp.bfloat16)]
-    problem = dispatch_kernels.check_config(parts, routes, encode="per_token", config=config)
+    problem = check_config(parts, routes, encode="per_token", config=config)
     assert message in problem
 
 

@@ -16,18 +16,20 @@ import numpy as np
 import pytest
 
 from cuda_lowering import kernels_in, struct
-from fp4jax import grouped_gemm
 from fp4jax.grouped_gemm import (
     PackedWeights,
     contiguous_grouped_gemm,
+    gemm,
     grouped_gemm_swiglu,
     masked_grouped_gemm,
 )
 from fp4jax.moe import MoEConfig, MoEWeights, moe_layer
 from fp4jax.nvfp4 import NVFP4Tensor
-from pallas_kernels.gemm import choice as gemm_choice, grouped_gemm as masked_gemm, tasks as group_tiles
+from pallas_kernels.gemm import choice, grouped_gemm as gemm_kernel
 from pallas_kernels.gemm.config import TuningConfig
+from pallas_kernels.gemm.tasks import _ROTATION, GroupTiles
 from pallas_kernels.simt import lanes, launch
+from pallas_kernels.simt.hardware import SMEM_BYTES
 
 BLOCKS = 3  # of a grid in interpret mode
 CLOSE = TuningConfig((64, 176), k_tiles=2, num_stages=9)
@@ -64,10 +66,9 @@ def expected_tasks(counts, max_rows, tile_m, columns, contiguous):
         pytest.param([1] * 130, id="many", marks=pytest.mark.slow),
     ],
 )
-def test_every_row_of_every_expert_is_one_task_per_column_tile(counts, contiguous, interpret, monkeypatch):
-    monkeypatch.setattr(group_tiles, "H100_SMS", BLOCKS)
+def test_every_row_of_every_expert_is_one_task_per_column_tile(counts, contiguous, interpret):
     max_rows, columns = 40, 2
-    plan = group_tiles.GroupTiles(len(counts), max_rows, 16, contiguous)
+    plan = GroupTiles(len(counts), max_rows, 16, contiguous, BLOCKS)
     wanted = expected_tasks(counts, max_rows, 16, columns, contiguous)
     most = -(-max(1, len(wanted)) // BLOCKS) + 1
 
@@ -89,7 +90,7 @@ def test_every_row_of_every_expert_is_one_task_per_column_tile(counts, contiguou
         mine = [
             wanted[index]
             for number in range(most)
-            if (index := number * BLOCKS + (block + number * group_tiles._ROTATION) % BLOCKS) < len(wanted)
+            if (index := number * BLOCKS + (block + number * _ROTATION) % BLOCKS) < len(wanted)
         ]
         np.testing.assert_array_equal(tasks[block, : len(mine), :4], np.reshape(mine, (-1, 4)))
         assert list(tasks[block, : len(mine), 4]) == [1] * (len(mine) - 1) + [2] * bool(mine)
@@ -98,8 +99,8 @@ def test_every_row_of_every_expert_is_one_task_per_column_tile(counts, contiguou
 # --- what is accepted ---
 
 TUNED = [
-    (gemm_choice.parse_key(key), int(m), gemm_choice.from_fields(fields))
-    for key, by_m in json.loads(gemm_choice.TABLE.read_text()).items()
+    (choice.parse_key(key), int(m), choice.from_fields(fields))
+    for key, by_m in json.loads(choice.TABLE.read_text()).items()
     for m, fields in by_m.items()
 ]
 
@@ -136,9 +137,9 @@ def operands(experts=8, m=64, n=512, k=256, per_row=False):
 )
 def test_configs_that_cannot_run_are_refused(change, word):
     config = dataclasses.replace(TuningConfig((64,), k_tiles=2), **change)
-    assert word in masked_gemm.check_config(*operands(), config=config)
+    assert word in gemm_kernel.check_config(*operands(), config=config)
     with pytest.raises(NotImplementedError, match=word.split()[0]):
-        jax.eval_shape(lambda *a: masked_gemm.grouped_gemm(*a, config=config), *operands())
+        jax.eval_shape(lambda *a: gemm_kernel.grouped_gemm(*a, config=config), *operands())
 
 
 @pytest.mark.parametrize(
@@ -156,22 +157,22 @@ def test_configs_that_cannot_run_are_refused(change, word):
 def test_operands_that_do_not_fit_are_refused(index, bad, word):
     args = list(operands())
     args[index] = bad
-    assert word in masked_gemm.check_config(*args)
+    assert word in gemm_kernel.check_config(*args)
 
 
 def test_scales_and_sizes_that_do_not_fit_are_refused():
-    assert "x_scale" in masked_gemm.check_config(*operands(), struct((8, 64, 1), jnp.float32))
-    assert masked_gemm.check_config(*operands(), struct((512, 1), jnp.float32)) is None
-    assert "32-bit" in masked_gemm.check_config(*operands(experts=128, m=2**20))
+    assert "x_scale" in gemm_kernel.check_config(*operands(), struct((8, 64, 1), jnp.float32))
+    assert gemm_kernel.check_config(*operands(), struct((512, 1), jnp.float32)) is None
+    assert "32-bit" in gemm_kernel.check_config(*operands(experts=128, m=2**20))
 
 
 def test_the_estimate_of_shared_memory_is_not_too_small():
     """Configurations just below the limit lower; Mosaic GPU refuses what does not fit."""
     for config, experts in ((TuningConfig((40,), 1, k_tiles=1, num_stages=29, in_flight=0), 700), (CLOSE, 130)):
-        while config.smem_bytes(experts) > lanes.SMEM_BYTES:
+        while config.smem_bytes(experts) > SMEM_BYTES:
             config = dataclasses.replace(config, num_stages=config.num_stages - 1)
-        assert masked_gemm.check_config(*operands(experts), config=config) is None
-        assert kernels_in(lambda *a, c=config: masked_gemm.grouped_gemm(*a, config=c), *operands(experts)) == 1
+        assert gemm_kernel.check_config(*operands(experts), config=config) is None
+        assert kernels_in(lambda *a, c=config: gemm_kernel.grouped_gemm(*a, config=c), *operands(experts)) == 1
 
 
 def test_so_many_experts_that_no_configuration_fits_run_on_xla():
@@ -184,18 +185,18 @@ def test_the_hint_chooses_the_configuration():
     x, words, _, _ = operands(8, 4096, 1536, 2048)
     w = PackedWeights(words, struct((8, 1, 1), jnp.float32))
     for m in (1, 16, 1024):
-        assert grouped_gemm.kernel_config(x, w, m) == gemm_choice.choose(2048, 1536, 8, m)
-        assert grouped_gemm.kernel_config(x, w, m, fused=True) == gemm_choice.choose(2048, 1536, 8, m, fused=True)
-    assert grouped_gemm.kernel_config(x, w, None) == gemm_choice.choose(2048, 1536, 8, 2048)
+        assert gemm.kernel_config(x, w, m) == choice.choose(2048, 1536, 8, m)
+        assert gemm.kernel_config(x, w, m, fused=True) == choice.choose(2048, 1536, 8, m, fused=True)
+    assert gemm.kernel_config(x, w, None) == choice.choose(2048, 1536, 8, 2048)
     rows = struct((8 * 64, 2048), jnp.bfloat16)
-    assert grouped_gemm.kernel_config(rows, w, None) == gemm_choice.choose(2048, 1536, 8, 64)
+    assert gemm.kernel_config(rows, w, None) == choice.choose(2048, 1536, 8, 64)
 
 
 def test_moe_layer_hands_on_the_usual_rows_per_expert(monkeypatch):
     hints = []
-    real = grouped_gemm.kernel_config
+    real = gemm.kernel_config
     choose = lambda x, w, m, **fused: hints.append(m) or real(x, w, m, **fused)  # noqa: E731
-    monkeypatch.setattr(grouped_gemm, "kernel_config", choose)
+    monkeypatch.setattr(gemm, "kernel_config", choose)
     pack = lambda n, k: PackedWeights(struct((4, n // 64, k // 64, 9, 64), jnp.uint32), struct((4, 1, 1), jnp.float32))  # noqa: E731
     weights = MoEWeights(pack(256, 128), pack(128, 128), jnp.float32(0.01), jnp.full((4, 1, 1), 0.01))
     x, ids, topk = struct((96, 128), jnp.bfloat16), struct((96, 2), jnp.int32), struct((96, 2), jnp.float32)
@@ -205,12 +206,12 @@ def test_moe_layer_hands_on_the_usual_rows_per_expert(monkeypatch):
 
 
 def test_swiglu_wants_halves_and_a_scale():
-    assert "out must be" in masked_gemm.check_config(*operands(), out="fp8")
-    assert "array as act_scale" in masked_gemm.check_config(*operands(), out="nvfp4")
-    assert "array as act_scale" in masked_gemm.check_config(*operands(), out="nvfp4", act_scale="per_token")
-    assert "multiple of 64" in masked_gemm.check_config(*operands(n=576), out="bf16")
+    assert "out must be" in gemm_kernel.check_config(*operands(), out="fp8")
+    assert "array as act_scale" in gemm_kernel.check_config(*operands(), out="nvfp4")
+    assert "array as act_scale" in gemm_kernel.check_config(*operands(), out="nvfp4", act_scale="per_token")
+    assert "multiple of 64" in gemm_kernel.check_config(*operands(n=576), out="bf16")
     odd = TuningConfig((64,), warpgroups=3, k_tiles=2)
-    assert "even" in masked_gemm.check_config(*operands(), out="bf16", config=odd)
+    assert "even" in gemm_kernel.check_config(*operands(), out="bf16", config=odd)
 
 
 # --- tuning ---
@@ -224,24 +225,24 @@ def test_swiglu_wants_halves_and_a_scale():
     fused=st.booleans(),
 )
 def test_every_choice_can_run(k, n, experts, m, fused):
-    config = gemm_choice.choose(k, n, experts, m, fused=fused)
+    config = choice.choose(k, n, experts, m, fused=fused)
     args = operands(experts, 4, 2 * n if fused else n, k)
-    assert masked_gemm.check_config(*args, out="bf16" if fused else None, config=config) is None
+    assert gemm_kernel.check_config(*args, out="bf16" if fused else None, config=config) is None
 
 
 def test_what_was_tuned_is_chosen_where_it_was_tuned(monkeypatch):
     for (experts, k, n, fused), m, config in TUNED:
-        assert gemm_choice.choose(k, n, experts, m, fused=fused) == config
+        assert choice.choose(k, n, experts, m, fused=fused) == config
     few, tuned = TuningConfig((16,), 1, in_flight=0), {m: TuningConfig((m,)) for m in (64, 72, 80, 88)}
     table = {(64, 128, 256, False): {4: few, 64: tuned[64], 256: tuned[72]}, (8, 128, 256, False): {512: tuned[80]}}
-    monkeypatch.setattr(gemm_choice, "_table", lambda: table)
-    choose = functools.partial(gemm_choice.choose, 128, 256)
+    monkeypatch.setattr(choice, "_table", lambda: table)
+    choose = functools.partial(choice.choose, 128, 256)
     assert choose(64, 3.5) == choose(64, 5) == few
-    assert choose(64, 12) == gemm_choice.few_rows(128, 256, 64, 12, fused=False)  # neither 4 nor 64 rows
-    assert choose(60, 4) == gemm_choice.few_rows(128, 256, 60, 4, fused=False)  # not the number of experts
+    assert choose(64, 12) == choice.few_rows(128, 256, 64, 12, fused=False)  # neither 4 nor 64 rows
+    assert choose(60, 4) == choice.few_rows(128, 256, 60, 4, fused=False)  # not the number of experts
     assert choose(64, 140) == choose(48, 140) == tuned[72]  # many rows: of the nearest number of experts, nearest m
     assert choose(64, 100) == tuned[64] and choose(6, 100) == choose(16, 9999) == tuned[80]
-    assert gemm_choice.choose(128, 192, 64, 100) == gemm_choice.rule_of_thumb(128, 100)
+    assert choice.choose(128, 192, 64, 100) == choice.rule_of_thumb(128, 100)
 
 
 _RESULTS = Path(__file__).resolve().parents[2] / "experiments" / "results" / "h100"
@@ -251,16 +252,16 @@ MEASURED = json.loads((_RESULTS / "gemm_few_rows.json").read_text())["rows"]
 @pytest.mark.parametrize("cell", MEASURED, ids=lambda cell: f"{cell['experts']}x{cell['k']}x{cell['n']} m={cell['m']}")
 def test_few_rows_choose_what_was_measured_to_be_fast(cell):
     """At most 5% more than the fastest of some fifteen configurations that ran on an H100, the table included."""
-    us = {gemm_choice.from_fields(run["config"]): run["us"] for run in cell["runs"]}
-    config = gemm_choice.choose(cell["k"], cell["n"], cell["experts"], cell["m"], fused=cell["fused"])
+    us = {choice.from_fields(run["config"]): run["us"] for run in cell["runs"]}
+    config = choice.choose(cell["k"], cell["n"], cell["experts"], cell["m"], fused=cell["fused"])
     assert us[config] <= 1.05 * min(us.values())
 
 
 def test_the_model_of_few_rows_is_good_without_the_table():
     behind = []
     for cell in MEASURED:
-        us = {gemm_choice.from_fields(run["config"]): run["us"] for run in cell["runs"]}
-        config = gemm_choice.few_rows(cell["k"], cell["n"], cell["experts"], cell["m"], fused=cell["fused"])
+        us = {choice.from_fields(run["config"]): run["us"] for run in cell["runs"]}
+        config = choice.few_rows(cell["k"], cell["n"], cell["experts"], cell["m"], fused=cell["fused"])
         behind.append(us[config] / min(us.values()))
     assert np.mean(behind) < 1.02 and max(behind) < 1.13
 
@@ -268,13 +269,13 @@ def test_the_model_of_few_rows_is_good_without_the_table():
 def test_few_rows_count_waves_of_tasks():
     """32 experts have 128 tasks of six weight tiles, one wave, but 192 of four; 22 have one wave of either."""
     shape = dict(k=2048, n=1536, expected_m=4, fused=True)
-    assert gemm_choice.few_rows(**shape, experts=32).tiles == 6
-    assert gemm_choice.few_rows(**shape, experts=22).tiles == 4
+    assert choice.few_rows(**shape, experts=32).tiles == 6
+    assert choice.few_rows(**shape, experts=22).tiles == 4
 
 
 def test_few_rows_take_what_two_waves_half_of_the_time_cost():
     """131.4 tasks expected of six tiles, on 132 SMs: in half of the draws there are two waves."""
-    assert gemm_choice.few_rows(8192, 7168, 8, 2, fused=True).tiles == 2
+    assert choice.few_rows(8192, 7168, 8, 2, fused=True).tiles == 2
 
 
 # --- lowering ---
@@ -282,8 +283,8 @@ def test_few_rows_take_what_two_waves_half_of_the_time_cost():
 
 # Each configuration once, for one of its shapes, with and without SwiGLU.
 DISTINCT = {(config, fused): (n, k) for (_, k, n, fused), _, config in TUNED} | {
-    (gemm_choice._that_fits(config, 64), fused): (384, 2560)
-    for by_config in gemm_choice._STEP_US.values()
+    (choice._that_fits(config, 64), fused): (384, 2560)
+    for by_config in choice._STEP_US.values()
     for config in by_config
     for fused in (False, True)[: 2 - config.tiles % 2]
 }
@@ -296,7 +297,7 @@ def test_every_tuned_config_lowers(config, fused):
 
     def call(x, w, s, c, *act):
         options = dict(out="nvfp4", act_scale=act[0]) if fused else {}
-        return masked_gemm.grouped_gemm(x, w, s, c, config=config, **options)
+        return gemm_kernel.grouped_gemm(x, w, s, c, config=config, **options)
 
     act = (struct((4, 1, 1), jnp.float32),) if fused else ()
     assert kernels_in(call, *operands(4, 300, n, k, per_row=True), *act) == 1

@@ -17,16 +17,16 @@ import oracles
 from fp4jax.grouped_gemm import contiguous_grouped_gemm, grouped_gemm_swiglu, masked_grouped_gemm, pack_weights
 from fp4jax.nvfp4 import NVFP4Tensor
 from fp4jax.swiglu import swiglu_quantize
-from pallas_kernels.gemm import choice as gemm_choice, grouped_gemm as masked_gemm, tasks as group_tiles
+from pallas_kernels.gemm import choice, grouped_gemm as gemm_kernel
 from pallas_kernels.gemm.config import TuningConfig
 from pallas_kernels.rows import swiglu_quantize as swiglu_kernel
 
 pytestmark = pytest.mark.gpu
 LIMIT = 3e-3  # relative Frobenius error: the bf16 rounding of the result is 1.7e-3
 CONFIGS = sorted(
-    {gemm_choice.from_fields(f) for rows in json.loads(gemm_choice.TABLE.read_text()).values() for f in rows.values()}
-    | {gemm_choice.rule_of_thumb(k, m) for k in (1024, 8192) for m in (64, 256, 1024)}
-    | {gemm_choice._that_fits(config, 64) for by_config in gemm_choice._STEP_US.values() for config in by_config}
+    {choice.from_fields(f) for rows in json.loads(choice.TABLE.read_text()).values() for f in rows.values()}
+    | {choice.rule_of_thumb(k, m) for k in (1024, 8192) for m in (64, 256, 1024)}
+    | {choice._that_fits(config, 64) for by_config in choice._STEP_US.values() for config in by_config}
     | {
         TuningConfig((8, 40), warpgroups=1, row_tiles=2, k_tiles=3, num_stages=3),
         TuningConfig((128,), warpgroups=2, row_tiles=2, num_stages=4, own_store=False),
@@ -55,10 +55,10 @@ def nvfp4_weights(rng, experts, n, k, per_row):
 @functools.cache
 def kernel(config, out=None, blocks=132):
     """One compilation per configuration and shape. Few blocks have many tasks each, as at the shapes of real models."""
-    jitted = jax.jit(functools.partial(masked_gemm.grouped_gemm, config=config, out=out))
+    jitted = jax.jit(functools.partial(gemm_kernel.grouped_gemm, config=config, out=out))
 
     def run(*args, **kwargs):
-        with mock.patch.object(group_tiles, "H100_SMS", blocks), mock.patch.object(masked_gemm, "H100_SMS", blocks):
+        with mock.patch.object(gemm_kernel, "H100_SMS", blocks):
             return jitted(*args, **kwargs)
 
     return run

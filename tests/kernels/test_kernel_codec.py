@@ -10,10 +10,11 @@ from jax import lax
 
 import oracles
 from fp4jax import nvfp4
+from fp4jax.quant_config import schemas
 from fp4jax.swiglu import swiglu_quantize
 from pallas_kernels.rows import nvfp4_codec
 from pallas_kernels.rows.swiglu_quantize import swiglu
-from pallas_kernels.simt import lanes
+from pallas_kernels.simt import formats, lanes
 
 F32 = np.float32
 
@@ -22,6 +23,11 @@ F32 = np.float32
 def plain_jnp():
     with lanes.interpreting(), jax.default_device(jax.devices("cpu")[0]):
         yield
+
+
+def test_quant_config_which_imports_no_kernels_has_the_same_blocks():
+    assert schemas.BLOCK_SIZE == formats.BLOCK_SIZE == 16
+    assert schemas.FP8_BLOCK == (formats.FP8_BLOCK, formats.FP8_BLOCK) == (128, 128)
 
 
 def _around(values, steps=3):

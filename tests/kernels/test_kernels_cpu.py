@@ -19,16 +19,16 @@ from fp4jax.permute import depermute_combine, permute_to_contiguous, permute_to_
 from fp4jax.swiglu import swiglu_quantize
 from pallas_kernels.rows import (
     few_routes,
-    permute as permute_kernels,
+    permute,
     quantize as quantize_kernel,
-    route_metadata as metadata_kernels,
+    route_metadata,
     swiglu_quantize as swiglu_kernel,
 )
 from pallas_kernels.simt import tuning
 
 TINY = quantize_kernel.TuningConfig(blocks_per_lane=1, blocks_per_sm=1)
-TINY_PERMUTE = permute_kernels.TuningConfig(items_per_lane=1)
-TINY_METADATA = metadata_kernels.TuningConfig(chunk=32)
+TINY_PERMUTE = permute.TuningConfig(items_per_lane=1)
+TINY_METADATA = route_metadata.TuningConfig(chunk=32)
 
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
@@ -203,7 +203,7 @@ def routing(rng):
 
 
 def _metadata(ids, experts, capacity, interpret):
-    return metadata_kernels.route_metadata(
+    return route_metadata.route_metadata(
         jnp.asarray(ids),
         experts,
         capacity=capacity,
@@ -235,7 +235,7 @@ def test_metadata_of_several_chunks_and_many_experts(rng, run_kernels):
 def test_metadata_contiguous(routing, run_kernels):
     ids, _ = routing
     row_map, sizes, _, source = oracles.permute_contiguous(ids, 4, 9)
-    meta = metadata_kernels.route_metadata(
+    meta = route_metadata.route_metadata(
         jnp.asarray(ids), 4, num_rows=9, with_source=True, config=TINY_METADATA, interpret=run_kernels
     )
     np.testing.assert_array_equal(meta.row_map, row_map)
@@ -253,7 +253,7 @@ def check_metadata_of_few_routes(tokens, k, experts, capacity, rng, interpret):
         row_map, filled, dropped, _ = oracles.permute_contiguous(ids, experts, num_rows)
     else:
         row_map, filled, dropped, _ = oracles.permute_masked(ids, experts, capacity)
-    meta = metadata_kernels.route_metadata(
+    meta = route_metadata.route_metadata(
         jnp.asarray(ids), experts, capacity=capacity, num_rows=num_rows, interpret=interpret
     )
     np.testing.assert_array_equal(meta.row_map, row_map)
@@ -278,7 +278,7 @@ def test_metadata_of_few_routes_in_several_chunks(capacity, rng, interpret):
 def test_scatter_rows(dtype, width, routing, rng, interpret):
     _, (row_map, _, _, source) = routing
     rows = rng.integers(0, 100, (6, width)).astype(dtype)
-    (out,) = permute_kernels.scatter_rows(
+    (out,) = permute.scatter_rows(
         [jnp.asarray(rows)], jnp.asarray(row_map, jnp.int32), 16, config=TINY_PERMUTE, interpret=interpret
     )
     for (e, r), token in source.items():
@@ -289,7 +289,7 @@ def test_scatter_decoded_rows(routing, rng, interpret):
     _, (row_map, _, _, source) = routing
     qdata, scales = rng.integers(0, 256, (6, 16)).astype(np.uint8), rng.integers(0, 127, (6, 2)).astype(np.uint8)
     scales[0, 1], scales[5, 0], qdata[0, 8:] = 0x7F, 0xFF, 0x80  # NaN, of zeros too
-    out = permute_kernels.scatter_decoded_rows(
+    out = permute.scatter_decoded_rows(
         jnp.asarray(qdata),
         jnp.asarray(scales).view(jnp.float8_e4m3fn),
         jnp.asarray(row_map, jnp.int32),
@@ -312,7 +312,7 @@ def test_arrange_scales(layout, columns, routing, rng, run_kernels):
     for (e, r), token in source.items():
         linear[e, r] = scales[token]
         token_of_row[e * 4 + r] = token
-    out = permute_kernels.arrange_scales(
+    out = permute.arrange_scales(
         jnp.asarray(scales).view(jnp.float8_e4m3fn),
         jnp.asarray(token_of_row),
         jnp.asarray(masked_m, jnp.int32),
@@ -334,7 +334,7 @@ def test_depermute(dtype, routing, rng, interpret):
         y = y.copy()
         y[used[0], 5], y[used[1], 6] = np.nan, -np.inf
     expected = oracles.depermute(y, row_map, weights)
-    out = permute_kernels.depermute_combine(
+    out = permute.depermute_combine(
         jnp.asarray(y, dtype), jnp.asarray(row_map, jnp.int32), jnp.asarray(weights), interpret=interpret
     )
     expected = oracles.round_bf16(expected) if dtype == jnp.bfloat16 else expected
@@ -354,7 +354,7 @@ MODELS = {  # hidden, intermediate, experts on a device, top k: contract.md sect
 
 def test_many_routes_take_two_kernels():
     """At the limit, beyond it, in 64 bits, and in batches."""
-    call = lambda i: metadata_kernels.route_metadata(i, 4, capacity=9, num_rows=36).row_map  # noqa: E731
+    call = lambda i: route_metadata.route_metadata(i, 4, capacity=9, num_rows=36).row_map  # noqa: E731
     most = few_routes.MAX_ROUTES
     assert kernels_in(call, struct((most // 4, 4), jnp.int32)) == 1
     assert kernels_in(call, struct((most + 1, 1), jnp.int32)) == 2
@@ -366,14 +366,14 @@ def test_many_routes_take_two_kernels():
 def test_ids_of_64_bits_do_not_wrap_into_experts(run_kernels):
     with jax.enable_x64():
         ids = jnp.array([[1, 2**32 + 1], [-(2**32), -1], [0, 2**32 - 1]], jnp.int64)
-        meta = metadata_kernels.route_metadata(ids, 4, capacity=2, num_rows=8, interpret=run_kernels)
+        meta = route_metadata.route_metadata(ids, 4, capacity=2, num_rows=8, interpret=run_kernels)
     np.testing.assert_array_equal(meta.row_map, [[2, -1], [-1, -1], [0, -1]])
     np.testing.assert_array_equal(meta.filled, [1, 1, 0, 0])
     assert int(meta.bad) == 3
 
 
 def test_kernels_have_names_of_their_own():
-    call = lambda i: metadata_kernels.route_metadata(i, 4, capacity=9, num_rows=36)  # noqa: E731
+    call = lambda i: route_metadata.route_metadata(i, 4, capacity=9, num_rows=36)  # noqa: E731
     assert "few_routes_metadata_mosaic_gpu" in lowered_text(call, struct((9, 6), jnp.int32))
     assert "route_metadata_assign_mosaic_gpu" in lowered_text(call, struct((9000, 6), jnp.int32))
 
@@ -393,7 +393,7 @@ def test_ops_lower_with_the_tuned_configs(model, tokens):
     g, g_expert = struct((), jnp.float32), struct((experts, 1, 1), jnp.float32)
     y, weights = struct((experts, rows, hidden), jnp.bfloat16), struct((tokens, k), jnp.float32)
 
-    def permute(q, s, i, **options):
+    def permuted(q, s, i, **options):
         return permute_to_masked(q, s, i, num_experts=experts, capacity=rows, **options)
 
     cases = [
@@ -410,10 +410,10 @@ def test_ops_lower_with_the_tuned_configs(model, tokens):
             lambda x, m: swiglu_quantize(x, m, global_scale=None, out="bf16", implementation="mosaic_gpu"),
             (gate_up, counts),
         ),
-        (1 + metadata, lambda *a: permute(*a, implementation="mosaic_gpu"), (qdata, scales, ids)),
-        (1 + metadata, lambda *a: permute(*a, decode=True, implementation="mosaic_gpu"), (qdata, scales, ids)),
-        (4, lambda *a: permute(*a, scale_layout="swizzled", implementation="mosaic_gpu"), (qdata, scales, ids)),
-        (4, lambda *a: permute(*a, scale_layout="m_major", implementation="mosaic_gpu"), (qdata, scales, ids)),
+        (1 + metadata, lambda *a: permuted(*a, implementation="mosaic_gpu"), (qdata, scales, ids)),
+        (1 + metadata, lambda *a: permuted(*a, decode=True, implementation="mosaic_gpu"), (qdata, scales, ids)),
+        (4, lambda *a: permuted(*a, scale_layout="swizzled", implementation="mosaic_gpu"), (qdata, scales, ids)),
+        (4, lambda *a: permuted(*a, scale_layout="m_major", implementation="mosaic_gpu"), (qdata, scales, ids)),
         (
             1 + metadata,
             lambda *a: permute_to_contiguous(*a, num_experts=experts, implementation="mosaic_gpu"),
@@ -451,19 +451,19 @@ def test_every_tuned_config_lowers(kernel, size, fields):
             call = lambda x, g, m: swiglu_kernel.swiglu_quantize(x, m, g, config=config)[:2]  # noqa: E731
             assert kernels_in(call, x, g, counts) == 1
         return
-    kernels = metadata_kernels if kernel == "route_metadata" else permute_kernels
+    kernels = route_metadata if kernel == "route_metadata" else permute
     config = kernels.TuningConfig(**fields)
     qdata, scales = struct((100, 520), jnp.uint8), struct((100, 65), jnp.float8_e4m3fn)
     row_map = struct((100, 6), jnp.int32)
     call, structs, wanted = {
         "route_metadata": (
-            lambda i: metadata_kernels.route_metadata(i, 300, capacity=9, num_rows=2700, config=config), (ids,), 2,
+            lambda i: route_metadata.route_metadata(i, 300, capacity=9, num_rows=2700, config=config), (ids,), 2,
         ),
         "scatter_rows": (
-            lambda q, s, r: permute_kernels.scatter_rows([q, s], r, 2700, config=config), (qdata, scales, row_map), 1,
+            lambda q, s, r: permute.scatter_rows([q, s], r, 2700, config=config), (qdata, scales, row_map), 1,
         ),
         "scatter_decoded_rows": (
-            lambda q, s, r: permute_kernels.scatter_decoded_rows(q, s, r, 2700, config=config),
+            lambda q, s, r: permute.scatter_decoded_rows(q, s, r, 2700, config=config),
             (qdata, scales, row_map), 1,
         ),
     }[kernel]  # fmt: skip

@@ -21,7 +21,7 @@ from fp4jax.permute import depermute_combine, permute_to_contiguous, permute_to_
 from fp4jax.swiglu import swiglu_quantize
 from pallas_kernels.rows import (
     quantize as quantize_kernel,
-    route_metadata as metadata_kernels,
+    route_metadata,
     swiglu_quantize as swiglu_kernel,
 )
 
@@ -364,7 +364,7 @@ def test_permute_contiguous_and_back_random_shapes(seed):
 def test_metadata_of_many_chunks_and_repeats(rng):
     ids = _ids(rng, 16384, 8, 64)
     row_map, masked_m, _, _ = oracles.permute_masked(ids, 64, 2000)
-    run = jax.jit(lambda ids: metadata_kernels.route_metadata(ids, 64, capacity=2000, num_rows=64 * 2000))
+    run = jax.jit(lambda ids: route_metadata.route_metadata(ids, 64, capacity=2000, num_rows=64 * 2000))
     for _ in range(20):
         meta = run(jnp.asarray(ids))
         np.testing.assert_array_equal(np.asarray(meta.row_map), row_map)
@@ -379,9 +379,9 @@ def test_metadata_of_few_routes_is_that_of_many(tokens, k, experts, capacity, rn
     num_rows = tokens * k // 2 + 1 if capacity is None else experts * capacity
     oracle = oracles.permute_contiguous if capacity is None else oracles.permute_masked
     row_map, filled, dropped, _ = oracle(ids, experts, num_rows if capacity is None else capacity)
-    for config in (None, metadata_kernels.DEFAULT_CONFIG):
+    for config in (None, route_metadata.DEFAULT_CONFIG):
         run = jax.jit(
-            lambda ids, config=config: metadata_kernels.route_metadata(
+            lambda ids, config=config: route_metadata.route_metadata(
                 ids, experts, capacity=capacity, num_rows=num_rows, config=config
             )
         )

@@ -19,7 +19,7 @@ from fp4jax.layers import BlockFP8Linear, Linear
 from fp4jax.quant_config.schemas import FP8_BLOCK
 from pallas_kernels.fp8 import config as fp8_config, gemm as fp8_gemm, quantize as quantize_fp8
 from pallas_kernels.fp8.config import TuningConfig
-from pallas_kernels.simt import lanes
+from pallas_kernels.simt.hardware import SMEM_BYTES
 
 POWERS = np.ldexp(1.0, np.arange(-126, 128))
 
@@ -317,7 +317,7 @@ def test_configurations_follow_the_shape():
     for m, n, k in [(1, 8, 16), (100, 576, 7168), (100000, 24576, 1536)]:
         for dtype in (jnp.bfloat16, jnp.float32):
             config = fp8_config.choose(m, n, k, dtype)
-            assert config.smem_bytes(np.dtype(dtype).itemsize) <= lanes.SMEM_BYTES and config.num_stages >= 2
+            assert config.smem_bytes(np.dtype(dtype).itemsize) <= SMEM_BYTES and config.num_stages >= 2
 
 
 # --- on a GPU ---

@@ -58,11 +58,10 @@ def test_leading_axes_and_e4m3_nan_bytes_survive(lead, rng):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_m_major_and_back(shape, rng):
+def test_m_major(shape, rng):
     scales = _scales(rng, shape)
     m_major = scale_layout.to_m_major(jnp.asarray(scales))
     np.testing.assert_array_equal(m_major, np.stack([s.T for s in scales]))
-    np.testing.assert_array_equal(scale_layout.from_m_major(m_major), scales)
 
 
 def test_refusals():

@@ -28,12 +28,8 @@ from fp4jax.checkpoint.storage.reader import DTYPES
 from fp4jax.checkpoint.storage.stored import FLOATS
 from fp4jax.checkpoint.storage.tensor_file import Spec, TensorFile, read_header
 from fp4jax.layers.linear import largest
-from fp4jax.rounding import E4M3_MAX
+from pallas_kernels.simt.formats import AMAX_DIVISOR, AMAX_DIVISOR_FOUR_OVER_SIX
 
-# The divisor that turns an amax into a global scale, as in `nvfp4.quantize`: for plain NVFP4, and for four-over-six.
-# Activation scales always use the first one.
-_PLAIN = nvfp4.E2M1_MAX * E4M3_MAX
-_FOUR_OVER_SIX = nvfp4.E2M1_MAX * 256.0
 # Serving systems concatenate these projections and multiply them in one GEMM: projection -> name of the GEMM.
 _MULTIPLIED_AS_ONE = {
     "gate_proj": "gate_up", "up_proj": "gate_up", "q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv",
@@ -233,12 +229,13 @@ def _quantize_layer(
             _write_weights(out, group, [at(state, module.path[2:]).get_value() for module in group], recipe)
         amax = hidden.run_layer(layer, graphdef, state)
         for module in modules:
-            scale = _scale(f"the input of {module.name}", _input_amax(module, amax), _PLAIN, recipe.layout)
+            scale = _scale(f"the input of {module.name}", _input_amax(module, amax), AMAX_DIVISOR, recipe.layout)
             out.write(f"{module.name}.{NAMES[recipe.layout].input_scale}", scale)
 
 
 def _write_weights(out: TensorFile, group: list[_Module], weights: list[jax.Array], recipe: Recipe) -> None:
-    names, divisor = NAMES[recipe.layout], _FOUR_OVER_SIX if recipe.four_over_six else _PLAIN
+    names = NAMES[recipe.layout]
+    divisor = AMAX_DIVISOR_FOUR_OVER_SIX if recipe.four_over_six else AMAX_DIVISOR
     found = _quantize(
         tuple(weights),
         tuple(np.int32(m.expert or 0) for m in group),

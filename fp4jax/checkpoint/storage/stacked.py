@@ -19,6 +19,7 @@ import numpy as np
 
 from fp4jax.checkpoint.storage import stored
 from fp4jax.checkpoint.storage.reader import Reader
+from fp4jax.checkpoint.storage.scales import check_block_scales, decode_scales, decoded
 from fp4jax.nvfp4 import BLOCK_SIZE
 
 # Suffix of the weight's name -> the layout, and the suffixes of block scales, global scale and input scale.
@@ -108,7 +109,7 @@ def source(
         return stored.Source("bf16", [tensor(names.weight, k, stored.FLOATS)], {"": leaf(k, dtype, load)}, [names.base])
 
     def block_scale(rows=slice(None)):
-        stored.check_block_scales(reader, names.block_scale, reader.read(names.block_scale, rows))
+        check_block_scales(reader, names.block_scale, reader.read(names.block_scale, rows))
         return read(names.block_scale, rows)
 
     found = reader.shape(names.global_scale) if names.global_scale in reader else ()
@@ -116,7 +117,7 @@ def source(
     scale_rows = n if own else 1
 
     def global_scale(rows=slice(None)):
-        values = stored.decode_scales(reader, names.stored, names.global_scale)
+        values = decode_scales(reader, names.stored, names.global_scale)
         return np.repeat(_per_expert(values, experts)[rows], n // halves if own else 1, axis=1)[..., None]
 
     tensors = [
@@ -154,7 +155,7 @@ def input_scales(reader: Reader, names: Names, experts: int, halves: int) -> np.
     """
     found = reader.shape(names.input_scale)
     reader.check(names.input_scale, _scale_shape(found, experts, halves), ("F32",))
-    return _per_expert(stored.decoded(reader, names.stored, names.input_scale), experts)
+    return _per_expert(decoded(reader, names.stored, names.input_scale), experts)
 
 
 def _scale_shape(found: tuple[int, ...], experts: int, halves: int) -> tuple[int, ...]:

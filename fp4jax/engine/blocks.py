@@ -1,0 +1,119 @@
+"""The functions that `BucketedModel` compiles, each of a list of weights, and the lists of weights that they take."""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fp4jax.block_graph.arguments import home_of, place_of
+from fp4jax.expert_parallel.low_latency import ReceiveBuffers
+from fp4jax.layers.moe_block import MoEBlock
+from fp4jax.models.decoder import DecoderLayer
+
+# (keys, values) of every layer, each [B, heads, positions, dim]; `Decoder.cache_parts` gives heads and dim of both.
+Cache = list[tuple[jax.Array, jax.Array]]
+
+
+def placed_together(model):
+    """Returns the model with every uncommitted weight put at the home of the committed ones; see `home_of`.
+
+    Often only the experts were committed to devices, by `configure_experts`. A model without committed weights comes
+    back as it is.
+    """
+    graphdef, state = nnx.split(model)
+    home = home_of(state)
+    if home is None:
+        return model
+    put = lambda leaf: leaf if place_of(leaf) is not None else jax.device_put(leaf, home)  # noqa: E731
+    return nnx.merge(graphdef, jax.tree.map(put, state))
+
+
+class Structure:
+    """Rebuilds a module from the list of its weights.
+
+    Modules that differ only in the values of their weights share one object, so that comparing the static arguments of
+    two executables is a comparison of identities.
+    """
+
+    def __init__(self, graphdef, treedef):
+        self._graphdef, self._treedef = graphdef, treedef
+
+    def module(self, weights):
+        return nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, weights))
+
+
+def split(module, structures):
+    """Returns (structure, weights) of a module; `structures` holds one `Structure` for modules of one kind."""
+    graphdef, state = nnx.split(module)
+    weights, treedef = jax.tree.flatten(state)
+    return structures.setdefault((graphdef, treedef), Structure(graphdef, treedef)), weights
+
+
+def embed(weights, ids, *, structure):
+    """Embeds token ids [B, S] -> hidden states [B, S, H]."""
+    return structure.module(weights)(ids)
+
+
+def run_layer(weights, x, start, cache, *, structure, num_tokens):
+    """Runs one decoder layer on the tokens of one request; those from `num_tokens` on are pads -> x, cache."""
+    valid = jnp.arange(x.shape[1], dtype=jnp.int32) < num_tokens
+    x, cache, _ = structure.module(weights)(x, start, cache, functools.partial(MoEBlock.__call__, valid=valid))
+    return x, cache
+
+
+def run_head(weights, x, *, structure, num_tokens):
+    """Computes the logits [B, V] for the token after the last of `num_tokens` valid ones."""
+    last = jax.lax.dynamic_slice_in_dim(x, num_tokens - 1, 1, axis=1)
+    return structure.module(weights).head(last)[:, 0]
+
+
+def decode_step(weights, last, lengths, cache, *, structure, num_tokens):
+    """Decodes one token of every request; see `BucketedModel.decode`. `num_tokens` counts the valid requests."""
+    model = structure.module(weights)
+    valid = jnp.arange(last.shape[0], dtype=jnp.int32) < num_tokens
+    x, kept = model.embed_tokens(last[:, None]), []
+    buffers = ReceiveBuffers() if is_low_latency(model) else None
+    for layer, old in zip(model.layers, cache, strict=True):
+        x, new, aux = layer(x, lengths, old, functools.partial(MoEBlock.__call__, valid=valid, buffers=buffers))
+        buffers = buffers if aux is None else aux.buffers
+        kept.append(new)
+    return jnp.argmax(model.head(x)[:, 0], axis=-1).astype(jnp.int32), lengths + 1, kept
+
+
+def is_low_latency(model):
+    """Returns whether the experts of a model keep their receive buffers in decode steps."""
+    return any(block.config.low_latency for block in model.moe_blocks())
+
+
+def insert_request(batch, one, slot):
+    """Writes the cache of one request into row `slot` of the batch's cache."""
+    return jax.tree.map(lambda b, o: jax.lax.dynamic_update_slice_in_dim(b, o, slot, 0), batch, one)
+
+
+@contextlib.contextmanager
+def _without_name(layer: DecoderLayer) -> Iterator[None]:
+    """Gives the layer's experts a common name meanwhile, so that layers that differ only in it share executables."""
+    if not isinstance(layer.mlp, MoEBlock):
+        yield
+        return
+    path, layer.mlp.path = layer.mlp.path, "mlp"
+    try:
+        yield
+    finally:
+        layer.mlp.path = path
+
+
+def split_layer(layer, structures):
+    """Returns `split` of a decoder layer, the same structure for layers that differ only in their name."""
+    with _without_name(layer):
+        return split(layer, structures)
+
+
+def without_layers(model):
+    """Returns a model without decoder layers, as the head block needs it; its arrays are those of `model`."""
+    head = nnx.merge(*nnx.split(model))
+    head.layers = nnx.List([])
+    return head
