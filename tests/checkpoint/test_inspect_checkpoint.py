@@ -1,13 +1,10 @@
 """The report on a folder: what it counts, and that it says of every broken folder that it does not load."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from python_runs import ROOT, run_python
 from quantization_sections import REFERENCE
 from quantized_folders import EXPERTS, UP, WEIGHT_ONLY, make_folder, plain_folder, put, spoil
 from small_folders import edit, loaded_bytes, make_model
@@ -17,7 +14,6 @@ from fp4jax.checkpoint.inspect import as_text, inspect_folder
 
 __all__ = ["make_folder", "plain_folder"]  # fixtures
 
-ROOT = Path(__file__).parents[2]
 pytestmark = [
     pytest.mark.usefixtures("quick_compile"),
     pytest.mark.filterwarnings("ignore:.*modules are not as the config says"),
@@ -138,9 +134,7 @@ def test_the_script(make_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("out") / "report.json"
 
     def run(*arguments):
-        command = [sys.executable, str(ROOT / "experiments" / "inspect_checkpoint.py"), f"--model={folder}", *arguments]
-        env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+        return run_python(ROOT / "experiments" / "inspect_checkpoint.py", f"--model={folder}", *arguments)
 
     done = run(f"--json={out}", f"--quantization={REFERENCE}", "--ep=2")
     assert done.returncode == 0 and ": loads" in done.stdout, done.stderr

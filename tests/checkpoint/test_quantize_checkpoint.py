@@ -2,22 +2,18 @@
 
 import functools
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import jax.numpy as jnp
 import ml_dtypes
 import model_oracles
 import numpy as np
 import pytest
-from flax import nnx
+from python_runs import ROOT, run_python
 from refusals import check_refusals
 from safetensors import safe_open
 from small_folders import add_tokenizer, edit, edit_config
-from small_models import YARN, make_deepseek_v3, make_ernie45_moe, make_qwen3_moe
+from small_models import YARN, forward, make_deepseek_v3, make_ernie45_moe, make_qwen3_moe
 from tensor_files import read_tensors
 
 import oracles
@@ -30,7 +26,6 @@ from fp4jax.layers import NVFP4Linear
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-ROOT = Path(__file__).parents[2]
 IDS = np.random.default_rng(3).integers(0, 96, (2, 5)).astype(np.int32)  # few: not every expert is hit
 F32 = np.float32
 EXPERTS = "model.layers.0.mlp.experts."
@@ -38,9 +33,6 @@ ENDS = {
     "modelopt": ("weight", "weight_scale", "weight_scale_2", "input_scale"),
     "compressed_tensors": ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale"),
 }
-
-
-forward = nnx.jit(lambda model, ids: model(ids))
 
 
 def make_source(folder, make=make_qwen3_moe, **changes):
@@ -497,9 +489,8 @@ def test_scales_stay_within_what_can_be_loaded(amax, scale):
 
 
 def run_script(name, *arguments):
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    command = [sys.executable, "-W", "error", str(ROOT / "experiments" / f"{name}.py"), *map(str, arguments)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280, check=False)
+    command = [ROOT / "experiments" / f"{name}.py", *arguments]
+    done = run_python(*command, settings={"jax_disable_most_optimizations": True}, warnings="error", timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -27,6 +27,7 @@ from quantized_folders import (
 )
 from safetensors.numpy import save_file
 from small_folders import CONFIG, edit, edit_config, make_model
+from small_models import forward
 from tensor_files import read_tensors
 
 from fp4jax.block_fp8 import dequantize_blocks
@@ -71,8 +72,8 @@ def test_weights_decode_to_what_the_tensors_say(make_folder, tmp_path_factory, k
 
     edit(plain, change)
     ids = jnp.arange(24, dtype=jnp.int32).reshape(2, 12)
-    expected = np.asarray(load_model(plain)[0](ids))
-    np.testing.assert_allclose(np.asarray(model(ids)), expected, atol=2e-5 * np.abs(expected).max())
+    expected = np.asarray(forward(load_model(plain)[0], ids))
+    np.testing.assert_allclose(np.asarray(forward(model, ids)), expected, atol=2e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("kind", ["modelopt", "compressed"])
@@ -158,7 +159,7 @@ def test_fp8(make_folder):
     w2 = np.asarray(model.layers[0].mlp.w2.get_value())
     expected = [decoded[f"{EXPERTS}{e}.down_proj"].astype(np.float32).astype(ml_dtypes.bfloat16) for e in range(4)]
     np.testing.assert_array_equal(w2, np.stack(expected))
-    assert np.isfinite(np.asarray(model(jnp.arange(6, dtype=jnp.int32)[None]))).all()
+    assert np.isfinite(np.asarray(forward(model, jnp.arange(6, dtype=jnp.int32)[None]))).all()
 
 
 @pytest.mark.parametrize("kind", ["modelopt", "fp8"])
@@ -206,7 +207,7 @@ def test_fp8_with_one_scale_per_tensor(make_folder):
     assert isinstance(linear, BlockFP8Linear)
     got = np.asarray(dequantize_blocks(linear.weight.get_value(), jnp.float32))
     np.testing.assert_allclose(got, decoded["model.layers.1.self_attn.o_proj"], rtol=1e-6)
-    assert np.isfinite(np.asarray(model(jnp.arange(6, dtype=jnp.int32)[None]))).all()
+    assert np.isfinite(np.asarray(forward(model, jnp.arange(6, dtype=jnp.int32)[None]))).all()
 
 
 def test_fp8_experts_with_one_scale_per_tensor(make_folder):
@@ -234,7 +235,7 @@ def test_the_command_line_of_the_serving_system(make_folder):
     assert isinstance(layer.self_attn.q_proj, BlockFP8Linear) and isinstance(dense.mlp.down_proj, BlockFP8Linear)
     assert isinstance(layer.mlp.gate, Linear) and isinstance(model.lm_head, Linear)
     assert isinstance(layer.mlp.w13.get_value(), NVFP4Tensor) and layer.mlp.config.activation_format_1 == "nvfp4"
-    assert np.isfinite(np.asarray(model(jnp.arange(6, dtype=jnp.int32)[None]))).all()
+    assert np.isfinite(np.asarray(forward(model, jnp.arange(6, dtype=jnp.int32)[None]))).all()
 
 
 @pytest.mark.slow
@@ -272,7 +273,7 @@ def test_text_models_inside_of_others(tmp_path, rename, head):
 
     edit(tmp_path, change)
     ids = jnp.arange(6, dtype=jnp.int32)[None]
-    np.testing.assert_array_equal(np.asarray(load_model(tmp_path)[0](ids)), np.asarray(model(ids)))
+    np.testing.assert_array_equal(np.asarray(forward(load_model(tmp_path)[0], ids)), np.asarray(forward(model, ids)))
 
 
 def test_other_tensors_of_real_checkpoints(make_folder):

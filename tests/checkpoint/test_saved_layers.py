@@ -12,6 +12,7 @@ from quantization_sections import FP8, MODELOPT
 from quantized_folders import EXPERTS, WEIGHT_ONLY, everything, fp8, make_folder, nvfp4, plain_folder
 from safetensors.numpy import save_file
 from small_folders import edit, edit_config, make_model
+from small_models import forward
 from tensor_files import read_tensors
 
 from fp4jax.checkpoint import load_model, save_model
@@ -80,7 +81,7 @@ def test_quantized_in_memory(tmp_path, layout, calibrated):
     loaded = round_trip(model, config, tmp_path, layout)
     assert isinstance(loaded.layers[0].mlp.w13.get_value(), NVFP4Tensor)
     names = read_tensors(tmp_path / "model.safetensors").keys()
-    np.testing.assert_array_equal(np.asarray(model(IDS)), np.asarray(loaded(IDS)))
+    np.testing.assert_array_equal(np.asarray(forward(model, IDS)), np.asarray(forward(loaded, IDS)))
     end = "weight_packed" if layout == "compressed_tensors" else "weight_scale_2"
     assert f"{EXPERTS}3.down_proj.{end}" in names
     assert (tmp_path / "hf_quant_config.json").exists() == (layout == "modelopt")
@@ -169,8 +170,8 @@ def test_half_of_the_experts_quantized(make_folder, tmp_path_factory, part, acti
     save_file(tensors, plain / "model.safetensors")
     values = json.loads((folder / "config.json").read_text())
     (plain / "config.json").write_text(json.dumps({k: v for k, v in values.items() if k != "quantization_config"}))
-    expected = load_model(plain, dtype="float32")[0](IDS)
-    off = float(jnp.abs(model(IDS) - expected).max() / jnp.abs(expected).max())
+    expected = forward(load_model(plain, dtype="float32")[0], IDS)
+    off = float(jnp.abs(forward(model, IDS) - expected).max() / jnp.abs(expected).max())
     assert off < (2e-6 if activations == "W4A16" else 0.15)
     assert off > 1e-3 or activations == "W4A16"  # activations were quantized
     round_trip(model, config, out / layout, layout, dtype="float32")

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from python_runs import run_python
 from refusals import check_refusals
 
+from experiments import bench_loading
 from experiments.bench_loading import drop_from_cache, load_in_a_process
 from experiments.cases.checkpoint import Shape, layers_for, write_checkpoint
 
@@ -53,7 +55,8 @@ def test_host_memory_does_not_grow_with_the_layers(tmp_path, monkeypatch):
     assert many["peak_file_bytes"] - few["peak_file_bytes"] < 0.25 * added
 
 
-def test_a_failed_load_says_why(tmp_path):
+def test_a_failed_load_says_why(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_loading.subprocess, "run", lambda command, **_: run_python(*command[1:]))
     with pytest.raises(RuntimeError, match=r"config\.json does not exist"):
         load_in_a_process(tmp_path)
 

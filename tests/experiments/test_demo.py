@@ -1,30 +1,24 @@
 """The demo end to end in a subprocess on a micro model and corpus, its table against its JSON, and its refusals."""
 
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from python_runs import ROOT, last_json, run_python
 from refusals import check_refusals
 
 from experiments.text.corpora import load_corpus
 from fp4jax.checkpoint import save_model
 from fp4jax.models.qwen3_moe import Qwen3Moe, Qwen3MoeConfig
 
-ROOT = pathlib.Path(__file__).parents[2]
 HIDDEN = 64
 
 
-def run_demo(*arguments, timeout=280):
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
-    env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # it compiles for longer than it runs
-    command = [sys.executable, str(ROOT / "experiments" / "demo.py"), *map(str, arguments)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout, cwd=ROOT)
+def run_demo(*arguments):
+    settings = {"jax_disable_most_optimizations": True}  # it compiles for longer than it runs
+    return run_python(ROOT / "experiments" / "demo.py", *arguments, settings=settings, timeout=280)
 
 
 @pytest.fixture(scope="module")
@@ -140,18 +134,15 @@ def test_demo_calibrates_on_training_text_only(tmp_path):
     held_out = load_corpus(tmp_path).held_out_files  # chosen by the names
     for i in range(8):
         (tmp_path / f"{i}.txt").write_text(("h" if f"{i}.txt" in held_out else "t") * 300)
-    command = [sys.executable, "-c", _FIRST_MEASUREMENT, f"--corpus={tmp_path}", f"--output_dir={tmp_path / 'out'}"]
-    command += ["--config.demo.sequence_length=16", "--windows=4", "--config.demo.calibration_windows=6"]
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stderr
-    text, calibration = (np.array(a) for a in json.loads(done.stdout.splitlines()[-1]))
+    options = ["--config.demo.sequence_length=16", "--windows=4", "--config.demo.calibration_windows=6"]
+    command = ["-c", _FIRST_MEASUREMENT, f"--corpus={tmp_path}", f"--output_dir={tmp_path / 'out'}", *options]
+    text, calibration = (np.array(a) for a in last_json(run_python(*command)))
     assert text.shape == (4, 17) and set(text.ravel().tolist()) <= {ord("h"), 0}
     assert calibration.shape == (6, 16) and set(calibration.ravel().tolist()) <= {ord("t"), 0}
 
 
 def test_demo_help():
-    result = run_demo("--help", timeout=60)
+    result = run_demo("--help")
     assert "--output_dir" in result.stdout
     assert "Held-out windows to evaluate" in result.stdout
 

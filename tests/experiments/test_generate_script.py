@@ -4,12 +4,11 @@ import io
 import json
 import os
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from absl import app
+from python_runs import ROOT, run_python
 from quantization_sections import REFERENCE
 from quantized_folders import make_folder, plain_folder
 from refusals import check_refusals
@@ -21,16 +20,11 @@ from experiments.text.tokenizers import tokenizer_of
 
 __all__ = ["make_folder", "plain_folder"]  # fixtures
 
-ROOT = Path(__file__).parents[2]
-
 
 def run(*arguments, devices=1):
-    env = {
-        **os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-    }  # fmt: skip
-    command = [sys.executable, "-W", "ignore", str(ROOT / "experiments" / "generate.py"), *arguments]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500, check=False)
+    settings = {"jax_num_cpu_devices": devices, "jax_disable_most_optimizations": True}
+    command = [ROOT / "experiments" / "generate.py", *arguments]
+    done = run_python(*command, settings=settings, warnings="ignore", timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

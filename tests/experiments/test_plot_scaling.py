@@ -1,11 +1,9 @@
 """plot_scaling: numbers per token and per link from rows made by hand, and what it refuses."""
 
 import json
-import os
-import subprocess
-import sys
 
-from refusals import ROOT, check_refusals
+from python_runs import run_python
+from refusals import check_refusals
 
 from experiments.harness import scaling_report
 
@@ -46,9 +44,7 @@ def test_it_writes_a_plot(tmp_path):
     path = tmp_path / "bench_dispatch.json"
     report = {"experiment": "bench_dispatch", "device": "test", "rows": [row(n, 10.0 * n) for n in (1, 2, 4, 8)]}
     path.write_text(json.dumps(report))
-    command = [sys.executable, "experiments/plot_scaling.py", f"--results={path}"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100, cwd=ROOT)
+    result = run_python("experiments/plot_scaling.py", f"--results={path}")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("2.00x") == 2  # one rank exchanges nothing, two are not compared with it
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")

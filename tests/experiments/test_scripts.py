@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from python_runs import ROOT, last_json, run_python
 
-ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(
     path.stem for path in (ROOT / "experiments").glob("*.py") if re.search(r"^def main\(", path.read_text(), re.M)
 )
@@ -29,72 +29,51 @@ def lines_of(name):
     return lines
 
 
-# One process that imports what all scripts import, and a fork of it per script: a second each instead of four.
-_RUN_ALL = """
+_RUN_LINES = """
 import contextlib, importlib, io, json, os, sys
-import jax, fp4jax
 from absl.testing import flagsaver
 from experiments.harness import script
 from jax._src import xla_bridge
 
-def run_lines(name, lines):
-    module, found = importlib.import_module(f"experiments.{name}"), []
-    for line in lines:
-        out, err, status = io.StringIO(), io.StringIO(), None
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), flagsaver.flagsaver():
-            try:
-                script.run(module.main, [f"experiments/{name}.py", *line])
-            except SystemExit as stop:
-                status = stop.code
-        found.append((status, out.getvalue(), err.getvalue()))
-    return {
-        "lines": found, "doc": module.__doc__, "devices": xla_bridge.backends_are_initialized(), "files": os.listdir(),
-        "modules": [n.removeprefix("experiments.") for n in sys.modules if n.startswith("experiments.")],
-    }
-
-for name, lines in json.loads(sys.argv[1]).items():
-    read, write = os.pipe()
-    if (child := os.fork()) == 0:
-        os.close(read)
-        with open(write, "w") as pipe:
-            json.dump(run_lines(name, lines), pipe)
-        os._exit(0)
-    os.close(write)
-    with open(read) as pipe:
-        print(json.dumps([name, pipe.read()]))
-    os.waitpid(child, 0)
+name, found = sys.argv[1], []
+module = importlib.import_module(f"experiments.{name}")
+for line in json.loads(sys.argv[2]):
+    out, err, status = io.StringIO(), io.StringIO(), None
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), flagsaver.flagsaver():
+        try:
+            script.run(module.main, [f"experiments/{name}.py", *line])
+        except SystemExit as stop:
+            status = stop.code
+    found.append((status, out.getvalue(), err.getvalue()))
+print(json.dumps({
+    "lines": found, "doc": module.__doc__, "devices": xla_bridge.backends_are_initialized(), "files": os.listdir(),
+    "files_of_modules": [
+        m.__file__ for n, m in sys.modules.items() if n.startswith("experiments.") and getattr(m, "__file__", None)
+    ],
+}))
 """
-
-
-def environment():
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
     """Script -> what it said to its lines, run in an empty folder."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", _RUN_ALL, json.dumps({name: lines_of(name) for name in SCRIPTS})],
-        env=environment(),
-        cwd=tmp_path_factory.mktemp("empty"), capture_output=True, text=True, timeout=250, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found = dict(json.loads(line) for line in done.stdout.splitlines())
-    assert found.keys() == set(SCRIPTS) and all(found.values()), done.stderr
-    return {name: json.loads(answer) for name, answer in found.items()}
+    folder, found = tmp_path_factory.mktemp("empty"), {}
+    for name in SCRIPTS:
+        code = ("-c", _RUN_LINES, name, json.dumps(lines_of(name)))
+        found[name] = last_json(run_python(*code, cwd=folder, warnings="ignore"))
+    return found
 
 
-def flags_in(module):
+def flags_in(file):
     """Names that a module's source defines flags under."""
-    source = (ROOT / "experiments" / f"{module.replace('.', '/')}.py").read_text()
-    return set(re.findall(r"\bDEFINE_\w+\(\s*\"(\w+)\"", source))
+    return set(re.findall(r"\bDEFINE_\w+\(\s*\"(\w+)\"", Path(file).read_text()))
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help_shows_every_flag_and_default_and_exits_with_0(answers, name):
     status, out, err = answers[name]["lines"][0]
     assert (status, err) == (0, "") and out.startswith(answers[name]["doc"].rstrip())
-    expected = set().union(*(flags_in(module) for module in answers[name]["modules"]))
+    expected = set().union(*map(flags_in, answers[name]["files_of_modules"]))
     shown = re.findall(r"^  --(?:\[no\])?(\w+)$", out, re.M)
     assert len(shown) == len(set(shown)) and set(shown) == expected  # all of ours, and none of absl's
     assert max(map(len, out.splitlines())) <= 120
@@ -136,6 +115,10 @@ def test_defaults_are_shown(answers):
     shown = " ".join(answers["generate"]["lines"][0][1].split())
     assert "--max_new_tokens Tokens to generate. (a positive integer; default: 64)" in shown
     assert "FD_DISPATCH_USE_FP4, else nvfp4" in shown and "--coordinator_address" not in shown
+
+
+def environment():
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
 
 
 _TALK = """

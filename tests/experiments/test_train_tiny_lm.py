@@ -6,12 +6,12 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from python_runs import ROOT, run_python
 from refusals import check_refusals
 from safetensors import safe_open
 from safetensors.numpy import load_file
@@ -28,7 +28,6 @@ from fp4jax.models.decoder import Output
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-ROOT = Path(__file__).resolve().parents[2]
 _MICRO = {
     "model.hidden_size": 64,
     "model.num_hidden_layers": 1,
@@ -49,10 +48,14 @@ _MICRO = {
 }
 
 
+def _command(output_dir, text, *extra):
+    command = ["-m", "experiments.train_tiny_lm", "--config=configs/tiny_lm.py", f"--corpus={text}"]
+    return [*command, f"--output_dir={output_dir}", *(f"--config.{k}={v}" for k, v in _MICRO.items()), *extra]
+
+
 def _start(output_dir, text, *extra):
     """The script in a folder that is not the project's."""
-    command = [sys.executable, "-m", "experiments.train_tiny_lm", "--config=configs/tiny_lm.py", f"--corpus={text}"]
-    command += [f"--output_dir={output_dir}", *(f"--config.{k}={v}" for k, v in _MICRO.items()), *extra]
+    command = [sys.executable, *_command(output_dir, text, *extra)]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, cwd=text, env=environment, text=True, **pipes)
@@ -225,7 +228,8 @@ def test_committed_configuration_fits_the_clone():
     ],
 )
 def test_bad_values_of_the_config_are_named(tmp_path, text, flag, message):
-    assert message in _train(tmp_path, text, flag, expect=1)
+    done = run_python(*_command(tmp_path, text, flag), cwd=text)
+    assert done.returncode == 1 and message in done.stdout + done.stderr
 
 
 def test_bad_flags_are_named(tmp_path, text):

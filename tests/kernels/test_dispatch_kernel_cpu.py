@@ -181,13 +181,15 @@ def there_and_back(form, wire, experts, implementation=None, scale="per_token"):
 @pytest.mark.parametrize(
     ("devices", "tokens", "hidden", "k", "form", "wire", "kernels"),
     [
-        (2, 128, 7168, 8, "per_peer", "nvfp4", 2),
+        # The layer of test_moe_layer_exchanges_without_a_collective takes these kernels too.
+        pytest.param(2, 128, 7168, 8, "per_peer", "nvfp4", 2, marks=pytest.mark.slow),
         pytest.param(4, 4096, 2048, 8, "per_peer", "nvfp4", 3, marks=pytest.mark.slow),
         pytest.param(8, 4096, 8192, 8, "per_slot", "nvfp4", 3, marks=pytest.mark.slow),
         pytest.param(4, 16384, 2560, 6, "per_slot", "nvfp4", 3, marks=pytest.mark.slow),
         pytest.param(2, 1024, 7168, 8, "per_peer", "bf16", 2, marks=pytest.mark.slow),
         (4, 16, 2048, 8, "per_slot", "fp8", 2),
         (2, 64, 128, 4, "per_peer", "fp8", 2),  # one scale per row
+        (2, 64, 128, 4, "per_peer", "bf16", 2),
     ],
 )
 def test_models_take_the_kernels(devices, tokens, hidden, k, form, wire, kernels):
@@ -213,22 +215,24 @@ def test_rows_the_kernel_does_not_take_go_through_one_all_to_all():
         lowered_text(2, there_and_back("per_peer", "nvfp4", 8, "mosaic_gpu"), x, ids, weights)
 
 
-def test_moe_layer_exchanges_without_a_collective():
+@pytest.mark.parametrize(
+    ("wire", "scale"), [pytest.param("bf16", None, marks=pytest.mark.slow), ("nvfp4", jnp.float32(0.01))]
+)
+def test_moe_layer_exchanges_without_a_collective(wire, scale):
     """A scale that is given is the same everywhere and needs no collective either."""
     packed = lambda n, k: PackedWeights(  # noqa: E731
         struct((8, n // 64, k // 64, 9, 64), jnp.uint32), struct((8, 1, 1), jnp.float32)
     )
     x, ids, weights = struct((128, 512), jnp.bfloat16), struct((128, 4), jnp.int32), struct((128, 4), jnp.float32)
-    for wire, scale in (("bf16", None), ("nvfp4", jnp.float32(0.01))):
-        config = MoEConfig(num_experts=16, axis_name="ep", wire_format=wire, **W4A4)
+    config = MoEConfig(num_experts=16, axis_name="ep", wire_format=wire, **W4A4)
 
-        def layer(x, ids, weights, w13, w2, config=config, scale=scale):
-            y, _ = moe_layer(x, ids, weights, MoEWeights(w13, w2, scale), config)
-            return y
+    def layer(x, ids, weights, w13, w2):
+        y, _ = moe_layer(x, ids, weights, MoEWeights(w13, w2, scale), config)
+        return y
 
-        text = lowered_text(2, layer, x, ids, weights, packed(512, 512), packed(512, 256))
-        assert "mosaic_gpu" in text
-        assert not re.search("all_to_all|all_reduce|all_gather|collective_permute", text)
+    text = lowered_text(2, layer, x, ids, weights, packed(512, 512), packed(512, 256))
+    assert "mosaic_gpu" in text
+    assert not re.search("all_to_all|all_reduce|all_gather|collective_permute", text)
 
 
 @pytest.mark.parametrize("form", ["per_peer", "per_slot"])

@@ -232,11 +232,11 @@ def test_metadata_of_several_chunks_and_many_experts(rng, run_kernels):
     np.testing.assert_array_equal(np.minimum(meta.counts, 3), masked_m)
 
 
-def test_metadata_contiguous(routing, interpret):
+def test_metadata_contiguous(routing, run_kernels):
     ids, _ = routing
     row_map, sizes, _, source = oracles.permute_contiguous(ids, 4, 9)
     meta = route_metadata.route_metadata(
-        jnp.asarray(ids), 4, num_rows=9, with_source=True, config=TINY_METADATA, interpret=interpret
+        jnp.asarray(ids), 4, num_rows=9, with_source=True, config=TINY_METADATA, interpret=run_kernels
     )
     np.testing.assert_array_equal(meta.row_map, row_map)
     assert np.asarray(meta.source)[: len(source)].tolist() == source

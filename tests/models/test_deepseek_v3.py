@@ -8,7 +8,7 @@ import model_oracles
 import numpy as np
 import pytest
 from flax import nnx
-from small_models import DEEPSEEK_V3 as CONFIG, YARN, make_deepseek_v3 as make_model
+from small_models import DEEPSEEK_V3 as CONFIG, YARN, forward, make_deepseek_v3 as make_model
 from tensor_files import read_tensors
 
 from fp4jax.checkpoint import load_model, save_model
@@ -19,7 +19,6 @@ from fp4jax.models import DeepseekV3Config
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-forward = nnx.jit(lambda model, ids: model(ids))
 continued = nnx.jit(lambda model, ids, cache: model.forward(ids, cache))
 
 

@@ -6,8 +6,7 @@ import jax.numpy as jnp
 import model_oracles
 import numpy as np
 import pytest
-from flax import nnx
-from small_models import make_ernie45_moe as make_model
+from small_models import forward, make_ernie45_moe as make_model
 from tensor_files import read_tensors
 
 from fp4jax.checkpoint import load_model, save_model
@@ -19,15 +18,15 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 ATOL = 2e-5  # float32 against float64, of logits up to 3
 
 
-forward = nnx.jit(lambda model, ids: model(ids))
-
-
 @pytest.mark.parametrize(
     "changes",
     [
         dict(),
         dict(tie_word_embeddings=False, moe_num_shared_experts=0, num_experts_per_tok=3),
-        dict(moe_layer_start_index=0, moe_layer_end_index=1, num_key_value_heads=1),
+        # Which layers have experts is tested below, for every setting.
+        pytest.param(
+            dict(moe_layer_start_index=0, moe_layer_end_index=1, num_key_value_heads=1), marks=pytest.mark.slow
+        ),
         dict(moe_layer_interval=2, head_dim=8),
     ],
     ids=["first layer dense", "no shared experts", "last layer dense", "every second layer sparse"],

@@ -205,8 +205,22 @@ def _block_reference(block, x, ids, weights):
     return y
 
 
-@pytest.mark.parametrize("differentiable", [False, True], ids=["pipeline", "dense"])
-@pytest.mark.parametrize("parts", _PARTS)
+@pytest.mark.parametrize(
+    ("parts", "differentiable"),
+    [  # the last has everything that those before have apart
+        pytest.param(
+            parts,
+            differentiable,
+            id=f"{parts}-{'dense' if differentiable else 'pipeline'}",
+            marks=()
+            if (parts in ("plain", "shared", "latent and gated shared") and not differentiable)
+            or parts == "latent and gated shared"
+            else pytest.mark.slow,
+        )
+        for parts in _PARTS
+        for differentiable in (False, True)
+    ],
+)
 def test_moe_block_equals_the_reference(rng, parts, differentiable):
     """The router and the shared experts see the original x, also with latent projections.
 
@@ -241,7 +255,7 @@ def test_gradient_of_the_dense_path(rng):
     block, x = make_block(), tokens(rng, count=4)
     block.configure(MoEConfig(EXPERTS, differentiable=True))
     direction = rng.normal(size=block.w2.get_value().shape)
-    grad = nnx.grad(lambda block: jnp.sum(block(x)[0] ** 2))(block)
+    grad = nnx.jit(nnx.grad(lambda block: jnp.sum(block(x)[0] ** 2)))(block)
     found = np.sum(f64(grad.w2.get_value()) * direction)
     ids, weights = model_oracles.topk_softmax(f64(x) @ f64(block.gate.weight[...]).T, 2, True)
     w13, w2, step = f64(block.w13.get_value()), f64(block.w2.get_value()), 1e-4
@@ -297,8 +311,8 @@ def test_experts_are_packed_where_the_kernel_will_run(rng, make_mesh, monkeypatc
 
 def test_calibration_reports_the_inputs_of_both_gemms(rng):
     block, x = make_block(latent_size=32), tokens(rng, count=5)
-    y, amax = block.calibrate(x)
-    y_all, amax_all = block.calibrate(x, all_tokens=True)
+    y, amax = nnx.jit(lambda block, x: block.calibrate(x))(block, x)
+    y_all, amax_all = nnx.jit(lambda block, x: block.calibrate(x, all_tokens=True))(block, x)
     hidden = f64(x) @ f64(block.fc1_latent_proj.weight[...]).T
     np.testing.assert_allclose(amax.input_1, np.abs(hidden).max(), rtol=1e-5)
     ids, _ = model_oracles.topk_softmax(f64(x) @ f64(block.gate.weight[...]).T, 2, True)

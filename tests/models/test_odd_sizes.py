@@ -12,6 +12,7 @@ from flax import nnx
 from quantized_folders import CONFIGS, WEIGHT_ONLY, nvfp4 as as_nvfp4
 from safetensors.numpy import save_file
 from small_folders import CONFIG, edit_config, loaded_bytes
+from small_models import forward
 from tensor_files import read_tensors
 from test_layers import f64, run, tokens
 
@@ -53,7 +54,7 @@ def test_loaded_logits_are_those_of_float64(tmp_path, intermediate):
     model, _ = load_model(tmp_path, dtype="float32")
     ids = np.arange(9) % config["vocab_size"]
     expected = model_oracles.qwen3_moe(config, decoded, ids)
-    found = np.asarray(model(jnp.asarray(ids, jnp.int32)[None]))[0]
+    found = np.asarray(forward(model, jnp.asarray(ids, jnp.int32)[None]))[0]
     np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
 
 

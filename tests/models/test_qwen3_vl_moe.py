@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_folders import assert_same_params, edit, edit_config, make_model
+from small_models import forward
 
 from fp4jax.checkpoint import load_model, save_model
 from fp4jax.models import Qwen3MoeConfig
@@ -55,7 +56,7 @@ def test_the_text_model_of_the_plain_folder(folder):
     assert_same_params(model, expected)
     assert config.norm_topk_prob and config.rope_theta == 1e6 and not config.tie_word_embeddings
     ids = jnp.arange(12, dtype=jnp.int32)[None]
-    np.testing.assert_array_equal(np.asarray(model(ids)), np.asarray(expected(ids)))
+    np.testing.assert_array_equal(np.asarray(forward(model, ids)), np.asarray(forward(expected, ids)))
     assert load_model(folder, dtype="float32")[1].dtype == "float32"
 
 

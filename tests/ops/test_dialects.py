@@ -12,6 +12,8 @@ import pytest
 from fp4jax import nvfp4
 
 _JIT = jax.jit(nvfp4.quantize, static_argnames=("dialect", "four_over_six"))
+# Eagerly, each operation is compiled for itself: slow, and less for the compiler to rewrite than under jit.
+JIT_AND_SLOWLY_EAGER = ["jit", pytest.param("eager", marks=pytest.mark.slow)]
 _QUANTIZE = {"eager": nvfp4.quantize, "jit": _JIT}
 
 
@@ -39,7 +41,7 @@ def test_ties_go_to_the_even_code(dialect, how):
     assert _run(TIES, 1.0, dialect, how) == (0x38, TIE_CODES)
 
 
-@pytest.mark.parametrize("how", ["eager", "jit"])
+@pytest.mark.parametrize("how", JIT_AND_SLOWLY_EAGER)
 @pytest.mark.parametrize("dialect", nvfp4.DIALECTS)
 def test_all_codes(dialect, how):
     # amax 12 at global scale 2: scale 12 / (6 * 2) = 1, so value = code * 1 * 2.
@@ -48,7 +50,7 @@ def test_all_codes(dialect, how):
     assert _run(block, 2.0, dialect, how) == (0x38, codes)
 
 
-@pytest.mark.parametrize("how", ["eager", "jit"])
+@pytest.mark.parametrize("how", JIT_AND_SLOWLY_EAGER)
 @pytest.mark.parametrize(
     "dialect, scale_byte",
     [("exact", 0x00), ("modelopt", 0x38), ("compressed_tensors", 0x20)],  # 0, 1.0, 0.125
@@ -57,7 +59,7 @@ def test_zero_block(dialect, scale_byte, how):
     assert _run([0.0], 1.0, dialect, how) == (scale_byte, [0] * 16)
 
 
-@pytest.mark.parametrize("how", ["eager", "jit"])
+@pytest.mark.parametrize("how", JIT_AND_SLOWLY_EAGER)
 @pytest.mark.parametrize(
     "dialect, minus_zero",
     [("exact", 8), ("modelopt", 0), ("compressed_tensors", 0)],
@@ -68,7 +70,7 @@ def test_sign_of_zero(dialect, minus_zero, how):
     assert _run([6, -0.0, -0.1, 0.1], 1.0, dialect, how) == (0x38, _fill([7, minus_zero, 8, 0]))
 
 
-@pytest.mark.parametrize("how", ["eager", "jit"])
+@pytest.mark.parametrize("how", JIT_AND_SLOWLY_EAGER)
 @pytest.mark.parametrize(
     "dialect, scale_byte, codes",
     [
@@ -82,7 +84,7 @@ def test_underflowing_block(dialect, scale_byte, codes, how):
     assert _run([2.0**-13, -(2.0**-13)], 1.0, dialect, how) == (scale_byte, _fill(codes))
 
 
-@pytest.mark.parametrize("how", ["eager", "jit"])
+@pytest.mark.parametrize("how", JIT_AND_SLOWLY_EAGER)
 @pytest.mark.parametrize("dialect", nvfp4.DIALECTS)
 def test_smallest_scale(dialect, how):
     # amax = 2^-7: amax / 6 = 0.67 * 2^-9, the nearest scale is 2^-9. 2^-7 / 2^-9 = 4 -> code 6; 1.5 * 2^-9 / 2^-9 = 1.5
@@ -90,7 +92,7 @@ def test_smallest_scale(dialect, how):
     assert _run([2.0**-7, 1.5 * 2.0**-9], 1.0, dialect, how) == (0x01, _fill([6, 3]))
 
 
-@pytest.mark.parametrize("how", ["eager", "jit"])
+@pytest.mark.parametrize("how", JIT_AND_SLOWLY_EAGER)
 @pytest.mark.parametrize("dialect", nvfp4.DIALECTS)
 def test_saturating_block(dialect, how):
     # amax 4480: 4480 / 6 = 746.7 is clipped to 448. 4480 / 448 = 10 -> 6; 896 / 448 = 2; -1344 / 448 = -3;
@@ -98,7 +100,7 @@ def test_saturating_block(dialect, how):
     assert _run([4480, 896, -1344, 112], 1.0, dialect, how) == (0x7E, _fill([7, 4, 13, 0]))
 
 
-@pytest.mark.parametrize("how", ["eager", "jit"])
+@pytest.mark.parametrize("how", JIT_AND_SLOWLY_EAGER)
 @pytest.mark.parametrize("dialect", nvfp4.DIALECTS)
 def test_scale_rounds_to_even(dialect, how):
     # amax 6.375: scale 1.0625 is midway between 1 (even mantissa) and 1.125: 1. 6.375 / 1 -> 6.
@@ -108,7 +110,7 @@ def test_scale_rounds_to_even(dialect, how):
     assert _run([7.125, 3.125, 4.375], 1.0, dialect, how) == (0x3A, _fill([7, 4, 6]))
 
 
-@pytest.mark.parametrize("how", ["eager", "jit"])
+@pytest.mark.parametrize("how", JIT_AND_SLOWLY_EAGER)
 @pytest.mark.parametrize(
     "block, scale, scale_byte, code_of",
     [
@@ -126,7 +128,7 @@ def test_reciprocals_decide_ties(block, scale, scale_byte, code_of, how):
         assert _run(block, scale, dialect, how) == (scale_byte, _fill([7, code_of[dialect]])), dialect
 
 
-@pytest.mark.parametrize("how", ["eager", "jit"])
+@pytest.mark.parametrize("how", JIT_AND_SLOWLY_EAGER)
 def test_computed_global_scales(how):
     # amax 2688 * 2: s2 = 2 in decode direction, for all dialects; block amax 5376: 5376 / (6 * 2) = 448.
     x = np.zeros((1, 32), np.float32)
@@ -138,7 +140,7 @@ def test_computed_global_scales(how):
         assert np.asarray(t.qdata)[0, [0, 8]].tolist() == [0x07, 0xD7]  # 6; 12 / 2 = 6 and -6 / 2 = -3 (code 13)
 
 
-@pytest.mark.parametrize("how", ["eager", "jit"])
+@pytest.mark.parametrize("how", JIT_AND_SLOWLY_EAGER)
 @pytest.mark.parametrize("dialect, zero_scale", [("exact", 0), ("modelopt", 0x38), ("compressed_tensors", 0x20)])
 def test_all_zero_tensor(dialect, zero_scale, how):
     # amax 0: the global scale is 1 (compressed-tensors does the same; ModelOpt divides 0 by 0 there).
@@ -147,7 +149,7 @@ def test_all_zero_tensor(dialect, zero_scale, how):
     assert (np.asarray(t.block_scale).view(np.uint8) == zero_scale).all() and not np.asarray(t.qdata).any()
 
 
-@pytest.mark.parametrize("how", ["eager", "jit"])
+@pytest.mark.parametrize("how", JIT_AND_SLOWLY_EAGER)
 @pytest.mark.parametrize(
     "block, scale_byte, codes",
     [

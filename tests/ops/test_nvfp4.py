@@ -28,6 +28,10 @@ def device(request):
         yield request.param
 
 
+# Eagerly, each operation is compiled for itself: slow, and less for the compiler to rewrite than under jit.
+JIT_AND_SLOWLY_EAGER = ["jit", pytest.param("eager", marks=pytest.mark.slow)]
+
+
 @functools.cache
 def _jitted(**options):
     return jax.jit(functools.partial(nvfp4.quantize, **options))
@@ -89,7 +93,7 @@ def test_exact_bits_of_f16(rng, device):
         assert_bits(_quantize("jit", jnp.asarray(data), g), oracles.quantize_exact(data, g))
 
 
-@pytest.mark.parametrize("how", ["eager", "jit"])
+@pytest.mark.parametrize("how", JIT_AND_SLOWLY_EAGER)
 def test_four_over_six_bits(how, rng, device):
     chosen = 0
     for name, data in _inputs(rng).items():
@@ -114,7 +118,7 @@ def test_four_over_six_lowers_the_error(rng):
 
 
 @pytest.mark.parametrize("dialect", ["modelopt", "compressed_tensors"])
-@pytest.mark.parametrize("how", ["eager", "jit"])
+@pytest.mark.parametrize("how", JIT_AND_SLOWLY_EAGER)
 def test_dialect_bits(dialect, how, rng, device):
     for name, data in _inputs(rng).items():
         for g in (1.0, 0.0123, None):
@@ -146,7 +150,9 @@ def test_exact_bits_of_any_f32(bits, exponent, mantissa):
 # --- computed global scales, masks, counters ---
 
 
-@pytest.mark.parametrize("how, four_over_six", [("eager", False), ("jit", False), ("jit", True)])
+@pytest.mark.parametrize(
+    "how, four_over_six", [pytest.param("eager", False, marks=pytest.mark.slow), ("jit", False), ("jit", True)]
+)
 @pytest.mark.parametrize("mode", [None, "per_token", "per_expert"])
 def test_computed_scales(how, mode, four_over_six, rng, device):
     x = (rng.standard_normal((3, 8, 64)) * 2.0 ** rng.integers(-12, 12, (3, 8, 1))).astype(np.float32)
@@ -193,7 +199,7 @@ def test_masked_rows_are_inert_and_uncounted(mode, rng):
         np.testing.assert_array_equal(np.asarray(got), flags.sum((1, 2)))
 
 
-@pytest.mark.parametrize("how", ["eager", "jit"])
+@pytest.mark.parametrize("how", JIT_AND_SLOWLY_EAGER)
 def test_stats(how, rng, device):
     x = (rng.standard_normal((8, 64)) * 2.0 ** rng.integers(-30, 30, (8, 1))).astype(np.float32)
     x[3:5] = rng.uniform(1, 2, (2, 64))  # neither saturates nor underflows
@@ -224,7 +230,7 @@ def test_stats_boundaries():
 # --- special values, by hand ---
 
 
-@pytest.mark.parametrize("how", ["eager", "jit"])
+@pytest.mark.parametrize("how", JIT_AND_SLOWLY_EAGER)
 @pytest.mark.parametrize(
     "value, scale_byte, packed",
     [
@@ -265,7 +271,7 @@ def _options(form):
     "form, how, tokens, dtype",
     [
         ("exact", "eager", 20, jnp.bfloat16),
-        ("exact", "eager", 300, jnp.float32),
+        pytest.param("exact", "eager", 300, jnp.float32, marks=pytest.mark.slow),
         ("exact", "jit", 300, jnp.bfloat16),
         ("four_over_six", "jit", 300, jnp.bfloat16),
         ("modelopt", "jit", 300, jnp.float32),

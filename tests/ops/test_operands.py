@@ -5,10 +5,6 @@ The first part runs in a process of its own, without the type checker of this su
 
 import functools
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from model_oracles import calc_diff
+from python_runs import last_json, run_python
 
 from fp4jax import MoEConfig, MoEWeights, NVFP4Tensor, PackedWeights, moe_layer
 from fp4jax.block_fp8 import BlockFP8Weights
@@ -183,12 +180,7 @@ WRONG = {
 
 
 def test_what_ops_say_to_arguments_of_the_wrong_kind():
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[2]), "XLA_FLAGS": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", _RUN_ALL, json.dumps(list(WRONG))], env=env, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = last_json(run_python("-c", _RUN_ALL, json.dumps(list(WRONG)), timeout=280))
     assert len(found) == 2 * len(WRONG)
     for code, error, text in found:
         wanted, *parts = WRONG[code]

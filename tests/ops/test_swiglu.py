@@ -18,6 +18,8 @@ SCALE = np.array([0.004, 1.0, 0.001, 0.02], np.float32).reshape(E, 1, 1)  # one 
 
 _jitted = jax.jit(swiglu_quantize, static_argnames="out")
 _per_token = jax.jit(functools.partial(swiglu_quantize, global_scale="per_token"))
+# Eagerly, each operation is compiled for itself: slow, and less for the compiler to rewrite than under jit.
+JIT_AND_SLOWLY_EAGER = ["jit", pytest.param("eager", marks=pytest.mark.slow)]
 RUN = {"eager": swiglu_quantize, "jit": _jitted}
 
 
@@ -37,7 +39,7 @@ def _ulps(got, exact):
     return np.abs(np.asarray(got, np.float64) - exact) / ulp
 
 
-@pytest.mark.parametrize("how", ["eager", "jit"])
+@pytest.mark.parametrize("how", JIT_AND_SLOWLY_EAGER)
 def test_silu_of_every_bf16_within_4_ulp(how):
     gate = oracles.all_bf16()
     gate = gate[np.isfinite(gate)]
@@ -51,7 +53,7 @@ def test_silu_of_every_bf16_within_4_ulp(how):
     assert (np.abs(got[~normal]) <= 2.0**-125).all()
 
 
-@pytest.mark.parametrize("how", ["eager", "jit"])
+@pytest.mark.parametrize("how", JIT_AND_SLOWLY_EAGER)
 def test_bf16_output(how, rng):
     gate_up = _gate_up(rng)
     got = RUN[how](jnp.asarray(gate_up).astype(jnp.bfloat16), jnp.asarray(COUNTS), global_scale=None, out="bf16")
@@ -67,7 +69,7 @@ def _steps(codes):
     return np.where(codes & 8, -(codes & 7).astype(int), (codes & 7).astype(int))
 
 
-@pytest.mark.parametrize("how", ["eager", "jit"])
+@pytest.mark.parametrize("how", JIT_AND_SLOWLY_EAGER)
 @pytest.mark.parametrize("scale", ["per_expert", "one", "per_token"])
 def test_quantized_output_against_the_oracle(how, scale, rng):
     gate_up = _gate_up(rng)
@@ -136,7 +138,7 @@ def test_contiguous_rows_equal_masked(out, rng):
 
 
 @pytest.mark.parametrize("out", ["nvfp4", "nvfp4_as_bf16", "bf16"])
-@pytest.mark.parametrize("how", ["eager", "jit"])
+@pytest.mark.parametrize("how", JIT_AND_SLOWLY_EAGER)
 def test_poisoned_pads(out, how, rng):
     clean = _gate_up(rng)
     poisoned = np.where(VALID[..., None], clean, np.nan)

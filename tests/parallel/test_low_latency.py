@@ -162,11 +162,15 @@ def test_what_does_not_belong_to_the_form_is_refused(form):
         result(lambda given, _: given | {"y": given["y"].astype(jnp.float16)})
 
 
-def small_layer(form):
-    """Weights of 8 experts of width 128 for tokens of 256 values, their specs on a mesh, and a config."""
+def small_weights():
+    """Weights of 8 experts of width 128 for tokens of 256 values."""
     rng = np.random.default_rng(0)
     w13, w2 = (jnp.asarray(rng.standard_normal(s) / 16) for s in ((8, 256, 256), (8, 256, 128)))
-    weights = MoEWeights(*(pack_weights(quantize(w, global_scale="per_expert")) for w in (w13, w2)))
+    return MoEWeights(*(pack_weights(quantize(w, global_scale="per_expert")) for w in (w13, w2)))
+
+
+def small_layer(form, weights):
+    """The weights, their specs on a mesh, and a config."""
     return (
         weights,
         jax.tree.map(lambda leaf: EP if leaf.ndim else P(), weights),
@@ -185,7 +189,7 @@ def layers(x, ids, topk_weights, weights, buffers, config, number):
 @pytest.mark.usefixtures("on_the_cpu")
 @pytest.mark.parametrize("form", ["per_peer", pytest.param("per_slot", marks=pytest.mark.slow)])
 def test_a_layer_has_six_kernels_and_no_collective_but_of_drops(form):
-    weights, specs, config = small_layer(form)
+    weights, specs, config = small_layer(form, jax.eval_shape(small_weights))
     mesh = AbstractMesh((2,), ("ep",), axis_types=(AxisType.Auto,), abstract_device=H100)
     with use_abstract_mesh(mesh):
         fn = lambda *a: layers(*a, ReceiveBuffers(), config, 2)[0]  # noqa: E731
@@ -361,7 +365,7 @@ def test_a_model_decodes_the_same_tokens(make_mesh, devices):
 @pytest.mark.parametrize("devices", DEVICES)
 @pytest.mark.parametrize("form", ["per_peer", "per_slot"])
 def test_layers_have_the_bits_of_layers_without(make_mesh, rng, devices, form):
-    weights, specs, config = small_layer(form)
+    weights, specs, config = small_layer(form, small_weights())
     tokens = 24 * devices
     x = jnp.asarray(rng.standard_normal((tokens, 256)), jnp.bfloat16)
     ids = jnp.asarray(rng.integers(-1, 8, (tokens, 2)), jnp.int32)

@@ -1,13 +1,11 @@
 """What a script says to command lines that it must refuse: all of them in one process, as importing JAX takes time."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from python_runs import ROOT, last_json, run_python
+
+__all__ = ["ROOT", "check_refusals", "refusals"]
 
 _RUN_ALL = """
 import contextlib, importlib, io, json, sys
@@ -29,11 +27,8 @@ print(json.dumps(found))
 
 def refusals(script: str, lines: Sequence[Sequence[str]], devices: int = 1) -> list[tuple[int, str]]:
     """Exit status and everything printed, per command line of `experiments/<script>.py`, on CPU devices."""
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", _RUN_ALL, f"experiments.{script}", json.dumps(list(lines))]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    code = ("-c", _RUN_ALL, f"experiments.{script}", json.dumps(list(lines)))
+    found = last_json(run_python(*code, settings={"jax_num_cpu_devices": devices}))
     assert len(found) == len(lines)
     return found
 

@@ -59,5 +59,8 @@ def make_deepseek_v3(**changes):
     return stirred(DeepseekV3(dataclasses.replace(DEEPSEEK_V3, **changes), rngs=nnx.Rngs(0)), bias=0.3)
 
 
+forward = nnx.jit(lambda model, ids: model(ids))  # one program per kind of model, instead of one per operation
+
+
 def sample_ids(batch, length, seed=0):
     return jnp.asarray(np.random.default_rng(seed).integers(0, QWEN3_MOE.vocab_size, (batch, length)), jnp.int32)
