@@ -1,7 +1,7 @@
 """The weights of an expert layer, and their quantization from plain arrays."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -103,6 +103,6 @@ def quantize_gate_up(
     return NVFP4Tensor(*(jnp.concatenate(part, axis=1) for part in parts))
 
 
-def runs_on_kernel(dtype: jnp.dtype | type, implementation: Implementation | None = None) -> bool:
+def runs_on_kernel(dtype: Any, implementation: Implementation | None = None) -> bool:
     """Whether the kernel of the grouped GEMM runs NVFP4 experts that compute in `dtype`; their weights are packed."""
     return implementations.has_hopper_gpu() and implementation in (None, "mosaic_gpu") and dtype == jnp.bfloat16

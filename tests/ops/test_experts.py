@@ -12,6 +12,12 @@ from fp4jax import MoEConfig, PackedWeights, dequantize, implementations, moe_la
 E, H = 3, 64
 
 
+@pytest.fixture(autouse=True)
+def on_no_gpu(monkeypatch):
+    """Weights stay unpacked, on a machine with a GPU too, but where a test says otherwise."""
+    monkeypatch.setattr(implementations, "has_hopper_gpu", lambda: False)
+
+
 def _plain(rng, intermediate, dtype=np.float32):
     """gate, up and down; the projections of the experts are of very different sizes."""
     gate, up = (rng.standard_normal((E, intermediate, H)) * rng.uniform(0.01, 10, (E, 1, 1)) for _ in range(2))
@@ -56,7 +62,7 @@ def test_a_hopper_gpu_gets_packed_weights_of_the_same_values(rng, monkeypatch):
     packed = prepare_experts(*plain)
     assert isinstance(packed.w13, PackedWeights) and isinstance(packed.w2, PackedWeights)
     assert packed.w13.shape == (E, 128, H) and packed.w2.shape == (E, H, 64)
-    monkeypatch.undo()
+    monkeypatch.setattr(implementations, "has_hopper_gpu", lambda: False)
     w13, w2 = (np.asarray(dequantize(unpack_weights(w), jnp.float32)) for w in packed[:2])
     plain13, plain2 = (np.asarray(dequantize(w, jnp.float32)) for w in expected[:2])
     np.testing.assert_array_equal(w13[:, :48], plain13[:, :48])

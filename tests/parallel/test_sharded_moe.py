@@ -9,7 +9,16 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import oracles
-from fp4jax import MoEConfig, MoEWeights, dequantize, moe_layer, prepare_experts, sharded_moe_layer
+from fp4jax import (
+    MoEConfig,
+    MoEWeights,
+    PackedWeights,
+    dequantize,
+    moe_layer,
+    prepare_experts,
+    sharded_moe_layer,
+    unpack_weights,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -35,7 +44,8 @@ def test_any_number_of_tokens(rng, devices, axis_type):
     mesh = jax.make_mesh((devices,), ("ep",), axis_types=(axis_type,), devices=jax.devices()[:devices])
     weights = _weights(rng)
     placed = jax.device_put(weights, NamedSharding(mesh, P("ep")))
-    w13, w2 = (np.asarray(dequantize(w, jnp.float32), np.float64) for w in weights[:2])
+    plain = [unpack_weights(w) if isinstance(w, PackedWeights) else w for w in weights[:2]]  # on a GPU they are packed
+    w13, w2 = (np.asarray(dequantize(w, jnp.float32), np.float64) for w in plain)
     for tokens in (1, 7, 16):
         x, ids, topk = _batch(rng, tokens)
         arguments = jnp.asarray(x, jnp.bfloat16), jnp.asarray(ids), jnp.asarray(topk)
