@@ -50,7 +50,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.gemm.config import TuningConfig, check_config
-from pallas_kernels.gemm.roles import Gemm, Refs
+from pallas_kernels.gemm.layout import Refs
+from pallas_kernels.gemm.roles import Gemm
 from pallas_kernels.gemm.tasks import GroupTiles
 from pallas_kernels.gemm.weight_layout import TILE, WORDS
 from pallas_kernels.rows.quantize import rows_scale
