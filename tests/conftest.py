@@ -110,7 +110,8 @@ def quick_compile():
     """For modules that compile whole layers again and again: two thirds of the time. Not for kernels and formats."""
     import jax
 
-    jax.config.update("jax_disable_most_optimizations", True)
+    # Programs for a GPU are compiled as users compile them: where copies and roundings are is up to the optimizations.
+    jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu")
     yield
     jax.config.update("jax_disable_most_optimizations", False)
 

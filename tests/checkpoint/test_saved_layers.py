@@ -188,6 +188,7 @@ def test_block_wise_fp8(make_folder, tmp_path_factory, scales):
     round_trip(model, config, tmp_path_factory.mktemp("out"))
 
 
+@pytest.mark.slow
 def test_scale_fmt_changes_what_activations_are_rounded_to(make_folder):
     folder, _ = make_folder("fp8", lambda name: "self_attn" in name)
     found = []

@@ -131,6 +131,7 @@ def test_quantized_experts(rng, make_mesh, devices):
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_free_places_of_a_batch_take_no_capacity(rng):
     """Rows for one token, two places of which one is free."""
     model = Qwen3Moe(dataclasses.replace(CONFIG, num_hidden_layers=1, mlp_only_layers=()), rngs=nnx.Rngs(2))

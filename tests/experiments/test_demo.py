@@ -147,6 +147,7 @@ def test_demo_help():
     assert "Held-out windows to evaluate" in result.stdout
 
 
+@pytest.mark.slow
 def test_committed_model_is_small_and_loads():
     from fp4jax.checkpoint import load_model
 

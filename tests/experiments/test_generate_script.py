@@ -29,6 +29,7 @@ def run(*arguments, devices=1):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_command_line_of_the_serving_system(make_folder, tmp_path_factory):
     folder, _ = make_folder("modelopt")
     add_tokenizer(folder)

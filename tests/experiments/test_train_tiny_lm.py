@@ -133,7 +133,8 @@ def _run_in_parts(folder, text, stops):
     return json.loads((folder / "train_log.json").read_text())
 
 
-@pytest.mark.parametrize("compiled", ["once", pytest.param("for every part", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", ["once", "for every part"])
 def test_a_run_in_parts_has_the_bits_of_a_whole_one(tmp_path, text, monkeypatch, compiled):
     """Stopped after seven steps of twenty, and again in the evaluation after ten."""
     if compiled == "once":  # most of the time of this test

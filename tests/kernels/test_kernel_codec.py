@@ -16,6 +16,8 @@ from pallas_kernels.rows import nvfp4_codec
 from pallas_kernels.rows.swiglu_quantize import swiglu
 from pallas_kernels.simt import formats, lanes
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 F32 = np.float32
 
 

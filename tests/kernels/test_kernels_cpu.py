@@ -31,7 +31,7 @@ TINY_PERMUTE = permute.TuningConfig(items_per_lane=1)
 TINY_METADATA = route_metadata.TuningConfig(chunk=32)
 
 
-pytestmark = pytest.mark.usefixtures("on_the_cpu")
+pytestmark = pytest.mark.usefixtures("on_the_cpu", "quick_compile")
 
 
 def bf16(array):
@@ -470,6 +470,7 @@ def test_every_tuned_config_lowers(kernel, size, fields):
     assert kernels_in(call, *structs) == wanted
 
 
+@pytest.mark.slow
 def test_moe_layer_uses_every_kernel_where_none_is_named():
     """quantize, metadata, decoded rows, their scales, SwiGLU, depermute; packed weights: both GEMMs too."""
     w13 = NVFP4Tensor(

@@ -136,8 +136,15 @@ def test_nvfp4_linear_w4a4(rng, input_scale):
     assert 1e-4 < calc_diff(linear(x), original(x)) < 0.02
 
 
-@pytest.mark.parametrize("activation_format", ["bf16", "nvfp4"])
-@pytest.mark.parametrize("scale_shape", [(), (192, 1)], ids=["one scale", "a scale per row"])
+@pytest.mark.parametrize(
+    ("scale_shape", "activation_format"),
+    [
+        pytest.param((), "bf16", id="one scale-bf16"),
+        pytest.param((192, 1), "nvfp4", id="a scale per row-nvfp4"),
+        pytest.param((), "nvfp4", id="one scale-nvfp4", marks=pytest.mark.slow),
+        pytest.param((192, 1), "bf16", id="a scale per row-bf16", marks=pytest.mark.slow),
+    ],
+)
 def test_nvfp4_linear_packs_for_the_kernel(rng, monkeypatch, activation_format, scale_shape):
     """Through XLA, on what a GPU would hold; shapes that the layout does not have stay as they are."""
     x = jnp.asarray(rng.normal(size=(5, 256)), jnp.bfloat16)
@@ -349,6 +356,7 @@ def test_broken_input_scales_are_refused_by_name(scales, message):
         make_block().set_input_scales(*scales)
 
 
+@pytest.mark.slow
 def test_input_scales_can_be_removed(rng):
     block, x = make_block(), tokens(rng)
     block.quantize_experts()

@@ -150,6 +150,7 @@ def test_padding_changes_no_bit(rng, make_mesh, monkeypatch, intermediate, devic
         np.testing.assert_array_equal(np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8))
 
 
+@pytest.mark.slow
 def test_the_kernels_take_the_padded_shape(rng):
     """Both GEMMs lower to kernels for an H100; with the weights as they were, only the SwiGLU between them does."""
     w13, w2 = make_experts(rng)

@@ -94,6 +94,7 @@ def test_a_later_token_changes_nothing_before_it():
     assert np.abs(np.asarray(first[:, 6:] - second[:, 6:])).max() > 0.01
 
 
+@pytest.mark.slow
 def test_greedy_generation_follows_the_full_forward():
     """Each new token is the argmax of a pass over everything before it (causality: one pass shows all of them)."""
     model, prompt = make_model(), sample_ids(2, 6)
@@ -163,6 +164,7 @@ _THRESHOLDS = {
 }
 
 
+@pytest.mark.slow
 def test_formats_agree_within_their_thresholds():
     ids, found = sample_ids(4, 32), {}
     exact = _forward(make_model(num_hidden_layers=1), ids)
@@ -305,6 +307,7 @@ def test_real_model_has_the_published_names_and_size():
         assert tuple(slots[name].shape) == shape, name
 
 
+@pytest.mark.slow
 def test_quantized_model_is_a_pytree_for_jit_and_state():
     model, ids = make_model(dtype="bfloat16"), sample_ids(1, 8)
     quantize_experts(model)
@@ -326,6 +329,7 @@ def test_training_settings_refuse_what_they_cannot_do(make_mesh):
         model(sample_ids(1, 4))
 
 
+@pytest.mark.slow
 def test_loaded_onto_a_mesh_gives_the_same_logits(tmp_path, make_mesh):
     model, ids = make_model(), sample_ids(2, 8)
     save_model(model, model.config, tmp_path)

@@ -21,6 +21,8 @@ from pallas_kernels.fp8 import config as fp8_config, gemm as fp8_gemm, quantize 
 from pallas_kernels.fp8.config import TuningConfig
 from pallas_kernels.simt.hardware import SMEM_BYTES
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 POWERS = np.ldexp(1.0, np.arange(-126, 128))
 
 

@@ -9,6 +9,8 @@ import pytest
 import oracles
 from fp4jax import MoEConfig, PackedWeights, dequantize, implementations, moe_layer, prepare_experts, unpack_weights
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 E, H = 3, 64
 
 

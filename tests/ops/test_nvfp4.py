@@ -453,6 +453,7 @@ def test_eval_shape():
     assert jax.eval_shape(nvfp4.dequantize, t).shape == (6, 64)
 
 
+@pytest.mark.slow
 def test_vmap_and_scan_equal_the_whole(tensor, rng):
     whole = np.asarray(nvfp4.dequantize(tensor, jnp.float32))
     np.testing.assert_array_equal(jax.vmap(lambda t: nvfp4.dequantize(t, jnp.float32))(tensor), whole)

@@ -53,7 +53,8 @@ LAYER = textwrap.dedent(
 )
 
 
-@pytest.mark.parametrize("form", ["per_peer", pytest.param("per_slot", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["per_peer", "per_slot"])
 def test_two_processes_equal_one(tmp_path, form):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

@@ -260,6 +260,7 @@ def test_per_slot_with_one_token_per_device(make_mesh, layer):
         assert dropped == 0
 
 
+@pytest.mark.slow
 def test_per_slot_contiguous_equals_masked(make_mesh, layer):
     alone, _ = _one_device("contiguous")(*layer[:4])
     y, _ = run_layer(make_mesh(4), layer, form="per_slot", layout="contiguous")
@@ -294,6 +295,7 @@ def test_wire_format_does_not_change_the_result(make_mesh, layer, form):
     assert same_bits(results[0], results[2])
 
 
+@pytest.mark.slow
 def test_wire_format_does_not_change_the_result_with_per_token_scales(make_mesh, layer):
     x, ids, weights, packed, _ = layer
     dynamic = (x * jnp.logspace(-2, 2, T).astype(x.dtype)[:, None], ids, weights, packed._replace(input_scale_1=None))

@@ -23,6 +23,8 @@ from fp4jax.permute import depermute_combine
 from oracles import ALL_NVFP4
 from pallas_kernels.exchange import push_combine
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 EXPERTS, K, HIDDEN = 16, 4, 512
 
 
@@ -205,7 +207,7 @@ def test_a_layer_has_six_kernels_and_no_collective_but_of_drops(form):
 def test_decode_steps_are_checked(make_mesh):
     for kept in (False, True):
         served = BucketedModel(small_model(make_mesh(2), kept), buckets=(8,), batch_buckets=(4,), max_length=64)
-        assert served.decoders[4]._check_compiled is (check_no_copies if kept else None)
+        assert served.decoders[4]._block.check_compiled is (check_no_copies if kept else None)
 
 
 @pytest.mark.usefixtures("on_the_cpu")
