@@ -107,7 +107,7 @@ def make_mesh():
 
 @pytest.fixture(scope="module")
 def quick_compile():
-    """For modules that compile whole layers again and again: two thirds of the time. Not for kernels and formats."""
+    """For modules that compile again and again. Not for formats, whose bits must survive the optimizations of XLA."""
     import jax
 
     # Programs for a GPU are compiled as users compile them: where copies and roundings are is up to the optimizations.
