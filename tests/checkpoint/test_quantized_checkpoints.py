@@ -162,7 +162,8 @@ def test_fp8(make_folder):
     assert np.isfinite(np.asarray(forward(model, jnp.arange(6, dtype=jnp.int32)[None]))).all()
 
 
-@pytest.mark.parametrize("kind", [pytest.param("modelopt", marks=pytest.mark.slow), "fp8"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["modelopt", "fp8"])
 def test_a_quantized_head(make_folder, kind):
     """Logits are those of the decoded weight: of FP8 within what rounding the hidden states makes."""
     config = {"modelopt": {**WEIGHT_ONLY["modelopt"], "ignore": ["model*"]}, "fp8": FP8}[kind]

@@ -176,8 +176,7 @@ def test_a_block_with_nan_or_inf_has_the_bits_of_the_xla_quantizer(bad, four_ove
     x[np.arange(64), rng.integers(0, 16, 64)] = bad
     expected = nvfp4.quantize(jnp.asarray(x), global_scale=0.01, four_over_six=four_over_six, implementation="xla")
     values = [jnp.asarray(v) for v in x.T]
-    scales = nvfp4_codec.encode_scales(F32(0.01))
-    encoded = nvfp4_codec.encode_block(values, nvfp4_codec.block_amax(values), scales, four_over_six)
+    encoded = _encode_block(values, F32(0.01), four_over_six=four_over_six)
     np.testing.assert_array_equal(encoded.scale_byte, np.asarray(expected.block_scale)[:, 0].view(np.uint8))
     np.testing.assert_array_equal(np.stack(encoded.words, -1).view(np.uint8), np.asarray(expected.qdata))
     assert (np.asarray(encoded.scale_byte) == 0x7F).all() and not np.stack(encoded.words).any()

@@ -434,6 +434,7 @@ def test_settings_that_do_not_fit_are_refused(make_mesh, make, message):
         make(make_mesh)
 
 
+@pytest.mark.slow
 def test_block_state_survives_split_and_jit(rng):
     block, x = make_block(kinds=BF16), tokens(rng, "bfloat16")
     block.quantize_experts()

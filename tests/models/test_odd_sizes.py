@@ -97,6 +97,7 @@ def make_experts(rng, experts=3, intermediate=48, hidden=64):
     return one(2 * intermediate, hidden, (experts, 2 * intermediate, 1)), one(hidden, intermediate, (experts, 1, 1))
 
 
+@pytest.mark.slow
 def test_gate_and_up_are_padded_each_on_their_own(rng):
     w13, w2 = make_experts(rng)
     wide, long = pad_experts(w13, w2)
