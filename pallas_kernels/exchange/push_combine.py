@@ -65,7 +65,7 @@ class Received(NamedTuple):
 
 
 class Home(NamedTuple):
-    """Where the rows of this device's tokens are.
+    """The places of the rows of this device's tokens.
 
     send_map: i32 [T, S], device * C + row there, or -1.
     weights: f32 [T, S], by which the partial sums are multiplied.

@@ -93,7 +93,7 @@ def dense(k: int, n: int, rows: float | int) -> TuningConfig:
 
 
 def rule_of_thumb(k: int, expected_m: float | int) -> TuningConfig:
-    """For many rows: tile_m reaches to about two standard deviations above the expected number of rows."""
+    """Tuned for many rows: tile_m reaches to about two standard deviations above the expected number of rows."""
     if expected_m <= 96:
         return TuningConfig((48, 64, 80, 96), warpgroups=4, k_tiles=2, num_stages=4, in_flight=0)
     if expected_m <= 512:
