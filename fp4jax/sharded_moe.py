@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec as P
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from fp4jax.expert_parallel.low_latency import ReceiveBuffers
@@ -39,24 +39,35 @@ def sharded_moe_layer(
       weights: all E experts; E is a multiple of R. To keep every expert on its device between calls, place the weights
         with `jax.device_put(weights, NamedSharding(mesh, PartitionSpec("ep")))`.
       config: how the experts run. Its `axis_name` may be None, and counts as "ep".
-      mesh: a mesh with the one axis "ep".
+      mesh: a mesh with the one axis "ep", of type Explicit (as `jax.make_mesh` makes it) or Auto. Arguments may lie on
+        this mesh, or on no mesh.
       buffers: as in `moe_layer`.
 
     Returns:
-      y [T, H] in the dtype of x, and `MoEStats` of all devices.
+      y [T, H] in the dtype of x, and `MoEStats` of all devices. They lie on this mesh. If its axis is Explicit, y is
+      split as x is, and the statistics are on every device.
 
     Raises:
       TypeError, ValueError: as `moe_layer`; also a mesh with other axes, or experts that do not divide by R.
       NotImplementedError: as `moe_layer`.
     """
-    mesh = expert_mesh(mesh)
+    auto_mesh = expert_mesh(mesh)
     check_type("sharded_moe_layer: config", config, MoEConfig, "e.g. MoEConfig(num_experts=8)")
     if config.axis_name not in (None, EP_AXIS):
         raise ValueError(f"sharded_moe_layer: axis_name must be None or {EP_AXIS!r}, got {config.axis_name!r}")
     if config.num_experts % mesh.size:
         raise ValueError(f"sharded_moe_layer: {config.num_experts} experts cannot be split over {mesh.size} devices")
     config = dataclasses.replace(config, axis_name=EP_AXIS)
-    return _sharded(x, topk_ids, topk_weights, weights, buffers, config=config, mesh=mesh)
+    run = partial(_sharded, config=config, mesh=auto_mesh)
+    if mesh.axis_types == (AxisType.Auto,):
+        return run(x, topk_ids, topk_weights, weights, buffers)
+    # Inside auto_axes the compiler places arrays as on an Auto mesh; outside, results have the types of this mesh.
+    x_sharding = jax.typeof(x).sharding
+    y_spec = x_sharding.spec if x_sharding.mesh.axis_names == (EP_AXIS,) else P()
+    stats = MoEStats(NamedSharding(mesh, P()), NamedSharding(mesh, P(EP_AXIS)))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        run = jax.sharding.auto_axes(run, axes=EP_AXIS, out_sharding=(NamedSharding(mesh, y_spec), stats))
+        return run(x, topk_ids, topk_weights, weights, buffers)
 
 
 @partial(jax.jit, static_argnames=("config", "mesh"))

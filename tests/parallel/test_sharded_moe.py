@@ -62,6 +62,36 @@ def test_any_number_of_tokens(rng, devices, axis_type, counts):
         np.testing.assert_array_equal(np.asarray(y).view(np.uint16), np.asarray(alone).view(np.uint16))
 
 
+@pytest.mark.parametrize("axis_type", [AxisType.Explicit, pytest.param(AxisType.Auto, marks=pytest.mark.slow)])
+def test_result_adds_to_the_tokens(rng, axis_type):
+    """x + layer(x), wherever x lies; Explicit axes refuse to add arrays of different meshes."""
+    mesh = jax.make_mesh((4,), ("ep",), axis_types=(axis_type,), devices=jax.devices()[:4])
+    weights = _weights(rng)
+    x, ids, topk = _batch(rng, 8)
+    x, routing = jnp.asarray(x, jnp.bfloat16), (jnp.asarray(ids), jnp.asarray(topk))
+    alone, _ = jax.jit(moe_layer, static_argnums=4)(x, *routing, weights, W4A16)
+    expected = np.asarray(x + alone).view(np.uint16)
+
+    def residual(x, ids, topk, weights):
+        y, stats = sharded_moe_layer(x, ids, topk, weights, W4A16, mesh)
+        return x + y, stats.dropped
+
+    compiled = jax.jit(residual)
+    placed = jax.device_put(weights, NamedSharding(mesh, P("ep")))
+    places = {"nowhere": x} | {str(spec): jax.device_put(x, NamedSharding(mesh, spec)) for spec in (P(), P("ep"))}
+    for name, place in places.items():
+        for function in (residual, compiled):
+            y, dropped = function(place, *routing, weights if name == "nowhere" else placed)
+            assert y.sharding.mesh == mesh, name
+            assert axis_type == AxisType.Auto or y.sharding.spec == jax.typeof(place).sharding.spec, name
+            np.testing.assert_array_equal(np.asarray(y).view(np.uint16), expected, err_msg=name)
+            assert dropped == 0
+    with jax.set_mesh(mesh):
+        y, _ = compiled(compiled(x, *routing, placed)[0], *routing, placed)
+    once_more, _ = compiled(compiled(places["P()"], *routing, placed)[0], *routing, placed)
+    np.testing.assert_array_equal(np.asarray(y).view(np.uint16), np.asarray(once_more).view(np.uint16))
+
+
 def test_drops_and_scales_per_expert(rng, make_mesh):
     """Routes beyond a capacity are counted over all devices; input scales per expert are split with the experts."""
     mesh, weights, (x, ids, topk) = make_mesh(4), _weights(rng), _batch(rng, 12)
