@@ -64,10 +64,11 @@ def sharded_moe_layer(
     # Inside auto_axes the compiler places arrays as on an Auto mesh; outside, results have the types of this mesh.
     x_sharding = jax.typeof(x).sharding
     y_spec = x_sharding.spec if x_sharding.mesh.axis_names == (EP_AXIS,) else P()
-    stats = MoEStats(NamedSharding(mesh, P()), NamedSharding(mesh, P(EP_AXIS)))
+    shardings: list[Any] = [NamedSharding(mesh, spec) for spec in (y_spec, P(), P(EP_AXIS))]
+    out_sharding: Any = shardings[0], MoEStats(*shardings[1:])
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        run = jax.sharding.auto_axes(run, axes=EP_AXIS, out_sharding=(NamedSharding(mesh, y_spec), stats))
-        return run(x, topk_ids, topk_weights, weights, buffers)
+        outside: Any = jax.sharding.auto_axes(run, axes=EP_AXIS, out_sharding=out_sharding)
+        return outside(x, topk_ids, topk_weights, weights, buffers)
 
 
 @partial(jax.jit, static_argnames=("config", "mesh"))
