@@ -62,6 +62,7 @@ def test_loaded_logits_are_those_of_float64(tmp_path, intermediate):
 def test_memory_is_what_loading_takes_where_experts_are_padded(tmp_path, monkeypatch, kind):
     config = {"W4A16": WEIGHT_ONLY["modelopt"], "W4A4": CONFIGS["modelopt"]}[kind]
     write_folder(tmp_path, 48, config)
+    onto_hopper(monkeypatch, there=False)
     before = inspect_folder(tmp_path)["bytes_per_device"]
     assert before["experts"] + before["other"] == loaded_bytes(tmp_path)
     onto_hopper(monkeypatch)
