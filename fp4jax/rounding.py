@@ -5,6 +5,7 @@ XLA may rewrite float arithmetic in ways that change the last bit; each helper n
 
 import functools
 import operator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,11 @@ from pallas_kernels.simt.formats import E4M3_MAX
 _F32_TINY = np.float32(np.finfo(np.float32).tiny)
 _SIGN_BIT = np.uint32(1 << 31)
 _MAGNITUDE_BITS = np.int32(0x7FFFFFFF)
+
+
+def exact_precision(dtype: Any) -> lax.Precision | None:
+    """The `precision` of products in `dtype`: HIGHEST for float32, as GPUs would use TF32; else None."""
+    return lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
 
 
 def div_rn(a: Float[Array, "..."] | np.float32, b: Float[Array, "..."] | np.float32) -> Float[Array, "..."]:

@@ -3,7 +3,6 @@
 Letters of the shapes: B sequences, S queries, K keys, D size of a query or key, V size of a value.
 """
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -11,7 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from fp4jax.layers.linear import Linear, RMSNorm, exact_precision
+from fp4jax.attention import KeyValuePages, attend, pages_of
+from fp4jax.attention.pages import positions_from, seal
+from fp4jax.layers.linear import Linear, RMSNorm
 
 
 def rope_frequency(theta: float, dim: int) -> Float[Array, "half"]:
@@ -42,52 +43,6 @@ def rope(
     rotated = first * cos - second * sin, second * cos + first * sin
     out = jnp.stack(rotated, axis=-1).reshape(x.shape) if interleaved else jnp.concatenate(rotated, axis=-1)
     return out.astype(x.dtype)
-
-
-def attention(
-    q: Float[Array, "B S heads D"],
-    k: Float[Array, "B kv_heads K D"],
-    v: Float[Array, "B kv_heads K V"],
-    positions: Int[Array, "..."],
-    *,
-    scale: float | None = None,
-) -> Float[Array, "B S heads V"]:
-    """Causal grouped-query attention; the softmax is computed in float32.
-
-    A query at position p sees the keys 0 .. p. NaN or infinity in a key or value spoils the results of the queries
-    that see it, and no others.
-
-    Args:
-      q: queries; `heads` is a multiple of `kv_heads`.
-      k: keys of the positions 0 .. K - 1.
-      v: values of the positions 0 .. K - 1.
-      positions: the position of every query: [S] or [1, S] for all sequences, or [B, S].
-      scale: the factor of the scores q k^T; None: 1 / sqrt(D).
-    """
-    batch, length, heads, dim = q.shape
-    kv_heads = k.shape[1]
-    # Sequences and key heads become one axis, and so do the query heads of a group and their positions, so that both
-    # products are plain batched matrix products. With four axes XLA:CPU of JAX 0.11 and 0.12 refuses bf16 at run time.
-    precision = exact_precision(q.dtype)
-    grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, dim).transpose(0, 2, 3, 1, 4)
-    product = partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
-    flat = lambda a: a.reshape(batch * kv_heads, -1, a.shape[-1])  # noqa: E731
-    scores = product("xqd,xkd->xqk", flat(grouped), flat(k)).reshape(*grouped.shape[:-1], -1)
-    positions = positions.reshape(-1, 1, 1, length, 1)
-    places = jnp.arange(k.shape[2], dtype=positions.dtype).reshape(1, 1, 1, 1, -1)
-    visible = places <= positions
-    scores = jnp.where(visible, scores * (dim**-0.5 if scale is None else scale), -jnp.inf)
-    probabilities = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    # A value that a query does not see has the weight 0, but 0 * NaN is NaN. So values that are not finite are replaced
-    # by 0 before the product, and afterwards the queries from the first such position on are set to NaN.
-    finite = jnp.all(jnp.isfinite(v), axis=-1)
-    v = jnp.where(finite[..., None], v, jnp.zeros_like(v))
-    out = product("xqk,xkd->xqd", flat(probabilities), flat(v)).astype(q.dtype)
-    out = out.reshape(batch, kv_heads, heads // kv_heads, length, -1)
-    first_spoiled = jnp.min(jnp.where(finite, k.shape[2], places.reshape(1, 1, -1)), axis=-1)
-    out = jnp.where(first_spoiled[:, :, None, None, None] <= positions, jnp.asarray(jnp.nan, out.dtype), out)
-    out = out.transpose(0, 3, 1, 2, 4)
-    return out.reshape(batch, length, heads, -1)
 
 
 class Attention(nnx.Module):
@@ -135,40 +90,27 @@ class Attention(nnx.Module):
             self.k_norm = RMSNorm(head_dim, eps=norm_eps, **kinds)
 
     def __call__(
-        self, x: jax.Array, start: jax.Array, cache: tuple[jax.Array, jax.Array] | None
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        self, x: jax.Array, start: jax.Array, cache: KeyValuePages | None
+    ) -> tuple[jax.Array, KeyValuePages | None]:
+        """Compute the attention of the tokens x [B, S, H].
+
+        Args:
+          x: hidden states.
+          start: the position of x[:, 0]: i32 () for all sequences, or i32 [B].
+          cache: keys and values of the earlier positions; None: the tokens attend to each other only.
+
+        Returns:
+          The result [B, S, H], and the cache with the new positions in it, or None if there was none.
+        """
         q, k, v = (p(x).reshape(*x.shape[:2], -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
         positions = positions_from(start, x.shape[1])
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         frequency = rope_frequency(self.theta, self.head_dim)
         q, k = (rope(part, positions, frequency, interleaved=self.interleaved) for part in (q, k))
-        k, v = (jnp.swapaxes(part, 1, 2) for part in (k, v))  # heads first, as the batched products read them
-        if cache is not None:
-            k, v = cache = (write_cache(cache[0], k, start), write_cache(cache[1], v, start))
-            v = clear_beyond(v, positions)
-        out = attention(q, k, v, positions)
+        if cache is None:
+            pages = pages_of(*(jnp.swapaxes(part, 1, 2) for part in seal(k, v)))
+        else:
+            pages = cache = cache.write(k, v, start)
+        out = attend(q, pages, start)
         return self.o_proj(out.reshape(*x.shape[:2], -1)), cache
-
-
-def positions_from(start: jax.Array, length: int) -> jax.Array:
-    """The positions of `length` tokens from `start` on: i32 [1, length] for a start (), [B, length] for [B]."""
-    return start.reshape(-1, 1) + jnp.arange(length, dtype=jnp.int32)[None, :]
-
-
-def clear_beyond(values: jax.Array, positions: jax.Array) -> jax.Array:
-    """Set the cached values [B, heads, length, D] beyond the newest position to zero.
-
-    Cache places that are not filled yet may hold anything. Attention gives them the weight 0, but 0 * NaN is NaN.
-    """
-    place = jnp.arange(values.shape[2], dtype=jnp.int32).reshape(1, 1, -1, 1)
-    return jnp.where(place <= positions[:, -1].reshape(-1, 1, 1, 1), values, 0)
-
-
-def write_cache(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-    """Write `new` [B, heads, S, D] into `cache` [B, heads, length, D] from position `start` on.
-
-    `start` is i32 () for all sequences, or i32 [B] with one position per sequence.
-    """
-    write = lambda old, new, start: jax.lax.dynamic_update_slice_in_dim(old, new, start, 1)  # noqa: E731
-    return jax.vmap(write, in_axes=(0, 0, 0 if start.ndim else None))(cache, new.astype(cache.dtype), start)

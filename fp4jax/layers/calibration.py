@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from fp4jax.layers.linear import exact_precision, largest
+from fp4jax.layers.linear import largest
+from fp4jax.rounding import exact_precision
 from fp4jax.routing import Routing
 
 

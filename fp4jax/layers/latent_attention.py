@@ -21,7 +21,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from fp4jax.layers.attention import attention, clear_beyond, positions_from, rope, rope_frequency, write_cache
+from fp4jax.attention import KeyValuePages, attend, pages_of
+from fp4jax.attention.paged import gathered
+from fp4jax.attention.pages import positions_from, seal
+from fp4jax.layers.attention import rope, rope_frequency
 from fp4jax.layers.linear import Linear, RMSNorm
 
 
@@ -149,15 +152,15 @@ class LatentAttention(nnx.Module):
         self.o_proj = Linear(num_heads * v_head_dim, hidden_size, **linear)
 
     def __call__(
-        self, x: jax.Array, start: jax.Array, cache: tuple[jax.Array, jax.Array] | None
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        self, x: jax.Array, start: jax.Array, cache: KeyValuePages | None
+    ) -> tuple[jax.Array, KeyValuePages | None]:
         """Compute the attention of the tokens x [B, S, H].
 
         Args:
           x: hidden states.
           start: the position of x[:, 0]: i32 () for all sequences, or i32 [B].
-          cache: the latents [B, 1, length, kv_lora_rank] and rotated keys [B, 1, length, qk_rope_head_dim] of a layer;
-            None: the tokens attend to each other only.
+          cache: the latents (as keys, of size kv_lora_rank) and rotated keys (as values, of size qk_rope_head_dim) of
+            the earlier positions, with one head; None: the tokens attend to each other only.
 
         Returns:
           The result [B, S, H] and the updated cache, or None if there was none.
@@ -168,16 +171,19 @@ class LatentAttention(nnx.Module):
         q = q.reshape(batch, length, self.num_heads, self.nope + self.rotated)
         q = jnp.concatenate([q[..., : self.nope], self._rotate(q[..., self.nope :], positions)], axis=-1)
         both = self.kv_a_proj_with_mqa(x)
-        latent = self.kv_a_layernorm(both[..., : self.rank])[:, None]
-        shared = jnp.swapaxes(self._rotate(both[..., None, self.rank :], positions), 1, 2)
+        latent = self.kv_a_layernorm(both[..., : self.rank])
+        shared = self._rotate(both[..., None, self.rank :], positions)[:, :, 0]
+        counts = None
         if cache is not None:
-            latent, shared = cache = (write_cache(cache[0], latent, start), write_cache(cache[1], shared, start))
-            latent = clear_beyond(latent, positions)
-        kv = self.kv_b_proj(latent[:, 0]).reshape(batch, -1, self.num_heads, self.nope + self.v_dim).swapaxes(1, 2)
-        shared = jnp.broadcast_to(shared, (batch, self.num_heads, *shared.shape[2:]))
+            cache = cache.write(latent[:, :, None], shared[:, :, None], start)
+            latent, shared = (gathered(part, cache.table)[:, 0] for part in (cache.keys, cache.values))
+            counts = cache.counts
+        kv = self.kv_b_proj(latent).reshape(batch, -1, self.num_heads, self.nope + self.v_dim)
+        shared = jnp.broadcast_to(shared[:, :, None], (*kv.shape[:3], self.rotated))
         k = jnp.concatenate([kv[..., : self.nope], shared.astype(kv.dtype)], axis=-1)
+        k, v = (jnp.swapaxes(part, 1, 2) for part in seal(k, kv[..., self.nope :]))
         scale = q.shape[-1] ** -0.5 * (1.0 if self.yarn is None else self.yarn.score_scale)
-        out = attention(q, k, kv[..., self.nope :], positions, scale=scale)
+        out = attend(q, pages_of(k, v)._replace(counts=counts), start, scale=scale)
         return self.o_proj(out.reshape(batch, length, -1)), cache
 
     def _rotate(self, x, positions):

@@ -17,12 +17,7 @@ from fp4jax.block_fp8 import BlockFP8Weights, block_fp8_matmul, quantize_blocks
 from fp4jax.grouped_gemm.gemm import contiguous_grouped_gemm
 from fp4jax.grouped_gemm.packed_weights import PackedWeights, packed_if
 from fp4jax.nvfp4 import NVFP4Tensor
-from fp4jax.rounding import largest_magnitude
-
-
-def exact_precision(dtype: Any) -> jax.lax.Precision | None:
-    """The `precision` of products in `dtype`: HIGHEST for float32, as GPUs would use TF32; else None."""
-    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
+from fp4jax.rounding import exact_precision, largest_magnitude
 
 
 def dot(

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from fp4jax.attention import KeyValuePages, pages_of
 from fp4jax.layers.linear import Linear, RMSNorm, dot
 from fp4jax.layers.moe_block import ExpertAmax, MoEAux, MoEBlock
 
@@ -92,19 +93,19 @@ class DecoderLayer(nnx.Module):
         self,
         x: jax.Array,
         start: jax.Array,
-        cache: tuple[jax.Array, jax.Array] | None,
+        cache: KeyValuePages | None,
         run_experts: Callable[[MoEBlock, jax.Array], tuple[jax.Array, Any]] = MoEBlock.__call__,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None, Any]:
+    ) -> tuple[jax.Array, KeyValuePages | None, Any]:
         """Apply the layer to the positions from `start` on.
 
         Args:
           x: hidden states [B, S, H].
           start: the position of x[:, 0]: i32 () for all sequences, or i32 [B] with one position per sequence.
-          cache: the layer's two cache arrays, or None: the tokens of x attend to each other only.
+          cache: the layer's pages, or None: the tokens of x attend to each other only.
           run_experts: the function that is called with the expert block and its input; `calibrate` passes another one.
 
         Returns:
-          The hidden states [B, S, H], the updated cache arrays (or None), and the second result of `run_experts`; the
+          The hidden states [B, S, H], the updated pages (or None), and the second result of `run_experts`; the
           last is None if the layer has a dense MLP.
         """
         attended, cache = self.self_attn(self.input_layernorm(x), start, cache)
@@ -241,13 +242,13 @@ class Decoder(nnx.Module):
         start = jnp.int32(0) if cache is None else cache.length
         kept, reports = [], []
         for index, layer in enumerate(self.layers):
-            old = None if cache is None else (cache.keys[index], cache.values[index])
+            old = None if cache is None else pages_of(cache.keys[index], cache.values[index])
             x, new, report = layer(x, start, old, run_experts)
             kept.append(new)
             if report is not None:
                 reports.append(report)
         if cache is not None:
-            keys, values = (jnp.stack(part) for part in zip(*kept, strict=True))
+            keys, values = (jnp.stack(part) for part in zip(*((p.keys, p.values) for p in kept), strict=True))
             cache = KVCache(keys, values, start + ids.shape[1])
         return x, cache, reports
 

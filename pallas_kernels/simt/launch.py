@@ -20,6 +20,7 @@ def kernel(
     warpgroups: int = 1,
     cluster: int = 1,
     device_barrier: bool = True,
+    approx_math: bool = False,
     interpret: Any = None,
 ) -> Callable[..., Any]:
     """Returns a function of the operands that runs `body(*inputs, *outputs, *scratch)` on a grid of thread blocks.
@@ -34,6 +35,7 @@ def kernel(
       cluster: thread blocks per cluster. Above 1, `grid` and `lanes.block_index()` count clusters, and
         `lax.axis_index("cluster")` is the thread block's index in its cluster.
       device_barrier: whether XLA lets all devices meet before a kernel that accesses the memory of other devices.
+      approx_math: whether exponentials and the like may use the fast instructions of the GPU, which are not exact.
       interpret: `plgpu.InterpretGPUParams()` runs the kernel on the CPU.
     """
 
@@ -56,6 +58,7 @@ def kernel(
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
             unsafe_no_auto_barriers=True,
+            approx_math=approx_math,
             skip_device_barrier=not device_barrier,
         ),
     )

@@ -9,9 +9,9 @@ from flax import nnx
 from model_oracles import calc_diff, sigmoid, silu, swiglu
 
 from fp4jax import MoEConfig, implementations, nvfp4
+from fp4jax.attention.dense import attention
 from fp4jax.grouped_gemm import PackedWeights
 from fp4jax.layers import Linear, MoEBlock, NVFP4Linear, RMSNorm, RoutingConfig
-from fp4jax.layers.attention import attention
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

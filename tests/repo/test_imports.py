@@ -15,7 +15,7 @@ ROOMS = {
     "fp4jax": [
         {"quant_config", "block_graph"},
         {"."},
-        {"grouped_gemm", "expert_parallel"},
+        {"grouped_gemm", "expert_parallel", "attention"},
         {"moe_config"},
         {"experts"},
         {"moe"},
@@ -26,7 +26,7 @@ ROOMS = {
         {"engine"},
         {"__init__"},
     ],
-    "pallas_kernels": [{"simt"}, {"rows"}, {"fp8"}, {"gemm", "exchange"}, {"__init__"}],
+    "pallas_kernels": [{"simt"}, {"rows"}, {"fp8"}, {"gemm", "exchange", "attention"}, {"__init__"}],
     "experiments": [{"harness"}, {"cases", "text"}, {"training"}, {"."}],
     "configs": [{"."}],
     "tests": [],

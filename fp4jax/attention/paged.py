@@ -1,0 +1,94 @@
+"""Causal attention over pages of keys and values: prefill of a chunk of queries, and decode of one query per request.
+
+    out[b, s] = sum over keys j <= starts[b] + s of  softmax_j(scale * q[b, s] . k[b, j]) * v[b, j]
+
+On Hopper, with bf16, it is one kernel for prefill, and two for decode (`pallas_kernels/attention`). Elsewhere XLA
+gathers the pages and computes all scores.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from fp4jax.attention.dense import attention, clear_beyond
+from fp4jax.attention.pages import KeyValuePages, positions_from
+from fp4jax.implementations import Call, Implementation, run_implementation
+from fp4jax.operands import check_array
+from pallas_kernels.attention import config, decode, prefill
+
+
+def attend(
+    q: Float[Array, "B S heads D"],
+    pages: KeyValuePages,
+    starts: Int[Array, "..."],
+    *,
+    scale: float | None = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, "B S heads V"]:
+    """Causal grouped-query attention; the query s of request b is at position starts[b] + s and sees the keys up to it.
+
+    NaN or infinity in a key spoils the queries that see it, and no others. Values must be finite at filled places;
+    `KeyValuePages.write` takes care of that. Places that are not filled may hold anything.
+
+    The bits of a request do not depend on the other requests, nor on the page table. With S = 1 the keys are added in
+    parts of a fixed number, with S > 1 in one pass, so the same query may differ in the last bit between the two.
+
+    Args:
+      q: queries, bf16 or f32. `heads` is a multiple of the pages' heads.
+      pages: keys and values of the positions 0 .. starts[b] + S - 1, those of the S queries included. The rows of
+        queries beyond `pages.counts` may hold anything.
+      starts: i32 [B], or () for all requests.
+      scale: the factor of the scores; None: 1 / sqrt(D).
+      implementation: "xla", "mosaic_gpu", or None for the best one (`implementations.run_implementation`).
+
+    Returns:
+      [B, S, heads, V] in the dtype of q.
+
+    Raises:
+      ValueError, TypeError: shapes or dtypes do not fit.
+      NotImplementedError: implementation "mosaic_gpu" was named and cannot serve the call.
+    """
+    check_array("attend: q", q, jnp.floating)
+    batch, _, heads, dim = q.shape
+    if pages.table.shape[0] != batch or heads % pages.keys.shape[1] or pages.keys.shape[3] != dim:
+        found = f"q {q.shape}, keys {pages.keys.shape}, table {pages.table.shape}"
+        raise ValueError(f"attend: {found} do not fit; [B, S, heads, D], [P, kv_heads, page, D], [B, n]")
+    starts = jnp.broadcast_to(jnp.asarray(starts, jnp.int32), (batch,))
+    factor = dim**-0.5 if scale is None else scale
+    problem = config.check_config(q, pages.keys, pages.values, pages.table)
+    return run_implementation(
+        "attend", implementation, (q, pages, starts), problem=problem,
+        xla=Call.of(_attend_xla, scale=factor), mosaic_gpu=Call.of(_attend_kernel, scale=factor),
+    )  # fmt: skip
+
+
+def _attend_xla(q, pages, starts, *, scale):
+    keys, values = (gathered(part, pages.table) for part in (pages.keys, pages.values))
+    positions = positions_from(starts, q.shape[1])
+    newest = positions[:, -1:] if pages.counts is None else (starts + pages.counts - 1)[:, None]
+    return attention(q, keys, clear_beyond(values, newest), positions, scale=scale)
+
+
+def gathered(part: Float[Array, "P heads page D"], table: Int[Array, "B n"]) -> Float[Array, "B heads K D"]:
+    """Returns pages in the order of their positions, with K = n * page."""
+    batch, n = table.shape
+    _, heads, page, dim = part.shape
+    if n == 1:
+        return part[table[:, 0]]
+    return jnp.moveaxis(part[table], 2, 1).reshape(batch, heads, n * page, dim)
+
+
+def _attend_kernel(q, pages, starts, *, scale):
+    keys, values, table, counts = pages
+    length = q.shape[1]
+    if unaligned := -pages.page % config.ALIGNMENT:  # of one page per request
+        keys, values = (jnp.pad(part, ((0, 0), (0, 0), (0, unaligned), (0, 0))) for part in (keys, values))
+    counts = jnp.full(q.shape[:1], length, jnp.int32) if counts is None else counts
+    if length > 1:
+        return prefill.attend(q, keys, values, table, starts, counts, scale=scale, config=config.prefill(q.shape[3]))
+    lengths = jnp.where(counts > 0, starts + 1, 0)
+    parts = decode.plan(lengths, table.shape[1] * keys.shape[2], config.PART)
+    chosen = config.decode(q.shape[3], values.shape[3])
+    found = decode.attend(
+        q[:, 0], keys, values, table, lengths, parts, part=config.PART, scale=scale, config=chosen
+    )  # fmt: skip
+    return decode.merge(*found, parts)[:, None]

@@ -1,0 +1,43 @@
+"""What the attention kernels accept, and their configurations."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from pallas_kernels.attention import decode as decode_kernel, prefill as prefill_kernel
+from pallas_kernels.simt.hardware import SMEM_BYTES, WGMMA_ROWS
+
+ALIGNMENT = 64  # places of a page are a multiple of it, or a request has one page
+PART = 256  # keys of a part of decode, whatever the shapes are
+_SIZES = (64, 128, 192, 256)
+_RESERVED = 4096  # bytes of shared memory for barriers
+
+
+def prefill(dim: int) -> prefill_kernel.TuningConfig:
+    """The configuration for queries and keys of size `dim`: smaller tiles of keys where shared memory is short."""
+    return prefill_kernel.TuningConfig() if dim <= 128 else prefill_kernel.TuningConfig(tile=64)
+
+
+def decode(dim: int, value_dim: int) -> decode_kernel.TuningConfig:
+    """The configuration for keys and values of these sizes: as many stages as shared memory holds, up to 4."""
+    usual = decode_kernel.TuningConfig()
+    free = SMEM_BYTES - _RESERVED - 2 * WGMMA_ROWS * dim * 2
+    return decode_kernel.TuningConfig(num_stages=min(usual.num_stages, free // (usual.tile * (dim + value_dim) * 2)))
+
+
+def check_config(q: Any, keys: Any, values: Any, table: Any) -> str | None:
+    """None if the kernels accept these (arrays or ShapeDtypeStructs), else what does not fit.
+
+    The shapes are those of `prefill.attend`; q of one query per request is for decode.
+    """
+    _, length, heads, dim = q.shape
+    _, kv_heads, page, value_dim = values.shape
+    if any(a.dtype != jnp.bfloat16 for a in (q, keys, values)):
+        return f"needs bf16 queries, keys and values, got {q.dtype}, {keys.dtype} and {values.dtype}"
+    if dim not in _SIZES or value_dim not in _SIZES or value_dim > dim:
+        return f"the sizes of keys and values must be among {_SIZES}, got {dim} and {value_dim}"
+    if page % ALIGNMENT and table.shape[1] > 1:
+        return f"pages must have a multiple of {ALIGNMENT} places, got {page}"
+    if length == 1 and heads // kv_heads > WGMMA_ROWS:
+        return f"at most {WGMMA_ROWS} query heads may share a key head in decode, got {heads // kv_heads}"
+    return None
