@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from fp4jax.attention import KeyValuePages
 from fp4jax.block_graph.arguments import home_of, place_of
 from fp4jax.expert_parallel.low_latency import ReceiveBuffers
 from fp4jax.layers.moe_block import MoEBlock
 from fp4jax.models.decoder import DecoderLayer
 
-# (keys, values) of every layer, each [B, heads, positions, dim]; `Decoder.cache_parts` gives heads and dim of both.
+# (keys, values) of every layer, each [pages, heads, page, dim]; `Decoder.cache_parts` gives heads and dim of both.
 Cache = list[tuple[jax.Array, jax.Array]]
 
 
@@ -57,11 +58,12 @@ def embed(weights, ids, *, structure):
     return structure.module(weights)(ids)
 
 
-def run_layer(weights, x, start, cache, *, structure, num_tokens):
+def run_layer(weights, x, start, cache, table, *, structure, num_tokens):
     """Runs one decoder layer on the tokens of one request; those from `num_tokens` on are pads -> x, cache."""
     valid = jnp.arange(x.shape[1], dtype=jnp.int32) < num_tokens
-    x, cache, _ = structure.module(weights)(x, start, cache, functools.partial(MoEBlock.__call__, valid=valid))
-    return x, cache
+    pages = KeyValuePages(*cache, table, jnp.reshape(num_tokens, 1))
+    x, pages, _ = structure.module(weights)(x, start, pages, functools.partial(MoEBlock.__call__, valid=valid))
+    return x, (pages.keys, pages.values)
 
 
 def run_head(weights, x, *, structure, num_tokens):
@@ -70,16 +72,18 @@ def run_head(weights, x, *, structure, num_tokens):
     return structure.module(weights).head(last)[:, 0]
 
 
-def decode_step(weights, last, lengths, cache, *, structure, num_tokens):
+def decode_step(weights, last, lengths, cache, table, *, structure, num_tokens):
     """Decodes one token of every request; see `BucketedModel.decode`. `num_tokens` counts the valid requests."""
     model = structure.module(weights)
     valid = jnp.arange(last.shape[0], dtype=jnp.int32) < num_tokens
     x, kept = model.embed_tokens(last[:, None]), []
     buffers = ReceiveBuffers() if is_low_latency(model) else None
+    counts = valid.astype(jnp.int32)
     for layer, old in zip(model.layers, cache, strict=True):
-        x, new, aux = layer(x, lengths, old, functools.partial(MoEBlock.__call__, valid=valid, buffers=buffers))
+        pages = KeyValuePages(*old, table, counts)
+        x, new, aux = layer(x, lengths, pages, functools.partial(MoEBlock.__call__, valid=valid, buffers=buffers))
         buffers = buffers if aux is None else aux.buffers
-        kept.append(new)
+        kept.append((new.keys, new.values))
     return jnp.argmax(model.head(x)[:, 0], axis=-1).astype(jnp.int32), lengths + 1, kept
 
 
@@ -89,8 +93,13 @@ def is_low_latency(model):
 
 
 def insert_request(batch, one, slot):
-    """Writes the cache of one request into row `slot` of the batch's cache."""
-    return jax.tree.map(lambda b, o: jax.lax.dynamic_update_slice_in_dim(b, o, slot, 0), batch, one)
+    """Writes the pages of one request to those of request `slot` of the batch."""
+    return jax.tree.map(lambda b, o: jax.lax.dynamic_update_slice_in_dim(b, o, slot * o.shape[0], 0), batch, one)
+
+
+def page_table(requests, pages):
+    """The pages of requests that have `pages` successive ones each, i32 [requests, pages]."""
+    return jnp.arange(requests * pages, dtype=jnp.int32).reshape(requests, pages)
 
 
 @contextlib.contextmanager

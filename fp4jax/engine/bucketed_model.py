@@ -4,6 +4,9 @@ Prefill runs one request at a time through three kinds of blocks: embedding, dec
 compiled for a few token counts (buckets), and layers of one shape share executables. A prompt above the largest bucket
 runs in chunks, and each chunk attends to the earlier ones through the cache. Decoding runs a batch of requests, each at
 its own position, in one executable per batch size.
+
+The cache of keys and values lies in pages of `page_size` positions. Attention reads the filled pages only, so a large
+`max_length` costs memory and no time.
 """
 
 import functools
@@ -23,6 +26,7 @@ from fp4jax.engine.blocks import (
     embed,
     insert_request,
     is_low_latency,
+    page_table,
     placed_together,
     run_head,
     run_layer,
@@ -37,7 +41,7 @@ from fp4jax.models.decoder import Decoder
 class Prefilled(NamedTuple):
     """The result of a prefill.
 
-    logits: f32 [1, V], for the token after the prompt. cache: keys and values of the prompt, with B = 1. length: the
+    logits: f32 [1, V], for the token after the prompt. cache: keys and values of the prompt. length: the
     number of tokens in the prompt, which are the filled positions of the cache.
     """
 
@@ -56,11 +60,12 @@ class BucketedModel:
       buckets: token counts that prefill is compiled for, ascending.
       batch_buckets: numbers of requests that decoding is compiled for, ascending.
       max_length: the most tokens of a request, prompt and answer together.
+      page_size: positions of a page of the cache. The kernels of attention need a multiple of 64.
       compiler_options: options for XLA that every executable is compiled with.
 
     Raises:
-      ValueError: `max_length` is below 1 or above the model's number of positions; buckets are not positive and
-        ascending.
+      ValueError: `max_length` is below 1 or above the model's number of positions; `page_size` is below 1; buckets are
+        not positive and ascending.
     """
 
     def __init__(
@@ -70,16 +75,17 @@ class BucketedModel:
         buckets: Sequence[int],
         batch_buckets: Sequence[int] = (1, 2, 4, 8),
         max_length: int,
+        page_size: int = 64,
         compiler_options: Mapping[str, str | bool] | None = None,
     ):
         if not 1 <= max_length <= model.config.max_position_embeddings:
             raise ValueError(f"max_length must be 1..{model.config.max_position_embeddings}, got {max_length}")
+        if page_size < 1:
+            raise ValueError(f"page_size must be at least 1, got {page_size}")
         buckets, batch_buckets = check_buckets(buckets), check_buckets(batch_buckets)
         self.config, self.max_length = model.config, max_length
         self._cache_parts = model.cache_parts(model.config)
-        # Prefill also writes the pads of a bucket into the cache, behind the tokens. The cache has room for them: XLA
-        # moves an update that reaches beyond the end of an array back to fit, and it would overwrite valid positions.
-        self._cache_length = max_length + max(buckets)
+        self._page_size, self._pages = page_size, -(-max_length // page_size)  # the latter: of a request
         options: dict[str, Any] = dict(static_argnames=("structure",), compiler_options=compiler_options)
         counted: dict[str, Any] = dict(count_argname="num_tokens", **options)
         in_place: dict[str, Any] = dict(donate_argnums=(3,), **counted)
@@ -93,10 +99,11 @@ class BucketedModel:
             embed, buckets=buckets, in_axes=(None, 1), out_axes=1, name="embedding", **options
         )  # fmt: skip
         self.layer = block_graph(
-            run_layer, buckets=buckets, in_axes=(None, 1, None, None), out_axes=(1, None), name="layer", **in_place
-        )
+            run_layer, buckets=buckets, in_axes=(None, 1, None, None, None), out_axes=(1, None), name="layer",
+            **in_place,
+        )  # fmt: skip
         self.head = block_graph(run_head, buckets=buckets, in_axes=(None, 1), out_axes=None, name="head", **counted)
-        axes: dict[str, Any] = dict(in_axes=(None, 0, 0, None), out_axes=(0, 0, None))
+        axes: dict[str, Any] = dict(in_axes=(None, 0, 0, None, None), out_axes=(0, 0, None))
         check = check_no_copies if is_low_latency(model) else None
         decoding: dict[str, Any] = dict(**axes, **in_place, check_compiled=check)
         self.decoders = {
@@ -112,6 +119,7 @@ class BucketedModel:
         # First positions of chunks are kept on the device: 0 for every prompt, then multiples of the largest bucket.
         self._start_of = functools.lru_cache(1024)(lambda start: jax.device_put(np.int32(start), home))
         placed: dict[str, Any] = {} if home is None else {"out_shardings": home}
+        self._table_of = functools.cache(lambda requests: jax.device_put(page_table(requests, self._pages), home))
         self._insert = jax.jit(insert_request, donate_argnums=0, **placed)
         self._zeros = jax.jit(self._make_zeros, static_argnums=0, **placed)
 
@@ -133,9 +141,10 @@ class BucketedModel:
         todo = dict(self.embed.compilations(self._embed[1], one, structure=self._embed[0]))
         for size, decoder in self.decoders.items():  # decode steps take longest to compile, so they start early
             batch, numbers = self.empty_cache(size), jax.ShapeDtypeStruct((size,), jnp.int32)
-            todo |= decoder.compilations(self._whole[1], numbers, numbers, batch, structure=self._whole[0])
+            table = self._table_of(size)
+            todo |= decoder.compilations(self._whole[1], numbers, numbers, batch, table, structure=self._whole[0])
         for structure, weights in self._layers:  # layers of one structure have equal keys, and are compiled once
-            todo |= self.layer.compilations(weights, x, start, cache[0], structure=structure)
+            todo |= self.layer.compilations(weights, x, start, cache[0], self._table_of(1), structure=structure)
         todo |= self.head.compilations(self._rest[1], x, structure=self._rest[0])
         compile_all(todo, workers=workers, progress=progress)
         for size in self.decoders:
@@ -214,7 +223,7 @@ class BucketedModel:
         The function maps (x [1, bucket, H], position of the first token, the layer's (keys, values)) to (x of the same
         shape, new (keys, values)). The old keys and values are donated and cannot be used afterwards.
         """
-        return lambda x, start, cache: self._run_layers[index](x, self._start_of(start), cache)
+        return lambda x, start, cache: self._run_layers[index](x, self._start_of(start), cache, self._table_of(1))
 
     def run_head(self, x: Bucketed) -> jax.Array:
         """Computes the logits f32 [1, V] for the token after the last valid one of x [1, bucket, H]."""
@@ -226,18 +235,43 @@ class BucketedModel:
         Args:
           last: the newest token of each request, i32 [size], where size is one of `batch_buckets`.
           lengths: the position of this token in its request, i32 [size].
-          batch: the cache of the batch, with B = size; it is donated and cannot be used afterwards.
+          batch: the cache of the batch; it is donated and cannot be used afterwards.
 
         Returns:
           (the most likely next tokens, their positions, the new cache), in the same forms.
         """
-        return self._run_decoders[last.values.shape[0]](last, lengths, batch)
+        size = last.values.shape[0]
+        return self._run_decoders[size](last, lengths, batch, self._table_of(size))
+
+    def cache_bytes(self, batch: int) -> int:
+        """Returns the bytes of a cache for `batch` requests."""
+        sizes = sum(heads * dim for heads, dim in self._cache_parts) * jnp.dtype(self.config.dtype).itemsize
+        return batch * self._pages * self._page_size * sizes * self.config.num_hidden_layers
 
     def empty_cache(self, batch: int) -> Cache:
-        """Returns a cache of zeros for `batch` requests, with `max_length` + largest prefill bucket positions each."""
+        """Returns a cache of zeros for `batch` requests of up to `max_length` positions each.
+
+        Raises:
+          MemoryError: the device says that it has less memory left.
+        """
+        devices = jax.tree.leaves(self._whole[1])[0].devices()
+        free = min((left for left in map(_free_bytes, devices) if left is not None), default=None)
+        if free is not None and self.cache_bytes(batch) > free:
+            needed, left = (f"{size / 1e9:.2f} GB" for size in (self.cache_bytes(batch), free))
+            raise MemoryError(
+                f"a cache for {batch} requests of {self.max_length} positions takes {needed}, and {left} are free; "
+                "take a smaller max_length or fewer requests"
+            )
         return self._zeros(batch)
 
     def _make_zeros(self, batch):
-        zeros = lambda heads, dim: jnp.zeros((batch, heads, self._cache_length, dim), self.config.dtype)  # noqa: E731
+        shape = lambda heads, dim: (batch * self._pages, heads, self._page_size, dim)  # noqa: E731
+        zeros = lambda heads, dim: jnp.zeros(shape(heads, dim), self.config.dtype)  # noqa: E731
         keys, values = self._cache_parts
         return [(zeros(*keys), zeros(*values)) for _ in range(self.config.num_hidden_layers)]
+
+
+def _free_bytes(device):
+    """Bytes of a device's memory that are not in use; None if the device does not say."""
+    stats = device.memory_stats() or {}
+    return None if "bytes_limit" not in stats else stats["bytes_limit"] - stats["bytes_in_use"]
