@@ -11,6 +11,8 @@ from flax import nnx
 from fp4jax.attention import KeyValuePages
 from fp4jax.block_graph.arguments import home_of, place_of
 from fp4jax.expert_parallel.low_latency import ReceiveBuffers
+from fp4jax.layers.attention import Attention
+from fp4jax.layers.mlp import MLP
 from fp4jax.layers.moe_block import MoEBlock
 from fp4jax.models.decoder import DecoderLayer
 
@@ -30,6 +32,17 @@ def placed_together(model):
         return model
     put = lambda leaf: leaf if place_of(leaf) is not None else jax.device_put(leaf, home)  # noqa: E731
     return nnx.merge(graphdef, jax.tree.map(put, state))
+
+
+def with_fused_projections(model):
+    """Returns a model whose layers compute projections of the same input as one product. `model` stays as it is."""
+    fused = nnx.merge(*nnx.split(model))
+    for layer in fused.layers:
+        shared = layer.mlp.shared_experts if isinstance(layer.mlp, MoEBlock) else layer.mlp
+        for module in (layer.self_attn, shared):
+            if isinstance(module, Attention | MLP):
+                module.fuse_projections()
+    return fused
 
 
 class Structure:
@@ -61,7 +74,7 @@ def embed(weights, ids, *, structure):
 def run_layer(weights, x, start, cache, table, *, structure, num_tokens):
     """Runs one decoder layer on the tokens of one request; those from `num_tokens` on are pads -> x, cache."""
     valid = jnp.arange(x.shape[1], dtype=jnp.int32) < num_tokens
-    pages = KeyValuePages(*cache, table, jnp.reshape(num_tokens, 1))
+    pages = KeyValuePages(cache[0], cache[1], table, jnp.reshape(num_tokens, 1))
     x, pages, _ = structure.module(weights)(x, start, pages, functools.partial(MoEBlock.__call__, valid=valid))
     return x, (pages.keys, pages.values)
 
@@ -80,7 +93,7 @@ def decode_step(weights, last, lengths, cache, table, *, structure, num_tokens):
     buffers = ReceiveBuffers() if is_low_latency(model) else None
     counts = valid.astype(jnp.int32)
     for layer, old in zip(model.layers, cache, strict=True):
-        pages = KeyValuePages(*old, table, counts)
+        pages = KeyValuePages(old[0], old[1], table, counts)
         x, new, aux = layer(x, lengths, pages, functools.partial(MoEBlock.__call__, valid=valid, buffers=buffers))
         buffers = buffers if aux is None else aux.buffers
         kept.append((new.keys, new.values))

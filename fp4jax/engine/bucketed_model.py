@@ -32,6 +32,7 @@ from fp4jax.engine.blocks import (
     run_layer,
     split,
     split_layer,
+    with_fused_projections,
     without_layers,
 )
 from fp4jax.expert_parallel.low_latency import check_no_copies
@@ -53,7 +54,9 @@ class Prefilled(NamedTuple):
 class BucketedModel:
     """Prefills prompts and generates answers with a model, in executables of fixed token counts.
 
-    The weights and settings of `model` are taken when the object is made: configure and quantize the model before.
+    The weights and settings of `model` are taken when the object is made: configure and quantize the model before. The
+    projections to queries, keys and values are copied into one matrix, and so are those to gate and up of dense MLPs;
+    everything else is shared with `model`.
 
     Args:
       model: the language model.
@@ -90,7 +93,7 @@ class BucketedModel:
         counted: dict[str, Any] = dict(count_argname="num_tokens", **options)
         in_place: dict[str, Any] = dict(donate_argnums=(3,), **counted)
         structures: dict[Any, Structure] = {}
-        model = placed_together(model)
+        model = with_fused_projections(placed_together(model))
         self._embed = split(model.embed_tokens, structures)
         self._layers = [split_layer(layer, structures) for layer in model.layers]
         self._rest = split(without_layers(model), structures)

@@ -2,12 +2,12 @@
 
 from fp4jax.layers.calibration import ExpertAmax as ExpertAmax
 from fp4jax.layers.linear import (
-    MLP as MLP,
     BlockFP8Linear as BlockFP8Linear,
     Linear as Linear,
     NVFP4Linear as NVFP4Linear,
     RMSNorm as RMSNorm,
 )
+from fp4jax.layers.mlp import MLP as MLP
 from fp4jax.layers.moe_block import (
     MoEAux as MoEAux,
     MoEBlock as MoEBlock,

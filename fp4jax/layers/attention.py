@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from fp4jax.attention import KeyValuePages, attend, pages_of
 from fp4jax.attention.pages import positions_from, seal
+from fp4jax.layers.fused import FusedLinear, fuse
 from fp4jax.layers.linear import Linear, RMSNorm
 
 
@@ -80,14 +81,21 @@ class Attention(nnx.Module):
         self.head_dim, self.theta, self.interleaved = head_dim, theta, interleaved
         kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
         linear: dict[str, Any] = dict(stddev=stddev, rngs=rngs, **kinds)
-        self.q_proj = Linear(hidden_size, num_heads * head_dim, **linear)
-        self.k_proj = Linear(hidden_size, num_kv_heads * head_dim, **linear)
-        self.v_proj = Linear(hidden_size, num_kv_heads * head_dim, **linear)
+        self.q_proj: Any = Linear(hidden_size, num_heads * head_dim, **linear)
+        self.k_proj: Any = Linear(hidden_size, num_kv_heads * head_dim, **linear)
+        self.v_proj: Any = Linear(hidden_size, num_kv_heads * head_dim, **linear)
         self.o_proj = Linear(num_heads * head_dim, hidden_size, **linear)
+        self.qkv_proj: FusedLinear | None = nnx.data(None)
         self.q_norm = self.k_norm = nnx.data(None)
         if norm_eps is not None:
             self.q_norm = RMSNorm(head_dim, eps=norm_eps, **kinds)
             self.k_norm = RMSNorm(head_dim, eps=norm_eps, **kinds)
+
+    def fuse_projections(self) -> None:
+        """Makes one product of the projections to queries, keys and values, where `fused.fuse` can."""
+        self.qkv_proj = nnx.data(fuse(self.q_proj, self.k_proj, self.v_proj))
+        if self.qkv_proj is not None:
+            self.q_proj = self.k_proj = self.v_proj = nnx.data(None)
 
     def __call__(
         self, x: jax.Array, start: jax.Array, cache: KeyValuePages | None
@@ -102,7 +110,11 @@ class Attention(nnx.Module):
         Returns:
           The result [B, S, H], and the cache with the new positions in it, or None if there was none.
         """
-        q, k, v = (p(x).reshape(*x.shape[:2], -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if self.qkv_proj is None:
+            projected = [p(x) for p in (self.q_proj, self.k_proj, self.v_proj)]
+        else:
+            projected = self.qkv_proj(x)
+        q, k, v = (part.reshape(*x.shape[:2], -1, self.head_dim) for part in projected)
         positions = positions_from(start, x.shape[1])
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)

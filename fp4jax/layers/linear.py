@@ -1,4 +1,4 @@
-"""Linear layers (bf16, NVFP4 or block-wise FP8 weights), RMSNorm and the SwiGLU MLP, as Flax NNX modules.
+"""Linear layers (bf16, NVFP4 or block-wise FP8 weights) and RMSNorm, as Flax NNX modules.
 
 Weights are [out, in], as checkpoints store them. `dtype` is the dtype that a module computes in, `param_dtype` the one
 that it stores its weights in. With dtype float32 all products are exact float32 products, without TF32 on GPUs.
@@ -29,6 +29,8 @@ def dot(
     `dtype`).
     """
     out_dtype = jnp.dtype(out_dtype or dtype)
+    if jnp.dtype(dtype) == jnp.float32 and x.dtype == jnp.bfloat16:
+        return _dot_of_bf16(x, weight).astype(out_dtype)
     # For a single row XLA multiplies and sums in the dtype of the result, so that dtype is float32 there.
     one_row = math.prod(x.shape[:-1]) == 1
     y = jnp.einsum(
@@ -39,6 +41,21 @@ def dot(
         preferred_element_type=jnp.float32 if one_row else out_dtype,
     )
     return y.astype(out_dtype)
+
+
+def _dot_of_bf16(x, weight):
+    """x W^T in float32 for a bf16 x: exact products and float32 sums, on tensor cores.
+
+    A float32 weight is the sum of three bf16 values of 8 significant bits each.
+    """
+    parts, rest = [], weight.astype(jnp.float32)
+    for _ in range(1 if weight.dtype == jnp.bfloat16 else 3):
+        # XLA may leave out a conversion to bf16 and back, but never this rounding.
+        parts.append(jax.lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7))
+        rest = rest - parts[-1]
+    stacked = jnp.concatenate(parts[::-1]).astype(jnp.bfloat16)
+    products = jnp.einsum("...k,nk->...n", x, stacked, preferred_element_type=jnp.float32)
+    return products.reshape(*x.shape[:-1], len(parts), weight.shape[0]).sum(-2)  # the smallest parts first
 
 
 def largest(x: Float[Array, "..."], where: Any = True) -> Float[Array, ""]:
@@ -188,22 +205,3 @@ class RMSNorm(nnx.Module):
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
         weight = jnp.broadcast_to(self.weight[...].astype(jnp.float32), x.shape)
         return (x * weight).astype(self.dtype)
-
-
-class MLP(nnx.Module):
-    """A dense SwiGLU layer: down(silu(gate(x)) * up(x)). Expert blocks use it for their shared experts.
-
-    Args:
-      hidden_size: the size of the input and output.
-      intermediate_size: the size between them.
-      linear: `dtype`, `param_dtype`, `stddev` and `rngs` of the three linear layers.
-    """
-
-    def __init__(self, hidden_size: int, intermediate_size: int, **linear: Any):
-        self.gate_proj = Linear(hidden_size, intermediate_size, **linear)
-        self.up_proj = Linear(hidden_size, intermediate_size, **linear)
-        self.down_proj = Linear(intermediate_size, hidden_size, **linear)
-
-    def __call__(self, x: Float[Array, "... H"]) -> Float[Array, "... H"]:
-        gate = self.gate_proj(x).astype(jnp.float32)
-        return self.down_proj(jax.nn.silu(gate) * self.up_proj(x).astype(jnp.float32))

@@ -19,7 +19,8 @@ from fp4jax.expert_parallel.low_latency import ReceiveBuffers
 from fp4jax.experts import MoEWeights, quantize_experts, quantize_gate_up, runs_on_kernel
 from fp4jax.grouped_gemm.packed_weights import arrange_experts, is_nvfp4
 from fp4jax.layers.calibration import ExpertAmax, check_input_scale, measure_experts
-from fp4jax.layers.linear import MLP, Linear, normal_param
+from fp4jax.layers.linear import Linear, normal_param
+from fp4jax.layers.mlp import MLP
 from fp4jax.layers.routing_config import RoutingConfig
 from fp4jax.moe import MoEStats, moe_layer
 from fp4jax.moe_config import MoEConfig

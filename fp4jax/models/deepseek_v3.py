@@ -14,7 +14,7 @@ from flax import nnx
 
 from fp4jax.layers import MoEBlock, RoutingConfig
 from fp4jax.layers.latent_attention import LatentAttention, Yarn
-from fp4jax.layers.linear import MLP
+from fp4jax.layers.mlp import MLP
 from fp4jax.models.decoder import Decoder
 from fp4jax.models.hf_config import as_fields, check_shapes, check_types, read_hf, write_hf
 

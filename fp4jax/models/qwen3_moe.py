@@ -11,7 +11,7 @@ from flax import nnx
 
 from fp4jax.layers import MoEBlock, RoutingConfig
 from fp4jax.layers.attention import Attention
-from fp4jax.layers.linear import MLP
+from fp4jax.layers.mlp import MLP
 from fp4jax.models.decoder import Decoder
 from fp4jax.models.hf_config import check_shapes, read_hf, write_hf
 

@@ -90,7 +90,8 @@ def add(
         plgpu.wgmma(accumulator, rounded, v_smem)
         plgpu.wgmma_wait(0)
 
-    return Running(pl.run_state(product)(plgpu.ACC.init(total)), largest, weight)
+    total: Any = pl.run_state(product)(plgpu.ACC.init(total))
+    return Running(total, largest, weight)
 
 
 def clear_rows(v_smem: Any, first: Any) -> None:
