@@ -91,7 +91,9 @@ def main(argv):
         limit = config.max_position_embeddings // 2
         raise app.UsageError(f"bucket sizes up to {limit} fit the model of the benchmark, got {max(options.buckets)}")
     model = make_model(config)
-    make = functools.partial(BucketedModel, model, batch_buckets=batches, max_length=2 * max(options.buckets))
+    make = functools.partial(
+        BucketedModel, model, batch_buckets=batches, max_length=2 * max(options.buckets), decode_steps=1
+    )  # fmt: skip
     if _ONLY_WARM_UP.value:
         served = make(buckets=options.buckets)
         seconds = {"seconds": round(warm_up(served, options.debug), 2)}
@@ -238,7 +240,7 @@ def decode_calls(served: BucketedModel, number: int) -> dict[str, tuple[int, Cal
     last, lengths = (Bucketed(jax.device_put(np.full(size, v, np.int32)), number) for v in (1, 10))
 
     def run():
-        chosen, _, batch[0] = served.decode(last, lengths, batch[0])
+        chosen, *_, batch[0] = served.decode(last, lengths, batch[0])
         return chosen.values
 
     return {"decode step": (size, run)}

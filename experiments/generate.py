@@ -10,9 +10,9 @@ the tokens per second of prefill and of decoding, without compilation, if there 
 writes them as JSON if --json names a file.
 
 --ep splits the experts over several devices; --wire_format, or the environment variable FD_DISPATCH_USE_FP4, says in
-which format tokens cross between them. Without sampling the model runs in blocks that are compiled ahead of time for
-fixed token counts (--block_graph; experiments/harness/block_graph_flags.py lists the environment variables). With
-sampling, or with --noblock_graph, it runs as one program. The output says which of the two ran.
+which format tokens cross between them. The model runs in blocks that are compiled ahead of time for fixed token counts
+(experiments/harness/block_graph_flags.py lists the environment variables); with --noblock_graph it runs as one program,
+which knows no stop tokens while it runs. The output says which of the two ran.
 """
 
 import time
@@ -30,7 +30,7 @@ from experiments.text.files import check_text, read_text
 from experiments.text.tokenizers import tokenizer_of
 from fp4jax.checkpoint import load_model
 from fp4jax.checkpoint.folder_config import end_token_ids, read_config
-from fp4jax.engine import BucketedModel
+from fp4jax.engine import BucketedModel, Sampling
 from fp4jax.models import configure_experts, generate
 
 _DEFAULT_PROMPT = "The meaning of life is"
@@ -45,8 +45,15 @@ _NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Tokens to generate.", 
 _TEMPERATURE = flags.DEFINE_float(
     "temperature",
     0.0,
-    "0 takes the most likely token; larger values draw tokens, which excludes blocks.",
+    "0 takes the most likely token; larger values draw tokens.",
     lower_bound=0,
+)
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from the k most likely tokens; 0: from all.", lower_bound=0)
+_TOP_P = flags.DEFINE_float(
+    "top_p", 1.0, "Draw from the fewest most likely tokens whose probabilities sum to this.", upper_bound=1
+)
+_MIN_P = flags.DEFINE_float(
+    "min_p", 0.0, "Draw from tokens at least this many times as likely as the likeliest.", lower_bound=0, upper_bound=1
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the drawn tokens.", lower_bound=0, upper_bound=2**32 - 1)
 _QUANTIZATION = flags.DEFINE_string(
@@ -78,7 +85,7 @@ class Request(NamedTuple):
       ids: the tokens of the prompt.
       options: how blocks are compiled; if they are not enabled, the model runs as one program.
       wire_format: the format of tokens that cross devices; None: there is one device.
-      ends: ids of the tokens that end a text.
+      sampling: how tokens are drawn, and the ids of the tokens that end a text.
     """
 
     folder: Path
@@ -87,7 +94,7 @@ class Request(NamedTuple):
     ids: list[int]
     options: block_graph_flags.BlockGraphOptions
     wire_format: str | None
-    ends: set[int]
+    sampling: Sampling
 
 
 def main(argv):
@@ -96,8 +103,8 @@ def main(argv):
     request = checked_request()
     model = loaded_model(request)
     run = in_blocks if request.options.enabled else at_once
-    answer, numbers = run(model, request.ids, request.options)
-    text = request.tokenizer.decode(until_end(answer, request.ends))
+    answer, numbers = run(model, request)
+    text = request.tokenizer.decode(until_end(answer, set(request.sampling.stop_ids)))
     way = {
         "ran": "in blocks compiled ahead of time" if request.options.enabled else "as one program",
         "ep": _EP.value,
@@ -117,12 +124,12 @@ def checked_request() -> Request:
       app.UsageError: a flag would fail after the weights are loaded, or would have no effect.
     """
     options, ep, wire_format = block_graph_flags.block_graph_options(), _EP.value, None
-    if finite("temperature", _TEMPERATURE.value) > 0:
-        if asked := block_graph_flags.flags_about_blocks():
-            raise app.UsageError(f"{' and '.join(asked)}: blocks take the likeliest token, not with --temperature")
-        options = options._replace(enabled=False)
+    finite("temperature", _TEMPERATURE.value)
+    asked = [f"--{flag.name}" for flag in (_TOP_K, _TOP_P, _MIN_P) if flag.value != flag.default]
+    if asked and (_TEMPERATURE.value == 0 or not options.enabled):
+        raise app.UsageError(f"{' and '.join(asked)}: tokens are drawn in blocks, with a --temperature above 0")
     if _LOW_LATENCY.value and (ep < 2 or not options.enabled):
-        raise app.UsageError("--low_latency is about decode steps across devices: with --ep, in blocks, not sampled")
+        raise app.UsageError("--low_latency is about decode steps across devices: with --ep, in blocks")
     if ep > 1:
         wire_format = wire_flag.wire_format("nvfp4")
     elif wire_flag.WIRE_FORMAT.value is not None:
@@ -141,7 +148,13 @@ def checked_request() -> Request:
         raise app.UsageError(f"--ep={ep} does not divide the model's {config.num_experts} experts")
     tokenizer = tokenizer_of(folder, config)
     ids = checked_ids(tokenizer, prompt, source, config)
-    return Request(folder, tokenizer, prompt, ids, options, wire_format, ends)
+    try:
+        sampling = Sampling(
+            _TEMPERATURE.value, _TOP_K.value, _TOP_P.value, _MIN_P.value, seed=_SEED.value, stop_ids=tuple(sorted(ends))
+        )
+    except ValueError as error:
+        raise app.UsageError(str(error)) from error
+    return Request(folder, tokenizer, prompt, ids, options, wire_format, sampling)
 
 
 def prompt_of_flags() -> tuple[str, str]:
@@ -204,13 +217,12 @@ def until_end(ids: list[int], ends: set[int]) -> list[int]:
     return ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))]
 
 
-def in_blocks(
-    model: Any, ids: list[int], options: block_graph_flags.BlockGraphOptions
-) -> tuple[list[int], dict[str, Any]]:
-    """Generate greedily in blocks, compiled for those bucket sizes that this prompt needs.
+def in_blocks(model: Any, request: Request) -> tuple[list[int], dict[str, Any]]:
+    """Generate in blocks, compiled for those bucket sizes that this prompt needs.
 
-    Returns the new tokens, and their rates as `rates.of_run` gives them.
+    Returns the new tokens up to the end of the text, and their rates as `rates.of_run` gives them.
     """
+    ids, options = request.ids, request.options
     largest = options.buckets[-1]
     chunks = {largest} if len(ids) > largest else set()
     chunks |= {next(b for b in options.buckets if b >= (len(ids) - 1) % largest + 1)}
@@ -226,17 +238,17 @@ def in_blocks(
     jax.block_until_ready(served.prefill(ids).logits)
     prefill = time.perf_counter() - start
     start = time.perf_counter()
-    answer = served.generate([ids], _NEW_TOKENS.value)[0]
+    answer = served.generate([ids], _NEW_TOKENS.value, request.sampling)[0]
     whole = time.perf_counter() - start
-    return answer, rates.of_run(len(ids), _NEW_TOKENS.value, prefill, whole, compiled)
+    return answer, rates.of_run(len(ids), len(answer), prefill, whole, compiled)
 
 
-def at_once(model: Any, ids: list[int], options: Any) -> tuple[list[int], dict[str, Any]]:
-    """Generate in one program for the whole text, which can sample.
+def at_once(model: Any, request: Request) -> tuple[list[int], dict[str, Any]]:
+    """Generate in one program for the whole text.
 
     Returns the new tokens, and their rates as `rates.of_run` gives them.
     """
-    del options
+    ids = request.ids
     prompt = jnp.asarray([ids], jnp.int32)
     sampling: dict[str, Any] = dict(temperature=_TEMPERATURE.value, seed=_SEED.value)
 

@@ -1,3 +1,4 @@
 """Serving: language models that run prefill and decode in programs compiled ahead of time."""
 
 from fp4jax.engine.bucketed_model import BucketedModel as BucketedModel, Prefilled as Prefilled
+from fp4jax.engine.drawing import Drawing as Drawing, Sampling as Sampling, drawing_of as drawing_of

@@ -10,6 +10,7 @@ from flax import nnx
 
 from fp4jax.attention import KeyValuePages
 from fp4jax.block_graph.arguments import home_of, place_of
+from fp4jax.engine.sampling import draw
 from fp4jax.expert_parallel.low_latency import ReceiveBuffers
 from fp4jax.layers.attention import Attention
 from fp4jax.layers.mlp import MLP
@@ -85,19 +86,34 @@ def run_head(weights, x, *, structure, num_tokens):
     return structure.module(weights).head(last)[:, 0]
 
 
-def decode_step(weights, last, lengths, cache, table, *, structure, num_tokens):
-    """Decodes one token of every request; see `BucketedModel.decode`. `num_tokens` counts the valid requests."""
+def decode_steps(weights, last, lengths, drawing, cache, table, *, structure, steps, num_tokens):
+    """Decodes `steps` tokens of every request; see `BucketedModel.decode`. `num_tokens` counts the valid requests."""
     model = structure.module(weights)
     valid = jnp.arange(last.shape[0], dtype=jnp.int32) < num_tokens
-    x, kept = model.embed_tokens(last[:, None]), []
+
+    def step(index, carry):
+        tokens, last, lengths, cache = carry
+        runs = valid & (last >= 0)
+        logits, cache = _one_step(model, last, lengths, cache, table, runs)
+        found = jnp.where(runs, draw(logits, drawing.params, lengths + 1), -1)
+        ends = jnp.any(found[:, None] == drawing.stop_ids, axis=1)
+        tokens = jax.lax.dynamic_update_slice_in_dim(tokens, found[:, None], index, 1)
+        return tokens, jnp.where(ends, -1, found), lengths + runs.astype(jnp.int32), cache
+
+    carry = jnp.full((last.shape[0], steps), -1, jnp.int32), last, lengths, cache
+    return jax.lax.fori_loop(0, steps, step, carry) if steps > 1 else step(0, carry)
+
+
+def _one_step(model, last, lengths, cache, table, runs):
+    """The logits [B, V] behind the tokens `last`, and the cache with these tokens in it."""
+    x, kept = model.embed_tokens(jnp.maximum(last, 0)[:, None]), []
     buffers = ReceiveBuffers() if is_low_latency(model) else None
-    counts = valid.astype(jnp.int32)
     for layer, old in zip(model.layers, cache, strict=True):
-        pages = KeyValuePages(old[0], old[1], table, counts)
-        x, new, aux = layer(x, lengths, pages, functools.partial(MoEBlock.__call__, valid=valid, buffers=buffers))
+        pages = KeyValuePages(old[0], old[1], table, runs.astype(jnp.int32))
+        x, new, aux = layer(x, lengths, pages, functools.partial(MoEBlock.__call__, valid=runs, buffers=buffers))
         buffers = buffers if aux is None else aux.buffers
         kept.append((new.keys, new.values))
-    return jnp.argmax(model.head(x)[:, 0], axis=-1).astype(jnp.int32), lengths + 1, kept
+    return model.head(x)[:, 0], kept
 
 
 def is_low_latency(model):

@@ -3,12 +3,14 @@
 Prefill runs one request at a time through three kinds of blocks: embedding, decoder layer and head. Each block is
 compiled for a few token counts (buckets), and layers of one shape share executables. A prompt above the largest bucket
 runs in chunks, and each chunk attends to the earlier ones through the cache. Decoding runs a batch of requests, each at
-its own position, in one executable per batch size.
+its own position, in one executable per batch size. A call decodes several tokens of every request, draws them on the
+device and stops requests at their stop tokens, so the device does not wait for the host.
 
 The cache of keys and values lies in pages of `page_size` positions. Attention reads the filled pages only, so a large
 `max_length` costs memory and no time.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,7 +24,7 @@ from fp4jax.block_graph.arguments import home_of
 from fp4jax.engine.blocks import (
     Cache,
     Structure,
-    decode_step,
+    decode_steps as run_decode_steps,
     embed,
     insert_request,
     is_low_latency,
@@ -35,6 +37,8 @@ from fp4jax.engine.blocks import (
     with_fused_projections,
     without_layers,
 )
+from fp4jax.engine.drawing import Drawing, Sampling, drawing_of
+from fp4jax.engine.sampling import draw
 from fp4jax.expert_parallel.low_latency import check_no_copies
 from fp4jax.models.decoder import Decoder
 
@@ -64,11 +68,12 @@ class BucketedModel:
       batch_buckets: numbers of requests that decoding is compiled for, ascending.
       max_length: the most tokens of a request, prompt and answer together.
       page_size: positions of a page of the cache. The kernels of attention need a multiple of 64.
+      decode_steps: tokens that a call of `decode` decodes for every request.
       compiler_options: options for XLA that every executable is compiled with.
 
     Raises:
-      ValueError: `max_length` is below 1 or above the model's number of positions; `page_size` is below 1; buckets are
-        not positive and ascending.
+      ValueError: `max_length` is below 1 or above the model's number of positions; `page_size` or `decode_steps` is
+        below 1; buckets are not positive and ascending.
     """
 
     def __init__(
@@ -79,14 +84,17 @@ class BucketedModel:
         batch_buckets: Sequence[int] = (1, 2, 4, 8),
         max_length: int,
         page_size: int = 64,
+        decode_steps: int = 8,
         compiler_options: Mapping[str, str | bool] | None = None,
     ):
         if not 1 <= max_length <= model.config.max_position_embeddings:
             raise ValueError(f"max_length must be 1..{model.config.max_position_embeddings}, got {max_length}")
         if page_size < 1:
             raise ValueError(f"page_size must be at least 1, got {page_size}")
+        if decode_steps < 1:
+            raise ValueError(f"decode_steps must be at least 1, got {decode_steps}")
         buckets, batch_buckets = check_buckets(buckets), check_buckets(batch_buckets)
-        self.config, self.max_length = model.config, max_length
+        self.config, self.max_length, self.decode_steps = model.config, max_length, decode_steps
         self._cache_parts = model.cache_parts(model.config)
         self._page_size, self._pages = page_size, -(-max_length // page_size)  # the latter: of a request
         options: dict[str, Any] = dict(static_argnames=("structure",), compiler_options=compiler_options)
@@ -106,11 +114,13 @@ class BucketedModel:
             **in_place,
         )  # fmt: skip
         self.head = block_graph(run_head, buckets=buckets, in_axes=(None, 1), out_axes=None, name="head", **counted)
-        axes: dict[str, Any] = dict(in_axes=(None, 0, 0, None, None), out_axes=(0, 0, None))
-        check = check_no_copies if is_low_latency(model) else None
-        decoding: dict[str, Any] = dict(**axes, **in_place, check_compiled=check)
+        decoding: dict[str, Any] = dict(
+            in_axes=(None, 0, 0, None, None, None), out_axes=(0, 0, 0, None), donate_argnums=(4,),
+            count_argname="num_tokens", static_argnames=("structure", "steps"), compiler_options=compiler_options,
+            check_compiled=check_no_copies if is_low_latency(model) else None,
+        )  # fmt: skip
         self.decoders = {
-            size: block_graph(decode_step, buckets=(size,), name=f"decode step of {size}", **decoding)
+            size: block_graph(run_decode_steps, buckets=(size,), name=f"decode of {size}", **decoding)
             for size in batch_buckets
         }
         home = home_of(self._whole[1])
@@ -118,12 +128,16 @@ class BucketedModel:
         self._run_layers = [self.layer.bind(weights, structure=structure) for structure, weights in self._layers]
         self._run_head = self.head.bind(self._rest[1], structure=self._rest[0])
         whole, weights = self._whole
-        self._run_decoders = {size: d.bind(weights, structure=whole) for size, d in self.decoders.items()}
+        self._decoding: dict[str, Any] = dict(structure=whole, steps=decode_steps)
+        self._run_decoders = {size: d.bind(weights, **self._decoding) for size, d in self.decoders.items()}
+        self._drawing = functools.partial(drawing_of, home=home)
+        self._greedy = functools.cache(lambda size: self._drawing([], size))
         # First positions of chunks are kept on the device: 0 for every prompt, then multiples of the largest bucket.
         self._start_of = functools.lru_cache(1024)(lambda start: jax.device_put(np.int32(start), home))
         placed: dict[str, Any] = {} if home is None else {"out_shardings": home}
         self._table_of = functools.cache(lambda requests: jax.device_put(page_table(requests, self._pages), home))
         self._insert = jax.jit(insert_request, donate_argnums=0, **placed)
+        self._draw_first = jax.jit(draw, **placed)
         self._zeros = jax.jit(self._make_zeros, static_argnums=0, **placed)
 
     @property
@@ -145,7 +159,9 @@ class BucketedModel:
         for size, decoder in self.decoders.items():  # decode steps take longest to compile, so they start early
             batch, numbers = self.empty_cache(size), jax.ShapeDtypeStruct((size,), jnp.int32)
             table = self._table_of(size)
-            todo |= decoder.compilations(self._whole[1], numbers, numbers, batch, table, structure=self._whole[0])
+            todo |= decoder.compilations(
+                self._whole[1], numbers, numbers, self._greedy(size), batch, table, **self._decoding
+            )
         for structure, weights in self._layers:  # layers of one structure have equal keys, and are compiled once
             todo |= self.layer.compilations(weights, x, start, cache[0], self._table_of(1), structure=structure)
         todo |= self.head.compilations(self._rest[1], x, structure=self._rest[0])
@@ -153,6 +169,8 @@ class BucketedModel:
         for size in self.decoders:
             batch = self.empty_cache(size)
             jax.block_until_ready(self._insert(batch, cache, np.int32(0)))
+        logits = jax.device_put(np.zeros((1, self.config.vocab_size), np.float32), home_of(self._whole[1]))
+        jax.block_until_ready(self._draw_first(logits, self._greedy(1).params, np.zeros(1, np.int32)))
 
     def prefill(self, ids: Sequence[int]) -> Prefilled:
         """Runs a prompt through the model, and returns the logits of the next token and the prompt's cache.
@@ -182,19 +200,26 @@ class BucketedModel:
         assert logits is not None
         return Prefilled(logits, cache, len(ids))
 
-    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
-        """Continues every prompt greedily (the most likely token at each step) by `max_new_tokens` tokens.
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        sampling: Sampling | Sequence[Sampling] | None = None,
+    ) -> list[list[int]]:
+        """Continues every prompt by `max_new_tokens` tokens, or up to a stop token, which the answer then ends with.
 
         Args:
           prompts: token ids of each prompt; at least one prompt, and at most the largest of `batch_buckets`.
-          max_new_tokens: tokens to generate per prompt, at least 1. Generation does not stop at an end token.
+          max_new_tokens: the most tokens to generate per prompt, at least 1.
+          sampling: how tokens are drawn: one for each prompt; or one for all, where prompt i has the seed `seed` + i;
+            or None: the likeliest tokens, and no stop tokens.
 
         Returns:
           The generated ids of each prompt, without the prompt.
 
         Raises:
-          ValueError: there are no or too many prompts, `max_new_tokens` is below 1, a prompt and its answer exceed
-            `max_length`, or `prefill` refuses a prompt.
+          ValueError: there are no or too many prompts, or not as many `sampling`; `max_new_tokens` is below 1; a prompt
+            and its answer exceed `max_length`; or `prefill` refuses a prompt.
         """
         size = next((s for s in self.decoders if s >= len(prompts)), None)
         if not prompts or size is None:
@@ -202,19 +227,36 @@ class BucketedModel:
         longest = max(map(len, prompts)) + max_new_tokens
         if max_new_tokens < 1 or longest > self.max_length:
             raise ValueError(f"{longest} tokens with {max_new_tokens} new ones; at most max_length={self.max_length}")
-        last, lengths = np.zeros(size, np.int32), np.zeros(size, np.int32)
-        batch = self.empty_cache(size)
+        if sampling is None or isinstance(sampling, Sampling):
+            sampling = sampling or Sampling()
+            sampling = [dataclasses.replace(sampling, seed=sampling.seed + i) for i in range(len(prompts))]
+        if len(sampling) != len(prompts):
+            raise ValueError(f"{len(sampling)} sampling settings for {len(prompts)} prompts")
+        first, batch = [], self.empty_cache(size)
         for slot, prompt in enumerate(prompts):
             done = self.prefill(prompt)
-            last[slot], lengths[slot] = np.argmax(np.asarray(done.logits)[0]), done.length
+            params = self._drawing([sampling[slot]], 1).params
+            first.append(self._draw_first(done.logits, params, np.full(1, len(prompt), np.int32)))
             batch = self._insert(batch, done.cache, np.int32(slot))
-        steps: list[Any] = [last]
+        tokens = [np.concatenate([np.asarray(token) for token in first])[:, None]]
+        running = [token not in s.stop_ids for (token,), s in zip(tokens[0].tolist(), sampling, strict=True)]
+        last, lengths = np.full(size, -1, np.int32), np.zeros(size, np.int32)
+        last[: len(prompts)] = np.where(running, tokens[0][:, 0], -1)
+        lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
         newest, places = (Bucketed(jax.device_put(a), len(prompts)) for a in (last, lengths))
-        for _ in range(max_new_tokens - 1):  # tokens stay on the device until the last step, so no step waits for them
-            newest, places, batch = self.decode(newest, places, batch)
-            steps.append(newest.values)
-        answers = np.stack([np.asarray(step) for step in steps], axis=1)
-        return answers[: len(prompts)].tolist()
+        drawing, found = self._drawing(sampling, size), []
+        for _ in range(-(-(max_new_tokens - 1) // self.decode_steps)):
+            # A call is enqueued before the tokens of the one before it are looked at, so that none waits for the host.
+            if len(found) > 1 and not self._still_running(found[-2], len(prompts)):
+                break
+            step, newest, places, batch = self.decode(newest, places, batch, drawing)
+            found.append(step.values)
+        answers = np.concatenate([*tokens, *(np.asarray(f)[: len(prompts)] for f in found)], axis=1)
+        return [[t for t in row[:max_new_tokens] if t >= 0] for row in answers.tolist()]
+
+    def _still_running(self, tokens, number):
+        """Whether one of the first requests had not ended with the tokens [size, steps] of a call."""
+        return bool((np.asarray(tokens)[:number, -1] >= 0).any())
 
     def run_embedding(self, ids: Bucketed) -> Bucketed:
         """Embeds tokens: ids i32 [1, bucket] -> hidden states [1, bucket, H]."""
@@ -232,19 +274,25 @@ class BucketedModel:
         """Computes the logits f32 [1, V] for the token after the last valid one of x [1, bucket, H]."""
         return self._run_head(x)
 
-    def decode(self, last: Bucketed, lengths: Bucketed, batch: Cache) -> tuple[Bucketed, Bucketed, Cache]:
-        """Runs one decode step for a batch of requests.
+    def decode(
+        self, last: Bucketed, lengths: Bucketed, batch: Cache, drawing: Drawing | None = None
+    ) -> tuple[Bucketed, Bucketed, Bucketed, Cache]:
+        """Decodes `decode_steps` tokens of every request of a batch.
 
         Args:
-          last: the newest token of each request, i32 [size], where size is one of `batch_buckets`.
+          last: the newest token of each request, i32 [size], where size is one of `batch_buckets`; -1: the request has
+            ended, and costs nothing but its place.
           lengths: the position of this token in its request, i32 [size].
           batch: the cache of the batch; it is donated and cannot be used afterwards.
+          drawing: how tokens are drawn; None: the likeliest ones, without stop tokens.
 
         Returns:
-          (the most likely next tokens, their positions, the new cache), in the same forms.
+          The new tokens i32 [size, decode_steps], with -1 behind a stop token; then `last`, `lengths` and `batch` for
+          the next call. `last` is -1 for a request that has ended.
         """
         size = last.values.shape[0]
-        return self._run_decoders[size](last, lengths, batch, self._table_of(size))
+        drawing = self._greedy(size) if drawing is None else drawing
+        return self._run_decoders[size](last, lengths, drawing, batch, self._table_of(size))
 
     def cache_bytes(self, batch: int) -> int:
         """Returns the bytes of a cache for `batch` requests."""

@@ -10,7 +10,8 @@ from small_models import forward
 
 from experiments.harness.timing import count_compilations
 from fp4jax import MoEConfig
-from fp4jax.engine import BucketedModel
+from fp4jax.engine import BucketedModel, Sampling, bucketed_model, drawing_of
+from fp4jax.engine.sampling import gumbel_noise, log_weights
 from fp4jax.layers import MoEBlock, RoutingConfig
 from fp4jax.models import Qwen3Moe, Qwen3MoeConfig, configure_experts, generate, quantize_experts
 
@@ -95,6 +96,37 @@ def test_a_request_does_not_depend_on_its_neighbours(served, rng):
     assert served.generate([prompts[0], prompts[2]], 6) == [together[0], together[2]]
 
 
+def test_stop_tokens_end_an_answer_and_no_other(served, rng):
+    """The answer ends with the token; it may be the first one, and requests that end early cost the others nothing."""
+    prompts = [rng.integers(0, 97, n).tolist() for n in (11, 30, 4)]
+    whole = served.generate(prompts, 30)
+    stops = [Sampling(stop_ids=(96, whole[0][0])), Sampling(stop_ids=(whole[1][10],)), Sampling()]
+    found = served.generate(prompts, 30, stops)
+    assert found[0] == whole[0][:1] and found[2] == whole[2]
+    assert found[1] == whole[1][: whole[1].index(whole[1][10]) + 1]
+    calls = sum(served.decoders[3].stats.calls.values())
+    assert served.generate(prompts, 30, stops[:1] * 3)[0] == whole[0][:1]
+    assert served.generate([prompts[0]] * 3, 30, stops[0]) == [whole[0][:1]] * 3
+    assert sum(served.decoders[3].stats.calls.values()) - calls < 4 + 4  # the second one stopped early
+
+
+def test_drawn_tokens(model, served, rng):
+    """Each token is the one that the request's logits, parameters, seed and position say, alone and among others."""
+    prompts = [rng.integers(0, 97, n).tolist() for n in (11, 30)]
+    sampling = [Sampling(temperature=0.9, top_k=40, top_p=0.95, min_p=0.01, seed=5), Sampling(1.3, seed=2**32 - 1)]
+    found = served.generate(prompts, 12, sampling)
+    for prompt, answer, one in zip(prompts, found, sampling, strict=True):
+        logits = logits_of(model, prompt + answer[:-1])[len(prompt) - 1 :]
+        params = drawing_of([one] * 12, 12).params
+        positions = jnp.arange(len(prompt), len(prompt) + 12, dtype=jnp.int32)
+        noisy = np.asarray(log_weights(jnp.asarray(logits), params) + gumbel_noise(params.seed, positions, 97))
+        assert (noisy[np.arange(12), answer] >= noisy.max(axis=1) - 1e-3).all()
+        assert served.generate([prompt], 12, [one]) == [answer]
+    assert found != served.generate(prompts, 12)
+    shared = served.generate([prompts[0]] * 2, 12, Sampling(1.0, seed=7))
+    assert shared[0] != shared[1]  # the seeds 7 and 8
+
+
 @pytest.mark.parametrize("requests", [60, pytest.param(1000, marks=pytest.mark.slow)])
 def test_many_requests_compile_nothing(served, requests):
     rng = np.random.default_rng(5)
@@ -169,6 +201,9 @@ def test_tokens_that_are_not_valid_take_no_capacity(rng):
         (lambda s: s.generate([[1]] * 4, 1), "1 to 3 prompts, got 4"),
         (lambda s: s.generate([[1] * 60], 11), "71 tokens with 11 new ones"),
         (lambda s: s.generate([[1]], 0), "0 new ones"),
+        (lambda s: s.generate([[1]], 1, [Sampling()] * 2), "2 sampling settings for 1 prompts"),
+        (lambda s: Sampling(stop_ids=tuple(range(17))), "at most 16 stop tokens, got 17"),
+        (lambda s: Sampling(top_p=0.0), "top_p must be above 0"),
     ],
 )
 def test_refusals(served, call, message):
@@ -179,3 +214,14 @@ def test_refusals(served, call, message):
 def test_more_positions_than_the_model_has_are_refused(model):
     with pytest.raises(ValueError, match=r"max_length must be 1\.\.256, got 257"):
         BucketedModel(model, buckets=BUCKETS, max_length=257)
+    for setting in ("page_size", "decode_steps"):
+        with pytest.raises(ValueError, match=f"{setting} must be at least 1, got 0"):
+            BucketedModel(model, buckets=BUCKETS, max_length=60, **{setting: 0})
+
+
+def test_a_cache_that_does_not_fit_is_refused(served, monkeypatch):
+    """3 layers of 2 x 2 heads of 16 floats, for 70 positions in pages of 64."""
+    assert served.cache_bytes(2) == 2 * 128 * 3 * 2 * 2 * 16 * 4
+    monkeypatch.setattr(bucketed_model, "_free_bytes", lambda device: 1e5)
+    with pytest.raises(MemoryError, match=r"2 requests of 70 positions takes 0\.00 GB, and 0\.00 GB are free"):
+        served.empty_cache(2)

@@ -89,7 +89,9 @@ def test_bytes_and_devices(tmp_path):
     assert json.loads((tmp_path / "a.json").read_text())["ids"][:4] == report["ids"][:4]
     said = run(*common, "--temperature=0.7", "--seed=3", "--max_new_tokens=5")
     report = json.loads((tmp_path / "a.json").read_text())
-    assert len(report["ids"]) == 5 and report["ran"] == "as one program" and "ran as one program" in said
+    assert len(report["ids"]) == 5 and "ran in blocks compiled ahead of time" in said
+    run(*common, "--temperature=0.7", "--seed=3", "--max_new_tokens=5", "--top_p=0.9", "--top_k=50")
+    assert len(json.loads((tmp_path / "a.json").read_text())["ids"]) == 5
 
 
 def test_a_broken_tokenizer_is_named(tmp_path):
@@ -201,7 +203,7 @@ def test_bad_flags_are_refused(tmp_path):
     model = f"--model={tmp_path}"
     (tmp_path / "text").write_bytes(b"\xff\xfet\0")
     below_a_file = f"{tmp_path}/config.json/a.json"
-    sampled, clash = "--temperature=1", "blocks take the likeliest token, not with --temperature"
+    clash = "tokens are drawn in blocks, with a --temperature above 0"
     check_refusals(
         "generate",
         {
@@ -217,8 +219,9 @@ def test_bad_flags_are_refused(tmp_path):
             (model, f"--prompt_file={tmp_path}/text"): "/text is not UTF-8 text: byte 0xff",
             (model, f"--prompt_file={tmp_path}"): f"--prompt_file={tmp_path} cannot be read: Is a directory",
             (model, "--max_new_tokens=100000"): "exceed max_position_embeddings",
-            (model, sampled, "--block_graph"): f"--block_graph: {clash}",
-            (model, sampled, "--block_graph_sizes=8"): f"--block_graph_sizes: {clash}",
+            (model, "--top_k=3", "--min_p=0.1"): f"--top_k and --min_p: {clash}",
+            (model, "--temperature=1", "--top_p=0.5", "--noblock_graph"): f"--top_p: {clash}",
+            (model, "--temperature=1", "--top_p=0"): "top_p must be above 0 and at most 1",
             (model, "--noblock_graph", "--block_graph_sizes=8"): "--noblock_graph contradict each other",
             (model, "--wire_format=fp8"): "--wire_format says how tokens cross between devices: with --ep",
             (model, "--temperature=nan"): "--temperature=nan must be finite",
