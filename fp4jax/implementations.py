@@ -56,7 +56,14 @@ def resolve_implementation(op: str, implementation: str | None, available: tuple
 
 
 def run_implementation(
-    op: str, implementation: str | None, operands: tuple[Any, ...], *, xla: Call, mosaic_gpu: Call, problem: str | None
+    op: str,
+    implementation: str | None,
+    operands: tuple[Any, ...],
+    *,
+    xla: Call,
+    mosaic_gpu: Call,
+    problem: str | None,
+    differentiable: bool = True,
 ) -> Any:
     """Calls `xla(*operands)` or `mosaic_gpu(*operands)`.
 
@@ -71,6 +78,7 @@ def run_implementation(
       xla: the op in plain JAX.
       mosaic_gpu: the op as a kernel.
       problem: why the kernel cannot serve this call, or None if it can.
+      differentiable: False for a kernel that writes arrays in place, which has no derivatives.
 
     Raises:
       ValueError: the implementation is unknown.
@@ -80,40 +88,43 @@ def run_implementation(
     if chosen == "xla" or (chosen is None and (problem is not None or not has_hopper_gpu() or _is_spread(operands))):
         return xla(*operands)
     if chosen is None:
-        return run_by_platform(operands, xla=xla, mosaic_gpu=mosaic_gpu)
+        return _run_by_platform(xla, mosaic_gpu, differentiable, operands)
     if problem is None and not has_hopper_gpu():
         problem = f"needs a GPU of compute capability 9.0; JAX sees {jax.devices()}"
     if problem is None and _is_spread(operands):
         problem = "the arrays are spread over several devices; call it inside shard_map"
     if problem is not None:
         raise NotImplementedError(f"{op}: implementation='mosaic_gpu': {problem}")
-    return run_kernel(operands, xla=xla, mosaic_gpu=mosaic_gpu)
+    return _run_kernel(xla, mosaic_gpu, differentiable, operands)
 
 
 def run_by_platform(operands: tuple[Any, ...], *, xla: Call, mosaic_gpu: Call) -> Any:
     """Calls `mosaic_gpu(*operands)` if the program is lowered for CUDA, else `xla(*operands)`."""
-    return _run_by_platform(xla, mosaic_gpu, operands)
+    return _run_by_platform(xla, mosaic_gpu, True, operands)
 
 
 def run_kernel(operands: tuple[Any, ...], *, xla: Call, mosaic_gpu: Call) -> Any:
     """Calls `mosaic_gpu(*operands)`. Its derivatives are those of `xla`."""
-    return _run_kernel(xla, mosaic_gpu, operands)
+    return _run_kernel(xla, mosaic_gpu, True, operands)
 
 
 # Both functions are jitted: an eager call then finds its program in the cache, and its arrays decide the platform.
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _run_kernel(xla, mosaic_gpu, operands):
-    return _differentiated_as(xla, mosaic_gpu)(*operands)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _run_kernel(xla, mosaic_gpu, differentiable, operands):
+    return _differentiated_as(xla, mosaic_gpu, differentiable)(*operands)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _run_by_platform(xla, mosaic_gpu, operands):
-    return lax.platform_dependent(*_vary_alike(operands), cuda=_differentiated_as(xla, mosaic_gpu), default=xla)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _run_by_platform(xla, mosaic_gpu, differentiable, operands):
+    cuda = _differentiated_as(xla, mosaic_gpu, differentiable)
+    return lax.platform_dependent(*_vary_alike(operands), cuda=cuda, default=xla)
 
 
-def _differentiated_as(xla, mosaic_gpu):
+def _differentiated_as(xla, mosaic_gpu, differentiable):
+    if not differentiable:
+        return mosaic_gpu
     kernel = jax.custom_jvp(mosaic_gpu)
     kernel.defjvp(lambda primals, tangents: jax.jvp(xla, primals, tangents))
     return kernel

@@ -8,42 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
 
 from fp4jax.attention import KeyValuePages, attend, pages_of
-from fp4jax.attention.pages import positions_from, seal
+from fp4jax.attention.rotary import rope_frequency, rotate_and_write
 from fp4jax.layers.fused import FusedLinear, fuse
 from fp4jax.layers.linear import Linear, RMSNorm
-
-
-def rope_frequency(theta: float, dim: int) -> Float[Array, "half"]:
-    """The angle per position of every RoPE pair: theta^(-2i / dim) for the pairs i = 0 .. dim / 2 - 1."""
-    half = dim // 2
-    return theta ** -(jnp.arange(half, dtype=jnp.float32) / half)
-
-
-def rope(
-    x: Float[Array, "B S heads D"],
-    positions: Int[Array, "..."],
-    frequency: Float[Array, "half"],
-    *,
-    interleaved: bool = False,
-) -> Float[Array, "B S heads D"]:
-    """Rotate pairs of values by the angle position * frequency, computed in float32 (RoPE, arXiv:2104.09864).
-
-    Args:
-      x: queries or keys.
-      positions: the position of every token: [S] or [1, S] for all sequences, or [B, S].
-      frequency: the angle per position of each of the D / 2 pairs.
-      interleaved: False pairs x[i] with x[i + D/2]; True pairs x[2i] with x[2i + 1].
-    """
-    angle = positions.reshape(-1, x.shape[1], 1, 1).astype(jnp.float32) * frequency.reshape(1, 1, 1, -1)
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    wide = x.astype(jnp.float32)
-    first, second = (wide[..., ::2], wide[..., 1::2]) if interleaved else jnp.split(wide, 2, axis=-1)
-    rotated = first * cos - second * sin, second * cos + first * sin
-    out = jnp.stack(rotated, axis=-1).reshape(x.shape) if interleaved else jnp.concatenate(rotated, axis=-1)
-    return out.astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -78,7 +47,8 @@ class Attention(nnx.Module):
         stddev: float,
         rngs: nnx.Rngs,
     ):
-        self.head_dim, self.theta, self.interleaved = head_dim, theta, interleaved
+        self.head_dim, self.theta, self.interleaved, self.norm_eps = head_dim, theta, interleaved, norm_eps
+        self.num_heads, self.num_kv_heads, self.dtype = num_heads, num_kv_heads, jnp.dtype(dtype)
         kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
         linear: dict[str, Any] = dict(stddev=stddev, rngs=rngs, **kinds)
         self.q_proj: Any = Linear(hidden_size, num_heads * head_dim, **linear)
@@ -111,18 +81,24 @@ class Attention(nnx.Module):
           The result [B, S, H], and the cache with the new positions in it, or None if there was none.
         """
         if self.qkv_proj is None:
-            projected = [p(x) for p in (self.q_proj, self.k_proj, self.v_proj)]
+            projected = jnp.concatenate([p(x) for p in (self.q_proj, self.k_proj, self.v_proj)], axis=-1)
         else:
-            projected = self.qkv_proj(x)
-        q, k, v = (part.reshape(*x.shape[:2], -1, self.head_dim) for part in projected)
-        positions = positions_from(start, x.shape[1])
+            projected = self.qkv_proj.linear(x)
+        pages = self._place_for(x, cache)
+        norms = None
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        frequency = rope_frequency(self.theta, self.head_dim)
-        q, k = (rope(part, positions, frequency, interleaved=self.interleaved) for part in (q, k))
-        if cache is None:
-            pages = pages_of(*(jnp.swapaxes(part, 1, 2) for part in seal(k, v)))
-        else:
-            pages = cache = cache.write(k, v, start)
+            norms = jnp.stack([self.q_norm.weight[...], self.k_norm.weight[...]])
+        q, pages = rotate_and_write(
+            projected, pages, start, rope_frequency(self.theta, self.head_dim), heads=self.num_heads, norms=norms,
+            epsilon=self.norm_eps, interleaved=self.interleaved, implementation="xla" if cache is None else None,
+        )  # fmt: skip
         out = attend(q, pages, start)
-        return self.o_proj(out.reshape(*x.shape[:2], -1)), cache
+        return self.o_proj(out.reshape(*x.shape[:2], -1)), None if cache is None else pages
+
+    def _place_for(self, x: jax.Array, cache: KeyValuePages | None) -> KeyValuePages:
+        """The cache, or without one pages for the tokens alone, which begin at position 0."""
+        if cache is not None:
+            return cache
+        batch, length = x.shape[:2]
+        zeros = jnp.zeros((batch, self.num_kv_heads, length, self.head_dim), self.dtype)
+        return pages_of(zeros, zeros)

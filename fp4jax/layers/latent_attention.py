@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 from fp4jax.attention import KeyValuePages, attend, pages_of
 from fp4jax.attention.paged import gathered
 from fp4jax.attention.pages import positions_from, seal
-from fp4jax.layers.attention import rope, rope_frequency
+from fp4jax.attention.rotary import rope, rope_frequency
 from fp4jax.layers.linear import Linear, RMSNorm
 
 

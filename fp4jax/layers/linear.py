@@ -16,6 +16,7 @@ from fp4jax import implementations, nvfp4
 from fp4jax.block_fp8 import BlockFP8Weights, block_fp8_matmul, quantize_blocks
 from fp4jax.grouped_gemm.gemm import contiguous_grouped_gemm
 from fp4jax.grouped_gemm.packed_weights import PackedWeights, packed_if
+from fp4jax.norms import rms_norm
 from fp4jax.nvfp4 import NVFP4Tensor
 from fp4jax.rounding import exact_precision, largest_magnitude
 
@@ -201,7 +202,4 @@ class RMSNorm(nnx.Module):
         self.weight = nnx.Param(jnp.ones(features, param_dtype))
 
     def __call__(self, x: Float[Array, "... H"]) -> Float[Array, "... H"]:
-        x = x.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-        weight = jnp.broadcast_to(self.weight[...].astype(jnp.float32), x.shape)
-        return (x * weight).astype(self.dtype)
+        return rms_norm(x, self.weight[...], self.eps).astype(self.dtype)

@@ -255,6 +255,21 @@ def largest_of_neighbours(x: jax.Array, count: int) -> jax.Array:
     return x
 
 
+def sum_of_neighbours(x: jax.Array, count: int) -> jax.Array:
+    """Sum over each group of `count` successive lanes (a power of two up to 32), in all lanes of the group; f32."""
+    step = 1
+    while step < count:
+        x = x + partner(x, step)
+        step *= 2
+    return x
+
+
+def partner(x: jax.Array, step: int) -> jax.Array:
+    """Value of a 32-bit lane array in lane xor `step`, a power of two below 32."""
+    found = _shuffle(lax.bitcast_convert_type(x, jnp.int32), "bfly", step, WARP - 1)
+    return lax.bitcast_convert_type(found, x.dtype)
+
+
 def _shuffle(x, kind, step, clamp):
     """Value of an i32 lane array in another lane of the warp: `step` lanes before ("up"), or lane xor step ("bfly")."""
     if _interpreting:

@@ -13,6 +13,7 @@ import oracles
 from cuda_lowering import kernels_in, struct
 from fp4jax.attention import KeyValuePages, attend, pages_of
 from fp4jax.attention.pages import seal
+from fp4jax.attention.rotary import rope_frequency, rotate_and_write
 
 # heads, key heads, size of a key, size of a value, places of a page
 SHAPES = {
@@ -226,3 +227,40 @@ def test_xla_and_kernel_agree_and_share_derivatives(rng, length):
 
     gradients = [np.asarray(jax.jit(jax.grad(loss), static_argnums=1)(q, name), np.float64) for name in found]
     assert np.linalg.norm(gradients[0] - gradients[1]) <= 2e-2 * np.linalg.norm(gradients[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("with_norms", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(32, 4, 128), (20, 4, 64), (6, 2, 256)])
+@pytest.mark.parametrize("length", [1, 70])
+def test_rotate_and_write_on_the_gpu(rng, interleaved, with_norms, heads, kv_heads, dim, length):
+    """The kernel's queries and pages are those of XLA but for the last bits; places that are not written stay as is."""
+    pages, _ = poisoned_pages(rng, (3, 80, 0), kv_heads, dim, dim, 64, 160, jnp.bfloat16)
+    starts, counts = jnp.asarray([3, 80, 0], jnp.int32), jnp.asarray([length, length - length // 3, 0], jnp.int32)
+    qkv = rng.standard_normal((3, length, (heads + 2 * kv_heads) * dim)).astype(np.float32)
+    qkv[0, 0, -1] = np.inf  # in the last value of the first token
+    norms = jnp.asarray(rng.uniform(0.5, 2, (2, dim)), jnp.float32) if with_norms else None
+    run = jax.jit(rotate_and_write, static_argnames=("heads", "epsilon", "interleaved", "implementation"))
+    found = [
+        run(
+            jnp.asarray(qkv, jnp.bfloat16), pages._replace(counts=counts), starts, rope_frequency(1e4, dim),
+            heads=heads, norms=norms, epsilon=1e-6, interleaved=interleaved, implementation=name,
+        )
+        for name in ("xla", "mosaic_gpu")
+    ]  # fmt: skip
+    for ours, expected in zip(jax.tree.leaves(found[1]), jax.tree.leaves(found[0]), strict=True):
+        ours, expected = np.asarray(ours, np.float32), np.asarray(expected, np.float32)
+        np.testing.assert_array_equal(np.isnan(ours), np.isnan(expected))
+        np.testing.assert_allclose(ours, expected, rtol=1 / 64, atol=1 / 64)
+        assert (ours == expected)[~np.isnan(ours)].mean() > 0.98
+    written = np.asarray(found[1][1].keys != pages.keys).reshape(-1, kv_heads, 64, dim).any(axis=(1, 3))
+    filled = ~np.isnan(np.asarray(pages.values, np.float32)).any(axis=(1, 3))
+    assert not (written & filled & ~np.isnan(np.asarray(pages.keys, np.float32)).any(axis=(1, 3))).any()
+    values = np.asarray(found[1][1].values, np.float32)
+    table = np.asarray(pages.table)
+    np.testing.assert_array_equal(values[table[0, 0], -1, 3], 0)  # the value that was not finite
+    assert np.isnan(np.asarray(found[1][1].keys, np.float32)[table[0, 0], -1, 3]).all()
+    for place in range(80, 80 + int(counts[1])):
+        row = qkv[1, place - 80, (heads + kv_heads) * dim :].reshape(kv_heads, dim)
+        np.testing.assert_array_equal(values[table[1, place // 64], :, place % 64], oracles.round_bf16(row))

@@ -1,0 +1,104 @@
+"""Rotary position embeddings (RoPE), and the way from the projections of an attention layer into its cache."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from fp4jax.attention.pages import KeyValuePages, positions_from
+from fp4jax.implementations import Call, Implementation, run_implementation
+from fp4jax.norms import rms_norm
+from pallas_kernels.attention import rotary as kernel
+
+
+def rope_frequency(theta: float, dim: int) -> Float[Array, "half"]:
+    """The angle per position of every RoPE pair: theta^(-2i / dim) for the pairs i = 0 .. dim / 2 - 1."""
+    half = dim // 2
+    return theta ** -(jnp.arange(half, dtype=jnp.float32) / half)
+
+
+def rope(
+    x: Float[Array, "B S heads D"],
+    positions: Int[Array, "..."],
+    frequency: Float[Array, "half"],
+    *,
+    interleaved: bool = False,
+) -> Float[Array, "B S heads D"]:
+    """Rotate pairs of values by the angle position * frequency, computed in float32 (RoPE, arXiv:2104.09864).
+
+    Args:
+      x: queries or keys.
+      positions: the position of every token: [S] or [1, S] for all sequences, or [B, S].
+      frequency: the angle per position of each of the D / 2 pairs.
+      interleaved: False pairs x[i] with x[i + D/2]; True pairs x[2i] with x[2i + 1].
+    """
+    angle = positions.reshape(-1, x.shape[1], 1, 1).astype(jnp.float32) * frequency.reshape(1, 1, 1, -1)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    wide = x.astype(jnp.float32)
+    first, second = (wide[..., ::2], wide[..., 1::2]) if interleaved else jnp.split(wide, 2, axis=-1)
+    rotated = first * cos - second * sin, second * cos + first * sin
+    out = jnp.stack(rotated, axis=-1).reshape(x.shape) if interleaved else jnp.concatenate(rotated, axis=-1)
+    return out.astype(x.dtype)
+
+
+def rotate_and_write(
+    qkv: Float[Array, "B S N"],
+    pages: KeyValuePages,
+    starts: Int[Array, "..."],
+    frequency: Float[Array, "half"],
+    *,
+    heads: int,
+    norms: Float[Array, "2 D"] | None = None,
+    epsilon: float | None = None,
+    interleaved: bool = False,
+    implementation: Implementation | None = None,
+) -> tuple[Float[Array, "B S heads D"], KeyValuePages]:
+    """Normalizes and rotates queries and keys, and writes keys and values into the pages.
+
+    Args:
+      qkv: the projections of every token, queries, keys and values behind each other: N = (heads + 2 kv_heads) * D.
+      pages: the cache of the layer; its arrays have kv_heads heads and one size D. Written as `KeyValuePages.write`
+        does.
+      starts: i32 [B], or () for all requests: the position of the first of the S tokens.
+      frequency: see `rope_frequency`.
+      heads: the number of query heads.
+      norms: the weights of an RMSNorm on every query, and of one on every key, applied before RoPE; None: no norms.
+      epsilon: of the norms.
+      interleaved: which values RoPE pairs, see `rope`.
+      implementation: "xla", "mosaic_gpu", or None for the best one (`implementations.run_implementation`). The kernel
+        has no derivatives.
+
+    Returns:
+      The queries in the dtype of qkv, and the pages.
+
+    Raises:
+      NotImplementedError: implementation "mosaic_gpu" was named and cannot serve the call.
+    """
+    starts = jnp.broadcast_to(jnp.asarray(starts, jnp.int32), qkv.shape[:1])
+    options = dict(rotation=kernel.Rotation(heads, interleaved, epsilon if norms is not None else None))
+    return run_implementation(
+        "rotate_and_write", implementation, (qkv, pages, starts, frequency, norms),
+        problem=kernel.check_config(qkv, pages.keys, pages.values), differentiable=False,
+        xla=Call.of(_xla, **options), mosaic_gpu=Call.of(_mosaic_gpu, **options),
+    )  # fmt: skip
+
+
+def _xla(qkv, pages, starts, frequency, norms, *, rotation):
+    dim, kv_heads = pages.keys.shape[3], pages.keys.shape[1]
+    parts = qkv.reshape(*qkv.shape[:2], -1, dim)
+    q, k, v = jnp.split(parts, [rotation.heads, rotation.heads + kv_heads], axis=2)
+    if norms is not None:
+        q, k = (rms_norm(x, w, rotation.epsilon).astype(qkv.dtype) for x, w in zip((q, k), norms, strict=True))
+    positions = positions_from(starts, qkv.shape[1])
+    q, k = (rope(x, positions, frequency, interleaved=rotation.interleaved) for x in (q, k))
+    return q, pages.write(k, v, starts)
+
+
+def _mosaic_gpu(qkv, pages, starts, frequency, norms, *, rotation):
+    batch, length, _ = qkv.shape
+    counts = jnp.full(batch, length, jnp.int32) if pages.counts is None else pages.counts
+    angle = positions_from(starts, length).reshape(-1, 1).astype(jnp.float32) * frequency[None, :]
+    norms = None if norms is None else norms.astype(jnp.float32)
+    angles = kernel.Angles(jnp.cos(angle), jnp.sin(angle))
+    q, keys, values = kernel.rotate_and_write(
+        qkv, pages.keys, pages.values, pages.table, starts, counts, angles, norms, rotation=rotation
+    )  # fmt: skip
+    return q, pages._replace(keys=keys, values=values)
