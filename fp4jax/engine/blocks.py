@@ -86,8 +86,11 @@ def run_head(weights, x, *, structure, num_tokens):
     return structure.module(weights).head(last)[:, 0]
 
 
-def decode_steps(weights, last, lengths, drawing, cache, table, *, structure, steps, num_tokens):
-    """Decodes `steps` tokens of every request; see `BucketedModel.decode`. `num_tokens` counts the valid requests."""
+def decode_steps(weights, last, lengths, drawing, cache, table, *, structure, steps, draws, num_tokens):
+    """Decodes `steps` tokens of every request; see `BucketedModel.decode`.
+
+    `num_tokens` counts the valid requests. Without `draws` all temperatures count as 0.
+    """
     model = structure.module(weights)
     valid = jnp.arange(last.shape[0], dtype=jnp.int32) < num_tokens
 
@@ -95,7 +98,8 @@ def decode_steps(weights, last, lengths, drawing, cache, table, *, structure, st
         tokens, last, lengths, cache = carry
         runs = valid & (last >= 0)
         logits, cache = _one_step(model, last, lengths, cache, table, runs)
-        found = jnp.where(runs, draw(logits, drawing.params, lengths + 1), -1)
+        chosen = draw(logits, drawing.params, lengths + 1) if draws else jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        found = jnp.where(runs, chosen, -1)
         ends = jnp.any(found[:, None] == drawing.stop_ids, axis=1)
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, found[:, None], index, 1)
         return tokens, jnp.where(ends, -1, found), lengths + runs.astype(jnp.int32), cache

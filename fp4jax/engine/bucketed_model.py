@@ -69,6 +69,8 @@ class BucketedModel:
       max_length: the most tokens of a request, prompt and answer together.
       page_size: positions of a page of the cache. The kernels of attention need a multiple of 64.
       decode_steps: tokens that a call of `decode` decodes for every request.
+      draws: whether requests may have a temperature above 0. Then programs are compiled that draw tokens; they take
+        some 35 passes over the logits more.
       compiler_options: options for XLA that every executable is compiled with.
 
     Raises:
@@ -85,6 +87,7 @@ class BucketedModel:
         max_length: int,
         page_size: int = 64,
         decode_steps: int = 8,
+        draws: bool = False,
         compiler_options: Mapping[str, str | bool] | None = None,
     ):
         if not 1 <= max_length <= model.config.max_position_embeddings:
@@ -116,8 +119,8 @@ class BucketedModel:
         self.head = block_graph(run_head, buckets=buckets, in_axes=(None, 1), out_axes=None, name="head", **counted)
         decoding: dict[str, Any] = dict(
             in_axes=(None, 0, 0, None, None, None), out_axes=(0, 0, 0, None), donate_argnums=(4,),
-            count_argname="num_tokens", static_argnames=("structure", "steps"), compiler_options=compiler_options,
-            check_compiled=check_no_copies if is_low_latency(model) else None,
+            count_argname="num_tokens", static_argnames=("structure", "steps", "draws"),
+            compiler_options=compiler_options, check_compiled=check_no_copies if is_low_latency(model) else None,
         )  # fmt: skip
         self.decoders = {
             size: block_graph(run_decode_steps, buckets=(size,), name=f"decode of {size}", **decoding)
@@ -128,7 +131,7 @@ class BucketedModel:
         self._run_layers = [self.layer.bind(weights, structure=structure) for structure, weights in self._layers]
         self._run_head = self.head.bind(self._rest[1], structure=self._rest[0])
         whole, weights = self._whole
-        self._decoding: dict[str, Any] = dict(structure=whole, steps=decode_steps)
+        self._decoding: dict[str, Any] = dict(structure=whole, steps=decode_steps, draws=draws)
         self._run_decoders = {size: d.bind(weights, **self._decoding) for size, d in self.decoders.items()}
         self._drawing = functools.partial(drawing_of, home=home)
         self._greedy = functools.cache(lambda size: self._drawing([], size))
@@ -219,7 +222,7 @@ class BucketedModel:
 
         Raises:
           ValueError: there are no or too many prompts, or not as many `sampling`; `max_new_tokens` is below 1; a prompt
-            and its answer exceed `max_length`; or `prefill` refuses a prompt.
+            and its answer exceed `max_length`; a temperature is above 0 without `draws`; or `prefill` refuses a prompt.
         """
         size = next((s for s in self.decoders if s >= len(prompts)), None)
         if not prompts or size is None:
@@ -232,6 +235,8 @@ class BucketedModel:
             sampling = [dataclasses.replace(sampling, seed=sampling.seed + i) for i in range(len(prompts))]
         if len(sampling) != len(prompts):
             raise ValueError(f"{len(sampling)} sampling settings for {len(prompts)} prompts")
+        if not self._decoding["draws"] and any(s.temperature > 0 for s in sampling):
+            raise ValueError("a temperature above 0 needs BucketedModel(..., draws=True)")
         first, batch = [], self.empty_cache(size)
         for slot, prompt in enumerate(prompts):
             done = self.prefill(prompt)

@@ -5,11 +5,9 @@ fixes the bits of the threshold from the highest to the lowest, two in each pass
 above three candidates: it counts tokens for top-k and adds up probability for top-p. Float32 has 32 bits, hence 16
 passes, whatever k, p and the vocabulary are.
 
-Passes over the logits: 1 for the argmax; if any request has a positive temperature, 2 more for the draw, 16 for top-k
-and 17 for top-p. The passes of top-k and of top-p are left out if no request that is drawn asks for them.
+Passes over the logits: 1 for the argmax, 2 for the draw, 16 for top-k and 17 for top-p, whatever the requests ask for.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -101,12 +99,11 @@ def draw(logits: Float32[Array, "B V"], params: SamplingParams, positions: Int32
     largest = jnp.take_along_axis(logits, likeliest[:, None], axis=1)[:, 0]  # NaN if there is one in the row
     drawn = (params.temperature > 0) & ~jnp.isnan(largest)
 
-    def draw_any() -> jax.Array:
-        noise = gumbel_noise(params.seed, positions, logits.shape[1])
-        tokens = jnp.argmax(log_weights(logits, params) + noise, axis=-1).astype(jnp.int32)
-        return jnp.where(drawn, tokens, likeliest)
-
-    return jax.lax.cond(jnp.any(drawn), draw_any, lambda: likeliest)
+    # No branch here and below asks whether a request needs what it computes: on a GPU the host would have to read the
+    # condition, and every step would wait for it.
+    noise = gumbel_noise(params.seed, positions, logits.shape[1])
+    tokens = jnp.argmax(log_weights(logits, params) + noise, axis=-1).astype(jnp.int32)
+    return jnp.where(drawn, tokens, likeliest)
 
 
 def log_weights(logits: Float32[Array, "B V"], params: SamplingParams) -> Float32[Array, "B V"]:
@@ -132,25 +129,19 @@ def log_weights(logits: Float32[Array, "B V"], params: SamplingParams) -> Float3
     scaled = jnp.where(logits == largest, 0.0, (logits - largest) / temperature)
     weights = jnp.exp(scaled)
 
-    def top_k() -> jax.Array:
-        return _threshold(logits, jnp.ones(logits.shape, jnp.int32), params.top_k)
-
-    kept = logits >= _search_if_any(drawn & (params.top_k > 0) & (params.top_k < logits.shape[1]), top_k)
-
-    def top_p() -> jax.Array:
-        left = jnp.where(kept, weights, 0.0)
-        return _threshold(logits, left, params.top_p * jnp.sum(left, axis=-1))
-
-    # top_p = 1 needs no search; one would lose the tail, whose weights vanish in the rounding of a float32 sum.
-    kept &= logits >= _search_if_any(drawn & (params.top_p < 1), top_p)
+    threshold = _threshold(logits, jnp.ones(logits.shape, jnp.int32), params.top_k)
+    kept = logits >= _where_wanted((params.top_k > 0) & (params.top_k < logits.shape[1]), threshold)
+    left = jnp.where(kept, weights, 0.0)
+    threshold = _threshold(logits, left, params.top_p * jnp.sum(left, axis=-1))
+    # top_p = 1 takes no threshold: it would lose the tail, whose weights vanish in the rounding of a float32 sum.
+    kept &= logits >= _where_wanted(params.top_p < 1, threshold)
     kept &= weights >= params.min_p[:, None]  # the largest weight is exp(0) = 1
     return jnp.where(kept | (logits == largest), scaled, -jnp.inf)
 
 
-def _search_if_any(wanted: Bool[Array, " B"], search: Callable[[], jax.Array]) -> Float32[Array, "B 1"]:
-    """The thresholds of `search` for the requests that want one, and -inf for the others."""
-    off = jnp.full(wanted.shape, -jnp.inf, jnp.float32)
-    return jax.lax.cond(jnp.any(wanted), lambda: jnp.where(wanted, search(), off), lambda: off)[:, None]
+def _where_wanted(wanted: Bool[Array, " B"], threshold: Float32[Array, " B"]) -> Float32[Array, "B 1"]:
+    """The thresholds of the requests that want one, and -inf for the others."""
+    return jnp.where(wanted, threshold, -jnp.inf)[:, None]
 
 
 def _threshold(

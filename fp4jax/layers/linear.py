@@ -32,16 +32,12 @@ def dot(
     out_dtype = jnp.dtype(out_dtype or dtype)
     if jnp.dtype(dtype) == jnp.float32 and x.dtype == jnp.bfloat16:
         return _dot_of_bf16(x, weight).astype(out_dtype)
-    # For a single row XLA multiplies and sums in the dtype of the result, so that dtype is float32 there.
-    one_row = math.prod(x.shape[:-1]) == 1
-    y = jnp.einsum(
-        "...k,nk->...n",
-        x.astype(dtype),
-        weight.astype(dtype),
-        precision=exact_precision(dtype),
-        preferred_element_type=jnp.float32 if one_row else out_dtype,
-    )
-    return y.astype(out_dtype)
+    x, weight = x.astype(dtype), weight.astype(dtype)
+    if math.prod(x.shape[:-1]) == 1:  # a product of a matrix and a vector: XLA's reduction reads the matrix faster
+        y = jnp.sum(x.reshape(1, -1).astype(jnp.float32) * weight.astype(jnp.float32), axis=-1)
+        return y.reshape(*x.shape[:-1], -1).astype(out_dtype)
+    precision = exact_precision(dtype)
+    return jnp.einsum("...k,nk->...n", x, weight, precision=precision, preferred_element_type=out_dtype)
 
 
 def _dot_of_bf16(x, weight):

@@ -114,7 +114,6 @@ def rotate_and_write(
                 at = jnp.where(is_key, 1, 0) * group + piece
                 weights = lanes.gather(norm_ref[0], at, _PER_LANE, where=valid)
                 x = [v * factor * lax.bitcast_convert_type(w, jnp.float32) for v, w in zip(x, weights, strict=True)]
-                x = unpack_bf16(_packed(x))  # rounded, as a norm returns it
             words = _packed(_turned(x, token, piece, valid, cos_ref, sin_ref))
             lanes.scatter(q_ref, token * (heads * group) + inner, words, where=valid & ~is_key)
 

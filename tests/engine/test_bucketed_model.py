@@ -37,6 +37,11 @@ def served(model, quick_compile):
     return found
 
 
+@pytest.fixture(scope="module")
+def drawing(model, quick_compile):
+    return BucketedModel(model, buckets=BUCKETS, batch_buckets=(1, 3), max_length=70, draws=True)
+
+
 def logits_of(model, ids, length=70):
     """One program for all lengths: the tokens behind `ids` change nothing before them."""
     padded = jnp.asarray([ids + [0] * (length - len(ids))], jnp.int32)
@@ -110,20 +115,21 @@ def test_stop_tokens_end_an_answer_and_no_other(served, rng):
     assert sum(served.decoders[3].stats.calls.values()) - calls < 4 + 4  # the second one stopped early
 
 
-def test_drawn_tokens(model, served, rng):
+def test_drawn_tokens(model, served, drawing, rng):
     """Each token is the one that the request's logits, parameters, seed and position say, alone and among others."""
     prompts = [rng.integers(0, 97, n).tolist() for n in (11, 30)]
     sampling = [Sampling(temperature=0.9, top_k=40, top_p=0.95, min_p=0.01, seed=5), Sampling(1.3, seed=2**32 - 1)]
-    found = served.generate(prompts, 12, sampling)
+    found = drawing.generate(prompts, 12, sampling)
     for prompt, answer, one in zip(prompts, found, sampling, strict=True):
         logits = logits_of(model, prompt + answer[:-1])[len(prompt) - 1 :]
         params = drawing_of([one] * 12, 12).params
         positions = jnp.arange(len(prompt), len(prompt) + 12, dtype=jnp.int32)
         noisy = np.asarray(log_weights(jnp.asarray(logits), params) + gumbel_noise(params.seed, positions, 97))
         assert (noisy[np.arange(12), answer] >= noisy.max(axis=1) - 1e-3).all()
-        assert served.generate([prompt], 12, [one]) == [answer]
-    assert found != served.generate(prompts, 12)
-    shared = served.generate([prompts[0]] * 2, 12, Sampling(1.0, seed=7))
+        assert drawing.generate([prompt], 12, [one]) == [answer]
+    greedy = served.generate(prompts, 12)
+    assert found != greedy == drawing.generate(prompts, 12)
+    shared = drawing.generate([prompts[0]] * 2, 12, Sampling(1.0, seed=7))
     assert shared[0] != shared[1]  # the seeds 7 and 8
 
 
@@ -202,6 +208,7 @@ def test_tokens_that_are_not_valid_take_no_capacity(rng):
         (lambda s: s.generate([[1] * 60], 11), "71 tokens with 11 new ones"),
         (lambda s: s.generate([[1]], 0), "0 new ones"),
         (lambda s: s.generate([[1]], 1, [Sampling()] * 2), "2 sampling settings for 1 prompts"),
+        (lambda s: s.generate([[1]], 1, Sampling(0.5)), "a temperature above 0 needs BucketedModel"),
         (lambda s: Sampling(stop_ids=tuple(range(17))), "at most 16 stop tokens, got 17"),
         (lambda s: Sampling(top_p=0.0), "top_p must be above 0"),
     ],
