@@ -1,6 +1,6 @@
 """Measures a whole language model on one GPU, beside its floor and beside Hugging Face transformers.
 
-    python experiments/bench_model.py                                  # every model and size; about two hours on a GPU
+    python experiments/bench_model.py                                  # every model and size; some hours on a GPU
     python experiments/bench_model.py --models=qwen3-30b --layers=8 --prefill=2048 --decode=32 --contexts=1024
     python experiments/bench_model.py --experts=w4a16,w4a4 --dense=bf16,fp8,nvfp4 --peers=
     JAX_PLATFORMS=cpu python experiments/bench_model.py                # a tiny model: checks that it runs
@@ -34,14 +34,14 @@ from absl import app, flags
 from tqdm import tqdm
 
 from experiments.cases import models as model_cases
+from experiments.cases.model_calls import STEPS, Calls, decode_calls, prefill_calls
+from experiments.cases.model_floors import Work
+from experiments.cases.model_rows import ask_peer, make_row, peer_rows, why_no_peer, with_floors
+from experiments.cases.model_timing import measure, measure_stages
 from experiments.harness import outputs, script, timing
 from experiments.harness.flag_values import choices, integers
 from experiments.harness.graph_kernels import KEEP_GRAPHS
-from experiments.harness.model_calls import STEPS, Calls, decode_calls, prefill_calls
-from experiments.harness.model_floors import Work
 from experiments.harness.model_report import model_text, plot, size_of
-from experiments.harness.model_rows import ask_peer, make_row, peer_rows, why_no_peer, with_floors
-from experiments.harness.model_timing import measure, measure_stages
 
 _MODELS = flags.DEFINE_list(
     "models", None, f"Models, of {', '.join(model_cases.MODELS)}; default: all but tiny (CPU: tiny)."
@@ -96,10 +96,11 @@ def main(argv):
     ceilings = timing.measure_ceilings()
     rows = with_floors(rows, ceilings)
 
-    def add(row: dict[str, Any]) -> None:
-        rows.extend(with_floors([row], ceilings))
+    def add(*more: dict[str, Any]) -> None:
+        rows.extend(with_floors(more, ceilings))
         timing.save_results(folder / "bench_model.json", "bench_model", rows, inputs=_INPUTS, ceilings=ceilings)
 
+    add()
     variants = [(name, e, d) for name in plan.models for e in plan.experts for d in plan.dense]
     with tqdm(total=len(variants) * len(plan.works), unit="row") as progress:
         for name, experts, dense in variants:

@@ -7,6 +7,7 @@ from typing import Any
 from experiments.harness.model_stages import STAGES
 
 _COLORS = ("tab:blue", "tab:orange", "tab:gray", "tab:green", "tab:brown")
+_STYLES = ("o-", "x--", "s:", "^-.")
 
 
 def size_of(row: dict[str, Any]) -> str:
@@ -55,12 +56,16 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     models = list(dict.fromkeys(r["model"] for r in rows))
     if not rows:
         return
-    figure, axes = plt.subplots(len(models), 3, figsize=(18, 5 * len(models)), width_ratios=(3, 2, 4), squeeze=False)
+    bars = {model: [r for r in rows if r["model"] == model and r["stages"] and _ours(r)] for model in models}
+    heights = [max(5.0, 1 + 0.25 * len(bars[model])) for model in models]
+    figure, axes = plt.subplots(
+        len(models), 3, figsize=(19, sum(heights)), width_ratios=(3, 2, 4), height_ratios=heights, squeeze=False
+    )
     for line, model in zip(axes, models, strict=True):
         some = [r for r in rows if r["model"] == model]
         _plot_rates(line[0], [r for r in some if r["phase"] == "decode"], "requests", f"{model}, decode")
         _plot_rates(line[1], [r for r in some if r["phase"] == "prefill"], "tokens", f"{model}, prefill")
-        _plot_stages(line[2], [r for r in some if r["stages"]], f"{model}: where a layer's time goes")
+        _plot_stages(line[2], bars[model], f"{model}: where a layer's time goes (wall time and its floor at the right)")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=90)
@@ -68,40 +73,46 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def _plot_rates(axis: Any, rows: Sequence[dict[str, Any]], over: str, title: str) -> None:
-    """Draw tokens/s over the column `over`, with a line per implementation, formats and context; peers are dashed."""
-    lines: dict[str, list[dict[str, Any]]] = {}
-    for r in rows:
-        at = "" if r["context"] is None else f", context {r['context']}"
-        lines.setdefault(f"{_variant(r)}{at}", []).append(r)
-    for name, some in lines.items():
-        some = sorted(some, key=lambda r: r[over])
-        style = "o-" if some[0]["implementation"] == "fp4jax" else "x--"
-        axis.plot([r[over] for r in some], [r["tokens_per_s"] for r in some], style, label=name)
+    """Draw tokens/s over the column `over`: a color per context, and a style per implementation and formats."""
+    contexts = list(dict.fromkeys(r["context"] for r in rows))
+    variants = list(dict.fromkeys(_variant(r) for r in rows))
+    for color, context in enumerate(contexts):
+        for style, variant in enumerate(variants):
+            some = [r for r in rows if (r["context"], _variant(r)) == (context, variant)]
+            some.sort(key=lambda r: r[over])
+            label = variant if context is None else f"{variant}, context {context}"
+            axis.plot(
+                [r[over] for r in some], [r["tokens_per_s"] for r in some], _STYLES[style % len(_STYLES)],
+                color=f"C{color}", label=label,
+            )  # fmt: skip
     axis.set(xlabel=over, ylabel="tokens/s", title=title)
-    if lines:
+    if rows:
         axis.set(xscale="log", yscale="log")
         axis.legend(fontsize=6)
 
 
 def _plot_stages(axis: Any, rows: Sequence[dict[str, Any]], title: str) -> None:
-    """Draw the stages of every row as parts of a bar, and its wall time and floor as marks across."""
-    names = [f"{r['phase']} {size_of(r)}, {_variant(r)}" for r in rows]
-    bottom = [0.0] * len(rows)
+    """Draw a bar per row whose parts are the shares of the stages."""
+    names = [f"{r['phase']} {size_of(r)}, {r['experts']}, {r['dense']}" for r in rows]
+    totals, left = [sum(r["stages"].values()) or 1.0 for r in rows], [0.0] * len(rows)
     for stage, color in zip(STAGES, _COLORS, strict=True):
-        part = [r["stages"][stage] for r in rows]
-        axis.barh(names, part, left=bottom, color=color, label=stage)
-        bottom = [b + p for b, p in zip(bottom, part, strict=True)]
+        part = [100 * r["stages"][stage] / total for r, total in zip(rows, totals, strict=True)]
+        axis.barh(names, part, left=left, color=color, label=stage)
+        left = [b + p for b, p in zip(left, part, strict=True)]
+    for place, r in enumerate(rows):
+        axis.text(101, place, f"{r['us_per_layer']:.0f} us, {r['floor_us_per_layer']:.0f}", va="center", fontsize=7)
     if rows:
-        axis.plot([r["us_per_layer"] for r in rows], names, "k|", markersize=12, label="wall time")
-        axis.plot([r["floor_us_per_layer"] for r in rows], names, "r|", markersize=12, label="floor")
-        axis.set_xscale("symlog", linthresh=100)
         axis.invert_yaxis()
-        axis.legend(fontsize=7)
-    axis.tick_params(axis="y", labelsize=6)
-    axis.set(xlabel="us per layer", title=title)
+        axis.legend(fontsize=7, ncols=len(STAGES), loc="lower left", bbox_to_anchor=(0, -0.2))
+    axis.tick_params(axis="y", labelsize=7)
+    axis.set(xlabel="% of the kernels' time", title=title, xlim=(0, 120))
+
+
+def _ours(row: dict[str, Any]) -> bool:
+    return row["implementation"] == "fp4jax"
 
 
 def _variant(row: dict[str, Any]) -> str:
-    if row["implementation"] != "fp4jax":
+    if not _ours(row):
         return row["implementation"]
     return f"fp4jax {row['experts']}" + ("" if row["dense"] == "bf16" else f", {row['dense']} linear layers")

@@ -100,14 +100,18 @@ def main(request_file: str, answers_file: str) -> None:
 
 def make_model(config: dict[str, Any], device: str) -> Any:
     """A causal language model with random weights, made on the device."""
-    values = dict(config)
-    found = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
-    options: dict[str, Any] = dict(dtype=torch.bfloat16, attn_implementation="sdpa")
+
+    def make(**more: Any) -> Any:
+        values = dict(config)
+        found = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
+        options = dict(dtype=torch.bfloat16, attn_implementation="sdpa", **more)
+        return transformers.AutoModelForCausalLM.from_config(found, **options)
+
     with torch.device(device):
         try:
-            model = transformers.AutoModelForCausalLM.from_config(found, experts_implementation="grouped_mm", **options)
+            model = make(experts_implementation="grouped_mm")
         except (TypeError, ValueError):  # a version that does not know it
-            model = transformers.AutoModelForCausalLM.from_config(found, **options)
+            model = make()
     return model.eval()
 
 

@@ -1,4 +1,4 @@
-"""bench_model: the script with a tiny model, floors by hand, stages of kernels and scopes, rows of a peer, the table."""
+"""bench_model: the script with a tiny model, floors by hand, stages of kernels and scopes, rows of a peer, a table."""
 
 import json
 
@@ -9,10 +9,10 @@ import pytest
 from python_runs import ROOT, run_python
 from refusals import check_refusals
 
-from experiments.cases import models as model_cases
-from experiments.harness import model_rows, timing
-from experiments.harness.model_calls import filled_cache, serve
-from experiments.harness.model_floors import Work, attention_sizes, experts_hit, floor_us, layer_sizes
+from experiments.cases import model_rows, models as model_cases
+from experiments.cases.model_calls import filled_cache, serve
+from experiments.cases.model_floors import Work, attention_sizes, experts_hit, floor_us, layer_sizes
+from experiments.harness import timing
 from experiments.harness.model_report import model_text
 from experiments.harness.model_stages import STAGES, by_kernel_name, by_scope, scoped_layers, stage_of_kernel
 from experiments.harness.tables.models import model_table
@@ -69,6 +69,25 @@ def test_bad_flags_are_refused():
             ("stray",): "unexpected arguments",
         },
     )
+
+
+_WITHOUT_MEMORY = """
+import json
+import jax, jax.numpy as jnp
+from absl import flags
+from experiments import bench_model as script
+
+flags.FLAGS([script.__name__])
+script.decode_calls = lambda *_: jax.jit(lambda: jnp.zeros(1 << 50, jnp.uint8))()
+print(json.dumps(script.measured(None, script.Work("decode", 2, context=8))))
+"""
+
+
+def test_what_does_not_fit_into_memory_is_noted():
+    done = run_python("-c", _WITHOUT_MEMORY)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert list(found) == ["error"] and found["error"].startswith("out of memory: ")
 
 
 # --- sizes and floors ---

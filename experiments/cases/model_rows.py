@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from experiments.cases.model_floors import Work, floor_us
 from experiments.cases.models import abstract_model, hf_config, model_config
-from experiments.harness.model_floors import Work, floor_us
 from experiments.harness.timing import Ceilings
 
 # Every row has these columns; a row without a time also has `error`, the reason.

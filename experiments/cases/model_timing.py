@@ -11,10 +11,10 @@ from typing import Any
 
 import jax
 
+from experiments.cases.model_calls import STEPS, Call, Calls
 from experiments.cases.models import last_layers
 from experiments.harness import timing
 from experiments.harness.graph_kernels import profile_kernels
-from experiments.harness.model_calls import STEPS, Call, Calls
 from experiments.harness.model_stages import SCOPES, by_scope, scoped_layers
 from experiments.harness.stages import compiler_options, stage_times
 
