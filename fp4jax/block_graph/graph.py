@@ -246,6 +246,12 @@ class BlockGraph:
     # --- report ---
 
     @property
+    def executables(self) -> list[jax.stages.Compiled]:
+        """The programs compiled up to now, in the order of compilation, for their text and their memory analysis."""
+        with self._lock:
+            return list(self._executables.values())
+
+    @property
     def stats(self) -> BlockStats:
         """Counts of calls, tokens and compilations up to now."""
         with self._lock:

@@ -1,0 +1,200 @@
+"""Measures a whole language model on one GPU, beside its floor and beside Hugging Face transformers.
+
+    python experiments/bench_model.py                                  # every model and size; some hours on a GPU
+    python experiments/bench_model.py --models=qwen3-30b --layers=8 --prefill=2048 --decode=32 --contexts=1024
+    python experiments/bench_model.py --experts=w4a16,w4a4 --dense=bf16,fp8,nvfp4 --peers=
+    JAX_PLATFORMS=cpu python experiments/bench_model.py                # a tiny model: checks that it runs
+
+The model has random weights, experts in NVFP4, and runs as a user runs it, in `engine.BucketedModel` with CUDA graphs:
+a prefill of one prompt, and decode steps that follow each other for requests with different tokens and a filled cache.
+With --layers below the published number all layers have experts. --experts says what the experts' activations are, and
+--dense what all linear layers but the experts', the router and the head run as. An empty --prefill= or --decode= leaves
+that phase out.
+
+us_per_layer is the wall time of the model without embedding and head, over its layers: both are timed alone, and
+subtracted. kernel_us_per_layer and kernels_per_layer are the sum and the number of the layers' kernels, and in_graph is
+the share of kernels that CUDA graphs launched. stages comes from a profile of two layers that are compiled once more
+without graphs. tokens_per_s is that of the whole model, embedding and head included. peak_gb is the memory that is in
+use, and what XLA planned for the largest program. The floor is the time of the weights of the experts hit, the other
+weights, and the keys and values, each once, or of the FLOPs, at the rates of a large copy and a large bf16 product of
+this run.
+
+transformers is measured first, in a process of its own, with --peer_layers layers of the same sizes: its stack of
+decoder layers is called with embedded tokens, so that embedding and head are not in its time. Its tokens_per_s is
+computed for as many layers as fp4jax's model has. Its stages are guessed from names of kernels. What does not fit into
+memory has a row that says so. Writes bench_model.json and bench_model.png into --output_dir.
+"""
+
+import gc
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from absl import app, flags
+from tqdm import tqdm
+
+from experiments.cases import models as model_cases
+from experiments.cases.model_calls import STEPS, Calls, decode_calls, prefill_calls
+from experiments.cases.model_floors import Work
+from experiments.cases.model_rows import ask_peer, make_row, peer_rows, why_no_peer, with_floors
+from experiments.cases.model_timing import measure, measure_stages
+from experiments.harness import outputs, script, timing
+from experiments.harness.flag_values import choices, integers
+from experiments.harness.graph_kernels import KEEP_GRAPHS
+from experiments.harness.model_report import model_text, plot, size_of
+
+_MODELS = flags.DEFINE_list(
+    "models", None, f"Models, of {', '.join(model_cases.MODELS)}; default: all but tiny (CPU: tiny)."
+)
+_LAYERS = flags.DEFINE_integer(
+    "layers", None, "Decoder layers; default: all of them, and 3 of deepseek-v3.", lower_bound=1
+)
+_PREFILL = flags.DEFINE_list("prefill", None, "Tokens of the prefills; default: 128,2048,8192,32768 (CPU: 16).")
+_DECODE = flags.DEFINE_list("decode", None, "Requests of the decode steps; default: 1,8,32,128 (CPU: 2).")
+_CONTEXTS = flags.DEFINE_list(
+    "contexts", None, "Filled places of every request in decode; default: 128,1024,8192,32768 (CPU: 16)."
+)
+_EXPERTS = flags.DEFINE_list("experts", ["w4a16"], f"How experts run, of {', '.join(model_cases.EXPERTS)}.")
+_DENSE = flags.DEFINE_list("dense", ["bf16"], f"What linear layers run as, of {', '.join(model_cases.DENSE)}.")
+_CHUNK = flags.DEFINE_integer("chunk", 8192, "Tokens per chunk of a longer prefill.", lower_bound=1)
+_PEERS = flags.DEFINE_list("peers", ["transformers"], "Other libraries to measure: transformers, or none.")
+_PEER_LAYERS = flags.DEFINE_integer("peer_layers", 8, "The most decoder layers of a peer's model.", lower_bound=1)
+_REPEATS = flags.DEFINE_integer("repeats", 10, "Timed rounds; the median counts.", lower_bound=1)
+_PROFILE = flags.DEFINE_bool("profile", True, "Also measure kernels and stages.")
+_OUTPUT_DIR = flags.DEFINE_string("output_dir", "output/bench_model", "Folder for the JSON and PNG files.")
+
+_INPUTS = (
+    "random weights, experts in NVFP4 with activation scales per token in w4a4; random token ids, random keys and "
+    "values; wall time of calls that follow each other, median of rounds; transformers in bf16 with fewer layers, its "
+    "tokens_per_s computed for the layers of fp4jax's model"
+)
+
+
+class Plan(NamedTuple):
+    """What to measure.
+
+    Attributes:
+      models: {name: decoder layers}.
+      works: the prefills and decode steps.
+      experts: modes of the experts.
+      dense: what linear layers run as.
+    """
+
+    models: dict[str, int]
+    works: list[Work]
+    experts: list[str]
+    dense: list[str]
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    folder = outputs.check_folder("output_dir", _OUTPUT_DIR.value, "bench_model.json", "bench_model.png")
+    rows = rows_of_peers()  # before JAX takes the GPU's memory
+    plan = checked_plan(timing.on_gpu())
+    folder.mkdir(parents=True, exist_ok=True)
+    ceilings = timing.measure_ceilings()
+    rows = with_floors(rows, ceilings)
+
+    def add(*more: dict[str, Any]) -> None:
+        rows.extend(with_floors(more, ceilings))
+        timing.save_results(folder / "bench_model.json", "bench_model", rows, inputs=_INPUTS, ceilings=ceilings)
+
+    add()
+    variants = [(name, e, d) for name in plan.models for e in plan.experts for d in plan.dense]
+    with tqdm(total=len(variants) * len(plan.works), unit="row") as progress:
+        for name, experts, dense in variants:
+            progress.set_description(f"{name}, {experts}, {dense}: making the model")
+            config = model_cases.model_config(name, plan.models[name])
+            model: Any = None
+            reason: dict[str, str] = {}
+            with timing.noting_out_of_memory(reason, "error"):
+                model = model_cases.random_model(config, experts, dense)
+            for work in plan.works:
+                row = make_row(name, plan.models[name], work, "fp4jax", experts, dense)
+                progress.set_description(f"{name}, {experts}, {dense}, {work.phase} {size_of(row)}")
+                add(row | (reason if model is None else measured(model, work)))
+                progress.update()
+            model = None
+            gc.collect()  # models hold reference cycles
+            jax.clear_caches()
+    print(model_text(rows))
+    plot(rows, folder / "bench_model.png")
+    print(f"wrote {folder}/bench_model.json and bench_model.png")
+
+
+def checked_plan(gpu: bool) -> Plan:
+    """The plan from the flags, with the defaults for a GPU or for a CPU.
+
+    Raises:
+      app.UsageError: a flag has a value that cannot be measured.
+    """
+    usual = tuple(m for m in model_cases.MODELS if m != "tiny") if gpu else ("tiny",)
+    names = choices("models", _MODELS.value, model_cases.MODELS, usual)
+    experts = choices("experts", _EXPERTS.value, tuple(model_cases.EXPERTS), tuple(model_cases.EXPERTS)[:1])
+    dense = choices("dense", _DENSE.value, model_cases.DENSE, model_cases.DENSE[:1])
+    given = lambda flag, on_gpu, on_cpu: flag.value if flag.value is not None else on_gpu if gpu else on_cpu  # noqa: E731
+    prefill = integers("prefill", given(_PREFILL, (128, 2048, 8192, 32768), (16,)))
+    decode = integers("decode", given(_DECODE, (1, 8, 32, 128), (2,)))
+    contexts = integers("contexts", given(_CONTEXTS, (128, 1024, 8192, 32768), (16,)))
+    works = [Work("prefill", tokens=tokens) for tokens in prefill]
+    works += [Work("decode", requests, context=context) for context in contexts for requests in decode]
+    if not works:
+        raise app.UsageError("--prefill, --decode and --contexts leave nothing to measure")
+    for name in names:
+        published = model_cases.PUBLISHED[name]
+        if (_LAYERS.value or 1) > published["num_hidden_layers"]:
+            raise app.UsageError(f"--layers={_LAYERS.value}: {name} has {published['num_hidden_layers']}")
+        longest = max([*prefill, *(context + STEPS for context in contexts if decode)]) + 1
+        if longest > published["max_position_embeddings"]:
+            raise app.UsageError(
+                f"--prefill and --contexts need {longest} positions, {name} has {published['max_position_embeddings']}"
+            )
+    layers = {name: _LAYERS.value or model_cases.usual_layers(name) for name in names}
+    return Plan(layers, works, experts, dense)
+
+
+def rows_of_peers() -> list[dict[str, Any]]:
+    """The rows of transformers without their floors; prints how it ran, or why it did not."""
+    if not choices("peers", _PEERS.value, ("transformers",), ()):
+        return []
+    if reason := why_no_peer():
+        print(reason)
+        return []
+    plan, rows = checked_plan(gpu=True), []
+    for name, whole in plan.models.items():
+        layers = min(whole, _PEER_LAYERS.value)
+        answers = ask_peer(name, layers, plan.works, _REPEATS.value, _PROFILE.value)
+        print(answers.about)
+        rows += peer_rows(name, layers, whole, answers.rows)
+    return rows
+
+
+def measured(model: Any, work: Work) -> dict[str, Any]:
+    """The measured columns of fp4jax's row, or the `error` of a row that ran out of memory."""
+    gc.collect()  # compiled models hold reference cycles, and their caches with them
+    failures: dict[str, str] = {}
+    found: dict[str, Any] = {}
+    make = maker_of(work)
+    with timing.noting_out_of_memory(failures, "error"):
+        calls = make(model, KEEP_GRAPHS if timing.on_gpu() else None)
+        layers, weights = len(model.layers), model_cases.state_bytes(model)
+        found = measure(calls, layers, work.rows, _REPEATS.value, weights, _PROFILE.value)
+    calls = None  # frees its cache
+    if failures or not _PROFILE.value:
+        return found | failures
+    gc.collect()
+    with timing.noting_out_of_memory({}, "stages"):  # then the row has its time, and no stages
+        found["stages"] = measure_stages(make, model)
+    return found
+
+
+def maker_of(work: Work) -> Callable[[Any, Any], Calls]:
+    """The function that makes the calls of this work from a model and options for XLA."""
+    if work.phase == "prefill":
+        return lambda model, options: prefill_calls(model, work.tokens, _CHUNK.value, options)
+    return lambda model, options: decode_calls(model, work.requests, work.context, options)
+
+
+if __name__ == "__main__":
+    script.run(main)

@@ -1,0 +1,145 @@
+"""The calls of `engine.BucketedModel` that bench_model times: a prefill, a decode step, and their embedding and head.
+
+Executables are compiled on the first call, not by `warm_up`, which would also compile the decode step of the whole
+model in order to time a prefill.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from experiments.cases.models import last_layers
+from fp4jax.block_graph import Bucketed
+from fp4jax.engine import BucketedModel
+
+STEPS = 20  # the most decode steps that follow each other; their tokens lie behind the context
+
+
+class Call(NamedTuple):
+    """A function to time.
+
+    Attributes:
+      run: starts the work and returns a result that may not be there yet.
+      restart: called before a series of runs, outside of the timing.
+    """
+
+    run: Callable[[], Any]
+    restart: Callable[[], None] = lambda: None
+
+
+class Calls(NamedTuple):
+    """A prefill or a decode step of a model.
+
+    Attributes:
+      whole: the whole model.
+      ends: parts of it that are no decoder layers, each with how often the whole runs it.
+      served: the compiled model.
+      cache_bytes: bytes of the cache.
+      resident_cache: whether the cache exists before a call; a prefill makes its own.
+    """
+
+    whole: Call
+    ends: list[tuple[int, Call]]
+    served: BucketedModel
+    cache_bytes: int
+    resident_cache: bool
+
+
+Options = dict[str, Any] | None
+
+
+# --- the cache: only the next two functions know how the engine stores keys and values ---
+
+
+def serve(model: Any, *, requests: int, tokens: int, bucket: int, compiler_options: Options) -> BucketedModel:
+    """Make a `BucketedModel` with room for this many requests at a time, each of this many tokens.
+
+    Args:
+      model: the model.
+      requests: the batch size of decoding.
+      tokens: the most tokens of a request.
+      bucket: the token count that prefill is compiled for.
+      compiler_options: options for XLA.
+    """
+    return BucketedModel(
+        model, buckets=(bucket,), batch_buckets=(requests,), max_length=tokens, compiler_options=compiler_options
+    )  # fmt: skip
+
+
+def filled_cache(served: BucketedModel, requests: int, context: int) -> Any:
+    """A cache for a batch in which `context` places of every request hold random keys and values.
+
+    All places are filled, those behind `context` too: what they hold must not matter.
+    """
+    del context
+    keys = iter(jax.random.split(jax.random.key(1, impl="rbg"), 10_000))
+    return jax.tree.map(lambda zeros: _randomized(zeros, next(keys)), served.empty_cache(requests))
+
+
+_randomized = jax.jit(lambda zeros, key: jax.random.normal(key, zeros.shape, zeros.dtype), donate_argnums=0)
+
+
+# --- calls ---
+
+
+def prefill_calls(model: Any, tokens: int, chunk: int, compiler_options: Options) -> Calls:
+    """A prefill of one request of `tokens` random tokens, in chunks of at most `chunk`, by `BucketedModel.prefill`."""
+    bucket = min(tokens, chunk)
+    served = serve(model, requests=1, tokens=tokens + 1, bucket=bucket, compiler_options=compiler_options)
+    ids: Any = np.random.default_rng(0).integers(0, served.config.vocab_size, tokens).astype(np.int32)
+    done = served.prefill(ids)
+    cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(done.cache))
+    del done
+    embedded, headed = (sum(graph.stats.calls.values()) for graph in (served.embed, served.head))
+    padded = Bucketed(jax.device_put(np.resize(ids, (1, bucket))), bucket)
+    x = served.run_embedding(padded)
+    ends = [
+        (embedded, Call(lambda: served.run_embedding(padded).values)),
+        (headed, Call(lambda: served.run_head(x))),
+    ]
+    return Calls(Call(lambda: served.prefill(ids).logits), ends, served, cache_bytes, False)
+
+
+def decode_calls(model: Any, requests: int, context: int, compiler_options: Options) -> Calls:
+    """A decode step of requests with `context` filled places each, by `BucketedModel.decode`.
+
+    The requests start with different random tokens, so that they are routed differently. Each step takes the tokens,
+    positions and cache of the step before it.
+    """
+    served = serve(model, requests=requests, tokens=context + STEPS + 1, bucket=1, compiler_options=compiler_options)
+    tokens = np.random.default_rng(0).integers(0, served.config.vocab_size, requests).astype(np.int32)
+    last, lengths = (Bucketed(jax.device_put(a), requests) for a in (tokens, np.full(requests, context, np.int32)))
+    state: list[Any] = [last, lengths, filled_cache(served, requests, context)]
+    cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state[2]))
+
+    def restart():
+        state[:2] = last, lengths
+
+    def run():
+        state[:] = served.decode(*state)
+        return state[0].values
+
+    ends = _decode_ends(model, last.values, compiler_options)
+    return Calls(Call(run, restart), [(1, ends)], served, cache_bytes, True)
+
+
+def _decode_ends(model: Any, tokens: jax.Array, compiler_options: Options) -> Call:
+    """A decode step without decoder layers: the embedding, the head, and the choice of the likeliest token."""
+    graphdef, state = nnx.split(last_layers(model, 0))
+
+    def step(state, tokens):
+        ends = nnx.merge(graphdef, state)
+        return jnp.argmax(ends.head(ends.embed_tokens(tokens[:, None]))[:, 0], axis=-1).astype(jnp.int32)
+
+    compiled = jax.jit(step).lower(state, tokens).compile(compiler_options=compiler_options)
+    chosen = [tokens]
+
+    def run():
+        chosen[0] = compiled(state, chosen[0])
+        return chosen[0]
+
+    return Call(run)

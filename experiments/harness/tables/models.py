@@ -1,0 +1,45 @@
+"""Tables about whole language models: a decoder layer in prefill and decode, beside its floor and transformers."""
+
+from typing import Any
+
+from experiments.harness.tables.markdown import table
+
+
+def model_table(report: dict[str, Any]) -> str:
+    """Prefill and decode of whole models per decoder layer, with transformers where the same run measured it.
+
+    Transformers' time is that of the faster of eager and compiled. A row that ran out of memory says so instead of its
+    time.
+
+    Args:
+      report: results of bench_model.
+    """
+    peers: dict[tuple[Any, ...], float] = {}
+    for r in report["rows"]:
+        if r["implementation"] != "fp4jax" and r["us_per_layer"] is not None:
+            peers[_work(r)] = min(r["us_per_layer"], peers.get(_work(r), r["us_per_layer"]))
+    columns = ("model", "layers", "experts", "linear layers", "phase", "requests", "tokens or context", "us per layer")
+    columns += ("sum of kernels, us", "floor, us", "% of floor", "transformers, us", "faster", "tokens/s", "peak GB")
+    rows = []
+    for r in (r for r in report["rows"] if r["implementation"] == "fp4jax"):
+        us, peer = r["us_per_layer"], peers.get(_work(r))
+        rows.append(
+            (
+                r["model"], r["layers"], r["experts"], r["dense"], r["phase"], r["requests"],
+                r["context"] if r["tokens"] is None else r["tokens"],
+                r["error"].partition(":")[0] if us is None else f"{us:.0f}",
+                _cell(r["kernel_us_per_layer"], 0), _cell(r["floor_us_per_layer"], 0), _cell(r["percent_of_floor"], 0),
+                _cell(peer, 0), f"{peer / us:.2f}x" if us and peer else "", _cell(r["tokens_per_s"], 0),
+                _cell(r["peak_gb"], 1),
+            )
+        )  # fmt: skip
+    return table(columns, rows)
+
+
+def _work(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What a row measures, the same for all implementations."""
+    return tuple(row[name] for name in ("model", "phase", "requests", "tokens", "context"))
+
+
+def _cell(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,258 @@
+"""bench_model: the script with a tiny model, floors by hand, stages of kernels and scopes, rows of a peer, a table."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from python_runs import ROOT, run_python
+from refusals import check_refusals
+
+from experiments.cases import model_rows, models as model_cases
+from experiments.cases.model_calls import filled_cache, serve
+from experiments.cases.model_floors import Work, attention_sizes, experts_hit, floor_us, layer_sizes
+from experiments.harness import timing
+from experiments.harness.model_report import model_text
+from experiments.harness.model_stages import STAGES, by_kernel_name, by_scope, scoped_layers, stage_of_kernel
+from experiments.harness.tables.models import model_table
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+COLUMNS = [
+    "model", "layers", "phase", "implementation", "experts", "dense", "ranks", "requests", "tokens", "context",
+    "us_per_layer", "kernel_us_per_layer", "kernels_per_layer", "in_graph", "tokens_per_s", "floor_us_per_layer",
+    "percent_of_floor", "peak_gb", "weights_gb", "cache_gb", "wire_format", "stages",
+]  # fmt: skip
+
+
+def test_the_script_measures_a_tiny_model(tmp_path):
+    """A prefill in three chunks and a decode step; every column is there, and every stage has time."""
+    few = ["--layers=1", "--prefill=20", "--chunk=8", "--decode=2", "--contexts=12", "--repeats=1"]
+    arguments = [*few, "--experts=w4a16", "--dense=bf16", f"--output_dir={tmp_path}"]
+    settings = {"jax_disable_most_optimizations": True}
+    done = run_python(ROOT / "experiments" / "bench_model.py", *arguments, settings=settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "bench_model.json").read_text())
+    prefill, decode = report["rows"]
+    for row in report["rows"]:
+        assert list(row) == COLUMNS == list(model_rows.COLUMNS)
+        assert (row["model"], row["layers"], row["implementation"], row["ranks"]) == ("tiny", 1, "fp4jax", 1)
+        assert (row["experts"], row["dense"], row["wire_format"]) == ("w4a16", "bf16", None)
+        assert row["us_per_layer"] > 0 and row["tokens_per_s"] > 0 and row["floor_us_per_layer"] > 0
+        assert 0 < row["percent_of_floor"] < 100
+        assert list(row["stages"]) == list(STAGES) and min(row["stages"].values()) > 0, row["stages"]
+        assert row["kernel_us_per_layer"] is row["in_graph"] is None  # of a GPU
+    assert (prefill["phase"], prefill["requests"], prefill["tokens"], prefill["context"]) == ("prefill", 1, 20, None)
+    assert (decode["phase"], decode["requests"], decode["tokens"], decode["context"]) == ("decode", 2, None, 12)
+    assert (tmp_path / "bench_model.png").read_bytes().startswith(b"\x89PNG")
+    assert "transformers is not measured: " in done.stdout
+    assert "20 tokens" in done.stdout and "2 x 12" in done.stdout and "projections" in done.stdout
+    assert model_table(report).count("\n") == 3
+
+
+def test_bad_flags_are_refused():
+    check_refusals(
+        "bench_model",
+        {
+            ("--models=qwen4",): "--models: ['qwen4'] unknown",
+            ("--experts=w8a8",): "--experts: ['w8a8'] unknown",
+            ("--dense=int4",): "--dense: ['int4'] unknown",
+            ("--peers=other",): "--peers: ['other'] unknown",
+            ("--prefill=0",): "--prefill must be positive, got 0",
+            ("--decode=x",): "--decode: invalid literal",
+            ("--prefill=", "--decode="): "leave nothing to measure",
+            ("--models=qwen3-30b", "--layers=49"): "--layers=49: qwen3-30b has 48",
+            ("--models=qwen3-30b", "--contexts=40940"): "need 40961 positions, qwen3-30b has 40960",
+            ("--layers=0",): "--layers",
+            ("--peer_layers=0",): "--peer_layers",
+            ("stray",): "unexpected arguments",
+        },
+    )
+
+
+_WITHOUT_MEMORY = """
+import json
+import jax, jax.numpy as jnp
+from absl import flags
+from experiments import bench_model as script
+
+flags.FLAGS([script.__name__])
+script.decode_calls = lambda *_: jax.jit(lambda: jnp.zeros(1 << 50, jnp.uint8))()
+print(json.dumps(script.measured(None, script.Work("decode", 2, context=8))))
+"""
+
+
+def test_what_does_not_fit_into_memory_is_noted():
+    done = run_python("-c", _WITHOUT_MEMORY)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert list(found) == ["error"] and found["error"].startswith("out of memory: ")
+
+
+# --- sizes and floors ---
+
+
+def test_published_sizes():
+    """The parameters of both small models as their names say, and what stays of the layers of a model that is cut."""
+    for name, layers, billions in (("qwen3-30b", 48, 30.5), ("ernie-21b", 28, 21.8)):
+        model = model_cases.abstract_model(model_cases.model_config(name, layers))
+        leaves = jax.tree.leaves(model_cases.nnx.state(model))
+        assert sum(leaf.size for leaf in leaves) / 1e9 == pytest.approx(billions, rel=0.01)
+    assert [model_cases.usual_layers(name) for name in ("qwen3-30b", "ernie-21b", "deepseek-v3")] == [48, 28, 3]
+    for name in ("ernie-21b", "deepseek-v3"):
+        config = model_cases.model_config(name, 3)
+        assert all(map(config.is_moe_layer, range(3)))
+    assert not model_cases.model_config("ernie-21b", 28).is_moe_layer(0)
+
+
+def test_floors_by_hand():
+    """A layer of Qwen3-30B: projections of 2048 x (2 x 4096 + 2 x 512), 128 experts of 3 x 2048 x 768, 8 per token."""
+    model = model_cases.abstract_model(model_cases.model_config("qwen3-30b", 2))
+    linear, router, expert = 2048 * (2 * 4096 + 2 * 512), 2048 * 128, 3 * 2048 * 768
+    assert layer_sizes(model) == [(linear, router, expert, 128, 8)] * 2
+    assert attention_sizes(model) == (2 * 4 * 128, 2 * 32 * 128, 2 * 32 * 128)
+    assert experts_hit(128, 8, 1) == pytest.approx(8) and experts_hit(128, 8, 10_000) == pytest.approx(128)
+    ceilings = timing.Ceilings(copy_bytes_per_s=1e12, bf16_flops=1e15)
+
+    hit = 128 * (1 - (120 / 128) ** 32)
+    in_decode = hit * expert * 9 / 16 + 2 * linear + 2 * router + 32 * 1025 * 1024 * 2
+    found = floor_us(model, Work("decode", 32, context=1024), "w4a16", "bf16", ceilings)
+    assert found == pytest.approx(in_decode / 1e6)
+    quantized = in_decode - 2 * linear + 9 / 16 * linear
+    found = floor_us(model, Work("decode", 32, context=1024), "w4a4", "nvfp4", ceilings)
+    assert found == pytest.approx(quantized / 1e6)
+    bf16 = in_decode + hit * expert * (2 - 9 / 16)
+    found = floor_us(model, Work("decode", 32, context=1024), "bf16", "bf16", ceilings)
+    assert found == pytest.approx(bf16 / 1e6)
+
+    tokens = 32768
+    flops = 2 * tokens * (linear + router + 8 * expert) + 2 * 32 * 2 * 128 * tokens * (tokens + 1) / 2
+    found = floor_us(model, Work("prefill", tokens=tokens), "w4a16", "bf16", ceilings)
+    assert found == pytest.approx(flops / 1e9)
+
+
+def test_floors_of_latent_attention_and_of_dense_layers():
+    latent = model_cases.abstract_model(model_cases.model_config("deepseek-v3", 1))
+    assert attention_sizes(latent) == (512 + 64, 128 * (192 + 128), 128 * (2 * 512 + 64))
+    (sizes,) = layer_sizes(latent)
+    projections = 7168 * (1536 + 576 + 16384) + 1536 * 128 * 192 + 512 * 128 * 256
+    assert sizes.linear == projections + 3 * 7168 * 2048 and sizes.router == 7168 * 256
+    ernie = model_cases.abstract_model(model_cases.model_config("ernie-21b", 28))
+    assert layer_sizes(ernie)[0] == (2560 * (2 * 2560 + 2 * 512) + 3 * 2560 * 12288, 0, 0, 0, 0)
+
+
+# --- stages ---
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stage"),
+    [
+        ("nvjet_tst_128x256_64x4_2x1_v_bz_coopA_TNT", "projections"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "projections"),
+        ("void gemv2T_kernel_val<int, int, __nv_bfloat16>", "projections"),
+        ("void pytorch_flash::flash_fwd_splitkv_kernel<Flash_fwd_kernel_traits<128>>", "attention"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3", "attention"),
+        ("fmha_cutlassF_bf16_aligned_64x128_rf_sm80", "attention"),
+        ("void cutlass::device_kernel<at::cuda::detail::enable_3x_kernel<GroupProblemShape>>", "experts"),
+        ("triton_poi_fused_mul_silu_0", "experts"),
+        ("void at::native::sbtopk::gatherTopK<float, unsigned int>", "router"),
+        ("void at::native::vectorized_elementwise_kernel<4, CUDAFunctor_add>", "rest"),
+        ("Memcpy DtoD (Device -> Device)", "rest"),
+    ],
+)
+def test_stages_of_kernel_names(kernel, stage):
+    assert stage_of_kernel(kernel) == stage
+
+
+def test_stages_are_per_layer():
+    found = by_kernel_name({"nvjet_a": 30.0, "nvjet_b": 10.0, "flash_fwd": 8.0, "copy": 4.0}, layers=4)
+    assert found == {"projections": 10.0, "attention": 2.0, "router": 0.0, "experts": 0.0, "rest": 1.0}
+    scopes = {"experts": 6.0, "router": 3.0, "projections": 9.0, "attention": 12.0, "layer": 1.5, "other": 99.0}
+    found = by_scope(scopes, layers=3)  # "other" is the embedding and the head
+    assert found == {"projections": 3.0, "attention": 4.0, "router": 1.0, "experts": 2.0, "rest": 0.5}
+
+
+def test_scopes_name_the_parts_of_a_layer_and_are_gone_afterwards():
+    model = model_cases.abstract_model(model_cases.model_config("tiny", 1))
+    graphdef, state = model_cases.nnx.split(model)
+    ids = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+
+    def lowered():
+        program = jax.jit(lambda state, ids: model_cases.nnx.merge(graphdef, state)(ids)).lower(state, ids)
+        return program.as_text(debug_info=True)
+
+    with scoped_layers():
+        text = lowered()
+    for scope in ("layer/attention/projections", "layer/router/experts", "layer/router/projections"):
+        assert f"/{scope}/" in text
+    assert "/attention/" not in lowered()
+
+
+# --- the model ---
+
+
+@pytest.mark.parametrize("dense", ["fp8", "nvfp4"])
+def test_random_layers_differ_and_run_in_every_format(dense):
+    model = model_cases.random_model(model_cases.model_config("tiny", 2), "w4a4", dense)
+    first, second = (layer.mlp for layer in model.layers)
+    assert first.config.activation_format_1 == first.config.activation_format_2 == "nvfp4"
+    kinds = {"fp8": "BlockFP8Linear", "nvfp4": "NVFP4Linear"}
+    assert type(model.layers[0].self_attn.q_proj).__name__ == kinds[dense]
+    assert type(first.gate).__name__ == type(model.lm_head).__name__ == "Linear"
+    assert not np.array_equal(first.gate.weight[...], second.gate.weight[...])
+    assert not np.array_equal(first.w13.get_value().qdata, second.w13.get_value().qdata)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 16, 64)), jnp.float32)
+    y = jax.jit(lambda x: first(x)[0])(x)
+    assert 0.1 < float(jnp.std(y)) < 10
+    part = model_cases.last_layers(model, 1)
+    assert part.layers[0].mlp.w2.get_value().qdata is second.w2.get_value().qdata and len(model.layers) == 2
+
+
+def test_a_filled_cache_is_random_and_finite():
+    model = model_cases.random_model(model_cases.model_config("tiny", 1), "w4a16", "bf16")
+    served = serve(model, requests=2, tokens=8, bucket=1, compiler_options=None)
+    parts = jax.tree.leaves(filled_cache(served, 2, 4))
+    assert all(np.isfinite(part).all() and np.std(part) > 0.5 for part in parts)
+    assert not np.array_equal(*parts[:2])
+
+
+# --- rows ---
+
+
+def made_up_rows():
+    """A prefill of fp4jax and of the peer in both ways, and a decode step that ran out of memory."""
+    prefill, decode = Work("prefill", tokens=2048), Work("decode", 128, context=32768)
+    ours = model_rows.make_row("qwen3-30b", 48, prefill, "fp4jax", "w4a16", "bf16")
+    ours |= {"us_per_layer": 500.0, "kernel_us_per_layer": 480.25, "tokens_per_s": 85333.3, "peak_gb": 22.25}
+    failed = model_rows.make_row("qwen3-30b", 48, decode, "fp4jax", "w4a16", "bf16")
+    failed["error"] = "out of memory: RESOURCE_EXHAUSTED: Out of memory allocating"
+    answers = [
+        {"cell": list(prefill), "implementation": "transformers", "us_per_layer": 2000.0, "ends_us": 4000.0},
+        {"cell": list(prefill), "implementation": "transformers compiled", "us_per_layer": 1500.0, "ends_us": 4000.0},
+        {"cell": list(decode), "implementation": "transformers", "error": "failed: RuntimeError: no"},
+    ]
+    return [*model_rows.peer_rows("qwen3-30b", 8, 48, answers), ours, failed]
+
+
+def test_rows_of_a_peer():
+    eager, compiled, failed = model_rows.with_floors(made_up_rows()[:3], timing.Ceilings(1e12, 1e15))
+    assert (eager["layers"], eager["experts"], eager["dense"], eager["requests"]) == (8, "bf16", "bf16", 1)
+    assert eager["tokens_per_s"] == round(2048e6 / (48 * 2000 + 4000), 1)
+    assert compiled["tokens_per_s"] == round(2048e6 / (48 * 1500 + 4000), 1)
+    assert compiled["percent_of_floor"] == pytest.approx(100 * compiled["floor_us_per_layer"] / 1500, abs=0.1)
+    assert set(eager) == set(COLUMNS) and set(failed) == {*COLUMNS, "error"}
+    assert failed["us_per_layer"] is failed["percent_of_floor"] is None and failed["floor_us_per_layer"] > 0
+
+
+def test_the_table_compares_with_the_faster_way_of_the_peer():
+    rows = model_rows.with_floors(made_up_rows(), timing.Ceilings(1e12, 1e15))
+    head, _, first, second = model_table({"rows": rows}).splitlines()
+    assert head.startswith("| model | layers | experts | linear layers | phase | requests | tokens or context |")
+    floor, percent = rows[3]["floor_us_per_layer"], rows[3]["percent_of_floor"]
+    cells = ["qwen3-30b", "48", "w4a16", "bf16", "prefill", "1", "2048", "500", "480", f"{floor:.0f}"]
+    cells += [f"{percent:.0f}", "1500", "3.00x", "85333", "22.2"]
+    assert first == f"| {' | '.join(cells)} |"
+    assert "| decode | 128 | 32768 | out of memory |" in second
+    text = model_text(rows)
+    assert "128 x 32768" in text and "out of memory: RESOURCE_EXHAUSTED" in text and "failed: RuntimeError" in text
