@@ -66,7 +66,8 @@ def serve(model: Any, *, requests: int, tokens: int, bucket: int, compiler_optio
       compiler_options: options for XLA.
     """
     return BucketedModel(
-        model, buckets=(bucket,), batch_buckets=(requests,), max_length=tokens, compiler_options=compiler_options
+        model, buckets=(bucket,), batch_buckets=(requests,), max_length=tokens, decode_steps=1,
+        compiler_options=compiler_options,
     )  # fmt: skip
 
 
@@ -120,8 +121,8 @@ def decode_calls(model: Any, requests: int, context: int, compiler_options: Opti
         state[:2] = last, lengths
 
     def run():
-        state[:] = served.decode(*state)
-        return state[0].values
+        tokens, *state[:] = served.decode(*state)
+        return tokens.values
 
     ends = _decode_ends(model, last.values, compiler_options)
     return Calls(Call(run, restart), [(1, ends)], served, cache_bytes, True)

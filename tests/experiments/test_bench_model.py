@@ -186,7 +186,7 @@ def test_scopes_name_the_parts_of_a_layer_and_are_gone_afterwards():
         text = lowered()
     for scope in ("layer/attention/projections", "layer/router/experts", "layer/router/projections"):
         assert f"/{scope}/" in text
-    assert "/attention/" not in lowered()
+    assert "/layer/attention/" not in lowered()
 
 
 # --- the model ---
