@@ -15,7 +15,7 @@ from typing import Any
 from absl import app
 
 from experiments.harness import script
-from experiments.harness.tables import kernels, layers
+from experiments.harness.tables import kernels, layers, models
 from experiments.harness.tables.summary import summary_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,6 +45,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "dispatch": lambda: layers.dispatch_table(read_nodes("bench_dispatch.json")),
     "moe": lambda: layers.moe_table(read_nodes("bench_moe.json")),
     "stages": lambda: layers.stage_table(read("h100/bench_moe.json")),
+    "model": lambda: models.model_table(read("h200/bench_model.json")),
+    "model-transformers": lambda: models.model_table(read("h200/bench_model_transformers.json")),
     "blocks": lambda: layers.block_table(read("h100/bench_block_graph.json")),
 }
 

@@ -55,10 +55,7 @@ def stage_times(
         (path,) = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
         profile = jax.profiler.ProfileData.from_file(path)
     events = [
-        (*_instruction_of(event), event.duration_ns / 1000)
-        for plane in profile.planes
-        for line in plane.lines
-        for event in line.events
+        (*_instruction_of(event), event.duration_ns / 1000) for line in _lines_of(profile) for event in line.events
     ]
     # Where the profile names modules, an instruction of another program must not pass for one of the same name.
     by_module = any((module, instruction) in owner for module, instruction, _ in events if module is not None)
@@ -75,6 +72,21 @@ def stage_times(
 def compiler_options() -> dict[str, str]:
     """Options for `Lowered.compile` that let the profiler see every kernel."""
     return {"xla_gpu_enable_command_buffer": ""} if jax.default_backend() == "gpu" else {}
+
+
+def _lines_of(profile: Any) -> list[Any]:
+    """The lines of a profile that hold instructions: on a GPU the streams, else all.
+
+    With a GPU the host has events of the same instructions, which say how long it took to launch them.
+    """
+    streams = [
+        line
+        for plane in profile.planes
+        if "GPU" in plane.name
+        for line in plane.lines
+        if line.name.startswith("Stream")
+    ]
+    return streams or [line for plane in profile.planes for line in plane.lines]
 
 
 def _instruction_of(event) -> tuple[str | None, str]:

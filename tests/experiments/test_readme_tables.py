@@ -111,10 +111,10 @@ def find(summary, start):
 def test_the_summary_has_eight_rows_that_say_where_they_ran(summary):
     assert [row[0].split(":")[0] for row in summary] == [
         "Grouped GEMM, decode", "Grouped GEMM, prefill", "Whole expert layer, exchange included",
-        "Dispatch to 256 experts", "Memory of expert weights", "Quality", "Loading a checkpoint",
-        "Prefill of a Qwen3-30B layer in compiled buckets",
+        "Dispatch to 256 experts", "Memory of expert weights", "Quality",
+        "Qwen3-30B in prefill, 2048 tokens", "Qwen3-30B in decode, 32 requests of 1024 tokens",
     ]  # fmt: skip
-    assert [row[-1] for row in summary] == ["H100", "H100", "4 H200", "4 H200", "any", "CPU", "H100", "H100"]
+    assert [row[-1] for row in summary] == ["H100", "H100", "4 H200", "4 H200", "any", "CPU", "H200", "H200"]
 
 
 @pytest.mark.parametrize(
@@ -171,18 +171,21 @@ def test_memory_quality_and_dispatch(summary):
     assert find(summary, "Dispatch")[3] == f"{ratio:.2f}x"
 
 
-def test_buckets_are_compared_with_a_program_of_the_exact_size_too(summary):
-    """A bucket that is much larger than the batch is slower than a program for the batch: the table says so."""
-    found = {
-        (r["variant"], r["tokens"]): r["us"]
-        for r in rows_of("h100/bench_block_graph.json")
-        if r.get("block") == "decoder layer"
-    }
-    ratios = [us / found["graph", tokens] for (variant, tokens), us in found.items() if variant == "exact"]
-    cells = find(summary, "Prefill of")
-    assert cells[3] == f"{found['exact', 100] / found['graph', 100]:.2f}x"
-    assert cells[4].startswith(f"{min(ratios):.2f}x to {max(ratios):.2f}x: ")
-    assert min(ratios) < 1 < max(ratios)
+@pytest.mark.parametrize(("phase", "work"), [("prefill", ("tokens", 2048)), ("decode", ("requests", 32))])
+def test_the_model_is_compared_with_the_faster_transformers(summary, phase, work):
+    """Our time is that of all layers, also where a few layers were faster."""
+    name, value = work
+    (ours,) = (r for r in rows_of("h200/bench_model.json") if r["phase"] == phase and r[name] == value)
+    others = [
+        r["us_per_layer"]
+        for r in rows_of("h200/bench_model_transformers.json")
+        if r["phase"] == phase and r["implementation"] != "fp4jax"
+    ]
+    assert len(others) == 2
+    cells = find(summary, f"Qwen3-30B in {phase}")
+    assert cells[1] == f"{ours['us_per_layer']:.0f} us" and cells[2].startswith(f"{min(others):.0f} us, transformers")
+    assert cells[3] == f"{min(others) / ours['us_per_layer']:.2f}x"
+    assert cells[5] == f"{100 * ours['floor_us_per_layer'] / ours['us_per_layer']:.0f}%"
 
 
 def test_other_results_give_another_summary():
@@ -196,13 +199,13 @@ def test_other_results_give_another_summary():
 
     def lacking(name):
         report = readme_tables.read(name)
-        if name == "h100/bench_loading.json":
-            report["rows"] = [r for r in report["rows"] if r["cache"] != "warm"]
+        if name == "h200/bench_model.json":
+            report["rows"] = [r for r in report["rows"] if r["tokens"] != 2048]
         return report
 
     def ratio(read):
         return float(re.search(r"Whole expert layer.*?([\d.]+)x \|", summary_table(read))[1])
 
     assert ratio(halved) == pytest.approx(2 * ratio(readme_tables.read), abs=0.02)
-    with pytest.raises(LookupError, match=re.escape("no row of results has {'cache': 'warm'}")):
+    with pytest.raises(LookupError, match=r"no row of results has .*'prefill', 'tokens': 2048"):
         summary_table(lacking)

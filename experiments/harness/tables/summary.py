@@ -38,8 +38,7 @@ def summary_table(read: Read) -> str:
         _dispatch_row(read("h200/dispatch_256_experts.json"), read("h200/scaling.json")),
         _weights_row(gemm),
         _quality_row(read("cpu/demo.json")),
-        _loading_row(read("h100/bench_loading.json")),
-        _block_row(read("h100/bench_block_graph.json")),
+        *_model_rows(read("h200/bench_model.json"), read("h200/bench_model_transformers.json")),
     )
     return f"{table(_COLUMNS, rows)}\n\n{_NOTE}"
 
@@ -140,40 +139,31 @@ def _quality_row(report: Row) -> tuple[str, ...]:
     )
 
 
-def _loading_row(report: Row) -> tuple[str, ...]:
-    """The speed of loading a checkpoint; no other library's was measured."""
-    warm, cold = (_one(report["rows"], cache=cache) for cache in ("warm", "cold"))
-    return (
-        f"Loading a checkpoint: {warm['model']}, {warm['bytes'] / 1e9:.1f} GB",
-        f"{warm['gigabytes_per_second']:.1f} GB/s; {cold['gigabytes_per_second']:.1f} GB/s where no file is cached",
-        "not measured",
-        "",
-        "",
-        "",
-        _gpu(report),
-    )
+def _model_rows(report: Row, with_peers: Row) -> list[tuple[str, ...]]:
+    """A decoder layer of a whole model in prefill and in a decode step, against the faster way to run transformers.
 
-
-def _block_row(report: Row) -> tuple[str, ...]:
-    """Prefill of a decoder layer in a bucket, compared with no CUDA graphs and with a program for the exact size."""
-    layers = _all(report["rows"], part="blocks", block="decoder layer")
-    found = {(r["variant"], r["tokens"]): r for r in layers}
-    sizes = sorted({r["tokens"] for r in layers})
-    ours, exact = (found[name, 100] for name in ("graph", "exact"))
-
-    def ratios(variant: str) -> dict[int, float]:
-        return {tokens: found[variant, tokens]["us"] / found["graph", tokens]["us"] for tokens in sizes}
-
-    return (
-        f"Prefill of a Qwen3-30B layer in compiled buckets: 100 tokens in a bucket of {ours['bucket']}",
-        _us(ours["us"]),
-        f"{_us(exact['us'])}, compiled for exactly 100 tokens",
-        f"{ratios('exact')[100]:.2f}x",
-        f"{_range(ratios('exact').values())}: {sizes[0]} to {sizes[-1]} tokens; against the same without CUDA graphs "
-        f"{_range(ratios('graph, no command buffers').values())}",
-        "",
-        _gpu(report),
-    )
+    Args:
+      report: bench_model of the whole model.
+      with_peers: bench_model of a few layers, which also measured transformers.
+    """
+    rows = []
+    for phase, work in (("prefill", {"tokens": 2048}), ("decode", {"requests": 32, "context": 1024})):
+        ours = _one(report["rows"], implementation="fp4jax", phase=phase, **work)
+        others = _all(with_peers["rows"], phase=phase, implementation=lambda name: name != "fp4jax", **work)
+        peer = min(others, key=lambda r: r["us_per_layer"])
+        what = "2048 tokens" if phase == "prefill" else "32 requests of 1024 tokens"
+        rows.append(
+            (
+                f"Qwen3-30B in {phase}, {what}: a layer of {ours['layers']}",
+                _us(ours["us_per_layer"]),
+                f"{_us(peer['us_per_layer'])}, {peer['implementation']}, bf16",
+                f"{peer['us_per_layer'] / ours['us_per_layer']:.2f}x",
+                "",
+                f"{ours['percent_of_floor']:.0f}%",
+                _gpu(report),
+            )
+        )
+    return rows
 
 
 # --- cells and rows of results ---
