@@ -6,7 +6,8 @@
     JAX_PLATFORMS=cpu python experiments/bench_model.py                # a tiny model: checks that it runs
 
 The model has random weights, experts in NVFP4, and runs as a user runs it, in `engine.BucketedModel` with CUDA graphs:
-a prefill of one prompt, and decode steps that follow each other for requests with different tokens and a filled cache.
+a prefill of one prompt, and calls of --decode_steps decode steps that follow each other, for requests with different
+tokens and a filled cache.
 With --layers below the published number all layers have experts. --experts says what the experts' activations are, and
 --dense what all linear layers but the experts', the router and the head run as. An empty --prefill= or --decode= leaves
 that phase out.
@@ -56,6 +57,9 @@ _CONTEXTS = flags.DEFINE_list(
 )
 _EXPERTS = flags.DEFINE_list("experts", ["w4a16"], f"How experts run, of {', '.join(model_cases.EXPERTS)}.")
 _DENSE = flags.DEFINE_list("dense", ["bf16"], f"What linear layers run as, of {', '.join(model_cases.DENSE)}.")
+_DECODE_STEPS = flags.DEFINE_integer(
+    "decode_steps", 8, "Decode steps of a call; 1 to 24.", lower_bound=1, upper_bound=STEPS
+)
 _CHUNK = flags.DEFINE_integer("chunk", 8192, "Tokens per chunk of a longer prefill.", lower_bound=1)
 _PEERS = flags.DEFINE_list("peers", ["transformers"], "Other libraries to measure: transformers, or none.")
 _PEER_LAYERS = flags.DEFINE_integer("peer_layers", 8, "The most decoder layers of a peer's model.", lower_bound=1)
@@ -193,7 +197,7 @@ def maker_of(work: Work) -> Callable[[Any, Any], Calls]:
     """The function that makes the calls of this work from a model and options for XLA."""
     if work.phase == "prefill":
         return lambda model, options: prefill_calls(model, work.tokens, _CHUNK.value, options)
-    return lambda model, options: decode_calls(model, work.requests, work.context, options)
+    return lambda model, options: decode_calls(model, work.requests, work.context, _DECODE_STEPS.value, options)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from experiments.cases.models import last_layers
 from fp4jax.block_graph import Bucketed
 from fp4jax.engine import BucketedModel
 
-STEPS = 20  # the most decode steps that follow each other; their tokens lie behind the context
+STEPS = 24  # the most decode steps that follow each other; their tokens lie behind the context
 
 
 class Call(NamedTuple):
@@ -40,6 +40,7 @@ class Calls(NamedTuple):
       served: the compiled model.
       cache_bytes: bytes of the cache.
       resident_cache: whether the cache exists before a call; a prefill makes its own.
+      steps: how often a call runs every layer.
     """
 
     whole: Call
@@ -47,6 +48,7 @@ class Calls(NamedTuple):
     served: BucketedModel
     cache_bytes: int
     resident_cache: bool
+    steps: int = 1
 
 
 Options = dict[str, Any] | None
@@ -55,7 +57,9 @@ Options = dict[str, Any] | None
 # --- the cache: only the next two functions know how the engine stores keys and values ---
 
 
-def serve(model: Any, *, requests: int, tokens: int, bucket: int, compiler_options: Options) -> BucketedModel:
+def serve(
+    model: Any, *, requests: int, tokens: int, bucket: int, steps: int = 1, compiler_options: Options
+) -> BucketedModel:
     """Make a `BucketedModel` with room for this many requests at a time, each of this many tokens.
 
     Args:
@@ -63,10 +67,11 @@ def serve(model: Any, *, requests: int, tokens: int, bucket: int, compiler_optio
       requests: the batch size of decoding.
       tokens: the most tokens of a request.
       bucket: the token count that prefill is compiled for.
+      steps: decode steps of a call.
       compiler_options: options for XLA.
     """
     return BucketedModel(
-        model, buckets=(bucket,), batch_buckets=(requests,), max_length=tokens, decode_steps=1,
+        model, buckets=(bucket,), batch_buckets=(requests,), max_length=tokens, decode_steps=steps,
         compiler_options=compiler_options,
     )  # fmt: skip
 
@@ -105,13 +110,15 @@ def prefill_calls(model: Any, tokens: int, chunk: int, compiler_options: Options
     return Calls(Call(lambda: served.prefill(ids).logits), ends, served, cache_bytes, False)
 
 
-def decode_calls(model: Any, requests: int, context: int, compiler_options: Options) -> Calls:
-    """A decode step of requests with `context` filled places each, by `BucketedModel.decode`.
+def decode_calls(model: Any, requests: int, context: int, steps: int, compiler_options: Options) -> Calls:
+    """`steps` decode steps of requests with `context` filled places each, by one call of `BucketedModel.decode`.
 
     The requests start with different random tokens, so that they are routed differently. Each step takes the tokens,
     positions and cache of the step before it.
     """
-    served = serve(model, requests=requests, tokens=context + STEPS + 1, bucket=1, compiler_options=compiler_options)
+    served = serve(
+        model, requests=requests, tokens=context + STEPS + 1, bucket=1, steps=steps, compiler_options=compiler_options
+    )  # fmt: skip
     tokens = np.random.default_rng(0).integers(0, served.config.vocab_size, requests).astype(np.int32)
     last, lengths = (Bucketed(jax.device_put(a), requests) for a in (tokens, np.full(requests, context, np.int32)))
     state: list[Any] = [last, lengths, filled_cache(served, requests, context)]
@@ -125,7 +132,7 @@ def decode_calls(model: Any, requests: int, context: int, compiler_options: Opti
         return tokens.values
 
     ends = _decode_ends(model, last.values, compiler_options)
-    return Calls(Call(run, restart), [(1, ends)], served, cache_bytes, True)
+    return Calls(Call(run, restart), [(steps, ends)], served, cache_bytes, True, steps)
 
 
 def _decode_ends(model: Any, tokens: jax.Array, compiler_options: Options) -> Call:

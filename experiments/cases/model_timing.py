@@ -18,7 +18,7 @@ from experiments.harness.graph_kernels import profile_kernels
 from experiments.harness.model_stages import SCOPES, by_scope, scoped_layers
 from experiments.harness.stages import compiler_options, stage_times
 
-_ROUND_US = 50_000  # a round calls a function as often as fits in this time, at most STEPS times
+_ROUND_US = 50_000  # a round calls a function as often as fits in this time, for at most STEPS decode steps
 _STAGE_LAYERS = 2
 
 
@@ -28,13 +28,14 @@ def measure(calls: Calls, layers: int, rows: int, repeats: int, weights_bytes: i
     Args:
       calls: the calls, which have run once.
       layers: the decoder layers of the model.
-      rows: the tokens that a call computes.
+      rows: the tokens that a prefill or a decode step computes.
       repeats: timed rounds.
       weights_bytes: bytes of the model's weights.
       profile: whether to profile the kernels on a GPU.
     """
     series = [(1, calls.whole), *calls.ends]
-    counts = [_count(call) for _, call in series]
+    counts = [_count(call, STEPS // calls.steps) for _, call in series]
+    layers, rows = layers * calls.steps, rows * calls.steps
     rounds = [[] for _ in series]
     for _ in range(repeats):  # in turns, so that a host that is busy for a while slows all of them
         for times, (_, call), count in zip(rounds, series, counts, strict=True):
@@ -68,7 +69,7 @@ def measure_stages(make: Callable[[Any, Any], Calls], model: Any) -> dict[str, f
         jax.block_until_ready(calls.whole.run())
     calls.whole.restart()
     programs = [program for graph in calls.served.graphs for program in graph.executables]
-    return by_scope(stage_times(programs, calls.whole.run, SCOPES), layers)
+    return by_scope(stage_times(programs, calls.whole.run, SCOPES), layers * calls.steps)
 
 
 def _round_us(call: Call, count: int) -> float:
@@ -81,10 +82,10 @@ def _round_us(call: Call, count: int) -> float:
     return 1e6 * (time.perf_counter() - start) / count
 
 
-def _count(call: Call) -> int:
-    """How often a round runs a function, from the time of its second run."""
+def _count(call: Call, most: int) -> int:
+    """How often a round runs a function, at most `most` times, from the time of its second run."""
     _round_us(call, 1)
-    return min(STEPS, max(1, round(_ROUND_US / _round_us(call, 1))))
+    return min(most, max(1, round(_ROUND_US / _round_us(call, 1))))
 
 
 def _kernel_columns(calls: Calls, layers: int, counts: list[int]) -> dict[str, Any]:

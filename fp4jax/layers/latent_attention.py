@@ -12,6 +12,7 @@ If the model has a `q_lora_rank`, W_q and W_q' are applied to a small vector nor
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -26,6 +27,7 @@ from fp4jax.attention.paged import gathered
 from fp4jax.attention.pages import positions_from, seal
 from fp4jax.attention.rotary import rope, rope_frequency
 from fp4jax.layers.linear import Linear, RMSNorm
+from fp4jax.rounding import exact_precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +171,7 @@ class LatentAttention(nnx.Module):
         positions = positions_from(start, length)
         q = self.q_proj(x) if self.q_proj is not None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         q = q.reshape(batch, length, self.num_heads, self.nope + self.rotated)
-        q = jnp.concatenate([q[..., : self.nope], self._rotate(q[..., self.nope :], positions)], axis=-1)
+        q_nope, q_rotated = q[..., : self.nope], self._rotate(q[..., self.nope :], positions)
         both = self.kv_a_proj_with_mqa(x)
         latent = self.kv_a_layernorm(both[..., : self.rank])
         shared = self._rotate(both[..., None, self.rank :], positions)[:, :, 0]
@@ -178,13 +180,37 @@ class LatentAttention(nnx.Module):
             cache = cache.write(latent[:, :, None], shared[:, :, None], start)
             latent, shared = (gathered(part, cache.table)[:, 0] for part in (cache.keys, cache.values))
             counts = cache.counts
-        kv = self.kv_b_proj(latent).reshape(batch, -1, self.num_heads, self.nope + self.v_dim)
+        attended = self._in_latent_space if length == 1 and type(self.kv_b_proj) is Linear else self._expanded
+        out = attended(q_nope, q_rotated, latent, shared, start, counts)
+        return self.o_proj(out.reshape(batch, length, -1)), cache
+
+    @property
+    def _score_scale(self) -> float:
+        return (self.nope + self.rotated) ** -0.5 * (1.0 if self.yarn is None else self.yarn.score_scale)
+
+    def _expanded(self, q_nope, q_rotated, latent, shared, start, counts):
+        """Attention over the keys and values of all heads, which are made from the latents: for many queries."""
+        kv = self.kv_b_proj(latent).reshape(*latent.shape[:2], self.num_heads, self.nope + self.v_dim)
         shared = jnp.broadcast_to(shared[:, :, None], (*kv.shape[:3], self.rotated))
         k = jnp.concatenate([kv[..., : self.nope], shared.astype(kv.dtype)], axis=-1)
         k, v = (jnp.swapaxes(part, 1, 2) for part in seal(k, kv[..., self.nope :]))
-        scale = q.shape[-1] ** -0.5 * (1.0 if self.yarn is None else self.yarn.score_scale)
-        out = attend(q, pages_of(k, v)._replace(counts=counts), start, scale=scale)
-        return self.o_proj(out.reshape(batch, length, -1)), cache
+        q = jnp.concatenate([q_nope, q_rotated], axis=-1)
+        return attend(q, pages_of(k, v)._replace(counts=counts), start, scale=self._score_scale)
+
+    def _in_latent_space(self, q_nope, q_rotated, latent, shared, start, counts):
+        """Attention over the latents themselves, for one query: W_k,h is applied to it, and W_v,h to the sum.
+
+        q_h . W_k,h latent = (W_k,h^T q_h) . latent, so all heads share one key, [latent, rope(W_r x)], and one value.
+        """
+        weight = self.kv_b_proj.weight[...].astype(q_nope.dtype)
+        by_head = weight.reshape(self.num_heads, self.nope + self.v_dim, self.rank)
+        product = functools.partial(jnp.einsum, precision=exact_precision(q_nope.dtype))
+        q = product("bhn,hnr->bhr", q_nope[:, 0], by_head[:, : self.nope])[:, None]
+        k, v = seal(jnp.concatenate([latent, shared.astype(latent.dtype)], axis=-1), latent)
+        q = jnp.concatenate([q, q_rotated], axis=-1)
+        pages = pages_of(k[:, None], v[:, None])._replace(counts=counts)
+        out = attend(q, pages, start, scale=self._score_scale)
+        return product("bhr,hvr->bhv", out[:, 0], by_head[:, self.nope :])[:, None]
 
     def _rotate(self, x, positions):
         """Apply RoPE, with YaRN's frequencies and factor if the model uses YaRN."""

@@ -63,7 +63,7 @@ def test_bad_flags_are_refused():
             ("--decode=x",): "--decode: invalid literal",
             ("--prefill=", "--decode="): "leave nothing to measure",
             ("--models=qwen3-30b", "--layers=49"): "--layers=49: qwen3-30b has 48",
-            ("--models=qwen3-30b", "--contexts=40940"): "need 40961 positions, qwen3-30b has 40960",
+            ("--models=qwen3-30b", "--contexts=40940"): "need 40965 positions, qwen3-30b has 40960",
             ("--layers=0",): "--layers",
             ("--peer_layers=0",): "--peer_layers",
             ("stray",): "unexpected arguments",

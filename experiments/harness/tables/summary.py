@@ -146,7 +146,7 @@ def _model_rows(report: Row, with_peers: Row) -> list[tuple[str, ...]]:
       report: bench_model of the whole model.
       with_peers: bench_model of a few layers, which also measured transformers.
     """
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for phase, work in (("prefill", {"tokens": 2048}), ("decode", {"requests": 32, "context": 1024})):
         ours = _one(report["rows"], implementation="fp4jax", phase=phase, **work)
         others = _all(with_peers["rows"], phase=phase, implementation=lambda name: name != "fp4jax", **work)
