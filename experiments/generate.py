@@ -228,7 +228,8 @@ def in_blocks(model: Any, request: Request) -> tuple[list[int], dict[str, Any]]:
     chunks |= {next(b for b in options.buckets if b >= (len(ids) - 1) % largest + 1)}
     length = len(ids) + _NEW_TOKENS.value
     draws = request.sampling.temperature > 0
-    served = BucketedModel(model, buckets=sorted(chunks), batch_buckets=(1,), max_length=length, draws=draws)
+    served = BucketedModel(model, buckets=sorted(chunks), batch_buckets=(1,), max_length=length, draws=draws,
+                           decode_steps=max(1, min(8, _NEW_TOKENS.value - 1)))  # fmt: skip
     if options.debug:
         block_report.watch(served.graphs)
     start = time.perf_counter()

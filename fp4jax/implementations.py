@@ -69,7 +69,8 @@ def run_implementation(
 
     Implementation None calls `mosaic_gpu` if JAX sees a Hopper GPU and the program is lowered for CUDA. (A program on
     CPU arrays is not, on a machine with GPUs either.) Otherwise it calls `xla`, and also if there is a `problem` or if
-    arrays outside shard_map lie on several devices, where XLA partitions better. Derivatives are always those of `xla`.
+    arrays outside shard_map are seen to lie on several devices, where XLA partitions better; inside jit that is seen on
+    Explicit meshes only. Derivatives are those of `xla`.
 
     Args:
       op: the name of the op, for errors.

@@ -15,7 +15,7 @@ def of_run(
       prompt_tokens: the number of tokens of the prompt.
       new_tokens: the number of generated tokens.
       prefill: seconds of the prefill, which also gives the first new token.
-      whole: seconds of prefill and decoding together; decoding takes one step per further token.
+      whole: seconds of prefill and decoding together; decoding makes the further ones.
       compiled: seconds of compilation, which `prefill` and `whole` do not contain.
 
     Returns:

@@ -22,8 +22,8 @@ def attention(
 ) -> Float[Array, "B S heads V"]:
     """Causal grouped-query attention; the softmax is computed in float32.
 
-    A query at position p sees the keys 0 .. p. NaN or infinity in a key or value spoils the results of the queries
-    that see it, and no others.
+    A query at position p sees the keys 0 .. p. NaN in a key, and NaN or infinity in a value, spoil the results of the
+    queries that see it, and no others.
 
     Args:
       q: queries; `heads` is a multiple of `kv_heads`.

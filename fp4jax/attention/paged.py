@@ -26,7 +26,7 @@ def attend(
 ) -> Float[Array, "B S heads V"]:
     """Causal grouped-query attention; the query s of request b is at position starts[b] + s and sees the keys up to it.
 
-    NaN or infinity in a key spoils the queries that see it, and no others. Values must be finite at filled places;
+    NaN in a key spoils the queries that see it, and no others. Values must be finite at filled places;
     `KeyValuePages.write` takes care of that. Places that are not filled may hold anything.
 
     The bits of a request do not depend on the other requests, nor on the page table. With S = 1 the keys are added in
@@ -37,7 +37,7 @@ def attend(
       pages: keys and values of the positions 0 .. starts[b] + S - 1, those of the S queries included. The rows of
         queries beyond `pages.counts` may hold anything.
       starts: i32 [B], or () for all requests.
-      scale: the factor of the scores; None: 1 / sqrt(D).
+      scale: the factor of the scores, positive; None: 1 / sqrt(D).
       implementation: "xla", "mosaic_gpu", or None for the best one (`implementations.run_implementation`).
 
     Returns:
@@ -52,6 +52,8 @@ def attend(
     if pages.table.shape[0] != batch or heads % pages.keys.shape[1] or pages.keys.shape[3] != dim:
         found = f"q {q.shape}, keys {pages.keys.shape}, table {pages.table.shape}"
         raise ValueError(f"attend: {found} do not fit; [B, S, heads, D], [P, kv_heads, page, D], [B, n]")
+    if scale is not None and not scale > 0:
+        raise ValueError(f"attend: scale must be positive, got {scale}")
     starts = jnp.broadcast_to(jnp.asarray(starts, jnp.int32), (batch,))
     factor = dim**-0.5 if scale is None else scale
     problem = config.check_config(q, pages.keys, pages.values, pages.table)
@@ -65,7 +67,9 @@ def _attend_xla(q, pages, starts, *, scale):
     keys, values = (gathered(part, pages.table) for part in (pages.keys, pages.values))
     positions = positions_from(starts, q.shape[1])
     newest = positions[:, -1:] if pages.counts is None else (starts + pages.counts - 1)[:, None]
-    return attention(q, keys, clear_beyond(values, newest), positions, scale=scale)
+    # Keys too, as their gradients are not masked.
+    keys, values = (clear_beyond(part, newest) for part in (keys, values))
+    return attention(q, keys, values, positions, scale=scale)
 
 
 def gathered(part: Float[Array, "P heads page D"], table: Int[Array, "B n"]) -> Float[Array, "B heads K D"]:
@@ -82,11 +86,13 @@ def _attend_kernel(q, pages, starts, *, scale):
     length = q.shape[1]
     if unaligned := -pages.page % config.ALIGNMENT:  # of one page per request
         keys, values = (jnp.pad(part, ((0, 0), (0, 0), (0, unaligned), (0, 0))) for part in (keys, values))
-    counts = jnp.full(q.shape[:1], length, jnp.int32) if counts is None else counts
+    counts = jnp.full(q.shape[:1], length, jnp.int32) if counts is None else counts.astype(jnp.int32)
+    table = table.astype(jnp.int32)
     if length > 1:
         return prefill.attend(q, keys, values, table, starts, counts, scale=scale, config=config.prefill(q.shape[3]))
-    lengths = jnp.where(counts > 0, starts + 1, 0)
-    parts = decode.plan(lengths, table.shape[1] * keys.shape[2], config.PART)
+    places = table.shape[1] * keys.shape[2]
+    lengths = jnp.where(counts > 0, jnp.minimum(starts + 1, places), 0)
+    parts = decode.plan(lengths, places, config.PART)
     chosen = config.decode(q.shape[3], values.shape[3])
     found = decode.attend(
         q[:, 0], keys, values, table, lengths, parts, part=config.PART, scale=scale, config=chosen

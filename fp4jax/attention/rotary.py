@@ -1,5 +1,6 @@
 """Rotary position embeddings (RoPE), and the way from the projections of an attention layer into its cache."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -74,31 +75,51 @@ def rotate_and_write(
     """
     starts = jnp.broadcast_to(jnp.asarray(starts, jnp.int32), qkv.shape[:1])
     options = dict(rotation=kernel.Rotation(heads, interleaved, epsilon if norms is not None else None))
+    problem = kernel.check_config(qkv, pages.keys, pages.values)
+    if any(jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves((qkv, pages))):
+        problem = "JAX has no references that vary over a mesh axis; shard_map needs check_vma=False"
     return run_implementation(
-        "rotate_and_write", implementation, (qkv, pages, starts, frequency, norms),
-        problem=kernel.check_config(qkv, pages.keys, pages.values), differentiable=False,
-        xla=Call.of(_xla, **options), mosaic_gpu=Call.of(_mosaic_gpu, **options),
+        "rotate_and_write", implementation, (qkv, pages, starts, frequency, norms), problem=problem,
+        xla=Call.of(_xla, **options), mosaic_gpu=Call.of(_mosaic_gpu, **options), differentiable=False,
     )  # fmt: skip
 
 
-def _xla(qkv, pages, starts, frequency, norms, *, rotation):
-    dim, kv_heads = pages.keys.shape[3], pages.keys.shape[1]
-    parts = qkv.reshape(*qkv.shape[:2], -1, dim)
-    q, k, v = jnp.split(parts, [rotation.heads, rotation.heads + kv_heads], axis=2)
-    if norms is not None:
-        q, k = (rms_norm(x, w, rotation.epsilon).astype(qkv.dtype) for x, w in zip((q, k), norms, strict=True))
+def rotated(
+    qkv: Float[Array, "B S N"],
+    starts: Int[Array, "..."],
+    frequency: Float[Array, "half"],
+    *,
+    heads: int,
+    kv_heads: int,
+    norms: Float[Array, "2 D"] | None = None,
+    epsilon: float | None = None,
+    interleaved: bool = False,
+) -> tuple[Float[Array, "B S heads D"], Float[Array, "B S kv_heads D"], Float[Array, "B S kv_heads D"]]:
+    """Returns the queries and keys of `rotate_and_write`, and the values, in plain JAX and without a cache."""
+    dim = qkv.shape[-1] // (heads + 2 * kv_heads)
+    q, k, v = jnp.split(qkv.reshape(*qkv.shape[:2], -1, dim), [heads, heads + kv_heads], axis=2)
+    if norms is not None and epsilon is not None:
+        q, k = (rms_norm(x, w, epsilon).astype(qkv.dtype) for x, w in zip((q, k), norms, strict=True))
     positions = positions_from(starts, qkv.shape[1])
-    q, k = (rope(x, positions, frequency, interleaved=rotation.interleaved) for x in (q, k))
+    q, k = (rope(x, positions, frequency, interleaved=interleaved) for x in (q, k))
+    return q, k, v
+
+
+def _xla(qkv, pages, starts, frequency, norms, *, rotation):
+    q, k, v = rotated(
+        qkv, starts, frequency, heads=rotation.heads, kv_heads=pages.keys.shape[1], norms=norms,
+        epsilon=rotation.epsilon, interleaved=rotation.interleaved,
+    )  # fmt: skip
     return q, pages.write(k, v, starts)
 
 
 def _mosaic_gpu(qkv, pages, starts, frequency, norms, *, rotation):
     batch, length, _ = qkv.shape
-    counts = jnp.full(batch, length, jnp.int32) if pages.counts is None else pages.counts
-    angle = positions_from(starts, length).reshape(-1, 1).astype(jnp.float32) * frequency[None, :]
+    counts = jnp.full(batch, length, jnp.int32) if pages.counts is None else pages.counts.astype(jnp.int32)
+    angle = positions_from(starts, length).reshape(-1, 1).astype(jnp.float32) * frequency.astype(jnp.float32)[None, :]
     norms = None if norms is None else norms.astype(jnp.float32)
     angles = kernel.Angles(jnp.cos(angle), jnp.sin(angle))
     q, keys, values = kernel.rotate_and_write(
-        qkv, pages.keys, pages.values, pages.table, starts, counts, angles, norms, rotation=rotation
+        qkv, pages.keys, pages.values, pages.table.astype(jnp.int32), starts, counts, angles, norms, rotation=rotation
     )  # fmt: skip
     return q, pages._replace(keys=keys, values=values)

@@ -94,6 +94,7 @@ def load_model(
             _set(match.model, path, arrays, match.methods[path], match.scales.get(path))
             match.reader.forget_pages()
             progress.update(len(source.tensors))
+    match.model.place_attention(mesh)
     for block, path in _blocks(match.model):
         _set_up_experts(match, block, path, mesh)
     for name, (layer, attribute) in match.kv_scales.items():

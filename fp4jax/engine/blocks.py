@@ -41,7 +41,8 @@ def with_fused_projections(model):
     for layer in fused.layers:
         shared = layer.mlp.shared_experts if isinstance(layer.mlp, MoEBlock) else layer.mlp
         for module in (layer.self_attn, shared):
-            if isinstance(module, Attention | MLP):
+            # A subclass may use the single projections.
+            if isinstance(module, Attention | MLP) and type(module) in (Attention, MLP):
                 module.fuse_projections()
     return fused
 

@@ -6,8 +6,8 @@ runs in chunks, and each chunk attends to the earlier ones through the cache. De
 its own position, in one executable per batch size. A call decodes several tokens of every request, draws them on the
 device and stops requests at their stop tokens, so the device does not wait for the host.
 
-The cache of keys and values lies in pages of `page_size` positions. Attention reads the filled pages only, so a large
-`max_length` costs memory and no time.
+The cache of keys and values lies in pages of `page_size` positions. The kernels of attention read the filled pages
+only, so with them a large `max_length` costs memory and no time.
 """
 
 import dataclasses

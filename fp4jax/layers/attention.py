@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fp4jax.attention import KeyValuePages, attend, pages_of
-from fp4jax.attention.rotary import rope_frequency, rotate_and_write
+from fp4jax.attention.pages import seal
+from fp4jax.attention.rotary import rope_frequency, rotate_and_write, rotated
+from fp4jax.implementations import Implementation
 from fp4jax.layers.fused import FusedLinear, fuse
 from fp4jax.layers.linear import Linear, RMSNorm
 
@@ -48,7 +50,8 @@ class Attention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.head_dim, self.theta, self.interleaved, self.norm_eps = head_dim, theta, interleaved, norm_eps
-        self.num_heads, self.num_kv_heads, self.dtype = num_heads, num_kv_heads, jnp.dtype(dtype)
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.implementation: Implementation | None = None  # of attention; `Decoder.place_attention` sets it
         kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
         linear: dict[str, Any] = dict(stddev=stddev, rngs=rngs, **kinds)
         self.q_proj: Any = Linear(hidden_size, num_heads * head_dim, **linear)
@@ -63,6 +66,8 @@ class Attention(nnx.Module):
 
     def fuse_projections(self) -> None:
         """Makes one product of the projections to queries, keys and values, where `fused.fuse` can."""
+        if self.qkv_proj is not None:
+            return
         self.qkv_proj = nnx.data(fuse(self.q_proj, self.k_proj, self.v_proj))
         if self.qkv_proj is not None:
             self.q_proj = self.k_proj = self.v_proj = nnx.data(None)
@@ -84,21 +89,19 @@ class Attention(nnx.Module):
             projected = jnp.concatenate([p(x) for p in (self.q_proj, self.k_proj, self.v_proj)], axis=-1)
         else:
             projected = self.qkv_proj.linear(x)
-        pages = self._place_for(x, cache)
         norms = None
         if self.q_norm is not None and self.k_norm is not None:
             norms = jnp.stack([self.q_norm.weight[...], self.k_norm.weight[...]])
-        q, pages = rotate_and_write(
-            projected, pages, start, rope_frequency(self.theta, self.head_dim), heads=self.num_heads, norms=norms,
-            epsilon=self.norm_eps, interleaved=self.interleaved, implementation="xla" if cache is None else None,
-        )  # fmt: skip
-        out = attend(q, pages, start)
+        made: dict[str, Any] = dict(
+            heads=self.num_heads, norms=norms, epsilon=self.norm_eps, interleaved=self.interleaved
+        )
+        frequency = rope_frequency(self.theta, self.head_dim)
+        if cache is None:
+            q, k, v = rotated(projected, start, frequency, kv_heads=self.num_kv_heads, **made)
+            pages = pages_of(*(jnp.swapaxes(part, 1, 2) for part in seal(k, v)))
+        else:
+            q, pages = rotate_and_write(
+                projected, cache, start, frequency, implementation=self.implementation, **made
+            )  # fmt: skip
+        out = attend(q, pages, start, implementation=self.implementation)
         return self.o_proj(out.reshape(*x.shape[:2], -1)), None if cache is None else pages
-
-    def _place_for(self, x: jax.Array, cache: KeyValuePages | None) -> KeyValuePages:
-        """The cache, or without one pages for the tokens alone, which begin at position 0."""
-        if cache is not None:
-            return cache
-        batch, length = x.shape[:2]
-        zeros = jnp.zeros((batch, self.num_kv_heads, length, self.head_dim), self.dtype)
-        return pages_of(zeros, zeros)

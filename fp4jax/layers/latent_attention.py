@@ -26,6 +26,7 @@ from fp4jax.attention import KeyValuePages, attend, pages_of
 from fp4jax.attention.paged import gathered
 from fp4jax.attention.pages import positions_from, seal
 from fp4jax.attention.rotary import rope, rope_frequency
+from fp4jax.implementations import Implementation
 from fp4jax.layers.linear import Linear, RMSNorm
 from fp4jax.rounding import exact_precision
 
@@ -137,6 +138,7 @@ class LatentAttention(nnx.Module):
         linear: dict[str, Any] = dict(stddev=stddev, rngs=rngs, **kinds)
         self.rank, self.nope, self.rotated, self.v_dim = kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim
         self.num_heads, self.theta, self.interleaved, self.yarn = num_heads, theta, interleaved, yarn
+        self.implementation: Implementation | None = None  # of attention; `Decoder.place_attention` sets it
         head_dim = qk_nope_head_dim + qk_rope_head_dim
         self.q_proj: Any = nnx.data(None)
         self.q_a_proj: Any = nnx.data(None)
@@ -195,7 +197,8 @@ class LatentAttention(nnx.Module):
         k = jnp.concatenate([kv[..., : self.nope], shared.astype(kv.dtype)], axis=-1)
         k, v = (jnp.swapaxes(part, 1, 2) for part in seal(k, kv[..., self.nope :]))
         q = jnp.concatenate([q_nope, q_rotated], axis=-1)
-        return attend(q, pages_of(k, v)._replace(counts=counts), start, scale=self._score_scale)
+        pages = pages_of(k, v)._replace(counts=counts)
+        return attend(q, pages, start, scale=self._score_scale, implementation=self.implementation)
 
     def _in_latent_space(self, q_nope, q_rotated, latent, shared, start, counts):
         """Attention over the latents themselves, for one query: W_k,h is applied to it, and W_v,h to the sum.
@@ -209,7 +212,7 @@ class LatentAttention(nnx.Module):
         k, v = seal(jnp.concatenate([latent, shared.astype(latent.dtype)], axis=-1), latent)
         q = jnp.concatenate([q, q_rotated], axis=-1)
         pages = pages_of(k[:, None], v[:, None])._replace(counts=counts)
-        out = attend(q, pages, start, scale=self._score_scale)
+        out = attend(q, pages, start, scale=self._score_scale, implementation=self.implementation)
         return product("bhr,hvr->bhv", out[:, 0], by_head[:, self.nope :])[:, None]
 
     def _rotate(self, x, positions):

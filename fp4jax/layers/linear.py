@@ -40,6 +40,7 @@ def dot(
     return jnp.einsum("...k,nk->...n", x, weight, precision=precision, preferred_element_type=out_dtype)
 
 
+@jax.custom_jvp
 def _dot_of_bf16(x, weight):
     """x W^T in float32 for a bf16 x: exact products and float32 sums, on tensor cores.
 
@@ -53,6 +54,17 @@ def _dot_of_bf16(x, weight):
     stacked = jnp.concatenate(parts[::-1]).astype(jnp.bfloat16)
     products = jnp.einsum("...k,nk->...n", x, stacked, preferred_element_type=jnp.float32)
     return products.reshape(*x.shape[:-1], len(parts), weight.shape[0]).sum(-2)  # the smallest parts first
+
+
+@_dot_of_bf16.defjvp
+def _dot_of_bf16_jvp(primals, tangents):
+    """The derivatives of a plain float32 product: those of the parts would be rounded to bf16."""
+
+    def plain(x, weight):
+        precision = exact_precision(jnp.float32)
+        return jnp.einsum("...k,nk->...n", x.astype(jnp.float32), weight.astype(jnp.float32), precision=precision)
+
+    return _dot_of_bf16(*primals), jax.jvp(plain, primals, tangents)[1]
 
 
 def largest(x: Float[Array, "..."], where: Any = True) -> Float[Array, ""]:

@@ -32,6 +32,8 @@ class MLP(nnx.Module):
 
     def fuse_projections(self) -> None:
         """Makes one product of the projections to gate and up, where `fused.fuse` can."""
+        if self.gate_up_proj is not None:
+            return
         self.gate_up_proj = nnx.data(fuse(self.gate_proj, self.up_proj))
         if self.gate_up_proj is not None:
             self.gate_proj = self.up_proj = nnx.data(None)

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from fp4jax.attention import KeyValuePages, pages_of
@@ -259,6 +260,11 @@ class Decoder(nnx.Module):
             jnp.zeros((layers, batch, heads, max_length, dim), dtype) for heads, dim in self.cache_parts(self.config)
         )
         return KVCache(keys, values, jnp.int32(0))
+
+    def place_attention(self, mesh: Mesh | None) -> None:
+        """Chooses XLA for the attention of a model on several devices, as its kernels would not be split over them."""
+        for layer in self.layers:
+            layer.self_attn.implementation = None if mesh is None or mesh.size == 1 else "xla"
 
     def moe_blocks(self) -> list[MoEBlock]:
         """The expert blocks of the model, first layer first; layers with a dense MLP have none."""

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from fp4jax.layers import ExpertAmax, MoEBlock
@@ -22,11 +22,13 @@ _AMAX_PER_SCALE = np.float32(AMAX_DIVISOR)  # amax / scale: code 6 with block sc
 
 @runtime_checkable
 class MoEModel(Protocol):
-    """What this module needs of a model: its expert layers, and a forward pass that reports the amax of activations."""
+    """What this module needs of a model: its expert layers, where attention runs, and the amax of activations."""
 
     def moe_blocks(self) -> list[MoEBlock]: ...
 
     def calibrate(self, ids: Any) -> list[ExpertAmax]: ...
+
+    def place_attention(self, mesh: Mesh | None) -> None: ...
 
 
 def configure_experts(model: MoEModel, **changes: Any) -> None:
@@ -49,6 +51,7 @@ def configure_experts(model: MoEModel, **changes: Any) -> None:
         fields: dict[str, Any] = {"axis_name": None if at is None else EP_AXIS, **changes}
         block.configure(dataclasses.replace(block.config, **fields), at)
     if new_mesh:
+        model.place_attention(mesh)
         place = jax.devices()[0] if mesh is None else NamedSharding(mesh, PartitionSpec())
         sharded = {id(param) for block in model.moe_blocks() for param in block.sharded_params()}
         for _, param in nnx.iter_graph(model):

@@ -90,7 +90,7 @@ RECIPES = [
         pytest.param(RECIPES[0], "bfloat16", id="modelopt"),
         pytest.param(RECIPES[1], "float32", id="compressed, dense"),
         pytest.param(RECIPES[2], "float32", id="modelopt, dense, 4/6", marks=pytest.mark.slow),
-        pytest.param(RECIPES[3], "bfloat16", id="compressed, 4/6"),
+        pytest.param(RECIPES[3], "bfloat16", id="compressed, 4/6", marks=pytest.mark.slow),
     ],
 )
 def test_tensors_are_exactly_those_of_the_contract(tmp_path, recipe, dtype):

@@ -307,7 +307,7 @@ def test_every_tuned_config_lowers(config, fused):
     ("layout", "x_scale"),
     [
         ("masked", "one"),
-        ("contiguous", "row"),
+        pytest.param("contiguous", "row", marks=pytest.mark.slow),
         pytest.param("masked", "row", marks=pytest.mark.slow),
         pytest.param("contiguous", "one", marks=pytest.mark.slow),
     ],

@@ -170,7 +170,7 @@ def test_swiglu_of_gates_and_ups_that_are_not_finite(rng):
 
 
 @pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("four_over_six", [False, True])
+@pytest.mark.parametrize("four_over_six", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_block_with_nan_or_inf_has_the_bits_of_the_xla_quantizer(bad, four_over_six, rng):
     x = rng.standard_normal((64, 16)).astype(F32)
     x[np.arange(64), rng.integers(0, 16, 64)] = bad

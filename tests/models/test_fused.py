@@ -33,9 +33,11 @@ def on_hopper(monkeypatch):
     ("kind", "options"),
     [
         (None, {}),
-        (BlockFP8Linear, {"power_of_two_scales": True}),
-        pytest.param(NVFP4Linear, {"activation_format": "bf16"}, marks=pytest.mark.slow),
-        (NVFP4Linear, {"activation_format": "nvfp4", "input_scale": jnp.float32(0.01)}),
+        pytest.param(BlockFP8Linear, {"power_of_two_scales": True}, marks=pytest.mark.slow),
+        (NVFP4Linear, {"activation_format": "bf16"}),
+        pytest.param(
+            NVFP4Linear, {"activation_format": "nvfp4", "input_scale": jnp.float32(0.01)}, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_one_product_gives_the_outputs_of_all(rng, on_hopper, monkeypatch, kind, options):
@@ -68,7 +70,7 @@ def test_a_fused_model_is_another_one_and_computes_the_same():
     model = make_qwen3_moe(num_hidden_layers=1, mlp_only_layers=(0,))
     ids = sample_ids(2, 7)
     before = np.asarray(forward(model, ids))
-    fused = with_fused_projections(model)
+    fused = with_fused_projections(with_fused_projections(model))
     assert fused.layers[0].mlp.gate_proj is None and model.layers[0].mlp.gate_proj is not None
     assert fused.layers[0].self_attn.q_proj is None and model.layers[0].self_attn.q_proj is not None
     np.testing.assert_allclose(np.asarray(forward(fused, ids)), before, atol=1e-5 * np.abs(before).max())
@@ -95,4 +97,4 @@ def test_the_gradient_of_a_split_weight(rng):
     x, weight = jnp.asarray(rng.standard_normal((5, 32)), jnp.bfloat16), jnp.asarray(rng.standard_normal((3, 32)))
     by_weight = jax.grad(lambda w: jnp.sum(jnp.sin(dot(x, w, dtype=jnp.float32))))(weight)
     expected = jax.grad(lambda w: jnp.sum(jnp.sin(x.astype(jnp.float32) @ w.T)))(weight)
-    np.testing.assert_allclose(np.asarray(by_weight), np.asarray(expected), rtol=1e-2, atol=1e-2)
+    np.testing.assert_allclose(np.asarray(by_weight), np.asarray(expected), rtol=1e-5, atol=1e-5)

@@ -41,7 +41,7 @@ def _weights(rng):
     ("devices", "axis_type", "counts"),
     [
         pytest.param(2, AxisType.Auto, (7, 16), marks=pytest.mark.slow),
-        (4, AxisType.Explicit, (1, 7)),
+        (4, AxisType.Explicit, (7,)),
     ],
 )
 def test_any_number_of_tokens(rng, devices, axis_type, counts):
@@ -80,7 +80,7 @@ def test_result_adds_to_the_tokens(rng, axis_type):
     placed = jax.device_put(weights, NamedSharding(mesh, P("ep")))
     places = {"nowhere": x} | {str(spec): jax.device_put(x, NamedSharding(mesh, spec)) for spec in (P(), P("ep"))}
     for name, place in places.items():
-        for function in (residual, compiled):
+        for function in (residual, compiled) if name == "P()" else (compiled,):
             y, dropped = function(place, *routing, weights if name == "nowhere" else placed)
             assert y.sharding.mesh == mesh, name
             assert axis_type == AxisType.Auto or y.sharding.spec == jax.typeof(place).sharding.spec, name

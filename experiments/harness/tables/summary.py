@@ -156,7 +156,7 @@ def _model_rows(report: Row, with_peers: Row) -> list[tuple[str, ...]]:
             (
                 f"Qwen3-30B in {phase}, {what}: a layer of {ours['layers']}",
                 _us(ours["us_per_layer"]),
-                f"{_us(peer['us_per_layer'])}, {peer['implementation']}, bf16",
+                f"{_us(peer['us_per_layer'])}, {peer['implementation']}, bf16, a layer of {peer['layers']}",
                 f"{peer['us_per_layer'] / ours['us_per_layer']:.2f}x",
                 "",
                 f"{ours['percent_of_floor']:.0f}%",
