@@ -227,9 +227,10 @@ def in_blocks(model: Any, request: Request) -> tuple[list[int], dict[str, Any]]:
     chunks = {largest} if len(ids) > largest else set()
     chunks |= {next(b for b in options.buckets if b >= (len(ids) - 1) % largest + 1)}
     length = len(ids) + _NEW_TOKENS.value
-    draws = request.sampling.temperature > 0
-    served = BucketedModel(model, buckets=sorted(chunks), batch_buckets=(1,), max_length=length, draws=draws,
-                           decode_steps=max(1, min(8, _NEW_TOKENS.value - 1)))  # fmt: skip
+    served = BucketedModel(
+        model, buckets=sorted(chunks), batch_buckets=(1,), max_length=length, draws=request.sampling.temperature > 0,
+        decode_steps=1 if _LOW_LATENCY.value else max(1, min(8, _NEW_TOKENS.value - 1)),
+    )  # fmt: skip
     if options.debug:
         block_report.watch(served.graphs)
     start = time.perf_counter()

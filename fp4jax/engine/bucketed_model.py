@@ -42,6 +42,8 @@ from fp4jax.engine.sampling import draw
 from fp4jax.expert_parallel.low_latency import check_no_copies
 from fp4jax.models.decoder import Decoder
 
+_DECODE_STEPS = 8
+
 
 class Prefilled(NamedTuple):
     """The result of a prefill.
@@ -68,7 +70,8 @@ class BucketedModel:
       batch_buckets: numbers of requests that decoding is compiled for, ascending.
       max_length: the most tokens of a request, prompt and answer together.
       page_size: positions of a page of the cache. The kernels of attention need a multiple of 64.
-      decode_steps: tokens that a call of `decode` decodes for every request.
+      decode_steps: tokens that a call of `decode` decodes for every request. None: 8; or 1 if the experts keep their
+        receive buffers (`low_latency`).
       draws: whether requests may have a temperature above 0. Then programs are compiled that draw tokens; they take
         some 35 passes over the logits more.
       compiler_options: options for XLA that every executable is compiled with.
@@ -86,7 +89,7 @@ class BucketedModel:
         batch_buckets: Sequence[int] = (1, 2, 4, 8),
         max_length: int,
         page_size: int = 64,
-        decode_steps: int = 8,
+        decode_steps: int | None = None,
         draws: bool = False,
         compiler_options: Mapping[str, str | bool] | None = None,
     ):
@@ -94,6 +97,8 @@ class BucketedModel:
             raise ValueError(f"max_length must be 1..{model.config.max_position_embeddings}, got {max_length}")
         if page_size < 1:
             raise ValueError(f"page_size must be at least 1, got {page_size}")
+        if decode_steps is None:
+            decode_steps = 1 if is_low_latency(model) else _DECODE_STEPS
         if decode_steps < 1:
             raise ValueError(f"decode_steps must be at least 1, got {decode_steps}")
         buckets, batch_buckets = check_buckets(buckets), check_buckets(batch_buckets)

@@ -98,3 +98,23 @@ def test_the_gradient_of_a_split_weight(rng):
     by_weight = jax.grad(lambda w: jnp.sum(jnp.sin(dot(x, w, dtype=jnp.float32))))(weight)
     expected = jax.grad(lambda w: jnp.sum(jnp.sin(x.astype(jnp.float32) @ w.T)))(weight)
     np.testing.assert_allclose(np.asarray(by_weight), np.asarray(expected), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_a_router_chooses_as_float64_does(rng):
+    """The top 8 of 128 experts for 2^20 tokens of Qwen3-30B's size, but for ties closer than a float32 sum can tell."""
+    weight = jnp.asarray(0.02 * rng.standard_normal((128, 2048)), jnp.bfloat16)
+    exact_weight = np.asarray(weight, np.float64)
+    run = jax.jit(lambda x, w: dot(x, w, dtype=jnp.float32))
+    differ = 0
+    for _ in range(16):
+        x = jnp.asarray(rng.standard_normal((1 << 16, 2048), np.float32), jnp.bfloat16)
+        exact = np.asarray(x, np.float64) @ exact_weight.T
+        found = np.asarray(run(x, weight))
+        chosen, expected = (np.sort(np.argpartition(-logits, 8, axis=1)[:, :8], axis=1) for logits in (found, exact))
+        wrong = (chosen != expected).any(axis=1)
+        ordered = np.sort(exact[wrong], axis=1)
+        gap = ordered[:, -8] - ordered[:, -9]
+        assert (gap <= 4e-6 * np.abs(exact[wrong]).max(axis=1)).all()
+        differ += int(wrong.sum())
+    assert differ < 200
