@@ -192,7 +192,8 @@ def test_scopes_name_the_parts_of_a_layer_and_are_gone_afterwards():
 # --- the model ---
 
 
-@pytest.mark.parametrize("dense", [pytest.param("fp8", marks=pytest.mark.slow), "nvfp4"])
+@pytest.mark.slow
+@pytest.mark.parametrize("dense", ["fp8", "nvfp4"])
 def test_random_layers_differ_and_run_in_every_format(dense):
     model = model_cases.random_model(model_cases.model_config("tiny", 2), "w4a4", dense)
     first, second = (layer.mlp for layer in model.layers)

@@ -269,7 +269,8 @@ def test_metadata_of_few_routes(tokens, k, experts, capacity, rng, run_kernels):
     check_metadata_of_few_routes(tokens, k, experts, capacity, rng, run_kernels)
 
 
-@pytest.mark.parametrize("capacity", [pytest.param(None, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("capacity", [None, 3])
 def test_metadata_of_few_routes_in_several_chunks(capacity, rng, interpret):
     check_metadata_of_few_routes(70, 2, 4, capacity, rng, interpret)
 

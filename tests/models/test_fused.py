@@ -34,7 +34,7 @@ def on_hopper(monkeypatch):
     [
         (None, {}),
         pytest.param(BlockFP8Linear, {"power_of_two_scales": True}, marks=pytest.mark.slow),
-        (NVFP4Linear, {"activation_format": "bf16"}),
+        pytest.param(NVFP4Linear, {"activation_format": "bf16"}, marks=pytest.mark.slow),
         pytest.param(
             NVFP4Linear, {"activation_format": "nvfp4", "input_scale": jnp.float32(0.01)}, marks=pytest.mark.slow
         ),

@@ -322,7 +322,7 @@ def test_training_settings_refuse_what_they_cannot_do(make_mesh):
         MoEConfig(8, differentiable=True, activation_format_1="nvfp4")
     with pytest.raises(ValueError, match="differentiable=True"):
         configure_experts(make_model(), differentiable=True, mesh=make_mesh(2))
-    model = make_model()
+    model = make_model(num_hidden_layers=1, mlp_only_layers=())
     quantize_experts(model)
     configure_experts(model, differentiable=True)
     with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp: differentiable=True"):

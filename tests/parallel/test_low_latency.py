@@ -79,7 +79,9 @@ def inputs(tokens):
 
 
 @pytest.mark.usefixtures("on_the_cpu")
-@pytest.mark.parametrize(("form", "wire", "arrays"), [("per_peer", "nvfp4", 5), ("per_slot", "bf16", 2)])
+@pytest.mark.parametrize(
+    ("form", "wire", "arrays"), [("per_peer", "nvfp4", 5), pytest.param("per_slot", "bf16", 2, marks=pytest.mark.slow)]
+)
 def test_a_dispatch_changes_one_set_and_the_counters_in_place(form, wire, arrays):
     def twice(x, ids, weights):
         a, buffers = there_and_back(x, ids, weights, ReceiveBuffers(), form, wire)
