@@ -26,6 +26,7 @@ COLUMNS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_script_measures_a_tiny_model(tmp_path):
     """A prefill in three chunks and a decode step; every column is there, and every stage has time."""
     few = ["--layers=1", "--prefill=20", "--chunk=8", "--decode=2", "--contexts=12", "--repeats=1"]
