@@ -88,7 +88,7 @@ RECIPES = [
     ("recipe", "dtype"),
     [
         pytest.param(RECIPES[0], "bfloat16", id="modelopt"),
-        pytest.param(RECIPES[1], "float32", id="compressed, dense"),
+        pytest.param(RECIPES[1], "float32", id="compressed, dense", marks=pytest.mark.slow),
         pytest.param(RECIPES[2], "float32", id="modelopt, dense, 4/6", marks=pytest.mark.slow),
         pytest.param(RECIPES[3], "bfloat16", id="compressed, 4/6", marks=pytest.mark.slow),
     ],

@@ -147,7 +147,7 @@ MIXTURES = {
 @pytest.mark.parametrize(
     ("part", "activations", "layout"),
     [
-        ("gate and up", "W4A4", "modelopt"),
+        pytest.param("gate and up", "W4A4", "modelopt", marks=pytest.mark.slow),
         ("down", "W4A16", "compressed_tensors"),
         pytest.param("gate and up", "W4A16", "compressed_tensors", marks=pytest.mark.slow),
         pytest.param("down", "W4A4", "modelopt", marks=pytest.mark.slow),

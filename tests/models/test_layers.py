@@ -139,7 +139,7 @@ def test_nvfp4_linear_w4a4(rng, input_scale):
 @pytest.mark.parametrize(
     ("scale_shape", "activation_format"),
     [
-        pytest.param((), "bf16", id="one scale-bf16"),
+        pytest.param((), "bf16", id="one scale-bf16", marks=pytest.mark.slow),
         pytest.param((192, 1), "nvfp4", id="a scale per row-nvfp4"),
         pytest.param((), "nvfp4", id="one scale-nvfp4", marks=pytest.mark.slow),
         pytest.param((192, 1), "bf16", id="a scale per row-bf16", marks=pytest.mark.slow),

@@ -49,7 +49,7 @@ W4A4, W4A16 = formats("nvfp4", "nvfp4"), formats("bf16", "bf16")
 @pytest.mark.parametrize(
     ("kinds", "options", "layout"),
     [
-        pytest.param({}, W4A4, "masked", id="W4A4 per token"),
+        pytest.param({}, W4A4, "masked", id="W4A4 per token", marks=SLOW),
         pytest.param(dict(static=True), W4A4, "contiguous", id="W4A4 static", marks=SLOW),
         pytest.param({}, W4A16, "masked", id="W4A16", marks=SLOW),
         pytest.param({}, W4A4, "contiguous", marks=SLOW),

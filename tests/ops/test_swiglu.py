@@ -94,7 +94,7 @@ def test_quantized_output_against_the_oracle(how, scale, rng):
     )
 
 
-@pytest.mark.parametrize("how", ["eager", "jit"])
+@pytest.mark.parametrize("how", [pytest.param("eager", marks=pytest.mark.slow), "jit"])
 def test_fused_equals_unfused_bit_for_bit(how, rng):
     # The f32 product that `out="bf16"` returns for f32 input, quantized by the oracle, is the quantized output.
     gate_up = jnp.asarray(_gate_up(rng))

@@ -134,7 +134,7 @@ def test_no_tokens_at_all(make_mesh, form, scale):
     assert np.asarray(dropped).tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("scale_mode", ["agreed", "per_token", "static"])
+@pytest.mark.parametrize("scale_mode", ["agreed", "per_token", pytest.param("static", marks=pytest.mark.slow)])
 def test_nvfp4_payload_is_what_the_sender_quantized(make_mesh, rng, scale_mode):
     devices, tokens, hidden = 2, 8, 64
     x = jnp.asarray(rng.standard_normal((devices * tokens, hidden)) * ([[1]] * tokens + [[30]] * tokens), jnp.bfloat16)
@@ -268,7 +268,7 @@ def test_per_slot_contiguous_equals_masked(make_mesh, layer):
     assert same_bits(alone, _one_device("masked")(*layer[:4])[0])
 
 
-@pytest.mark.parametrize("devices", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("devices", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_per_peer_differs_from_one_device_by_rounding_only(make_mesh, layer, devices):
     """Partial sums are rounded to bf16 once per peer: the error stays near 2^-9 of the norm, and runs repeat."""
     alone = np.asarray(_one_device("masked")(*layer[:4])[0], np.float64)
@@ -423,7 +423,7 @@ def test_checked_ops_report_the_device_under_shard_map(make_mesh):
 
 
 @pytest.mark.parametrize("form", ["per_peer", "per_slot"])
-@pytest.mark.parametrize("devices", [2, 4])
+@pytest.mark.parametrize("devices", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_wire_bytes_of_the_compiled_layer(make_mesh, layer, form, devices):
     x, ids, weights, packed, _ = layer
     config = MoEConfig(num_experts=E, axis_name="ep", form=form, **ALL_NVFP4)
