@@ -1,4 +1,4 @@
-"""Where the time of a language model's decoder layer goes: its stages, told apart by scopes or by names of kernels.
+"""Splits the time of a language model's decoder layer into stages, which scopes or names of kernels tell apart.
 
 The stages are projections (linear layers of attention), attention, router (with what an expert block does beside its
 experts), experts (routed and shared ones, and the MLP of layers without experts) and rest.

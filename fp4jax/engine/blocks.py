@@ -87,10 +87,15 @@ def run_head(weights, x, *, structure, num_tokens):
     return structure.module(weights).head(last)[:, 0]
 
 
+def choose(logits, params, positions, *, draws):
+    """The next token of every request, from logits [B, V]; without `draws` all temperatures count as 0."""
+    return draw(logits, params, positions) if draws else jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
 def decode_steps(weights, last, lengths, drawing, cache, table, *, structure, steps, draws, num_tokens):
     """Decodes `steps` tokens of every request; see `BucketedModel.decode`.
 
-    `num_tokens` counts the valid requests. Without `draws` all temperatures count as 0.
+    `num_tokens` counts the valid requests; `draws` is that of `choose`.
     """
     model = structure.module(weights)
     valid = jnp.arange(last.shape[0], dtype=jnp.int32) < num_tokens
@@ -99,8 +104,7 @@ def decode_steps(weights, last, lengths, drawing, cache, table, *, structure, st
         tokens, last, lengths, cache = carry
         runs = valid & (last >= 0)
         logits, cache = _one_step(model, last, lengths, cache, table, runs)
-        chosen = draw(logits, drawing.params, lengths + 1) if draws else jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        found = jnp.where(runs, chosen, -1)
+        found = jnp.where(runs, choose(logits, drawing.params, lengths + 1, draws=draws), -1)
         ends = jnp.any(found[:, None] == drawing.stop_ids, axis=1)
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, found[:, None], index, 1)
         return tokens, jnp.where(ends, -1, found), lengths + runs.astype(jnp.int32), cache

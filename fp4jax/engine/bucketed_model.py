@@ -7,7 +7,7 @@ its own position, in one executable per batch size. A call decodes several token
 device and stops requests at their stop tokens, so the device does not wait for the host.
 
 The cache of keys and values lies in pages of `page_size` positions. The kernels of attention read the filled pages
-only, so with them a large `max_length` costs memory and no time.
+only, so their time does not grow with `max_length`; the time to make and to copy a cache does.
 """
 
 import dataclasses
@@ -24,6 +24,7 @@ from fp4jax.block_graph.arguments import home_of
 from fp4jax.engine.blocks import (
     Cache,
     Structure,
+    choose,
     decode_steps as run_decode_steps,
     embed,
     insert_request,
@@ -38,7 +39,6 @@ from fp4jax.engine.blocks import (
     without_layers,
 )
 from fp4jax.engine.drawing import Drawing, Sampling, drawing_of
-from fp4jax.engine.sampling import draw
 from fp4jax.expert_parallel.low_latency import check_no_copies
 from fp4jax.models.decoder import Decoder
 
@@ -145,7 +145,7 @@ class BucketedModel:
         placed: dict[str, Any] = {} if home is None else {"out_shardings": home}
         self._table_of = functools.cache(lambda requests: jax.device_put(page_table(requests, self._pages), home))
         self._insert = jax.jit(insert_request, donate_argnums=0, **placed)
-        self._draw_first = jax.jit(draw, **placed)
+        self._choose_first = jax.jit(functools.partial(choose, draws=draws), **placed)
         self._zeros = jax.jit(self._make_zeros, static_argnums=0, **placed)
 
     @property
@@ -178,7 +178,7 @@ class BucketedModel:
             batch = self.empty_cache(size)
             jax.block_until_ready(self._insert(batch, cache, np.int32(0)))
         logits = jax.device_put(np.zeros((1, self.config.vocab_size), np.float32), home_of(self._whole[1]))
-        jax.block_until_ready(self._draw_first(logits, self._greedy(1).params, np.zeros(1, np.int32)))
+        jax.block_until_ready(self._choose_first(logits, self._greedy(1).params, np.zeros(1, np.int32)))
 
     def prefill(self, ids: Sequence[int]) -> Prefilled:
         """Runs a prompt through the model, and returns the logits of the next token and the prompt's cache.
@@ -246,7 +246,7 @@ class BucketedModel:
         for slot, prompt in enumerate(prompts):
             done = self.prefill(prompt)
             params = self._drawing([sampling[slot]], 1).params
-            first.append(self._draw_first(done.logits, params, np.full(1, len(prompt), np.int32)))
+            first.append(self._choose_first(done.logits, params, np.full(1, len(prompt), np.int32)))
             batch = self._insert(batch, done.cache, np.int32(slot))
         tokens = [np.concatenate([np.asarray(token) for token in first])[:, None]]
         running = [token not in s.stop_ids for (token,), s in zip(tokens[0].tolist(), sampling, strict=True)]

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Int
 
+from pallas_kernels.attention.config import ALIGNMENT
+
 
 def generate(
     model: Any, prompt: Int[Array, "B P"], *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0
@@ -70,7 +72,9 @@ def _generate(
         token = choose(output.logits[:, -1], step)
         return (output.cache, token), token
 
-    cache = model.init_cache(prompt.shape[0], prompt.shape[1] + max_new_tokens)
+    length = prompt.shape[1] + max_new_tokens
+    # A page of another length would be padded for the kernels of attention, by a copy in every layer and step.
+    cache = model.init_cache(prompt.shape[0], length + -length % ALIGNMENT)
     output = model.forward(prompt, cache)
     first = choose(output.logits[:, -1], jnp.int32(0))
     _, rest = jax.lax.scan(one_token, (output.cache, first), jnp.arange(1, max_new_tokens, dtype=jnp.int32))
