@@ -22,8 +22,8 @@ def attention(
 ) -> Float[Array, "B S heads V"]:
     """Causal grouped-query attention; the softmax is computed in float32.
 
-    A query at position p sees the keys 0 .. p. NaN in a key, and NaN or infinity in a value, spoil the results of the
-    queries that see it, and no others.
+    A query at position p sees the keys 0 .. p. NaN in a key spoils the results of the queries that see it, and no
+    others. Values must be finite (`pages.seal`): those that a query does not see have the weight 0, and 0 * NaN is NaN.
 
     Args:
       q: queries; `heads` is a multiple of `kv_heads`.
@@ -46,14 +46,8 @@ def attention(
     visible = places <= positions
     scores = jnp.where(visible, scores * (dim**-0.5 if scale is None else scale), -jnp.inf)
     probabilities = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    # A value that a query does not see has the weight 0, but 0 * NaN is NaN. So values that are not finite are replaced
-    # by 0 before the product, and afterwards the queries from the first such position on are set to NaN.
-    finite = jnp.all(jnp.isfinite(v), axis=-1)
-    v = jnp.where(finite[..., None], v, jnp.zeros_like(v))
     out = product("xqk,xkd->xqd", flat(probabilities), flat(v)).astype(q.dtype)
     out = out.reshape(batch, kv_heads, heads // kv_heads, length, -1)
-    first_spoiled = jnp.min(jnp.where(finite, k.shape[2], places.reshape(1, 1, -1)), axis=-1)
-    out = jnp.where(first_spoiled[:, :, None, None, None] <= positions, jnp.asarray(jnp.nan, out.dtype), out)
     out = out.transpose(0, 3, 1, 2, 4)
     return out.reshape(batch, length, heads, -1)
 

@@ -31,13 +31,18 @@ def rope(
       frequency: the angle per position of each of the D / 2 pairs.
       interleaved: False pairs x[i] with x[i + D/2]; True pairs x[2i] with x[2i + 1].
     """
-    angle = positions.reshape(-1, x.shape[1], 1, 1).astype(jnp.float32) * frequency.reshape(1, 1, 1, -1)
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    cos, sin = (part[:, :, None] for part in _angles(positions.reshape(-1, x.shape[1]), frequency))
     wide = x.astype(jnp.float32)
     first, second = (wide[..., ::2], wide[..., 1::2]) if interleaved else jnp.split(wide, 2, axis=-1)
     rotated = first * cos - second * sin, second * cos + first * sin
     out = jnp.stack(rotated, axis=-1).reshape(x.shape) if interleaved else jnp.concatenate(rotated, axis=-1)
     return out.astype(x.dtype)
+
+
+def _angles(positions, frequency):
+    """The cosine and sine of every pair's angle, f32 [B, S, D / 2], at positions [B, S]."""
+    angle = positions[..., None].astype(jnp.float32) * frequency.astype(jnp.float32)[None, None, :]
+    return jnp.cos(angle), jnp.sin(angle)
 
 
 def rotate_and_write(
@@ -116,10 +121,10 @@ def _xla(qkv, pages, starts, frequency, norms, *, rotation):
 def _mosaic_gpu(qkv, pages, starts, frequency, norms, *, rotation):
     batch, length, _ = qkv.shape
     counts = jnp.full(batch, length, jnp.int32) if pages.counts is None else pages.counts.astype(jnp.int32)
-    angle = positions_from(starts, length).reshape(-1, 1).astype(jnp.float32) * frequency.astype(jnp.float32)[None, :]
+    angles = (part.reshape(batch * length, -1) for part in _angles(positions_from(starts, length), frequency))
     norms = None if norms is None else norms.astype(jnp.float32)
-    angles = kernel.Angles(jnp.cos(angle), jnp.sin(angle))
     q, keys, values = kernel.rotate_and_write(
-        qkv, pages.keys, pages.values, pages.table.astype(jnp.int32), starts, counts, angles, norms, rotation=rotation
+        qkv, pages.keys, pages.values, pages.table.astype(jnp.int32), starts, counts, kernel.Angles(*angles), norms,
+        rotation=rotation,
     )  # fmt: skip
     return q, pages._replace(keys=keys, values=values)

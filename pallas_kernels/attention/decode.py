@@ -39,11 +39,10 @@ from pallas_kernels.simt.schedule import Schedule
 
 @dataclasses.dataclass(frozen=True)
 class TuningConfig:
-    """tile: keys of a stage. num_stages: of the ring. blocks: thread blocks per SM."""
+    """tile: keys of a stage. num_stages: of the ring."""
 
     tile: int = 64
     num_stages: int = 4
-    blocks: int = 1
 
 
 class Plan(NamedTuple):
@@ -109,7 +108,7 @@ def attend(
     if rows != group:
         q = jnp.pad(q, ((0, 0), (0, 0), (0, rows - group), (0, 0)))
     c = config
-    schedule = Schedule(c.blocks * H100_SMS)
+    schedule = Schedule(H100_SMS)
 
     def body(q_gmem, k_gmem, v_gmem, table_gmem, lengths_gmem, request_gmem, part_gmem, ends_gmem, *rest):
         out_gmem, weight_gmem, q_smem, k_smem, v_smem, full, empty, q_full, q_empty = rest

@@ -27,8 +27,8 @@ from pallas_kernels.attention import softmax
 from pallas_kernels.simt import lanes, launch
 from pallas_kernels.simt.hardware import WGMMA_ROWS
 
-# Consumers -> registers per thread of the loader and of a consumer.
-_REGISTERS = {1: (40, 240), 2: (40, 232), 3: (32, 160)}
+_CONSUMERS = 2  # warpgroups of 64 queries; the barrier by which they take turns is for two
+_REGISTERS = 40, 232  # per thread of the loader and of a consumer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,14 +38,10 @@ class TuningConfig:
     Attributes:
       tile: keys of a stage.
       num_stages: stages of the ring.
-      consumers: warpgroups of 64 queries each.
-      turns: whether two consumers take turns.
     """
 
     tile: int = 128
     num_stages: int = 2
-    consumers: int = 2
-    turns: bool = True
 
 
 def attend(
@@ -78,11 +74,10 @@ def attend(
     batch, length, heads, dim = q.shape
     _, kv_heads, page, value_dim = values.shape
     c = config
-    rows = c.consumers * WGMMA_ROWS
+    rows = _CONSUMERS * WGMMA_ROWS
     q_tiles = -(-length // rows)
     run = math.gcd(c.tile, page)  # keys that one copy brings
     copies = c.tile // run
-    takes_turns = c.turns and c.consumers == 2
 
     def body(q_gmem, k_gmem, v_gmem, table_gmem, starts_gmem, counts_gmem, out_gmem, *scratch):
         q_smem, k_smem, v_smem, q_full, k_full, v_full, k_empty, v_empty, turn, *out_smem = scratch
@@ -97,11 +92,10 @@ def attend(
         steps = jnp.where(first < count, lax.div(seen + (c.tile - 1), jnp.int32(c.tile)), 0)
         slot_of = lambda step: lax.rem(step, jnp.int32(c.num_stages))  # noqa: E731
 
-        @pl.when((warpgroup == c.consumers) & (steps > 0))
+        @pl.when((warpgroup == _CONSUMERS) & (steps > 0))
         def _():
-            load, _ = _REGISTERS[c.consumers]
-            plgpu.set_max_registers(load, action="decrease")
-            for w in range(c.consumers):
+            plgpu.set_max_registers(_REGISTERS[0], action="decrease")
+            for w in range(_CONSUMERS):
                 plgpu.copy_gmem_to_smem(
                     q_gmem.at[request, pl.ds(first + w * WGMMA_ROWS, WGMMA_ROWS), head], q_smem.at[w], q_full.at[w]
                 )
@@ -128,16 +122,14 @@ def attend(
 
             lax.fori_loop(0, steps, stage, None)
 
-        @pl.when((warpgroup < c.consumers) & (steps > 0))
+        @pl.when((warpgroup < _CONSUMERS) & (steps > 0))
         def _():
-            _, multiply = _REGISTERS[c.consumers]
-            plgpu.set_max_registers(multiply, action="increase")
+            plgpu.set_max_registers(_REGISTERS[1], action="increase")
             mine = first + warpgroup * WGMMA_ROWS  # this consumer's first query
 
             def change_turns():
-                if takes_turns:
-                    plgpu.barrier_arrive(turn)
-                    plgpu.barrier_wait(turn)
+                plgpu.barrier_arrive(turn)
+                plgpu.barrier_wait(turn)
 
             def stage(step, running, masked):
                 slot = slot_of(step)
@@ -152,8 +144,7 @@ def attend(
                     s = jnp.where(key - row <= start + mine - step * c.tile, s, -jnp.inf)
 
                 def before_values():
-                    if takes_turns:
-                        plgpu.barrier_arrive(turn)
+                    plgpu.barrier_arrive(turn)
                     plgpu.barrier_wait(v_full.at[slot])
                     if masked:
                         left = end - step * c.tile
@@ -162,21 +153,18 @@ def attend(
                         def _():
                             softmax.clear_rows(v_smem.at[slot], left)
 
-                    if takes_turns:
-                        plgpu.barrier_wait(turn)
+                    plgpu.barrier_wait(turn)
 
                 running = softmax.add(softmax.Running(*running), s, v_smem.at[slot], scale, before_values)
                 plgpu.barrier_arrive(v_empty.at[slot])
                 return tuple(running)
 
             plgpu.barrier_wait(q_full.at[warpgroup])
-            if takes_turns:
-                pl.when(warpgroup == 1)(change_turns)
+            pl.when(warpgroup == 1)(change_turns)
             whole = jnp.minimum(lax.div(start + first + 1, jnp.int32(c.tile)), steps)  # tiles that all queries see
             running = lax.fori_loop(0, whole, lambda step, r: stage(step, r, False), tuple(softmax.start(value_dim)))
             found = softmax.Running(*lax.fori_loop(whole, steps, lambda step, r: stage(step, r, True), running))
-            if takes_turns:
-                pl.when(warpgroup == 0)(change_turns)
+            pl.when(warpgroup == 0)(change_turns)
             inverse = lax.broadcast_in_dim(1 / found.weight, found.total.shape, (0,))
             result_smem = (out_smem[0] if out_smem else q_smem).at[warpgroup]  # the queries are used up
             result_smem[...] = (found.total * inverse).astype(jnp.bfloat16)
@@ -190,17 +178,17 @@ def attend(
         jax.ShapeDtypeStruct((batch, length, heads, value_dim), jnp.bfloat16),
         grid=heads * q_tiles * batch,
         scratch_types=[
-            softmax.tiles(c.consumers, WGMMA_ROWS, dim),
+            softmax.tiles(_CONSUMERS, WGMMA_ROWS, dim),
             softmax.tiles(c.num_stages, c.tile, dim),
             softmax.tiles(c.num_stages, c.tile, value_dim),
-            barrier(1, c.consumers),
+            barrier(1, _CONSUMERS),
             barrier(copies, c.num_stages),
             barrier(copies, c.num_stages),
-            barrier(c.consumers, c.num_stages),
-            barrier(c.consumers, c.num_stages),
-            barrier(c.consumers, 1),
-            *([] if value_dim == dim else [softmax.tiles(c.consumers, WGMMA_ROWS, value_dim)]),
+            barrier(_CONSUMERS, c.num_stages),
+            barrier(_CONSUMERS, c.num_stages),
+            barrier(_CONSUMERS, 1),
+            *([] if value_dim == dim else [softmax.tiles(_CONSUMERS, WGMMA_ROWS, value_dim)]),
         ],
-        warpgroups=c.consumers + 1,
+        warpgroups=_CONSUMERS + 1,
         approx_math=True,
     )(q, keys, values, table, starts, counts)

@@ -11,6 +11,7 @@ from flax import nnx
 from small_models import DEEPSEEK_V3 as CONFIG, YARN, forward, make_deepseek_v3 as make_model
 from tensor_files import read_tensors
 
+from experiments.cases.models import PUBLISHED
 from fp4jax.checkpoint import load_model, save_model
 from fp4jax.engine import BucketedModel
 from fp4jax.layers import BlockFP8Linear
@@ -98,18 +99,7 @@ def test_which_layers_have_experts(first, freq, expected):
 
 def test_published_config_and_names(tmp_path):
     """config.json as it is published for 671B, but for what only training reads."""
-    published = {
-        "model_type": "deepseek_v3", "vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 18432,
-        "moe_intermediate_size": 2048, "num_hidden_layers": 61, "num_attention_heads": 128, "num_key_value_heads": 128,
-        "n_shared_experts": 1, "n_routed_experts": 256, "routed_scaling_factor": 2.5, "kv_lora_rank": 512,
-        "q_lora_rank": 1536, "qk_rope_head_dim": 64, "v_head_dim": 128, "qk_nope_head_dim": 128, "n_group": 8,
-        "topk_group": 4, "num_experts_per_tok": 8, "first_k_dense_replace": 3, "norm_topk_prob": True,
-        "scoring_func": "sigmoid", "topk_method": "noaux_tc", "rms_norm_eps": 1e-06, "rope_theta": 10000,
-        "max_position_embeddings": 163840, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "moe_layer_freq": 1,
-        "attention_bias": False, "hidden_act": "silu", "rope_scaling": {
-            "beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0,
-            "original_max_position_embeddings": 4096, "type": "yarn"},
-    }  # fmt: skip
+    published = PUBLISHED["deepseek-v3"]
     config = DeepseekV3Config.from_hf(published)
     assert config.num_experts == 256 and config.head_dim == 192
     assert config.yarn is not None and config.yarn.rotation_scale == 1

@@ -100,15 +100,17 @@ def test_positions_beyond_the_last_page_are_dropped():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_a_spoiled_value_is_seen_by_later_queries_only(rng, bad):
-    q, k, v = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((2, 9, 4, 16), (2, 2, 9, 16), (2, 2, 9, 8)))
+def test_a_spoiled_place_is_seen_by_later_queries_only(rng, bad):
+    """One value and one key that are not finite: the places from there on have no finite output, in that sequence."""
+    q, k, v = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((3, 9, 4, 16), (3, 2, 9, 16), (3, 2, 9, 8)))
     clean = np.asarray(_run(q, pages_of(k, v), jnp.int32(0)))
-    k, v = seal(k, v.at[1, :, 4, 3].set(bad))
+    k, v = seal(k.at[2, :, 5].set(jnp.nan), v.at[1, :, 4, 3].set(bad))
     assert np.isfinite(np.asarray(v)).all()
     found = np.asarray(_run(q, pages_of(k, v), jnp.int32(0)))
-    assert np.isnan(found[1, 4:]).all()
+    assert np.isnan(found[1, 4:]).all() and np.isnan(found[2, 5:]).all()
     np.testing.assert_array_equal(found[0], clean[0])
     np.testing.assert_array_equal(found[1, :4], clean[1, :4])
+    np.testing.assert_array_equal(found[2, :5], clean[2, :5])
 
 
 def test_gradients_do_not_see_unfilled_places(rng):
