@@ -17,9 +17,6 @@ from fp4jax.layers.mlp import MLP
 from fp4jax.layers.moe_block import MoEBlock
 from fp4jax.models.decoder import DecoderLayer
 
-# (keys, values) of every layer, each [pages, heads, page, dim]; `Decoder.cache_parts` gives heads and dim of both.
-Cache = list[tuple[jax.Array, jax.Array]]
-
 
 def placed_together(model):
     """Returns the model with every uncommitted weight put at the home of the committed ones; see `home_of`.
@@ -128,16 +125,6 @@ def _one_step(model, last, lengths, cache, table, runs):
 def is_low_latency(model):
     """Returns whether the experts of a model keep their receive buffers in decode steps."""
     return any(block.config.low_latency for block in model.moe_blocks())
-
-
-def insert_request(batch, one, slot):
-    """Writes the pages of one request to those of request `slot` of the batch."""
-    return jax.tree.map(lambda b, o: jax.lax.dynamic_update_slice_in_dim(b, o, slot * o.shape[0], 0), batch, one)
-
-
-def page_table(requests, pages):
-    """The pages of requests that have `pages` successive ones each, i32 [requests, pages]."""
-    return jnp.arange(requests * pages, dtype=jnp.int32).reshape(requests, pages)
 
 
 @contextlib.contextmanager

@@ -22,14 +22,11 @@ import numpy as np
 from fp4jax.block_graph import BlockGraph, Bucketed, block_graph, check_buckets, compile_all
 from fp4jax.block_graph.arguments import home_of
 from fp4jax.engine.blocks import (
-    Cache,
     Structure,
     choose,
     decode_steps as run_decode_steps,
     embed,
-    insert_request,
     is_low_latency,
-    page_table,
     placed_together,
     run_head,
     run_layer,
@@ -38,6 +35,7 @@ from fp4jax.engine.blocks import (
     with_fused_projections,
     without_layers,
 )
+from fp4jax.engine.cache import Cache, PagedCaches
 from fp4jax.engine.drawing import Drawing, Sampling, drawing_of
 from fp4jax.expert_parallel.low_latency import check_no_copies
 from fp4jax.models.decoder import Decoder
@@ -103,8 +101,6 @@ class BucketedModel:
             raise ValueError(f"decode_steps must be at least 1, got {decode_steps}")
         buckets, batch_buckets = check_buckets(buckets), check_buckets(batch_buckets)
         self.config, self.max_length, self.decode_steps = model.config, max_length, decode_steps
-        self._cache_parts = model.cache_parts(model.config)
-        self._page_size, self._pages = page_size, -(-max_length // page_size)  # the latter: of a request
         options: dict[str, Any] = dict(static_argnames=("structure",), compiler_options=compiler_options)
         counted: dict[str, Any] = dict(count_argname="num_tokens", **options)
         in_place: dict[str, Any] = dict(donate_argnums=(3,), **counted)
@@ -143,10 +139,8 @@ class BucketedModel:
         # First positions of chunks are kept on the device: 0 for every prompt, then multiples of the largest bucket.
         self._start_of = functools.lru_cache(1024)(lambda start: jax.device_put(np.int32(start), home))
         placed: dict[str, Any] = {} if home is None else {"out_shardings": home}
-        self._table_of = functools.cache(lambda requests: jax.device_put(page_table(requests, self._pages), home))
-        self._insert = jax.jit(insert_request, donate_argnums=0, **placed)
+        self._caches = PagedCaches(model, max_length, page_size, home)
         self._choose_first = jax.jit(functools.partial(choose, draws=draws), **placed)
-        self._zeros = jax.jit(self._make_zeros, static_argnums=0, **placed)
 
     @property
     def graphs(self) -> list[BlockGraph]:
@@ -166,17 +160,17 @@ class BucketedModel:
         todo = dict(self.embed.compilations(self._embed[1], one, structure=self._embed[0]))
         for size, decoder in self.decoders.items():  # decode steps take longest to compile, so they start early
             batch, numbers = self.empty_cache(size), jax.ShapeDtypeStruct((size,), jnp.int32)
-            table = self._table_of(size)
+            table = self._caches.table(size)
             todo |= decoder.compilations(
                 self._whole[1], numbers, numbers, self._greedy(size), batch, table, **self._decoding
             )
         for structure, weights in self._layers:  # layers of one structure have equal keys, and are compiled once
-            todo |= self.layer.compilations(weights, x, start, cache[0], self._table_of(1), structure=structure)
+            todo |= self.layer.compilations(weights, x, start, cache[0], self._caches.table(1), structure=structure)
         todo |= self.head.compilations(self._rest[1], x, structure=self._rest[0])
         compile_all(todo, workers=workers, progress=progress)
         for size in self.decoders:
             batch = self.empty_cache(size)
-            jax.block_until_ready(self._insert(batch, cache, np.int32(0)))
+            jax.block_until_ready(self._caches.insert(batch, cache, np.int32(0)))
         logits = jax.device_put(np.zeros((1, self.config.vocab_size), np.float32), home_of(self._whole[1]))
         jax.block_until_ready(self._choose_first(logits, self._greedy(1).params, np.zeros(1, np.int32)))
 
@@ -247,7 +241,7 @@ class BucketedModel:
             done = self.prefill(prompt)
             params = self._drawing([sampling[slot]], 1).params
             first.append(self._choose_first(done.logits, params, np.full(1, len(prompt), np.int32)))
-            batch = self._insert(batch, done.cache, np.int32(slot))
+            batch = self._caches.insert(batch, done.cache, np.int32(slot))
         tokens = [np.concatenate([np.asarray(token) for token in first])[:, None]]
         running = [token not in s.stop_ids for (token,), s in zip(tokens[0].tolist(), sampling, strict=True)]
         last, lengths = np.full(size, -1, np.int32), np.zeros(size, np.int32)
@@ -278,7 +272,7 @@ class BucketedModel:
         The function maps (x [1, bucket, H], position of the first token, the layer's (keys, values)) to (x of the same
         shape, new (keys, values)). The old keys and values are donated and cannot be used afterwards.
         """
-        return lambda x, start, cache: self._run_layers[index](x, self._start_of(start), cache, self._table_of(1))
+        return lambda x, start, cache: self._run_layers[index](x, self._start_of(start), cache, self._caches.table(1))
 
     def run_head(self, x: Bucketed) -> jax.Array:
         """Computes the logits f32 [1, V] for the token after the last valid one of x [1, bucket, H]."""
@@ -302,37 +296,16 @@ class BucketedModel:
         """
         size = last.values.shape[0]
         drawing = self._greedy(size) if drawing is None else drawing
-        return self._run_decoders[size](last, lengths, drawing, batch, self._table_of(size))
+        return self._run_decoders[size](last, lengths, drawing, batch, self._caches.table(size))
 
     def cache_bytes(self, batch: int) -> int:
         """Returns the bytes of a cache for `batch` requests."""
-        sizes = sum(heads * dim for heads, dim in self._cache_parts) * jnp.dtype(self.config.dtype).itemsize
-        return batch * self._pages * self._page_size * sizes * self.config.num_hidden_layers
+        return self._caches.bytes(batch)
 
     def empty_cache(self, batch: int) -> Cache:
         """Returns a cache of zeros for `batch` requests of up to `max_length` positions each.
 
         Raises:
-          MemoryError: the device says that it has less memory left.
+          MemoryError: a device says that it has less memory left.
         """
-        devices = jax.tree.leaves(self._whole[1])[0].devices()
-        free = min((left for left in map(_free_bytes, devices) if left is not None), default=None)
-        if free is not None and self.cache_bytes(batch) > free:
-            needed, left = (f"{size / 1e9:.2f} GB" for size in (self.cache_bytes(batch), free))
-            raise MemoryError(
-                f"a cache for {batch} requests of {self.max_length} positions takes {needed}, and {left} are free; "
-                "take a smaller max_length or fewer requests"
-            )
-        return self._zeros(batch)
-
-    def _make_zeros(self, batch):
-        shape = lambda heads, dim: (batch * self._pages, heads, self._page_size, dim)  # noqa: E731
-        zeros = lambda heads, dim: jnp.zeros(shape(heads, dim), self.config.dtype)  # noqa: E731
-        keys, values = self._cache_parts
-        return [(zeros(*keys), zeros(*values)) for _ in range(self.config.num_hidden_layers)]
-
-
-def _free_bytes(device):
-    """Bytes of a device's memory that are not in use; None if the device does not say."""
-    stats = device.memory_stats() or {}
-    return None if "bytes_limit" not in stats else stats["bytes_limit"] - stats["bytes_in_use"]
+        return self._caches.empty(batch)

@@ -10,7 +10,7 @@ from small_models import forward
 
 from experiments.harness.timing import count_compilations
 from fp4jax import MoEConfig
-from fp4jax.engine import BucketedModel, Sampling, bucketed_model, drawing_of
+from fp4jax.engine import BucketedModel, Sampling, cache, drawing_of
 from fp4jax.engine.sampling import gumbel_noise, log_weights
 from fp4jax.layers import MoEBlock, RoutingConfig
 from fp4jax.models import Qwen3Moe, Qwen3MoeConfig, configure_experts, generate, quantize_experts
@@ -228,6 +228,6 @@ def test_more_positions_than_the_model_has_are_refused(model):
 def test_a_cache_that_does_not_fit_is_refused(served, monkeypatch):
     """3 layers of 2 x 2 heads of 16 floats, for 70 positions in pages of 64."""
     assert served.cache_bytes(2) == 2 * 128 * 3 * 2 * 2 * 16 * 4
-    monkeypatch.setattr(bucketed_model, "_free_bytes", lambda device: 1e5)
+    monkeypatch.setattr(cache, "_free_bytes", lambda device: 1e5)
     with pytest.raises(MemoryError, match=r"2 requests of 70 positions takes 0\.00 GB, and 0\.00 GB are free"):
         served.empty_cache(2)
