@@ -188,8 +188,9 @@ def test_decode_on_the_gpu(name, seed):
     """Lengths around the limits of tiles, parts and pages; a request without a token; alone and among others."""
     rng = np.random.default_rng(seed)
     heads, kv_heads, dim, value_dim, page = SHAPES[name]
-    lengths = [1, 63, 64, 65, 256, 257, 0, *rng.integers(1, 1000, 3).tolist(), 1024]
-    pages, rows = poisoned_pages(rng, lengths, kv_heads, dim, value_dim, page, 1024, jnp.bfloat16)
+    places = -(-1024 // page) * page
+    lengths = [1, 63, 64, 65, 256, 257, 0, *rng.integers(1, 1000, 3).tolist(), places]
+    pages, rows = poisoned_pages(rng, lengths, kv_heads, dim, value_dim, page, places, jnp.bfloat16)
     counts, starts = [int(n > 0) for n in lengths], [max(n - 1, 0) for n in lengths]
     q = queries(rng, counts, 1, heads, dim, jnp.bfloat16)
     options = dict(tolerance=4e-3, implementation="mosaic_gpu")
