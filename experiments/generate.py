@@ -28,6 +28,8 @@ from experiments.harness import block_graph_flags, block_report, outputs, rates,
 from experiments.harness.flag_values import finite
 from experiments.text.files import check_text, read_text
 from experiments.text.tokenizers import tokenizer_of
+from fp4jax.attention import PageFormat
+from fp4jax.attention.cache_formats import FP8
 from fp4jax.checkpoint import load_model
 from fp4jax.checkpoint.folder_config import end_token_ids, read_config
 from fp4jax.engine import BucketedModel, Sampling
@@ -71,6 +73,12 @@ _INPUT_SCALES = flags.DEFINE_enum(
     "stored",
     ["stored", "per_token"],
     "Activation scales of layers with NVFP4 activations: those of the folder, or one per token.",
+)
+_CACHE_FORMAT = flags.DEFINE_enum(
+    "cache_format",
+    "stored",
+    ["stored", "compute", "fp8"],
+    "How keys and values are kept: in FP8 if the folder asks for it, always in the compute dtype, or always in FP8.",
 )
 _JSON = flags.DEFINE_string("json", None, "File to write the text and the numbers to, as JSON; default: no file.")
 
@@ -194,11 +202,12 @@ def loaded_model(request: Request) -> Any:
     try:
         model, config = load_model(
             request.folder, mesh=mesh, quantization=_QUANTIZATION.value, dtype=_DTYPE.value,
-            input_scales=_INPUT_SCALES.value,
+            input_scales=_INPUT_SCALES.value, cache_format=_CACHE_FORMAT.value,
         )  # fmt: skip
     except (ValueError, FileNotFoundError) as error:
         raise app.UsageError(str(error)) from error
     print(f"loaded in {time.perf_counter() - start:.1f} s: {config.to_hf()['model_type']}, {layer_kinds(model)}")
+    print(cache_kind(model))
     if mesh is not None:
         configure_experts(model, wire_format=request.wire_format, low_latency=_LOW_LATENCY.value)
     return model
@@ -210,6 +219,15 @@ def layer_kinds(model: Any) -> str:
     experts = {type(block.w13.get_value()).__name__ for block in model.moe_blocks()}
     kinds = ", ".join(sorted(experts)).replace("ArrayImpl", "plain")
     return f"linear layers {', '.join(sorted(names))}, experts {kinds or 'none'}"
+
+
+def cache_kind(model: Any) -> str:
+    """How the model keeps keys and values, as a sentence."""
+    kinds = {np.dtype(f.dtype).name for f in model.cache_formats if isinstance(f, PageFormat)}
+    if kinds != {np.dtype(FP8).name}:
+        return f"keys and values are cached in {', '.join(sorted(kinds))}"
+    asked = "as the folder asks; --cache_format=compute turns it off" if _CACHE_FORMAT.value == "stored" else "as asked"
+    return f"keys and values are cached in FP8 (e4m3), {asked}"
 
 
 def until_end(ids: list[int], ends: set[int]) -> list[int]:

@@ -11,6 +11,7 @@ from flax import nnx
 
 from experiments.cases.gemm import BYTES_PER_WEIGHT
 from experiments.harness.timing import Ceilings
+from fp4jax.attention.cache_formats import bytes_of
 from fp4jax.block_fp8 import BLOCK
 from fp4jax.layers import MoEBlock
 
@@ -40,7 +41,7 @@ class AttentionSizes(NamedTuple):
     """What attention costs, per layer.
 
     Attributes:
-      cached: numbers of the cache per token.
+      cached: bytes of the cache per token.
       prefill: multiply-adds per pair of a query token and a key token in prefill, over all heads.
       decode: the same in decode. Latent attention multiplies with the cached latents there, instead of making the keys
         and values of all heads from them in every step.
@@ -108,10 +109,11 @@ def layer_sizes(model: Any) -> list[LayerSizes]:
 def attention_sizes(model: Any) -> AttentionSizes:
     """The costs of a model's attention."""
     config = model.config
-    cached = sum(heads * size for heads, size in model.cache_parts(config))
+    cached = bytes_of(model.cache_formats[:1], 1, 1, 1)
     if hasattr(config, "kv_lora_rank"):
         prefill = config.num_attention_heads * (config.head_dim + config.v_head_dim)
-        return AttentionSizes(cached, prefill, config.num_attention_heads * (config.kv_lora_rank + cached))
+        in_latent_space = 2 * config.kv_lora_rank + config.qk_rope_head_dim
+        return AttentionSizes(cached, prefill, config.num_attention_heads * in_latent_space)
     both = config.num_attention_heads * 2 * config.head_dim
     return AttentionSizes(cached, both, both)
 
@@ -132,7 +134,7 @@ def layer_work(
       work: the call.
       experts: the experts' mode; "bf16" has plain weights, and all others have NVFP4 weights.
       dense: what the other linear layers run as.
-      dtype: the dtype of plain weights and of the cache.
+      dtype: the dtype of plain weights.
     """
     plain = jnp.dtype(dtype).itemsize
     hit = experts_hit(sizes.experts, sizes.top_k, work.rows) if sizes.experts else 0
@@ -140,7 +142,7 @@ def layer_work(
         hit * sizes.expert * (plain if experts == "bf16" else BYTES_PER_WEIGHT)
         + sizes.linear * _DENSE_BYTES.get(dense, plain)
         + sizes.router * plain
-        + work.places * attention.cached * plain
+        + work.places * attention.cached
     )
     per_pair = attention.prefill if work.phase == "prefill" else attention.decode
     per_row = sizes.linear + sizes.router + sizes.top_k * sizes.expert

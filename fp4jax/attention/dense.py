@@ -4,6 +4,7 @@ Letters of the shapes: B sequences, S queries, K keys, D size of a query or key,
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,8 @@ def attention(
     v: Float[Array, "B kv_heads K V"],
     positions: Int[Array, "..."],
     *,
-    scale: float | None = None,
+    scale: Any = None,
+    value_scale: Any = None,
 ) -> Float[Array, "B S heads V"]:
     """Causal grouped-query attention; the softmax is computed in float32.
 
@@ -30,7 +32,8 @@ def attention(
       k: keys of the positions 0 .. K - 1.
       v: values of the positions 0 .. K - 1.
       positions: the position of every query: [S] or [1, S] for all sequences, or [B, S].
-      scale: the factor of the scores q k^T; None: 1 / sqrt(D).
+      scale: the factor of the scores q k^T, a number or f32 (); None: 1 / sqrt(D).
+      value_scale: a factor of the result, f32 (); None: 1.
     """
     batch, length, heads, dim = q.shape
     kv_heads = k.shape[1]
@@ -46,7 +49,8 @@ def attention(
     visible = places <= positions
     scores = jnp.where(visible, scores * (dim**-0.5 if scale is None else scale), -jnp.inf)
     probabilities = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    out = product("xqk,xkd->xqd", flat(probabilities), flat(v)).astype(q.dtype)
+    out = product("xqk,xkd->xqd", flat(probabilities), flat(v))
+    out = (out if value_scale is None else out * value_scale).astype(q.dtype)
     out = out.reshape(batch, kv_heads, heads // kv_heads, length, -1)
     out = out.transpose(0, 3, 1, 2, 4)
     return out.reshape(batch, length, heads, -1)

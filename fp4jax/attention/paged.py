@@ -2,13 +2,14 @@
 
     out[b, s] = sum over keys j <= starts[b] + s of  softmax_j(scale * q[b, s] . k[b, j]) * v[b, j]
 
-On Hopper, with bf16, it is one kernel for prefill, and two for decode (`pallas_kernels/attention`). Elsewhere XLA
-gathers the pages and computes all scores.
+On Hopper, with bf16 queries, it is one kernel for prefill, and two for decode (`pallas_kernels/attention`). Elsewhere
+XLA gathers the pages and computes all scores. Keys and values may be e4m3 codes; decode reads them as they are.
 """
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from fp4jax.attention.cache_formats import FP8
 from fp4jax.attention.dense import attention, clear_beyond
 from fp4jax.attention.pages import KeyValuePages, positions_from
 from fp4jax.implementations import Call, Implementation, run_implementation
@@ -56,6 +57,9 @@ def attend(
         raise ValueError(f"attend: scale must be positive, got {scale}")
     starts = jnp.broadcast_to(jnp.asarray(starts, jnp.int32), (batch,))
     factor = dim**-0.5 if scale is None else scale
+    if (pages.scales is None) != (pages.keys.dtype != FP8):
+        has = "no scales" if pages.scales is None else "scales"
+        raise TypeError(f"attend: pages in {pages.keys.dtype} have {has}; e4m3 needs scales, other types have none")
     problem = config.check_config(q, pages.keys, pages.values, pages.table)
     return run_implementation(
         "attend", implementation, (q, pages, starts), problem=problem,
@@ -64,12 +68,17 @@ def attend(
 
 
 def _attend_xla(q, pages, starts, *, scale):
-    keys, values = (gathered(part, pages.table) for part in (pages.keys, pages.values))
+    keys, values = (gathered(part, pages.table) for part in pages.arrays)
+    value_scale = None
+    if pages.scales is not None:
+        # Codes are exact in q's dtype. The scales multiply float32 sums, as they do in the kernels.
+        keys, values = keys.astype(q.dtype), values.astype(q.dtype)
+        scale, value_scale = scale * pages.scales[0], pages.scales[1]
     positions = positions_from(starts, q.shape[1])
     newest = positions[:, -1:] if pages.counts is None else (starts + pages.counts - 1)[:, None]
     # Keys too, as their gradients are not masked.
     keys, values = (clear_beyond(part, newest) for part in (keys, values))
-    return attention(q, keys, values, positions, scale=scale)
+    return attention(q, keys, values, positions, scale=scale, value_scale=value_scale)
 
 
 def gathered(part: Float[Array, "P heads page D"], table: Int[Array, "B n"]) -> Float[Array, "B heads K D"]:
@@ -82,9 +91,13 @@ def gathered(part: Float[Array, "P heads page D"], table: Int[Array, "B n"]) -> 
 
 
 def _attend_kernel(q, pages, starts, *, scale):
-    keys, values, table, counts = pages
+    keys, values, table, counts, scales = pages
     length = q.shape[1]
-    if unaligned := -pages.page % config.ALIGNMENT:  # of one page per request
+    if length > 1 and scales is not None:  # prefill reads every key many times, so they are decoded once before it
+        decoded = lambda part, by: (gathered(part, table).astype(jnp.float32) * by).astype(q.dtype)  # noqa: E731
+        keys, values = decoded(keys, scales[0]), decoded(values, scales[1])
+        table = jnp.arange(q.shape[0], dtype=jnp.int32)[:, None]
+    if unaligned := -keys.shape[2] % config.ALIGNMENT:  # of one page per request
         keys, values = (jnp.pad(part, ((0, 0), (0, 0), (0, unaligned), (0, 0))) for part in (keys, values))
     counts = jnp.full(q.shape[:1], length, jnp.int32) if counts is None else counts.astype(jnp.int32)
     table = table.astype(jnp.int32)
@@ -93,8 +106,8 @@ def _attend_kernel(q, pages, starts, *, scale):
     places = table.shape[1] * keys.shape[2]
     lengths = jnp.where(counts > 0, jnp.minimum(starts + 1, places), 0)
     parts = decode.plan(lengths, places, config.PART)
-    chosen = config.decode(q.shape[3], values.shape[3])
+    chosen = config.decode(q.shape[3], values.shape[3], keys.dtype)
     found = decode.attend(
-        q[:, 0], keys, values, table, lengths, parts, part=config.PART, scale=scale, config=chosen
+        q[:, 0], keys, values, table, lengths, parts, scales, part=config.PART, scale=scale, config=chosen
     )  # fmt: skip
     return decode.merge(*found, parts)[:, None]

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from fp4jax.rounding import round_to_e4m3
+
 
 class KeyValuePages(NamedTuple):
     """Keys and values of one layer.
@@ -21,12 +23,20 @@ class KeyValuePages(NamedTuple):
       values: [P, heads, page, V].
       table: i32 [B, n], the pages of each request. Entries behind the filled ones may be any numbers from 0 to P - 1.
       counts: i32 [B], how many of the tokens of a call are valid; the others come last and are not written. None: all.
+      scales: f32 [2], the scales of keys and of values, if both are e4m3 codes: a key is code * scales[0]. None: keys
+        and values are stored as they are.
     """
 
     keys: Float[Array, "P heads page D"]
     values: Float[Array, "P heads page V"]
     table: Int[Array, "B n"]
     counts: Int[Array, "B"] | None = None
+    scales: Float[Array, "2"] | None = None
+
+    @property
+    def arrays(self) -> tuple[jax.Array, jax.Array]:
+        """What a cache keeps of the layer: keys and values."""
+        return self.keys, self.values
 
     @property
     def page(self) -> int:
@@ -37,7 +47,8 @@ class KeyValuePages(NamedTuple):
         """Returns the pages with new keys and values in them.
 
         A value that is not finite is written as 0, and its key as NaN. So a query that sees the place gets NaN, and
-        one that does not see it, but computes 0 * value, is not spoiled.
+        one that does not see it, but computes 0 * value, is not spoiled. In e4m3 a key that is not finite is written as
+        NaN too, and what exceeds the largest code, 448, is written as that.
 
         Args:
           keys: [B, S, heads, D], of S successive positions.
@@ -54,6 +65,8 @@ class KeyValuePages(NamedTuple):
             valid &= jnp.arange(length, dtype=jnp.int32)[None, :] < self.counts[:, None]
         at = jnp.where(valid, at, self.keys.shape[0])
         keys, values = seal(keys, values)
+        if self.scales is not None:
+            keys, values = encode(keys, self.scales[0]), encode(values, self.scales[1])
         put = lambda pages, new: pages.at[at, :, place % self.page].set(new.astype(pages.dtype), mode="drop")  # noqa: E731
         return self._replace(keys=put(self.keys, keys), values=put(self.values, values))
 
@@ -72,6 +85,13 @@ def seal(keys: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:
     """
     finite = jnp.all(jnp.isfinite(values), axis=-1, keepdims=True)
     return jnp.where(finite, keys, jnp.full_like(keys, jnp.nan)), jnp.where(finite, values, jnp.zeros_like(values))
+
+
+def encode(x: Float[Array, "... D"], scale: Float[Array, ""]) -> Float[Array, "... D"]:
+    """Returns x / scale as e4m3, computed as x * (1 / scale). A row with a value that is not finite becomes NaN."""
+    codes = round_to_e4m3(x.astype(jnp.float32) * (1 / scale))
+    finite = jnp.all(jnp.isfinite(x), axis=-1, keepdims=True)
+    return jnp.where(finite, codes, jnp.full_like(codes, jnp.nan))
 
 
 def positions_from(start: Any, length: int) -> jax.Array:

@@ -125,6 +125,6 @@ def _mosaic_gpu(qkv, pages, starts, frequency, norms, *, rotation):
     norms = None if norms is None else norms.astype(jnp.float32)
     q, keys, values = kernel.rotate_and_write(
         qkv, pages.keys, pages.values, pages.table.astype(jnp.int32), starts, counts, kernel.Angles(*angles), norms,
-        rotation=rotation,
+        pages.scales, rotation=rotation,
     )  # fmt: skip
     return q, pages._replace(keys=keys, values=values)

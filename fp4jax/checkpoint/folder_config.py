@@ -22,7 +22,7 @@ from fp4jax.models import (
     qwen3_moe,
 )
 from fp4jax.quant_config.plan import QuantizationPlan, plan_quantization
-from fp4jax.quant_config.schemas import own_config
+from fp4jax.quant_config.schemas import is_fp8_cache, own_config
 
 CONFIG_NAME = "config.json"
 QUANT_CONFIG_NAME = "hf_quant_config.json"
@@ -84,7 +84,7 @@ def quantization_plan(folder: Path, user: Mapping[str, Any] | str | None) -> Qua
 
     The plan follows the quantization section of config.json (or of its text_config). If there is no section, or it says
     MIXED_PRECISION without naming layers, the plan follows hf_quant_config.json. If both configs exist and disagree
-    about a layer, a note of the plan says so.
+    about a layer, a note of the plan says so. The cache is FP8 if either of them asks for it.
 
     Args:
       folder: the folder of the model.
@@ -105,7 +105,11 @@ def quantization_plan(folder: Path, user: Mapping[str, Any] | str | None) -> Qua
     if section is None or (mixed and not names_layers and other is not None):  # hf_quant_config.json names the layers
         return plan_quantization(other, user)
     plan = plan_quantization(values, user)
-    if other is None or _says_the_same(values, other):
+    if other is None:
+        return plan
+    if is_fp8_cache((other.get("quantization") or {}).get("kv_cache_quant_algo")):  # the section may not mention it
+        plan = dataclasses.replace(plan, fp8_cache=True)
+    if _says_the_same(values, other):
         return plan
     note = f"{QUANT_CONFIG_NAME} says something else than {CONFIG_NAME}, which is followed"
     return dataclasses.replace(plan, notes=(*plan.notes, note))

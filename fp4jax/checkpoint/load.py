@@ -48,6 +48,7 @@ def load_model(
     quantization: Mapping[str, Any] | str | None = None,
     dtype: Any = None,
     input_scales: str = "stored",
+    cache_format: str = "stored",
 ) -> tuple[Decoder, DecoderConfig]:
     """Loads the model of a folder that has config.json and safetensors (one file, or several with an index).
 
@@ -61,13 +62,16 @@ def load_model(
         None takes the type that config.json names.
       input_scales: where layers with NVFP4 activations get the activation scales from: "stored" reads them from the
         folder, "per_token" computes one for each token at run time, whether the folder has scales or not.
+      cache_format: how the model keeps keys and values: "stored" in FP8 if the folder asks for it, "compute" always in
+        the dtype that it computes in, "fp8" always in FP8 (e4m3). Latents of latent attention stay in the compute
+        dtype.
 
     Returns:
       (model, config). `model_type` in config.json selects the class of both.
 
-    Experts that are stored in FP8 are decoded to plain weights. The scales of a KV cache become `k_scale` and `v_scale`
-    of a layer's attention, which does not use them yet. A warning names the modules whose tensors are not what the
-    folder's config says.
+    Experts that are stored in FP8 are decoded to plain weights. The scales of an FP8 cache become `k_scale` and
+    `v_scale` of a layer's attention; a layer without them uses 1. A warning names the modules whose tensors are not
+    what the folder's config says.
 
     Raises:
       FileNotFoundError: a file is missing; the message names it.
@@ -75,6 +79,8 @@ def load_model(
         or has a wrong shape or type; or a scale is missing, zero, negative or not finite. The message names the file,
         the tensor, what was expected and what was found, as far as they apply.
     """
+    if cache_format not in ("stored", "compute", "fp8"):
+        raise ValueError(f"cache_format must be 'stored', 'compute' or 'fp8', got {cache_format!r}")
     folder = Path(folder)
     mesh = None if mesh is None else expert_mesh(mesh)
     match = match_folder(folder, quantization, dtype, input_scales, 1 if mesh is None else mesh.size)
@@ -100,6 +106,8 @@ def load_model(
     for name, (layer, attribute) in match.kv_scales.items():
         scale = jnp.float32(positive_scales(match.reader, name).reshape(()))
         setattr(match.model.layers[layer].self_attn, attribute, nnx.Variable(scale))
+    if cache_format == "fp8" or (cache_format == "stored" and match.plan.fp8_cache):
+        match.model.set_cache_dtype(jnp.float8_e4m3fn)
     return match.model, match.config
 
 

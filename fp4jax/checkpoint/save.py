@@ -7,18 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flax import nnx
 
+from fp4jax.attention import PageFormat
+from fp4jax.attention.cache_formats import FP8
 from fp4jax.checkpoint.folder_config import CONFIG_NAME, QUANT_CONFIG_NAME
 from fp4jax.checkpoint.storage.kept_scales import KEY
-from fp4jax.checkpoint.storage.layouts import Layout, describe_methods
+from fp4jax.checkpoint.storage.layouts import Layout, describe_methods, with_fp8_cache
 from fp4jax.checkpoint.storage.reader import INDEX_NAME, WEIGHTS_NAME
 from fp4jax.checkpoint.storage.saved_tensors import SavedTensors
 from fp4jax.checkpoint.storage.tensor_file import TensorFile, spec_of, write_text
+from fp4jax.models.decoder import Decoder
 
 
 def save_model(
-    model: nnx.Module,
+    model: Decoder,
     config: Any,
     folder: str | os.PathLike,
     *,
@@ -27,7 +29,8 @@ def save_model(
 ) -> None:
     """Writes config.json and the weights of a model to a folder.
 
-    Plain weights are written in `config.dtype`, NVFP4 and block-wise FP8 weights as they are. A model that is loaded
+    Plain weights are written in `config.dtype`, NVFP4 and block-wise FP8 weights as they are. The config says so if the
+    model caches keys and values in FP8. A model that is loaded
     from the folder computes the same bits. Existing files are replaced one by one, each atomically, and the config
     last.
 
@@ -47,6 +50,8 @@ def save_model(
     folder = Path(folder)
     saved = SavedTensors(model, config.dtype, layout)
     described = describe_methods(layout, saved.methods)
+    if any(isinstance(f, PageFormat) and f.dtype == FP8 for f in model.cache_formats):
+        described = with_fp8_cache(described)
     folder.mkdir(parents=True, exist_ok=True)
     _write_shards(saved.tensors, saved.kept_scales, folder, max_shard_bytes)
     if described.file is None:  # a file of an earlier save describes other weights, and a loader would read it

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fp4jax.attention import KeyValuePages
 from fp4jax.block_graph.arguments import home_of, place_of
 from fp4jax.engine.sampling import draw
 from fp4jax.expert_parallel.low_latency import ReceiveBuffers
@@ -72,10 +71,10 @@ def embed(weights, ids, *, structure):
 
 def run_layer(weights, x, start, cache, table, *, structure, num_tokens):
     """Runs one decoder layer on the tokens of one request; those from `num_tokens` on are pads -> x, cache."""
-    valid = jnp.arange(x.shape[1], dtype=jnp.int32) < num_tokens
-    pages = KeyValuePages(cache[0], cache[1], table, jnp.reshape(num_tokens, 1))
-    x, pages, _ = structure.module(weights)(x, start, pages, functools.partial(MoEBlock.__call__, valid=valid))
-    return x, (pages.keys, pages.values)
+    layer, valid = structure.module(weights), jnp.arange(x.shape[1], dtype=jnp.int32) < num_tokens
+    old = layer.self_attn.cache_format.of(cache, table, jnp.reshape(num_tokens, 1))
+    x, new, _ = layer(x, start, old, functools.partial(MoEBlock.__call__, valid=valid))
+    return x, new.arrays
 
 
 def run_head(weights, x, *, structure, num_tokens):
@@ -115,10 +114,10 @@ def _one_step(model, last, lengths, cache, table, runs):
     x, kept = model.embed_tokens(jnp.maximum(last, 0)[:, None]), []
     buffers = ReceiveBuffers() if is_low_latency(model) else None
     for layer, old in zip(model.layers, cache, strict=True):
-        pages = KeyValuePages(old[0], old[1], table, runs.astype(jnp.int32))
-        x, new, aux = layer(x, lengths, pages, functools.partial(MoEBlock.__call__, valid=runs, buffers=buffers))
+        old = layer.self_attn.cache_format.of(old, table, runs.astype(jnp.int32))
+        x, new, aux = layer(x, lengths, old, functools.partial(MoEBlock.__call__, valid=runs, buffers=buffers))
         buffers = buffers if aux is None else aux.buffers
-        kept.append((new.keys, new.values))
+        kept.append(new.arrays)
     return model.head(x)[:, 0], kept
 
 

@@ -6,10 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fp4jax.attention.cache_formats import bytes_of
 from fp4jax.models.decoder import Decoder
 
-# (keys, values) of every layer, each [pages, heads, page, dim]; `Decoder.cache_parts` gives heads and dim of both.
-Cache = list[tuple[jax.Array, jax.Array]]
+# The arrays of every layer, as `Decoder.cache_formats` says: keys and values [pages, heads, page, size], or states.
+Cache = list[tuple[jax.Array, ...]]
 
 
 class PagedCaches:
@@ -24,8 +25,7 @@ class PagedCaches:
 
     def __init__(self, model: Decoder, max_length: int, page_size: int, home: Any):
         self._max_length, self._page_size, self._home = max_length, page_size, home
-        self._layers, self._dtype = model.config.num_hidden_layers, jnp.dtype(model.config.dtype)
-        self._parts = model.cache_parts(model.config)
+        self._formats = model.cache_formats
         self._pages = -(-max_length // page_size)
         placed: dict[str, Any] = {} if home is None else {"out_shardings": home}
         self._zeros = jax.jit(self._make_zeros, static_argnums=0, **placed)
@@ -34,8 +34,7 @@ class PagedCaches:
 
     def bytes(self, requests: int) -> int:
         """Returns the bytes of a cache for `requests` requests."""
-        values = sum(heads * dim for heads, dim in self._parts)
-        return requests * self._pages * self._page_size * values * self._dtype.itemsize * self._layers
+        return bytes_of(self._formats, requests, self._pages, self._page_size)
 
     def empty(self, requests: int) -> Cache:
         """Returns a cache of zeros.
@@ -54,8 +53,7 @@ class PagedCaches:
         return self._zeros(requests)
 
     def _make_zeros(self, requests):
-        shape = lambda heads, dim: (requests * self._pages, heads, self._page_size, dim)  # noqa: E731
-        return [tuple(jnp.zeros(shape(*part), self._dtype) for part in self._parts) for _ in range(self._layers)]
+        return [format.zeros(requests, self._pages, self._page_size) for format in self._formats]
 
     def _make_table(self, requests):
         """The pages of every request, i32 [requests, pages of a request]."""
@@ -64,7 +62,7 @@ class PagedCaches:
 
 
 def _insert_request(batch, one, slot):
-    """Writes the pages of one request to those of request `slot` of the batch."""
+    """Writes the pages and states of one request to those of request `slot` of the batch."""
     return jax.tree.map(lambda b, o: jax.lax.dynamic_update_slice_in_dim(b, o, slot * o.shape[0], 0), batch, one)
 
 

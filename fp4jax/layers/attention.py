@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fp4jax.attention import KeyValuePages, attend, pages_of
+from fp4jax.attention import KeyValuePages, PageFormat, attend, pages_of
+from fp4jax.attention.cache_formats import FP8
 from fp4jax.attention.pages import seal
 from fp4jax.attention.rotary import rope_frequency, rotate_and_write, rotated
 from fp4jax.implementations import Implementation
@@ -49,6 +50,10 @@ class Attention(nnx.Module):
         stddev: float,
         rngs: nnx.Rngs,
     ):
+        self.dtype = jnp.dtype(dtype)
+        self.cache_dtype = self.dtype  # of keys and values; `Decoder.set_cache_dtype` sets it
+        self.k_scale: Any = nnx.data(None)  # f32 () Variables: the scales of a cache in e4m3; None: 1
+        self.v_scale: Any = nnx.data(None)
         self.head_dim, self.theta, self.interleaved, self.norm_eps = head_dim, theta, interleaved, norm_eps
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.implementation: Implementation | None = None  # of attention; `Decoder.place_attention` sets it
@@ -63,6 +68,18 @@ class Attention(nnx.Module):
         if norm_eps is not None:
             self.q_norm = RMSNorm(head_dim, eps=norm_eps, **kinds)
             self.k_norm = RMSNorm(head_dim, eps=norm_eps, **kinds)
+
+    @property
+    def cache_format(self) -> PageFormat:
+        """What the layer keeps of the tokens before."""
+        part = self.num_kv_heads, self.head_dim
+        return PageFormat(part, part, self.cache_dtype)
+
+    def _cache_scales(self) -> jax.Array:
+        """The scales of keys and of values in e4m3, f32 [2]."""
+        return jnp.stack(
+            [jnp.float32(1) if s is None else s[...].astype(jnp.float32) for s in (self.k_scale, self.v_scale)]
+        )
 
     def fuse_projections(self) -> None:
         """Makes one product of the projections to queries, keys and values, where `fused.fuse` can."""
@@ -100,8 +117,10 @@ class Attention(nnx.Module):
             q, k, v = rotated(projected, start, frequency, kv_heads=self.num_kv_heads, **made)
             pages = pages_of(*(jnp.swapaxes(part, 1, 2) for part in seal(k, v)))
         else:
+            if cache.keys.dtype == FP8:
+                cache = cache._replace(scales=self._cache_scales())
             q, pages = rotate_and_write(
                 projected, cache, start, frequency, implementation=self.implementation, **made
             )  # fmt: skip
         out = attend(q, pages, start, implementation=self.implementation)
-        return self.o_proj(out.reshape(*x.shape[:2], -1)), None if cache is None else pages
+        return self.o_proj(out.reshape(*x.shape[:2], -1)), None if cache is None else pages._replace(scales=None)

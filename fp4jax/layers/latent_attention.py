@@ -22,7 +22,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from fp4jax.attention import KeyValuePages, attend, pages_of
+from fp4jax.attention import KeyValuePages, PageFormat, attend, pages_of
 from fp4jax.attention.paged import gathered
 from fp4jax.attention.pages import positions_from, seal
 from fp4jax.attention.rotary import rope, rope_frequency
@@ -136,6 +136,7 @@ class LatentAttention(nnx.Module):
     ):
         kinds: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
         linear: dict[str, Any] = dict(stddev=stddev, rngs=rngs, **kinds)
+        self.dtype = jnp.dtype(dtype)
         self.rank, self.nope, self.rotated, self.v_dim = kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim
         self.num_heads, self.theta, self.interleaved, self.yarn = num_heads, theta, interleaved, yarn
         self.implementation: Implementation | None = None  # of attention; `Decoder.place_attention` sets it
@@ -185,6 +186,11 @@ class LatentAttention(nnx.Module):
         attended = self._in_latent_space if length == 1 and type(self.kv_b_proj) is Linear else self._expanded
         out = attended(q_nope, q_rotated, latent, shared, start, counts)
         return self.o_proj(out.reshape(batch, length, -1)), cache
+
+    @property
+    def cache_format(self) -> PageFormat:
+        """What the layer keeps of the tokens before: latents as keys, and rotated keys as values, for all heads."""
+        return PageFormat((1, self.rank), (1, self.rotated), self.dtype)
 
     @property
     def _score_scale(self) -> float:

@@ -18,7 +18,8 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from fp4jax.attention import KeyValuePages, pages_of
+from fp4jax.attention import CacheFormat, KeyValuePages, LayerState, PageFormat
+from fp4jax.layers.attention import Attention
 from fp4jax.layers.linear import Linear, RMSNorm, dot
 from fp4jax.layers.moe_block import ExpertAmax, MoEAux, MoEBlock
 
@@ -46,16 +47,13 @@ class DecoderConfig(Protocol):
 class KVCache(NamedTuple):
     """The cache of all layers of a model, made by `Decoder.init_cache`.
 
-    Letters of the shapes: B sequences, S positions that there is room for, D and V sizes of one cached vector.
-
     Attributes:
-      keys: the cached keys. A model that overrides `Decoder.cache_parts` says what it stores here and in `values`.
-      values: the cached values.
+      layers: the arrays of every layer, which its `cache_format` describes. Keys and values are [B, heads, S, size] for
+        B sequences and S positions that there is room for.
       length: i32 (), the number of positions that are filled; they come first. All sequences have the same length.
     """
 
-    keys: Float[Array, "layers B heads_k S D"]
-    values: Float[Array, "layers B heads_v S V"]
+    layers: list[tuple[jax.Array, ...]]
     length: Int[Array, ""]
 
 
@@ -94,19 +92,19 @@ class DecoderLayer(nnx.Module):
         self,
         x: jax.Array,
         start: jax.Array,
-        cache: KeyValuePages | None,
+        cache: KeyValuePages | LayerState | None,
         run_experts: Callable[[MoEBlock, jax.Array], tuple[jax.Array, Any]] = MoEBlock.__call__,
-    ) -> tuple[jax.Array, KeyValuePages | None, Any]:
+    ) -> tuple[jax.Array, KeyValuePages | LayerState | None, Any]:
         """Apply the layer to the positions from `start` on.
 
         Args:
           x: hidden states [B, S, H].
           start: the position of x[:, 0]: i32 () for all sequences, or i32 [B] with one position per sequence.
-          cache: the layer's pages, or None: the tokens of x attend to each other only.
+          cache: the layer's cache, of its `self_attn.cache_format`; None: the tokens of x attend to each other only.
           run_experts: the function that is called with the expert block and its input; `calibrate` passes another one.
 
         Returns:
-          The hidden states [B, S, H], the updated pages (or None), and the second result of `run_experts`; the
+          The hidden states [B, S, H], the updated cache (or None), and the second result of `run_experts`; the
           last is None if the layer has a dense MLP.
         """
         attended, cache = self.self_attn(self.input_layernorm(x), start, cache)
@@ -170,11 +168,19 @@ class Decoder(nnx.Module):
                 config.hidden_size, config.vocab_size, stddev=config.initializer_range, rngs=rngs, **kinds
             )
 
-    @staticmethod
-    def cache_parts(config: Any) -> tuple[tuple[int, int], tuple[int, int]]:
-        """The pairs (heads, size of a vector) of the two arrays in a layer's cache: keys first, then values."""
-        part = config.num_key_value_heads, config.head_dim
-        return part, part
+    @property
+    def cache_formats(self) -> list[CacheFormat]:
+        """What every layer keeps of the tokens before: pages of keys and values, or the state of a recurrent layer."""
+        return [layer.self_attn.cache_format for layer in self.layers]
+
+    def set_cache_dtype(self, dtype: Any) -> None:
+        """Sets the type that keys and values are cached in: the compute dtype, or e4m3 with the layers' scales.
+
+        Latent attention keeps its latents in the compute dtype.
+        """
+        for layer in self.layers:
+            if isinstance(layer.self_attn, Attention):
+                layer.self_attn.cache_dtype = jnp.dtype(dtype)
 
     @staticmethod
     def make_attention(config: Any, **parts: Any) -> nnx.Module:
@@ -209,7 +215,7 @@ class Decoder(nnx.Module):
         Raises:
           ValueError: S exceeds the positions of the cache or, without a cache, the model's max_position_embeddings.
         """
-        limit = self.config.max_position_embeddings if cache is None else cache.keys.shape[3]
+        limit = self.config.max_position_embeddings if cache is None else self._places(cache)
         if ids.shape[1] > limit:
             raise ValueError(f"{ids.shape[1]} positions exceed the {limit} of the {'cache' if cache else 'model'}")
         x, cache, layer_aux = self._decode(ids, cache, MoEBlock.__call__)
@@ -242,24 +248,29 @@ class Decoder(nnx.Module):
         x = self.embed_tokens(ids)
         start = jnp.int32(0) if cache is None else cache.length
         kept, reports = [], []
-        for index, layer in enumerate(self.layers):
-            old = None if cache is None else pages_of(cache.keys[index], cache.values[index])
+        table = jnp.arange(ids.shape[0], dtype=jnp.int32)[:, None]  # a page per sequence
+        for layer, format, arrays in zip(
+            self.layers, self.cache_formats, [None] * len(self.layers) if cache is None else cache.layers, strict=True
+        ):
+            old = None if arrays is None else format.of(arrays, table)
             x, new, report = layer(x, start, old, run_experts)
             kept.append(new)
             if report is not None:
                 reports.append(report)
         if cache is not None:
-            keys, values = (jnp.stack(part) for part in zip(*((p.keys, p.values) for p in kept), strict=True))
-            cache = KVCache(keys, values, start + ids.shape[1])
+            cache = KVCache([new.arrays for new in kept], start + ids.shape[1])
         return x, cache, reports
 
     def init_cache(self, batch: int, max_length: int) -> KVCache:
         """Make an empty cache with room for `max_length` positions of `batch` sequences."""
-        layers, dtype = self.config.num_hidden_layers, self.config.dtype
-        keys, values = (
-            jnp.zeros((layers, batch, heads, max_length, dim), dtype) for heads, dim in self.cache_parts(self.config)
-        )
-        return KVCache(keys, values, jnp.int32(0))
+        return KVCache([format.zeros(batch, 1, max_length) for format in self.cache_formats], jnp.int32(0))
+
+    def _places(self, cache: KVCache) -> int:
+        """The positions that a cache has room for."""
+        for arrays, format in zip(cache.layers, self.cache_formats, strict=True):
+            if isinstance(format, PageFormat):
+                return arrays[0].shape[2]
+        return self.config.max_position_embeddings
 
     def place_attention(self, mesh: Mesh | None) -> None:
         """Chooses XLA for the attention of a model on several devices, as its kernels would not be split over them."""

@@ -139,11 +139,6 @@ class DeepseekV3(Decoder):
     TENSOR_NAMES: ClassVar[dict[str, str]] = {"correction_bias": "gate.e_score_correction_bias"}
 
     @staticmethod
-    def cache_parts(config: DeepseekV3Config) -> tuple[tuple[int, int], tuple[int, int]]:
-        """The pairs (heads, size) of a layer's cache: one latent and one rotated key for all heads."""
-        return (1, config.kv_lora_rank), (1, config.qk_rope_head_dim)
-
-    @staticmethod
     def make_attention(config: DeepseekV3Config, **parts: Any) -> LatentAttention:
         """The latent attention of a layer."""
         return LatentAttention(

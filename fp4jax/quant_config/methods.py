@@ -121,6 +121,7 @@ class QuantizationPlan:
     ignore: patterns of modules that are not quantized.
     layers: (pattern, method) of single modules, for checkpoints in mixed precision. An entry that is the plain name of
       the module, or of a module inside it, takes precedence over `ignore`; `ignore` takes precedence over all others.
+    fp8_cache: whether keys and values are cached in FP8, as the checkpoint asks.
     notes: remarks for the user, one sentence each.
     """
 
@@ -129,6 +130,7 @@ class QuantizationPlan:
     source: str = "none"
     ignore: tuple[str, ...] = ()
     layers: tuple[tuple[str, Method | Refusal], ...] = ()
+    fp8_cache: bool = False
     notes: tuple[str, ...] = ()
 
     @functools.cached_property
@@ -174,6 +176,7 @@ class QuantizationPlan:
             f"linear layers:   {self.dense}",
             f"experts:         {self.experts}",
         ]
+        lines += ["cache:           keys and values in FP8 (e4m3)"] if self.fp8_cache else []
         alike: dict[Method | Refusal, list[str]] = {}
         for name, method in self.layers:
             alike.setdefault(method, []).append(name)

@@ -82,6 +82,7 @@ def _mixed(user: Mapping[str, Any], stored: QuantizationPlan | None, source: str
         config, source = stored, f"{source} over the checkpoint's modelopt_fp4, which is the moe_quant_config"
     if config is not None:
         notes = config.notes
+    fp8_cache = config is not None and config.fp8_cache
 
     def method(kind: str, flag: str) -> Method:
         name = user[kind]
@@ -108,7 +109,7 @@ def _mixed(user: Mapping[str, Any], stored: QuantizationPlan | None, source: str
     # The checkpoint's ignore list says which layers its own quantization left plain. It is not meant for dense layers
     # that are quantized now, while they are loaded.
     ignore = config.ignore if config is not None and not dense.online else ()
-    return QuantizationPlan(dense, experts, source, ignore, notes=notes)
+    return QuantizationPlan(dense, experts, source, ignore, fp8_cache=fp8_cache, notes=notes)
 
 
 # --- the user's config ---

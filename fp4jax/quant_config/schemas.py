@@ -37,7 +37,7 @@ _CHECKPOINT_KEYS = {
     "compressed-tensors": {"quant_method", "format", "config_groups", "ignore", "kv_cache_scheme", "version",
                            "quantization_status", "global_compression_ratio", "sparsity_config", "transform_config"},
     "fp8": {"quant_method", "fmt", "activation_scheme", "weight_block_size", "modules_to_not_convert",
-            "ignored_layers", "scale_fmt"},
+            "ignored_layers", "scale_fmt", "kv_cache_scheme"},
 }  # fmt: skip
 SECTIONS = ("quantization_config", "compression_config")  # older versions of compressed-tensors wrote the second key
 
@@ -88,8 +88,12 @@ def read_checkpoint_config(config: Mapping[str, Any]) -> tuple[str, Quantization
     kind = "modelopt_fp4" if method == "modelopt" else method
     unknown = sorted(config.keys() - _CHECKPOINT_KEYS[kind])
     notes = (f"keys of the checkpoint's config that mean nothing here: {', '.join(unknown)}",) if unknown else ()
-    plan = readers[method](config)
+    plan = _with_cache(readers[method](config), _cache_scheme(config))
     return kind, dataclasses.replace(plan, source=f"the checkpoint ({kind})", notes=(*plan.notes, *notes))
+
+
+def _cache_scheme(config: Mapping[str, Any]) -> Any:
+    return config.get("kv_cache_quant_algo") or config.get("kv_cache_scheme")
 
 
 # --- ModelOpt ---
@@ -97,7 +101,7 @@ def read_checkpoint_config(config: Mapping[str, Any]) -> tuple[str, Quantization
 
 def _read_modelopt(config: Mapping[str, Any]) -> QuantizationPlan:
     ignore = _patterns(config, "ignore", "exclude_modules")
-    notes = _kv_note(config.get("kv_cache_quant_algo") or config.get("kv_cache_scheme"))
+    notes: tuple[str, ...] = ()
     algo = config.get("quant_algo")
     if algo == "MIXED_PRECISION":
         entries = _object(config, "quantized_layers")
@@ -113,8 +117,8 @@ def _read_modelopt(config: Mapping[str, Any]) -> QuantizationPlan:
     groups = _groups(config, "modelopt")
     if algo is None and groups:
         return _of_groups(groups, ignore, notes)
-    if algo is None and notes:  # the config quantizes the KV cache only
-        return QuantizationPlan(ignore=ignore, notes=notes)
+    if algo is None and _cache_scheme(config):  # the config quantizes the KV cache only
+        return QuantizationPlan(ignore=ignore)
     if not isinstance(algo, str) or algo not in _QUANT_ALGOS:
         raise ValueError(f"quant_algo={algo!r} of the checkpoint is not supported; supported: MIXED_PRECISION, "
                          f"{', '.join(_QUANT_ALGOS)}")  # fmt: skip
@@ -166,7 +170,7 @@ def _read_compressed_tensors(config: Mapping[str, Any]) -> QuantizationPlan:
     groups = _groups(config, "compressed_tensors")
     if not groups:
         raise ValueError(f"compressed-tensors: config_groups must have groups, got {config.get('config_groups')!r}")
-    return _of_groups(groups, _patterns(config, "ignore"), _kv_note(config.get("kv_cache_scheme")))
+    return _of_groups(groups, _patterns(config, "ignore"), ())
 
 
 # --- block-wise FP8 ---
@@ -310,5 +314,19 @@ def _expressions(key: str, names: Iterable[str]) -> tuple[str, ...]:
     return names
 
 
-def _kv_note(scheme: Any) -> tuple[str, ...]:
-    return (f"the cache stays in the compute dtype; the checkpoint suggests {scheme!r}",) if scheme else ()
+def _with_cache(plan: QuantizationPlan, scheme: Any) -> QuantizationPlan:
+    """Returns the plan with the format of the cache that `kv_cache_quant_algo` or `kv_cache_scheme` asks for."""
+    if not scheme:
+        return plan
+    if is_fp8_cache(scheme):
+        return dataclasses.replace(plan, fp8_cache=True)
+    note = f"the cache stays in the compute dtype; the checkpoint suggests {scheme!r}"
+    return dataclasses.replace(plan, notes=(*plan.notes, note))
+
+
+def is_fp8_cache(scheme: Any) -> bool:
+    """Whether a cache scheme of a checkpoint is FP8 with one scale for all keys of a layer and one for all values."""
+    if not isinstance(scheme, Mapping):
+        return scheme == "FP8"
+    known = (scheme.get("num_bits"), scheme.get("type")) == (8, "float")
+    return known and scheme.get("strategy") in (None, "tensor") and not scheme.get("dynamic")

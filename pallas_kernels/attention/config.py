@@ -9,6 +9,7 @@ from pallas_kernels.simt.hardware import SMEM_BYTES, WGMMA_ROWS
 
 ALIGNMENT = 64  # places of a page are a multiple of it, or a request has one page
 PART = 256  # keys of a part of decode, whatever the shapes are
+DTYPES = (jnp.bfloat16, jnp.float8_e4m3fn)  # of keys and values
 _SIZES = (64, 128, 192, 256)
 _RESERVED = 4096  # bytes of shared memory for barriers
 
@@ -18,11 +19,18 @@ def prefill(dim: int) -> prefill_kernel.TuningConfig:
     return prefill_kernel.TuningConfig() if dim <= 128 else prefill_kernel.TuningConfig(tile=64)
 
 
-def decode(dim: int, value_dim: int) -> decode_kernel.TuningConfig:
+def decode(dim: int, value_dim: int, dtype: Any) -> decode_kernel.TuningConfig:
     """The configuration for keys and values of these sizes: as many stages as shared memory holds, up to 4."""
     usual = decode_kernel.TuningConfig()
+    values = usual.tile * (dim + value_dim)  # of a stage
     free = SMEM_BYTES - _RESERVED - 2 * WGMMA_ROWS * dim * 2
-    return decode_kernel.TuningConfig(num_stages=min(usual.num_stages, free // (usual.tile * (dim + value_dim) * 2)))
+    if dtype == jnp.bfloat16:
+        return decode_kernel.TuningConfig(num_stages=min(usual.num_stages, free // (2 * values)))
+    for wide in (2, 1):
+        stages = (free - wide * 2 * values) // values
+        if stages >= 2:
+            return decode_kernel.TuningConfig(num_stages=min(usual.num_stages, stages), wide_stages=wide)
+    raise AssertionError(f"no room for keys of {dim} and values of {value_dim}")
 
 
 def check_config(q: Any, keys: Any, values: Any, table: Any) -> str | None:
@@ -32,8 +40,8 @@ def check_config(q: Any, keys: Any, values: Any, table: Any) -> str | None:
     """
     _, length, heads, dim = q.shape
     _, kv_heads, page, value_dim = values.shape
-    if any(a.dtype != jnp.bfloat16 for a in (q, keys, values)):
-        return f"needs bf16 queries, keys and values, got {q.dtype}, {keys.dtype} and {values.dtype}"
+    if q.dtype != jnp.bfloat16 or keys.dtype != values.dtype or keys.dtype not in DTYPES:
+        return f"needs bf16 queries, keys and values (or both in e4m3), got {q.dtype}, {keys.dtype} and {values.dtype}"
     if dim not in _SIZES or value_dim not in _SIZES or value_dim > dim:
         return f"the sizes of keys and values must be among {_SIZES}, got {dim} and {value_dim}"
     if page % ALIGNMENT and table.shape[1] > 1:

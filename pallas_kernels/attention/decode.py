@@ -16,6 +16,10 @@ its own queries, keys and values only.
 
 **What bounds the time.** Reading keys and values. A wgmma has 64 rows, of which as many are used as query heads share a
 key head; the tensor cores have time for that.
+
+Keys and values may be e4m3 codes with a scale for each of the two. Then a third warpgroup turns the stages that the
+loader fills into bf16, in a ring of their own (codes.py), while the consumer multiplies an earlier one. The scales
+multiply scores and results. This halves the bytes and not the time: turning and multiplying bound it.
 """
 
 import dataclasses
@@ -30,7 +34,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-from pallas_kernels.attention import softmax
+from pallas_kernels.attention import codes, softmax
 from pallas_kernels.simt import lanes, launch
 from pallas_kernels.simt.hardware import H100_SMS, LANES, WARP, WGMMA_ROWS
 from pallas_kernels.simt.lane_math import unsigned_div
@@ -39,10 +43,11 @@ from pallas_kernels.simt.schedule import Schedule
 
 @dataclasses.dataclass(frozen=True)
 class TuningConfig:
-    """tile: keys of a stage. num_stages: of the ring."""
+    """tile: keys of a stage. num_stages: of the ring that the loader fills. wide_stages: of that of codes in bf16."""
 
     tile: int = 64
     num_stages: int = 4
+    wide_stages: int = 2
 
 
 class Plan(NamedTuple):
@@ -78,6 +83,7 @@ def attend(
     table: jax.Array,
     lengths: jax.Array,
     parts: Plan,
+    scales: jax.Array | None = None,
     *,
     part: int,
     scale: float,
@@ -87,11 +93,12 @@ def attend(
 
     Args:
       q: bf16 [B, heads, D].
-      keys: bf16 [pages, kv_heads, page, D].
-      values: bf16 [pages, kv_heads, page, V].
+      keys: bf16 or e4m3 [pages, kv_heads, page, D]. Of a key in e4m3 that is NaN, all codes are.
+      values: of the same type, [pages, kv_heads, page, V].
       table: i32 [B, n], the pages of each request.
       lengths: i32 [B], the keys that the query of a request sees.
       parts: see `plan`.
+      scales: f32 [2], those of keys and of values in e4m3; None for bf16.
       part: keys of a part, a multiple of `config.tile`, as the places of a page are.
       scale: the factor of the scores.
       config: see `TuningConfig`.
@@ -107,11 +114,15 @@ def attend(
     q = q.reshape(batch, kv_heads, group, dim)
     if rows != group:
         q = jnp.pad(q, ((0, 0), (0, 0), (0, rows - group), (0, 0)))
-    c = config
+    c, coded = config, scales is not None
     schedule = Schedule(H100_SMS)
 
     def body(q_gmem, k_gmem, v_gmem, table_gmem, lengths_gmem, request_gmem, part_gmem, ends_gmem, *rest):
-        out_gmem, weight_gmem, q_smem, k_smem, v_smem, full, empty, q_full, q_empty = rest
+        scales_gmem, *rest = rest if coded else (None, *rest)
+        out_gmem, weight_gmem, q_smem, k_smem, v_smem, full, empty, q_full, q_empty, *wide = rest
+        # The ring that the consumer reads: the loader's, or that of the codes in bf16.
+        k_ring, v_ring, filled, used_up = wide if coded else (k_smem, v_smem, full, empty)
+        ring_stages = c.wide_stages if coded else c.num_stages
         total = ends_gmem[batch - 1] * kv_heads
 
         def for_each(run):
@@ -160,9 +171,38 @@ def attend(
 
             for_each(load)
 
+        def turn_into_bf16():
+            plgpu.set_max_registers(112, action="decrease")
+
+            def turn(index, head, request, first, count, steps, number, used):
+                def stage(i, _):
+                    used_now = used + i
+                    stage_slot = lax.rem(used_now, jnp.int32(c.num_stages))
+                    wide_slot = lax.rem(used_now, jnp.int32(c.wide_stages))
+
+                    @pl.when(used_now >= c.wide_stages)
+                    def _():
+                        plgpu.barrier_wait(used_up.at[wide_slot])
+
+                    plgpu.barrier_wait(full.at[stage_slot])
+                    codes.widen(k_smem.at[stage_slot], k_ring.at[wide_slot], may_be_nan=True)
+                    # A NaN is always in the key: `KeyValuePages.write`.
+                    codes.widen(v_smem.at[stage_slot], v_ring.at[wide_slot], may_be_nan=False)
+                    plgpu.commit_smem()
+                    plgpu.barrier_arrive(empty.at[stage_slot])
+                    plgpu.barrier_arrive(filled.at[wide_slot])
+
+                lax.fori_loop(0, steps, stage, None)
+
+            for_each(turn)
+
+        if coded:
+            pl.when(lanes.warpgroup_index() == 2)(turn_into_bf16)
+
         @pl.when(lanes.warpgroup_index() == 0)
         def _():
             plgpu.set_max_registers(208, action="increase")
+            key_scale, value_scale = (scale * scales_gmem[0], scales_gmem[1]) if coded else (scale, 1)
 
             def multiply(index, head, request, first, count, steps, number, used):
                 slot = lax.rem(number, jnp.int32(2))
@@ -170,29 +210,36 @@ def attend(
                 key = plgpu.broadcasted_iota(jnp.int32, (WGMMA_ROWS, c.tile), 1, layout=plgpu.Layout.WGMMA)
 
                 def stage(i, running):
-                    stage_slot = lax.rem(used + i, jnp.int32(c.num_stages))
-                    plgpu.barrier_wait(full.at[stage_slot])
+                    stage_slot = lax.rem(used + i, jnp.int32(ring_stages))
+                    plgpu.barrier_wait(filled.at[stage_slot])
                     left = count - i * c.tile
-                    s = softmax.scores(q_smem.at[slot], k_smem.at[stage_slot])
+                    s = softmax.scores(q_smem.at[slot], k_ring.at[stage_slot])
                     s = jnp.where(key < left, s, -jnp.inf)
 
                     @pl.when(left < c.tile)
                     def _():
-                        softmax.clear_rows(v_smem.at[stage_slot], left)
+                        softmax.clear_rows(v_ring.at[stage_slot], left)
 
-                    running = softmax.add(softmax.Running(*running), s, v_smem.at[stage_slot], scale)
-                    plgpu.barrier_arrive(empty.at[stage_slot])
+                    running = softmax.add(softmax.Running(*running), s, v_ring.at[stage_slot], key_scale)
+                    plgpu.barrier_arrive(used_up.at[stage_slot])
                     return tuple(running)
 
                 found = softmax.Running(*lax.fori_loop(0, steps, stage, tuple(softmax.start(value_dim))))
                 plgpu.barrier_arrive(q_empty.at[slot])
-                inverse = lax.broadcast_in_dim(1 / found.weight, found.total.shape, (0,))
+                inverse = lax.broadcast_in_dim(value_scale / found.weight, found.total.shape, (0,))
                 _store_rows(found.total * inverse, out_gmem.at[index, head], group)
                 logarithm = lax.broadcast_in_dim(found.largest + jnp.log2(found.weight), (WGMMA_ROWS, 8), (0,))
                 _store_rows(logarithm, weight_gmem.at[index, head], group, columns=1)
 
             for_each(multiply)
 
+    tiles, barrier = codes.tiles if coded else softmax.tiles, plgpu.Barrier
+    wide = [
+        softmax.tiles(c.wide_stages, c.tile, dim),
+        softmax.tiles(c.wide_stages, c.tile, value_dim),
+        barrier(num_barriers=c.wide_stages),
+        barrier(num_barriers=c.wide_stages),
+    ]
     out, weight = launch.kernel(
         body,
         [
@@ -202,16 +249,17 @@ def attend(
         grid=schedule.workers,
         scratch_types=[
             softmax.tiles(2, WGMMA_ROWS, dim),
-            softmax.tiles(c.num_stages, c.tile, dim),
-            softmax.tiles(c.num_stages, c.tile, value_dim),
-            plgpu.Barrier(num_arrivals=2, num_barriers=c.num_stages),
-            plgpu.Barrier(num_barriers=c.num_stages),
-            plgpu.Barrier(num_barriers=2),
-            plgpu.Barrier(num_barriers=2),
+            tiles(c.num_stages, c.tile, dim),
+            tiles(c.num_stages, c.tile, value_dim),
+            barrier(num_arrivals=2, num_barriers=c.num_stages),
+            barrier(num_barriers=c.num_stages),
+            barrier(num_barriers=2),
+            barrier(num_barriers=2),
+            *(wide if coded else []),
         ],
-        warpgroups=2,
+        warpgroups=3 if coded else 2,
         approx_math=True,
-    )(q, keys, values, table, lengths, *parts)
+    )(q, keys, values, table, lengths, *parts, *([scales] if coded else []))
     return out.reshape(tasks, heads, value_dim), weight.reshape(tasks, heads)
 
 

@@ -36,10 +36,12 @@ class Running(NamedTuple):
     weight: jax.Array
 
 
+TRANSFORMS = (plgpu.TilingTransform((8, SWIZZLE_BYTES // 2)), plgpu.SwizzleTransform(SWIZZLE_BYTES))
+
+
 def tiles(*shape: int) -> Any:
     """Shared memory for bf16 matrices that wgmma reads: rows of 64 values, in the 128-byte swizzle."""
-    transforms = (plgpu.TilingTransform((8, SWIZZLE_BYTES // 2)), plgpu.SwizzleTransform(SWIZZLE_BYTES))
-    return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
+    return plgpu.SMEM(shape, jnp.bfloat16, transforms=TRANSFORMS)
 
 
 def start(value_size: int) -> Running:
@@ -64,7 +66,7 @@ def scores(q_smem: Any, k_smem: Any, issued: Callable[[], None] = lambda: None) 
 
 
 def add(
-    running: Running, s: jax.Array, v_smem: Any, scale: float, before_values: Callable[[], None] = lambda: None
+    running: Running, s: jax.Array, v_smem: Any, scale: Any, before_values: Callable[[], None] = lambda: None
 ) -> Running:
     """Adds a tile of keys to the running values.
 
@@ -73,7 +75,7 @@ def add(
       s: the scores f32 [64, keys] without their scale; -inf where a query does not see a key. Every query has seen a
         key in this tile or in an earlier one.
       v_smem: the values [keys, V] in shared memory. Those of keys that no query sees must be finite.
-      scale: the factor of the scores.
+      scale: the factor of the scores, a number or f32 ().
       before_values: called before the values are read.
     """
     by_row = lambda row, shape: lax.broadcast_in_dim(row, shape, (0,))  # noqa: E731

@@ -79,15 +79,34 @@ def test_the_file_of_modelopt():
     config = {"producer": {"name": "modelopt"}, "quantization": own}
     plan = plan_quantization(config, None)
     assert plan.dense == W4A4 and plan.method("lm_head") == BF16
-    assert any("cache" in note and "FP8" in note for note in plan.notes)
+    assert plan.fp8_cache and "FP8 (e4m3)" in str(plan)
     assert plan_quantization(config, REFERENCE).experts == W4A4
 
 
 def test_a_quantized_cache_alone_leaves_the_weights_plain():
     plan = plan_quantization({"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}}, None)
-    assert plan.dense == plan.experts == BF16 and any("cache" in note for note in plan.notes)
+    assert plan.dense == plan.experts == BF16 and plan.fp8_cache and not plan.notes
     with pytest.raises(ValueError, match="quant_algo=None"):
         plan_quantization({"quant_method": "modelopt"}, None)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "followed"),
+    [
+        ({"kv_cache_scheme": {"num_bits": 8, "type": "float", "dynamic": False}}, True),
+        ({"kv_cache_scheme": {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True}}, True),
+        ({"kv_cache_scheme": {"num_bits": 8, "type": "float", "strategy": "attn_head"}}, False),
+        ({"kv_cache_scheme": {"num_bits": 8, "type": "int"}}, False),
+        ({"kv_cache_scheme": {"num_bits": 8, "type": "float", "dynamic": True}}, False),
+        ({"kv_cache_quant_algo": "NVFP4"}, False),
+        ({"kv_cache_quant_algo": None}, None),
+    ],
+)
+def test_caches(scheme, followed):
+    """FP8 with one scale per layer is followed. Of another format a note says that it is not; None is no format."""
+    plan = plan_quantization({"quantization_config": {**MODELOPT, **scheme}}, None)
+    assert plan.fp8_cache == bool(followed)
+    assert any("the cache stays in the compute dtype" in note for note in plan.notes) == (followed is False)
 
 
 def test_modules():

@@ -292,6 +292,27 @@ def test_other_tensors_of_real_checkpoints(make_folder):
     assert float(attention.k_scale[...]) == 0.25 and float(attention.v_scale[...]) == 0.5
 
 
+@pytest.mark.parametrize("where", ["section", "file"])
+def test_a_cache_in_fp8(make_folder, where):
+    """The folder asks for it in config.json or in hf_quant_config.json, and the argument decides; scales come along."""
+    folder, _ = make_folder("modelopt", config=WEIGHT_ONLY["modelopt"])
+    edit(folder, lambda t: t.update({"model.layers.1.self_attn.k_proj.k_scale": np.array(0.25, np.float32)}))
+    if where == "section":
+        scheme = {"num_bits": 8, "type": "float", "dynamic": False}
+        edit_config(folder, quantization_config={**WEIGHT_ONLY["modelopt"], "kv_cache_scheme": scheme})
+    else:
+        own = {"quant_algo": "W4A16_NVFP4", "kv_cache_quant_algo": "FP8"}
+        (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": own}))
+    fp8, kinds = jnp.dtype(jnp.float8_e4m3fn), {}
+    for name in ("stored", "compute", "fp8"):
+        model = load_model(folder, cache_format=name)[0]
+        kinds[name] = {format.dtype for format in model.cache_formats}
+        assert float(model.layers[1].self_attn.k_scale[...]) == 0.25
+    assert kinds == {"stored": {fp8}, "compute": {model.layers[0].self_attn.dtype}, "fp8": {fp8}}
+    with pytest.raises(ValueError, match="cache_format must be 'stored', 'compute' or 'fp8', got 'int8'"):
+        load_model(folder, cache_format="int8")
+
+
 def test_the_file_of_modelopt_counts_without_a_section(make_folder):
     folder, _ = make_folder("modelopt")
     edit_config(folder, quantization_config=None)

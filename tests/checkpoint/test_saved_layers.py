@@ -109,8 +109,10 @@ def test_a_loaded_folder(make_folder, tmp_path_factory, kind, layout):
     model, config = load_model(folder)
     assert isinstance(model.layers[0].self_attn.q_proj, NVFP4Linear)
     out = tmp_path_factory.mktemp("out")
+    model.set_cache_dtype(jnp.float8_e4m3fn)
     loaded = round_trip(model, config, out, layout)
     assert loaded.layers[1].self_attn.k_scale[...] == 0.25
+    assert {format.dtype for format in loaded.cache_formats} == {jnp.dtype(jnp.float8_e4m3fn)}
 
 
 def spoil_reciprocals(tensors):

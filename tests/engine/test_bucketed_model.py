@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from small_models import forward
 
 from experiments.harness.timing import count_compilations
 from fp4jax import MoEConfig
+from fp4jax.attention import LayerState, StateFormat
 from fp4jax.engine import BucketedModel, Sampling, cache, drawing_of
 from fp4jax.engine.sampling import gumbel_noise, log_weights
 from fp4jax.layers import MoEBlock, RoutingConfig
@@ -41,6 +43,58 @@ def logits_of(model, ids, length=70):
     """One program for all lengths: the tokens behind `ids` change nothing before them."""
     padded = jnp.asarray([ids + [0] * (length - len(ids))], jnp.int32)
     return np.asarray(forward(model, padded))[0, : len(ids)]
+
+
+class Averaging(nnx.Module):
+    """A recurrent layer in the place of attention: a moving average of its inputs, projected."""
+
+    def __init__(self, size, rngs):
+        self.out = nnx.Linear(size, size, use_bias=False, rngs=rngs)
+
+    @property
+    def cache_format(self):
+        return StateFormat((((CONFIG.hidden_size,), jnp.float32),))
+
+    def __call__(self, x, start, cache):
+        batch, length, size = x.shape
+        state = jnp.zeros((batch, size)) if cache is None else cache.arrays[0]
+        counts = jnp.full(batch, length) if cache is None or cache.counts is None else cache.counts
+        state = jnp.where(jnp.broadcast_to(start, batch)[:, None] == 0, 0, state)
+
+        def step(state, token):
+            new = 0.7 * state + token[0]
+            return jnp.where((token[1] < counts)[:, None], new, state), new
+
+        state, found = jax.lax.scan(step, state, (jnp.swapaxes(x, 0, 1), jnp.arange(length)))
+        return self.out(jnp.swapaxes(found, 0, 1)), None if cache is None else LayerState((state,))
+
+
+def test_recurrent_layers_beside_pages(rng):
+    """Layer 0 keeps a state per request. Prompts in one chunk and in several, and a slot that was used before."""
+    model = Qwen3Moe(dataclasses.replace(CONFIG, num_hidden_layers=2), rngs=nnx.Rngs(1))
+    model.layers[0].self_attn = Averaging(CONFIG.hidden_size, nnx.Rngs(2))
+    served = BucketedModel(model, buckets=(8,), batch_buckets=(2,), max_length=32, decode_steps=3)
+    a_page = 2 * 2 * 16 * 64 * 4  # keys and values of 2 heads, 64 places
+    assert served.cache_bytes(2) == 2 * (CONFIG.hidden_size * 4 + a_page)
+    for lengths in ((19, 3), (5, 8)):
+        prompts = [rng.integers(0, 97, n).tolist() for n in lengths]
+        for prompt, answer in zip(prompts, served.generate(prompts, 5), strict=True):
+            rows = logits_of(model, prompt + answer[:-1], 32)[len(prompt) - 1 :]
+            best = np.sort(rows, axis=-1)
+            clear = best[:, -1] - best[:, -2] > 1e-4
+            assert clear.sum() >= 3 and (np.asarray(answer)[clear] == rows.argmax(-1)[clear]).all()
+
+
+def test_a_cache_in_fp8_takes_a_quarter(model):
+    """Of a float32 cache. Its answers are those of the plain forward pass with the same cache."""
+    coded = nnx.merge(*nnx.split(model))
+    coded.set_cache_dtype(jnp.float8_e4m3fn)
+    served = BucketedModel(coded, buckets=(8,), batch_buckets=(1,), max_length=32, decode_steps=2)
+    usual = BucketedModel(model, buckets=(8,), batch_buckets=(1,), max_length=32)
+    assert 4 * served.cache_bytes(3) == usual.cache_bytes(3)
+    prompt = list(range(11))
+    found = served.generate([prompt], 6)[0]
+    assert found == np.asarray(generate(coded, jnp.asarray([prompt], jnp.int32), max_new_tokens=6))[0, 11:].tolist()
 
 
 def test_layers_of_one_kind_share_executables(served):

@@ -112,7 +112,7 @@ def test_floors_by_hand():
     model = model_cases.abstract_model(model_cases.model_config("qwen3-30b", 2))
     linear, router, expert = 2048 * (2 * 4096 + 2 * 512), 2048 * 128, 3 * 2048 * 768
     assert layer_sizes(model) == [(linear, router, expert, 128, 8)] * 2
-    assert attention_sizes(model) == (2 * 4 * 128, 2 * 32 * 128, 2 * 32 * 128)
+    assert attention_sizes(model) == (2 * 2 * 4 * 128, 2 * 32 * 128, 2 * 32 * 128)
     assert experts_hit(128, 8, 1) == pytest.approx(8) and experts_hit(128, 8, 10_000) == pytest.approx(128)
     ceilings = timing.Ceilings(copy_bytes_per_s=1e12, bf16_flops=1e15)
 
@@ -135,7 +135,7 @@ def test_floors_by_hand():
 
 def test_floors_of_latent_attention_and_of_dense_layers():
     latent = model_cases.abstract_model(model_cases.model_config("deepseek-v3", 1))
-    assert attention_sizes(latent) == (512 + 64, 128 * (192 + 128), 128 * (2 * 512 + 64))
+    assert attention_sizes(latent) == (2 * (512 + 64), 128 * (192 + 128), 128 * (2 * 512 + 64))
     (sizes,) = layer_sizes(latent)
     projections = 7168 * (1536 + 576 + 16384) + 1536 * 128 * 192 + 512 * 128 * 256
     assert sizes.linear == projections + 3 * 7168 * 2048 and sizes.router == 7168 * 256

@@ -55,8 +55,8 @@ def test_cached_decode_equals_the_full_sequence():
     """A prompt of 8, then single tokens; places that are not filled hold NaN. A token costs rank + rope dim values."""
     model, ids = make_model(yarn=YARN), sample_ids(12)
     full, cache, parts = np.asarray(forward(model, ids)), model.init_cache(2, 16), []
-    assert cache.keys.shape == (2, 2, 1, 16, 32) and cache.values.shape == (2, 2, 1, 16, 8)
-    cache = cache._replace(keys=cache.keys + jnp.nan, values=cache.values + jnp.nan)
+    assert [[part.shape for part in layer] for layer in cache.layers] == [[(2, 1, 16, 32), (2, 1, 16, 8)]] * 2
+    cache = cache._replace(layers=jax.tree.map(lambda part: part + jnp.nan, cache.layers))
     for some in (slice(0, 8), *(slice(i, i + 1) for i in range(8, 12))):
         logits, cache, _ = continued(model, ids[:, some], cache)
         parts.append(np.asarray(logits))

@@ -80,10 +80,37 @@ def test_cached_decode_equals_the_full_sequence():
         parts.append(output.logits)
         assert int(cache.length) == stop
     np.testing.assert_allclose(np.concatenate(parts, axis=1), full, rtol=0, atol=1e-5)
-    assert cache.keys.shape == (2, 2, 2, 20, 16)
-    poisoned = KVCache(*(part.at[:, :, :, 12:].set(jnp.nan) for part in cache[:2]), cache.length)
+    assert [[part.shape for part in layer] for layer in cache.layers] == [[(2, 2, 20, 16)] * 2] * 2
+    poisoned = KVCache(jax.tree.map(lambda part: part.at[:, :, 12:].set(jnp.nan), cache.layers), cache.length)
     clean, dirty = (forward(model, ids[:, :1], c).logits for c in (cache, poisoned))
     np.testing.assert_array_equal(clean, dirty)
+
+
+def test_a_cache_in_fp8():
+    """Layer 0 caches e4m3(key / scale), for scales of its own; what follows uses the codes, times the scales."""
+    model, ids, fp8 = make_model(), sample_ids(2, 12), jnp.float8_e4m3fn
+    run = nnx.jit(lambda model, ids, cache: model.forward(ids, cache))
+    plain = run(model, ids, model.init_cache(2, 16))
+    model.set_cache_dtype(fp8)
+    scales = (0.03, 0.002)  # the second one saturates many values
+    for layer in model.layers:
+        layer.self_attn.k_scale, layer.self_attn.v_scale = (nnx.Variable(jnp.float32(s)) for s in scales)
+    coded, saturates = run(model, ids, model.init_cache(2, 16)), []
+    for exact, codes, scale in zip(plain.cache.layers[0], coded.cache.layers[0], scales, strict=True):
+        exact = np.asarray(exact, np.float64)[:, :, :12]
+        assert codes.dtype == fp8
+        found = np.asarray(codes, np.float64)[:, :, :12] * scale
+        bound = np.maximum(np.abs(exact) / 16, scale * 2.0**-10)  # half a step of 3 bits, or of the smallest step 2^-9
+        clipped = np.abs(exact) > 464 * scale
+        np.testing.assert_allclose(found[clipped], np.copysign(448 * scale, exact)[clipped], rtol=1e-6)
+        assert (np.abs(found - exact) <= bound * (1 + 1e-5))[~clipped].all()
+        saturates.append(clipped.any())
+    assert saturates == [False, True]
+    for layer in model.layers:
+        layer.self_attn.v_scale = nnx.Variable(jnp.float32(0.03))
+    coded = run(model, ids, model.init_cache(2, 16))
+    difference = np.linalg.norm(np.asarray(coded.logits - plain.logits)) / np.linalg.norm(np.asarray(plain.logits))
+    assert 1e-3 < difference < 0.2  # 12 positions of a stirred model; 3 bits of mantissa
 
 
 def test_a_later_token_changes_nothing_before_it():

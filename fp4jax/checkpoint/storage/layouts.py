@@ -166,6 +166,16 @@ def traits_of(described: Described) -> Traits:
 # --- configs of folders whose layers have different formats ---
 
 
+def with_fp8_cache(described: Described) -> Described:
+    """Returns the configs with keys that say that keys and values are cached in FP8."""
+    section = {"quant_method": "modelopt"} if described.section is None else described.section
+    section = {**section, "kv_cache_scheme": _FLOAT8}
+    if described.file is None:
+        return Described(section, None)
+    quantization = {**described.file["quantization"], "kv_cache_quant_algo": "FP8"}
+    return Described(section, {**described.file, "quantization": quantization})
+
+
 def describe_methods(layout: Layout, methods: Mapping[str, Method]) -> Described:
     """Returns the configs of a folder whose linear layers have different formats.
 
