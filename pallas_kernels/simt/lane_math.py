@@ -62,6 +62,11 @@ def exp2_approx(a: jax.Array) -> jax.Array:
     return lanes.instruction("ex2.approx.ftz.f32 $0, $1;", _in_float64(jnp.exp2), a)
 
 
+def exp2_approx_subnormal(a: jax.Array) -> jax.Array:
+    """2^a within 2 ulp, results below 2^-126 too. It takes more instructions than `exp2_approx`."""
+    return lanes.instruction("ex2.approx.f32 $0, $1;", _in_float64(jnp.exp2), a)
+
+
 def pack_bf16(low: jax.Array, high: jax.Array) -> jax.Array:
     """Rounds two f32 to bf16 (nearest even, NaN stays NaN) and packs them into one u32."""
 
