@@ -1,4 +1,4 @@
-"""The router's kernel without a GPU: its body against XLA and float64, in plain jnp and interpreted, and its lowering."""
+"""The router without a GPU: the body of its kernel against XLA and float64, plain and interpreted, and its lowering."""
 
 import functools
 
@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec as P, use_abstract_mesh
+from plain_lanes import plain_kernels
+from routing_checks import MODELS, excess_of, weights_of
 
 from cuda_lowering import H100, H100_MESH, kernels_in, lowered_text, struct
 from fp4jax.routing import load_balance_loss, route
 from pallas_kernels.rows import router
-from plain_lanes import plain_kernels
-from routing_checks import MODELS, excess_of, weights_of
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu", "quick_compile")
 ROUNDING = 4e-6  # what `route` promises

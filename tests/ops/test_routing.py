@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import assume, given, strategies as st
+from routing_checks import MODELS, excess_of, weights_of
 
 from fp4jax.routing import load_balance_loss, route
-from routing_checks import MODELS, excess_of, weights_of
 
 TOKENS, EXPERTS = 6, 16
 # f32 exp and a few additions and divisions, against float64.
@@ -199,7 +199,7 @@ def test_impossible_settings_are_refused(settings, message):
 
 # --- the kernel against XLA, on a GPU ---
 
-# What `route` promises. The kernel's own error is smaller; XLA:GPU may compute exponentials and quotients approximately.
+# What `route` promises. The kernel itself is closer: XLA:GPU may compute exponentials and quotients approximately.
 ROUNDING = 4e-6
 
 
