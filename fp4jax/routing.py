@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from fp4jax.implementations import Call, Implementation, run_implementation
 from fp4jax.operands import check_array
@@ -60,6 +60,7 @@ def route(
     num_groups: int = 1,
     topk_groups: int = 1,
     routed_scaling_factor: float = 1.0,
+    valid: Bool[Array, "T"] | None = None,
     implementation: Implementation | None = None,
 ) -> Routing:
     """Chooses `top_k` experts per token by score plus bias; the weights come from the scores without the bias.
@@ -82,6 +83,7 @@ def route(
         biased scores. 1: no groups.
       topk_groups: only experts of this many best groups can be chosen.
       routed_scaling_factor: factor on the weights, applied after `renormalize`.
+      valid: bool [T], which tokens are valid; the others get the id -1 in all k places. None: all.
       implementation: "xla", "mosaic_gpu", or None for the best one (`implementations.run_implementation`). In a jitted
         function whose arrays XLA splits over the devices of an Auto mesh, name "xla": a kernel is not split.
 
@@ -98,20 +100,22 @@ def route(
     check_routing(num_experts, top_k=top_k, scoring=scoring, num_groups=num_groups, topk_groups=topk_groups)
     if correction_bias is not None and correction_bias.shape != (num_experts,):
         raise ValueError(f"correction_bias has shape {correction_bias.shape}, expected ({num_experts},)")
+    if valid is not None and valid.shape != logits.shape[:1]:
+        raise ValueError(f"route: valid has shape {valid.shape}, expected {logits.shape[:1]}")
     config = kernel.Config(top_k, scoring, renormalize, num_groups, topk_groups, float(routed_scaling_factor))
     logits = jnp.asarray(logits).astype(jnp.float32)
     bias = None if correction_bias is None else jnp.asarray(correction_bias).astype(jnp.float32)
     return run_implementation(
-        "route", implementation, (logits, bias), problem=kernel.check_config(logits, config),
+        "route", implementation, (logits, bias, valid), problem=kernel.check_config(logits, config),
         xla=Call.of(_xla, config=config), mosaic_gpu=Call.of(_mosaic_gpu, config=config),
     )  # fmt: skip
 
 
-def _mosaic_gpu(logits, bias, *, config):
-    return Routing(*kernel.route(logits, bias, config=config))
+def _mosaic_gpu(logits, bias, valid, *, config):
+    return Routing(*kernel.route(logits, bias, valid, config=config))
 
 
-def _xla(logits, bias, *, config):
+def _xla(logits, bias, valid, *, config):
     scores = jax.nn.softmax(logits, axis=-1) if config.scoring == "softmax" else jax.nn.sigmoid(logits)
     choice = scores if bias is None else scores + bias[None, :]
     # How NaN compares depends on the device. A token with a NaN therefore chooses among equal values and gets the first
@@ -125,6 +129,8 @@ def _xla(logits, bias, *, config):
     if config.renormalize:
         weights = weights / jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), MIN_WEIGHT_SUM)
     weights = jnp.where(spoiled, np.float32(np.nan), weights * config.routed_scaling_factor)
+    if valid is not None:
+        topk_ids = jnp.where(valid[:, None], topk_ids, -1)
     return Routing(topk_ids, weights)
 
 

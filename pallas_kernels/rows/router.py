@@ -26,7 +26,7 @@ MAX_TOP_K = WARP  # lane r writes the expert of round r
 MIN_WEIGHT_SUM = 1e-20
 # DeepSeek-V3 ranks a group by the sum of its two best biased scores.
 SCORES_PER_GROUP = 2
-_BLOCKS_PER_SM = 8
+_BLOCKS_PER_SM = 16
 # Order of an expert that cannot be chosen any more; below the order of -inf. Where it is selected, it is the second
 # alternative: Mosaic GPU takes `where(condition, constant, integers)` for unsigned.
 _TAKEN = np.int32(-(2**31))
@@ -77,25 +77,26 @@ def check_config(logits: Any, config: Config) -> str | None:
 
 
 def route(
-    logits: jax.Array, bias: jax.Array | None, *, config: Config, interpret: Any = None
+    logits: jax.Array, bias: jax.Array | None, valid: jax.Array | None = None, *, config: Config, interpret: Any = None
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the experts i32 [T, k] and their weights f32 [T, k], best first.
 
     Args:
       logits: f32 [T, E].
       bias: f32 [E], added to the scores for the choice; None: no bias.
+      valid: bool [T]; tokens where it is False get experts -1. None: all are valid.
       config: see `Config`.
       interpret: see `launch.kernel`.
     """
     tokens, experts = logits.shape
     k = config.top_k
     blocks = min(-(-tokens // WARPS), _BLOCKS_PER_SM * H100_SMS)
-    operands = [logits] if bias is None else [logits, bias]
+    operands = [logits] + ([] if bias is None else [bias]) + ([] if valid is None else [valid.astype(jnp.int32)])
 
     def body(logits_ref, *refs):
-        ids_ref, weights_ref = refs[-2:]
+        *optional, ids_ref, weights_ref = refs
         warp = _Warp(experts, config)
-        biases = warp.load(refs[0], 0, True) if bias is not None else None
+        biases = warp.load(optional[0], 0, True) if bias is not None else None
 
         def step(i, _):
             token = (i * blocks + lanes.block_index()) * WARPS + warp.index
@@ -106,6 +107,9 @@ def route(
             writes = exists & (warp.lane < k)
             (logit,) = lanes.gather(logits_ref, token * experts + ids, where=writes)
             weights = warp.weights(scores.of(_as_f32(logit)), scores.spoiled)
+            if valid is not None:
+                (runs,) = lanes.gather(optional[-1], token, where=writes)
+                ids = jnp.where(runs != 0, ids, -1)
             lanes.scatter(ids_ref, token * k + warp.lane, [ids.astype(jnp.uint32)], where=writes)
             lanes.scatter(weights_ref, token * k + warp.lane, [lane_math.as_u32(weights)], where=writes)
 
@@ -127,9 +131,10 @@ class _Scores:
         if softmax:  # a NaN, or an infinite maximum, makes the sum NaN
             self._largest = _largest_f32(_tree(jnp.maximum, logits))
             exponentials = [self._exponential(x) for x in logits]
-            self._sum = lanes.sum_of_neighbours(_tree(lane_math.add_rn, exponentials), WARP)
-            self.values = [lane_math.div_rn(e, self._sum) for e in exponentials]
-            self.spoiled = self._sum != self._sum
+            total = lanes.sum_of_neighbours(_tree(lane_math.add_rn, exponentials), WARP)
+            self._factor = lane_math.div_rn(np.float32(1), total)
+            self.values = [lane_math.mul_rn(e, self._factor) for e in exponentials]
+            self.spoiled = total != total
         else:
             self.values = [_sigmoid(x) for x in logits]
             nan = _tree(jnp.logical_or, [x != x for x in logits])
@@ -139,7 +144,7 @@ class _Scores:
         """The score of an expert with this logit, with the same bits as in `values`."""
         if not self._softmax:
             return _sigmoid(logit)
-        return lane_math.div_rn(self._exponential(logit), self._sum)
+        return lane_math.mul_rn(self._exponential(logit), self._factor)
 
     def _exponential(self, x):
         return _exp(x - self._largest)
@@ -177,10 +182,11 @@ class _Warp:
 
     def choice_order(self, scores: list[jax.Array], biases: list[jax.Array] | None) -> list[jax.Array]:
         """i32 per expert: larger for an expert that is chosen earlier, equal for equal ones, _TAKEN if it is none."""
-        choice = scores
-        if biases is not None:
+        if biases is None:  # scores are not negative, so their bits are in order
+            choice, order = scores, [lax.bitcast_convert_type(s, jnp.int32) for s in scores]
+        else:
             choice = [lane_math.add_rn(s, b) for s, b in zip(scores, biases, strict=True)]
-        order = [_order(c) for c in choice]
+            order = [_order(c) for c in choice]
         if self.config.has_groups:
             # In XLA masked experts have the value -inf too, so they may still win against a bias of -inf.
             masked = _order(lanes.splat(-np.inf, jnp.float32))
@@ -260,7 +266,7 @@ def _largest_f32(x):
 
 
 def _sigmoid(x):
-    return lane_math.div_rn(np.float32(1), lane_math.add_rn(np.float32(1), _exp(-x)))
+    return lane_math.reciprocal_approx_subnormal(lane_math.add_rn(np.float32(1), _exp(-x)))
 
 
 def _exp(x):

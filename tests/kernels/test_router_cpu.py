@@ -85,6 +85,20 @@ def test_interpreted(tokens, rng, interpret):
     check(rng.normal(size=(tokens, 40)), rng.normal(size=40) / 20, interpret, **settings)
 
 
+def test_tokens_that_are_not_valid(rng):
+    """They have ids -1; the others are as without them."""
+    logits, bias = (jnp.asarray(rng.normal(size=n), jnp.float32) for n in ((6, 16), 16))
+    valid = jnp.asarray([True, False, True, True, False, True])
+    for given_bias in (None, bias):
+        every = route(logits, top_k=3, correction_bias=given_bias)
+        found = route(logits, top_k=3, correction_bias=given_bias, valid=valid)
+        with plain_kernels():
+            ids, weights = router.route(logits, given_bias, valid, config=router.Config(3))
+        np.testing.assert_array_equal(found.topk_ids, np.where(valid[:, None], every.topk_ids, -1))
+        np.testing.assert_array_equal(ids, found.topk_ids)
+        np.testing.assert_allclose(weights, every.topk_weights, rtol=ROUNDING)
+
+
 def test_more_tokens_than_warps(monkeypatch, rng):
     monkeypatch.setattr(router, "_BLOCKS_PER_SM", 1)
     monkeypatch.setattr(router, "H100_SMS", 2)
@@ -135,6 +149,7 @@ def test_is_the_choice_where_it_can_run():
     assert kernels_in(jax.grad(lambda x: jnp.sum(call(x).topk_weights ** 2)), logits) == 0
     assert kernels_in(call, struct((6, 513), jnp.float32)) == 0
     assert kernels_in(functools.partial(route, top_k=33), logits) == 0
+    assert kernels_in(lambda x, v: call(x, valid=v), logits, struct((6,), jnp.bool_)) == 1
     assert kernels_in(call, struct((0, 64), jnp.float32)) == 0
 
 
