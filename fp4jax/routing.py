@@ -70,9 +70,9 @@ def route(
 
     If a score of a token is NaN, the token goes to the first experts that can be chosen, with weights NaN.
 
-    The implementations compute the same formulas but not the same bits: for logits up to 32 below a token's largest one,
-    scores and weights differ by a relative error of at most 4e-6. Different experts are chosen only where two candidates
-    are as close as that.
+    The implementations compute the same formulas but not the same bits: for logits up to 32 below a token's largest
+    one, scores and weights differ by a relative error of at most 4e-6. They choose different experts only where two
+    candidates are as close as that.
 
     Args:
       logits: floating-point [T, E].
