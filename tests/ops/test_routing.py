@@ -204,8 +204,8 @@ ROUNDING = 4e-6
 
 
 @functools.partial(jax.jit, static_argnames=("implementation", "settings"))
-def _run(logits, bias, *, implementation, settings):
-    return route(logits, correction_bias=bias, implementation=implementation, **dict(settings))
+def _run(logits, bias, valid=None, *, implementation, settings):
+    return route(logits, correction_bias=bias, valid=valid, implementation=implementation, **dict(settings))
 
 
 def _compare(logits, bias, settings):
@@ -262,10 +262,13 @@ def test_odd_sizes_and_bad_scores_as_in_xla(tokens, experts, settings, rng):
     logits = np.where(found, rng.choice(np.float32([np.nan, np.inf, -np.inf, 300, -300]), logits.shape), logits)
     logits[tokens // 2] = -np.inf
     whole = np.isfinite(logits).all(axis=1)
-    found, expected = (
-        _run(jnp.asarray(logits), None, implementation=name, settings=tuple(settings.items()))
-        for name in ("mosaic_gpu", "xla")
+    valid = jnp.arange(tokens) % 5 != 3
+    found, masked, expected = (
+        _run(jnp.asarray(logits), None, mask, implementation=name, settings=tuple(settings.items()))
+        for name, mask in (("mosaic_gpu", None), ("mosaic_gpu", valid), ("xla", None))
     )
+    np.testing.assert_array_equal(masked.topk_ids, np.where(valid[:, None], found.topk_ids, -1))
+    np.testing.assert_array_equal(masked.topk_weights, found.topk_weights)
     np.testing.assert_array_equal(np.asarray(found.topk_ids)[~whole], np.asarray(expected.topk_ids)[~whole])
     np.testing.assert_allclose(found.topk_weights, expected.topk_weights, rtol=ROUNDING, atol=1e-37)
     exact = weights_of(np.asarray(found.topk_ids)[whole], logits[whole], **settings)
