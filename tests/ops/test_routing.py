@@ -232,7 +232,7 @@ def test_a_million_tokens_choose_as_in_xla(name):
     for seed in range(4):
         logits = jax.random.normal(jax.random.key(seed), (250_000, experts)) * 1.5
         differ += _compare(logits, bias, settings)
-    assert differ < 1000
+    assert differ < 100  # 2 among all three models were measured
 
 
 @pytest.mark.gpu
