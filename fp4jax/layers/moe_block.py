@@ -128,28 +128,21 @@ class MoEBlock(nnx.Module):
           The result, of the shape of x, and `MoEAux` of this block.
         """
         rows = x.reshape(-1, x.shape[-1])
-        route, balance_loss = self._route(rows)
-        if valid is not None:
-            route = route._replace(topk_ids=jnp.where(valid.reshape(-1, 1), route.topk_ids, -1))
+        route, balance_loss = self._route(rows, None if valid is None else valid.reshape(-1))
         hidden = rows if self.fc1_latent_proj is None else self.fc1_latent_proj(rows)
         y, stats = self.experts(hidden.astype(self.dtype), route, buffers)
         y = self._finish(y, rows)
         return y.reshape(x.shape), MoEAux(stats.dropped, balance_loss, stats.buffers)
 
-    def _route(self, rows: jax.Array) -> tuple[routing.Routing, jax.Array]:
-        config = self.router_config
-        logits = self.gate(rows)
-        route = routing.route(
-            logits,
-            top_k=config.top_k,
-            scoring=config.scoring,
-            renormalize=config.renormalize,
-            correction_bias=None if self.correction_bias is None else self.correction_bias[...],
-            num_groups=config.num_groups,
-            topk_groups=config.topk_groups,
-            routed_scaling_factor=config.routed_scaling_factor,
-        )
-        return route, routing.load_balance_loss(logits, route.topk_ids, scoring=config.scoring)
+    def _route(self, rows: jax.Array, valid: jax.Array | None = None) -> tuple[routing.Routing, jax.Array]:
+        # On a mesh XLA splits the arrays over the devices, which it cannot do with a kernel.
+        on_mesh = self.mesh is not None and self.mesh.size > 1
+        implementation = "xla" if on_mesh or self.config.implementation == "xla" else None
+        logits, bias = self.gate(rows), None if self.correction_bias is None else self.correction_bias[...]
+        route = self.router_config.route(logits, bias, valid=valid, implementation=implementation)
+        # The loss counts all tokens. Programs that do not use it compute neither it nor what only it needs.
+        every = route if valid is None else self.router_config.route(logits, bias, implementation=implementation)
+        return route, routing.load_balance_loss(logits, every.topk_ids, scoring=self.router_config.scoring)
 
     def _finish(self, y: jax.Array, rows: jax.Array) -> jax.Array:
         """Projects the routed experts' result y up from the latent size, and adds the shared experts' result."""

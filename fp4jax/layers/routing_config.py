@@ -2,7 +2,10 @@
 
 import dataclasses
 
+import jax
+
 from fp4jax import routing
+from fp4jax.implementations import Implementation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,4 +33,26 @@ class RoutingConfig:
             scoring=self.scoring,
             num_groups=self.num_groups,
             topk_groups=self.topk_groups,
+        )
+
+    def route(
+        self,
+        logits: jax.Array,
+        correction_bias: jax.Array | None,
+        *,
+        valid: jax.Array | None = None,
+        implementation: Implementation | None = None,
+    ) -> routing.Routing:
+        """Routes tokens by these fields; the arguments are those of `routing.route`."""
+        return routing.route(
+            logits,
+            top_k=self.top_k,
+            scoring=self.scoring,
+            renormalize=self.renormalize,
+            correction_bias=correction_bias,
+            num_groups=self.num_groups,
+            topk_groups=self.topk_groups,
+            routed_scaling_factor=self.routed_scaling_factor,
+            valid=valid,
+            implementation=implementation,
         )

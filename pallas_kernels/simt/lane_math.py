@@ -47,6 +47,11 @@ def reciprocal_approx(a: jax.Array) -> jax.Array:
     return lanes.instruction("rcp.approx.ftz.f32 $0, $1;", lambda a: np.float32(1) / a, a)
 
 
+def reciprocal_approx_subnormal(a: jax.Array) -> jax.Array:
+    """1 / a within 1 ulp for any a, results below 2^-126 too. It takes more instructions than `reciprocal_approx`."""
+    return lanes.instruction("rcp.approx.f32 $0, $1;", lambda a: np.float32(1) / a, a)
+
+
 def max_u16x2(a: jax.Array, b: jax.Array) -> jax.Array:
     """Maximum of a and b in each of the two unsigned 16-bit halves of u32 lane arrays."""
 
@@ -60,6 +65,11 @@ def max_u16x2(a: jax.Array, b: jax.Array) -> jax.Array:
 def exp2_approx(a: jax.Array) -> jax.Array:
     """2^a within 2 ulp. Results below 2^-126 are zero."""
     return lanes.instruction("ex2.approx.ftz.f32 $0, $1;", _in_float64(jnp.exp2), a)
+
+
+def exp2_approx_subnormal(a: jax.Array) -> jax.Array:
+    """2^a within 2 ulp, results below 2^-126 too. It takes more instructions than `exp2_approx`."""
+    return lanes.instruction("ex2.approx.f32 $0, $1;", _in_float64(jnp.exp2), a)
 
 
 def pack_bf16(low: jax.Array, high: jax.Array) -> jax.Array:

@@ -248,6 +248,8 @@ def largest(x: jax.Array, scratch_ref: Any, at: int) -> jax.Array:
 
 def largest_of_neighbours(x: jax.Array, count: int) -> jax.Array:
     """Maximum over each group of `count` successive lanes (a power of two up to 32), in all lanes of the group; i32."""
+    if count == WARP and not _interpreting:
+        return _largest_in_warp(x)
     step = 1
     while step < count:
         x = jnp.maximum(x, _shuffle(x, "bfly", step, WARP - 1))
@@ -283,6 +285,18 @@ def _shuffle(x, kind, step, clamp):
         return lane_memory.lane_array(found, is_signed=True)
 
     return shuffle(x)
+
+
+def _largest_in_warp(x):
+    """Maximum over a warp in one instruction."""
+
+    @plgpu.inline_mgpu(arg_types=(_LAYOUT,), return_type=lane_memory.lane_struct(jnp.int32))
+    def reduce(_, x):
+        asm = "redux.sync.max.s32 $0, $1, 0xffffffff;"
+        found = llvm.inline_asm(lane_memory.i32(), [lane_memory.scalar(x)], asm, "=r,r", has_side_effects=True)
+        return lane_memory.lane_array(found, is_signed=True)
+
+    return reduce(x)
 
 
 def sync() -> None:

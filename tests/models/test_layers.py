@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 from model_oracles import calc_diff, sigmoid, silu, swiglu
 
+from cuda_lowering import lowered_text
 from fp4jax import MoEConfig, implementations, nvfp4
 from fp4jax.attention.dense import attention
 from fp4jax.grouped_gemm import PackedWeights
@@ -300,6 +301,28 @@ def test_experts_are_packed_where_the_kernel_will_run(rng, make_mesh, monkeypatc
     block.configure(MoEConfig(EXPERTS, implementation="xla"), mesh)
     for a, b in zip(jax.tree.leaves(block.w13.get_value()), jax.tree.leaves(plain), strict=True):
         np.testing.assert_array_equal(np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8))
+
+
+def test_the_router_is_one_kernel_unless_xla_splits_it(rng, make_mesh):
+    """Programs that do not use the balance loss route once, with a mask of valid tokens too."""
+    block, x, valid = make_block(), tokens(rng), jnp.arange(TOKENS) < 5
+
+    def kernels(*args):
+        return lowered_text(lambda *args: block._route(*args)[0], *args).count("router_route_mosaic_gpu")
+
+    assert kernels(x) == kernels(x, valid) == 1
+    block.configure(MoEConfig(EXPERTS, implementation="xla"))
+    assert kernels(x) == 0
+    block.configure(MoEConfig(EXPERTS), make_mesh(1))
+    assert kernels(x) == 1
+    block.configure(MoEConfig(EXPERTS), make_mesh(2))
+    assert kernels(x, valid) == 0
+
+
+def test_the_balance_loss_counts_tokens_that_are_not_valid(rng):
+    block, x = make_block(), tokens(rng)
+    masked = block(x, valid=jnp.arange(TOKENS) < 5)[1].balance_loss
+    np.testing.assert_array_equal(np.asarray(masked), np.asarray(block(x)[1].balance_loss))
 
 
 def test_calibration_reports_the_inputs_of_both_gemms(rng):

@@ -1,5 +1,6 @@
 """Routing against a plain-Python reference in float64: selection, weights, ties, groups, errors."""
 
+import functools
 import math
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import assume, given, strategies as st
+from routing_checks import MODELS, excess_of, weights_of
 
 from fp4jax.routing import load_balance_loss, route
 
@@ -193,3 +195,81 @@ def test_impossible_settings_are_refused(settings, message):
         return
     with pytest.raises(ValueError, match=message):
         route(jnp.zeros((1, 16), jnp.float32), **settings)
+
+
+# --- the kernel against XLA, on a GPU ---
+
+# What `route` promises. The kernel itself is closer: XLA:GPU may compute exponentials and quotients approximately.
+ROUNDING = 4e-6
+
+
+@functools.partial(jax.jit, static_argnames=("implementation", "settings"))
+def _run(logits, bias, valid=None, *, implementation, settings):
+    return route(logits, correction_bias=bias, valid=valid, implementation=implementation, **dict(settings))
+
+
+def _compare(logits, bias, settings):
+    """Compares kernel and XLA; returns how many tokens chose differently, which only rounding may have decided."""
+    found, expected = (
+        _run(logits, bias, implementation=name, settings=tuple(settings.items())) for name in ("mosaic_gpu", "xla")
+    )
+    differ = np.flatnonzero(np.any(found.topk_ids != expected.topk_ids, axis=1))
+    rows = np.asarray(logits)[differ]
+    for routing in (found, expected):
+        assert (excess_of(np.asarray(routing.topk_ids)[differ], rows, bias, **settings) < ROUNDING).all()
+    same = np.setdiff1d(np.arange(len(logits)), differ)
+    weights = (np.asarray(routing.topk_weights)[same] for routing in (found, expected))
+    np.testing.assert_allclose(*weights, rtol=ROUNDING, atol=1e-37)
+    return differ.size
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MODELS)
+def test_a_million_tokens_choose_as_in_xla(name):
+    experts, settings, biased = MODELS[name]
+    bias = jax.random.uniform(jax.random.key(9), (experts,), minval=-0.05, maxval=0.05) if biased else None
+    differ = 0
+    for seed in range(4):
+        logits = jax.random.normal(jax.random.key(seed), (250_000, experts)) * 1.5
+        differ += _compare(logits, bias, settings)
+    assert differ < 100  # 2 among all three models were measured
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MODELS)
+def test_equal_logits_choose_as_in_xla(name):
+    """Of a grid of few values: nearly every choice is one among equals, and the lower index wins."""
+    experts, settings, _ = MODELS[name]
+    logits = jax.random.randint(jax.random.key(3), (20_000, experts), -4, 5).astype(jnp.float32) / 4
+    assert _compare(logits, None, settings) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 3, 5, 4225])
+@pytest.mark.parametrize(
+    ("experts", "settings"),
+    [
+        (1, dict(top_k=1)),
+        (130, dict(top_k=32, scoring="sigmoid", renormalize=False)),
+        (160, dict(top_k=6, num_groups=8, topk_groups=3)),
+        (512, dict(top_k=10)),
+    ],
+)
+def test_odd_sizes_and_bad_scores_as_in_xla(tokens, experts, settings, rng):
+    logits = rng.normal(size=(tokens, experts)).astype(np.float32)
+    logits[0, -1] = np.nan
+    found = rng.random(logits.shape) < 0.2 / experts
+    logits = np.where(found, rng.choice(np.float32([np.nan, np.inf, -np.inf, 300, -300]), logits.shape), logits)
+    logits[tokens // 2] = -np.inf
+    whole = np.isfinite(logits).all(axis=1)
+    valid = jnp.arange(tokens) % 5 != 3
+    found, masked, expected = (
+        _run(jnp.asarray(logits), None, mask, implementation=name, settings=tuple(settings.items()))
+        for name, mask in (("mosaic_gpu", None), ("mosaic_gpu", valid), ("xla", None))
+    )
+    np.testing.assert_array_equal(masked.topk_ids, np.where(valid[:, None], found.topk_ids, -1))
+    np.testing.assert_array_equal(masked.topk_weights, found.topk_weights)
+    np.testing.assert_array_equal(np.asarray(found.topk_ids)[~whole], np.asarray(expected.topk_ids)[~whole])
+    np.testing.assert_allclose(found.topk_weights, expected.topk_weights, rtol=ROUNDING, atol=1e-37)
+    exact = weights_of(np.asarray(found.topk_ids)[whole], logits[whole], **settings)
+    np.testing.assert_allclose(np.asarray(found.topk_weights)[whole], exact, rtol=ROUNDING, atol=1e-37)
