@@ -59,11 +59,14 @@ def attend(
     problem = config.check_config(q, pages.keys, pages.values, pages.table)
     return run_implementation(
         "attend", implementation, (q, pages, starts), problem=problem,
-        xla=Call.of(_attend_xla, scale=factor), mosaic_gpu=Call.of(_attend_kernel, scale=factor),
+        xla=Call.of(attend_xla, scale=factor), mosaic_gpu=Call.of(_attend_kernel, scale=factor),
     )  # fmt: skip
 
 
-def _attend_xla(q, pages, starts, *, scale):
+def attend_xla(
+    q: Float[Array, "B S heads D"], pages: KeyValuePages, starts: Int[Array, "B"], *, scale: float
+) -> Float[Array, "B S heads V"]:
+    """`attend` in plain JAX."""
     keys, values = (gathered(part, pages.table) for part in (pages.keys, pages.values))
     positions = positions_from(starts, q.shape[1])
     newest = positions[:, -1:] if pages.counts is None else (starts + pages.counts - 1)[:, None]
@@ -81,18 +84,23 @@ def gathered(part: Float[Array, "P heads page D"], table: Int[Array, "B n"]) -> 
     return jnp.moveaxis(part[table], 2, 1).reshape(batch, heads, n * page, dim)
 
 
+def keys_seen(pages: KeyValuePages, starts: Int[Array, "B"]) -> Int[Array, "B"]:
+    """Returns how many keys the one query of each request sees, which is at position `starts`; 0 if it is not valid."""
+    seen = jnp.minimum(starts + 1, pages.table.shape[1] * pages.page)
+    return seen if pages.counts is None else jnp.where(pages.counts > 0, seen, 0)
+
+
 def _attend_kernel(q, pages, starts, *, scale):
     keys, values, table, counts = pages
     length = q.shape[1]
     if unaligned := -pages.page % config.ALIGNMENT:  # of one page per request
         keys, values = (jnp.pad(part, ((0, 0), (0, 0), (0, unaligned), (0, 0))) for part in (keys, values))
-    counts = jnp.full(q.shape[:1], length, jnp.int32) if counts is None else counts.astype(jnp.int32)
     table = table.astype(jnp.int32)
     if length > 1:
+        counts = jnp.full(q.shape[:1], length, jnp.int32) if counts is None else counts.astype(jnp.int32)
         return prefill.attend(q, keys, values, table, starts, counts, scale=scale, config=config.prefill(q.shape[3]))
-    places = table.shape[1] * keys.shape[2]
-    lengths = jnp.where(counts > 0, jnp.minimum(starts + 1, places), 0)
-    parts = decode.plan(lengths, places, config.PART)
+    lengths = keys_seen(pages, starts)
+    parts = decode.plan(lengths, table.shape[1] * keys.shape[2], config.PART)
     chosen = config.decode(q.shape[3], values.shape[3])
     found = decode.attend(
         q[:, 0], keys, values, table, lengths, parts, part=config.PART, scale=scale, config=chosen

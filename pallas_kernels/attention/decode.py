@@ -19,20 +19,18 @@ key head; the tensor cores have time for that.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels.attention import softmax
+from pallas_kernels.attention.store_rows import store_rows
 from pallas_kernels.simt import lanes, launch
-from pallas_kernels.simt.hardware import H100_SMS, LANES, WARP, WGMMA_ROWS
+from pallas_kernels.simt.hardware import H100_SMS, LANES, WGMMA_ROWS
 from pallas_kernels.simt.lane_math import unsigned_div
 from pallas_kernels.simt.schedule import Schedule
 
@@ -60,9 +58,14 @@ class Plan(NamedTuple):
     ends: jax.Array
 
 
-def plan(lengths: jax.Array, max_length: int, part: int) -> Plan:
-    """Lists the parts of requests with `lengths` keys, i32 [B], at most `max_length` each."""
-    most = -(-max_length // part)
+def plan(lengths: jax.Array, max_length: int, part: int | jax.Array, most: int | None = None) -> Plan:
+    """Lists the parts of requests with `lengths` keys, i32 [B], at most `max_length` each.
+
+    part: the keys of a part; or i32 [B], those of each request. Then a request has at most `most` parts.
+    """
+    if most is None:
+        assert isinstance(part, int)
+        most = -(-max_length // part)
     parts = (jnp.clip(lengths, 0, max_length) + (part - 1)) // part
     ends = jnp.cumsum(parts).astype(jnp.int32)
     task = jnp.arange(lengths.shape[0] * most, dtype=jnp.int32)
@@ -187,9 +190,9 @@ def attend(
                 found = softmax.Running(*lax.fori_loop(0, steps, stage, tuple(softmax.start(value_dim))))
                 plgpu.barrier_arrive(q_empty.at[slot])
                 inverse = lax.broadcast_in_dim(1 / found.weight, found.total.shape, (0,))
-                _store_rows(found.total * inverse, out_gmem.at[index, head], group)
+                store_rows(found.total * inverse, out_gmem.at[index, head], group)
                 logarithm = lax.broadcast_in_dim(found.largest + jnp.log2(found.weight), (WGMMA_ROWS, 8), (0,))
-                _store_rows(logarithm, weight_gmem.at[index, head], group, columns=1)
+                store_rows(logarithm, weight_gmem.at[index, head], group, columns=1)
 
             for_each(multiply)
 
@@ -213,45 +216,6 @@ def attend(
         approx_math=True,
     )(q, keys, values, table, lengths, *parts)
     return out.reshape(tasks, heads, value_dim), weight.reshape(tasks, heads)
-
-
-def _store_rows(matrix: jax.Array, ref: Any, rows: int, columns: int | None = None) -> None:
-    """Stores the first `rows` rows of an f32 matrix [64, n] in the wgmma layout to global memory.
-
-    ref: f32 [rows, n], or [rows, 1] with columns=1: then column 0 alone is stored.
-    """
-    width = columns or matrix.shape[1]
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()))
-    def store(_, matrix, ref):
-        i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
-        c = lambda value: arith.constant(i32, value)  # noqa: E731
-        thread = arith.remui(mgpu_utils.thread_idx(), c(LANES))
-        warp, lane = arith.shrui(thread, c(WARP.bit_length() - 1)), arith.andi(thread, c(WARP - 1))
-        row = arith.addi(arith.shli(warp, c(4)), arith.shrui(lane, c(2)))
-        quad = arith.andi(lane, c(3))
-        base = llvm.ptrtoint(i64, mgpu_utils.memref_ptr(ref))
-        registers = list(matrix.registers.flat)
-        for half in range(2):
-            here = arith.addi(row, c(8 * half))
-            where = arith.cmpi(arith.CmpIPredicate.ult, here, c(rows))
-            if columns == 1:
-                where = arith.andi(where, arith.cmpi(arith.CmpIPredicate.eq, quad, c(0)))
-            offset = arith.addi(arith.muli(here, c(width)), c(0) if columns == 1 else arith.shli(quad, c(1)))
-            address = arith.addi(base, arith.extui(i64, arith.shli(offset, c(2))))
-            predicate = arith.extui(i32, where)
-            for j in range(1 if columns == 1 else width // 8):
-                pair = registers[2 * j + half]
-                first, second = (llvm.extractelement(pair, c(k)) for k in range(2))
-                asm = "{ .reg .pred p; setp.ne.b32 p, $1, 0; @p st.global."
-                asm += "f32 [$0], $2; }" if columns == 1 else f"v2.f32 [$0+{32 * j}], {{$2, $3}}; }}"
-                operands = [address, predicate, first] + ([] if columns == 1 else [second])
-                llvm.inline_asm(
-                    llvm.StructType.get_literal([]), operands, asm, "l,r" + ",f" * (len(operands) - 2),
-                    has_side_effects=True,
-                )  # fmt: skip
-
-    store(matrix, ref)
 
 
 _UNROLL = 4  # parts whose loads are in flight together
