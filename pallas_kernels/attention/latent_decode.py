@@ -15,7 +15,8 @@ come from memory once.
 
 **Bits.** As in decode.py, they depend on the request's own queries and cache only.
 
-**What bounds the time.** With 128 heads the tensor cores, with few heads the bytes of the latents.
+**What bounds the time.** With 128 heads the products, of which the scores are computed twice, and the copies of
+latents: shared memory has room for two stages only, so few bytes are on their way at a time.
 """
 
 import dataclasses
@@ -61,8 +62,8 @@ def attend(
 ) -> tuple[jax.Array, jax.Array]:
     """Attention of every part that exists.
 
-    A latent or rotated key that is not finite makes the results of its request NaN. Places behind the keys of a request
-    may hold anything.
+    NaN in a latent or in a rotated key makes the results of its request NaN. Places behind the keys of a request may
+    hold anything.
 
     Args:
       q_latent: bf16 [B, heads, R], with R = 512.
