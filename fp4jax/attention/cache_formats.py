@@ -36,7 +36,8 @@ class PageFormat(NamedTuple):
 
     def of(self, arrays: tuple[jax.Array, ...], table: jax.Array, counts: jax.Array | None = None) -> KeyValuePages:
         """Returns the arrays as the layer takes them; the other arguments are those of `KeyValuePages`."""
-        return KeyValuePages(*arrays, table, counts)
+        keys, values = arrays
+        return KeyValuePages(keys, values, table, counts)
 
 
 class LayerState(NamedTuple):

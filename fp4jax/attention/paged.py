@@ -14,7 +14,7 @@ from fp4jax.attention.dense import attention, clear_beyond
 from fp4jax.attention.pages import KeyValuePages, positions_from
 from fp4jax.implementations import Call, Implementation, run_implementation
 from fp4jax.operands import check_array
-from pallas_kernels.attention import config, decode, prefill
+from pallas_kernels.attention import config, decode, parts as parts_of, prefill
 
 
 def attend(
@@ -63,22 +63,25 @@ def attend(
     problem = config.check_config(q, pages.keys, pages.values, pages.table)
     return run_implementation(
         "attend", implementation, (q, pages, starts), problem=problem,
-        xla=Call.of(_attend_xla, scale=factor), mosaic_gpu=Call.of(_attend_kernel, scale=factor),
+        xla=Call.of(attend_xla, scale=factor), mosaic_gpu=Call.of(_attend_kernel, scale=factor),
     )  # fmt: skip
 
 
-def _attend_xla(q, pages, starts, *, scale):
+def attend_xla(
+    q: Float[Array, "B S heads D"], pages: KeyValuePages, starts: Int[Array, "B"], *, scale: float
+) -> Float[Array, "B S heads V"]:
+    """`attend` in plain JAX."""
     keys, values = (gathered(part, pages.table) for part in pages.arrays)
-    value_scale = None
+    factor, value_scale = scale, None
     if pages.scales is not None:
-        # Codes are exact in q's dtype. The scales multiply float32 sums, as they do in the kernels.
+        # Codes are exact in q's dtype. The scales multiply float32 sums, as they do in decode's kernel.
         keys, values = keys.astype(q.dtype), values.astype(q.dtype)
-        scale, value_scale = scale * pages.scales[0], pages.scales[1]
+        factor, value_scale = scale * pages.scales[0], pages.scales[1]
     positions = positions_from(starts, q.shape[1])
     newest = positions[:, -1:] if pages.counts is None else (starts + pages.counts - 1)[:, None]
     # Keys too, as their gradients are not masked.
     keys, values = (clear_beyond(part, newest) for part in (keys, values))
-    return attention(q, keys, values, positions, scale=scale, value_scale=value_scale)
+    return attention(q, keys, values, positions, scale=factor, value_scale=value_scale)
 
 
 def gathered(part: Float[Array, "P heads page D"], table: Int[Array, "B n"]) -> Float[Array, "B heads K D"]:
@@ -90,6 +93,12 @@ def gathered(part: Float[Array, "P heads page D"], table: Int[Array, "B n"]) -> 
     return jnp.moveaxis(part[table], 2, 1).reshape(batch, heads, n * page, dim)
 
 
+def keys_seen(pages: KeyValuePages, starts: Int[Array, "B"]) -> Int[Array, "B"]:
+    """Returns how many keys the one query of each request sees, which is at position `starts`; 0 if it is not valid."""
+    seen = jnp.minimum(starts + 1, pages.table.shape[1] * pages.page)
+    return seen if pages.counts is None else jnp.where(pages.counts > 0, seen, 0)
+
+
 def _attend_kernel(q, pages, starts, *, scale):
     keys, values, table, counts, scales = pages
     length = q.shape[1]
@@ -99,15 +108,14 @@ def _attend_kernel(q, pages, starts, *, scale):
         table = jnp.arange(q.shape[0], dtype=jnp.int32)[:, None]
     if unaligned := -keys.shape[2] % config.ALIGNMENT:  # of one page per request
         keys, values = (jnp.pad(part, ((0, 0), (0, 0), (0, unaligned), (0, 0))) for part in (keys, values))
-    counts = jnp.full(q.shape[:1], length, jnp.int32) if counts is None else counts.astype(jnp.int32)
     table = table.astype(jnp.int32)
     if length > 1:
+        counts = jnp.full(q.shape[:1], length, jnp.int32) if counts is None else counts.astype(jnp.int32)
         return prefill.attend(q, keys, values, table, starts, counts, scale=scale, config=config.prefill(q.shape[3]))
-    places = table.shape[1] * keys.shape[2]
-    lengths = jnp.where(counts > 0, jnp.minimum(starts + 1, places), 0)
-    parts = decode.plan(lengths, places, config.PART)
+    lengths = keys_seen(pages, starts)
+    parts = parts_of.plan(lengths, table.shape[1] * keys.shape[2], config.PART)
     chosen = config.decode(q.shape[3], values.shape[3], keys.dtype)
     found = decode.attend(
         q[:, 0], keys, values, table, lengths, parts, scales, part=config.PART, scale=scale, config=chosen
     )  # fmt: skip
-    return decode.merge(*found, parts)[:, None]
+    return parts_of.merge(*found, parts)[:, None]

@@ -16,11 +16,10 @@ from fp4jax.checkpoint.storage.layouts import Layout, describe_methods, with_fp8
 from fp4jax.checkpoint.storage.reader import INDEX_NAME, WEIGHTS_NAME
 from fp4jax.checkpoint.storage.saved_tensors import SavedTensors
 from fp4jax.checkpoint.storage.tensor_file import TensorFile, spec_of, write_text
-from fp4jax.models.decoder import Decoder
 
 
 def save_model(
-    model: Decoder,
+    model: Any,
     config: Any,
     folder: str | os.PathLike,
     *,

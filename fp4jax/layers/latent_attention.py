@@ -22,7 +22,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from fp4jax.attention import KeyValuePages, PageFormat, attend, pages_of
+from fp4jax.attention import KeyValuePages, PageFormat, attend, attend_latents, pages_of
 from fp4jax.attention.paged import gathered
 from fp4jax.attention.pages import positions_from, seal
 from fp4jax.attention.rotary import rope, rope_frequency
@@ -178,13 +178,11 @@ class LatentAttention(nnx.Module):
         both = self.kv_a_proj_with_mqa(x)
         latent = self.kv_a_layernorm(both[..., : self.rank])
         shared = self._rotate(both[..., None, self.rank :], positions)[:, :, 0]
-        counts = None
+        pages = pages_of(latent[:, None], shared[:, None])
         if cache is not None:
-            cache = cache.write(latent[:, :, None], shared[:, :, None], start)
-            latent, shared = (gathered(part, cache.table)[:, 0] for part in (cache.keys, cache.values))
-            counts = cache.counts
+            pages = cache = cache.write(latent[:, :, None], shared[:, :, None], start)
         attended = self._in_latent_space if length == 1 and type(self.kv_b_proj) is Linear else self._expanded
-        out = attended(q_nope, q_rotated, latent, shared, start, counts)
+        out = attended(q_nope, q_rotated, pages, start)
         return self.o_proj(out.reshape(batch, length, -1)), cache
 
     @property
@@ -196,17 +194,18 @@ class LatentAttention(nnx.Module):
     def _score_scale(self) -> float:
         return (self.nope + self.rotated) ** -0.5 * (1.0 if self.yarn is None else self.yarn.score_scale)
 
-    def _expanded(self, q_nope, q_rotated, latent, shared, start, counts):
+    def _expanded(self, q_nope, q_rotated, pages, start):
         """Attention over the keys and values of all heads, which are made from the latents: for many queries."""
+        latent, shared = (gathered(part, pages.table)[:, 0] for part in (pages.keys, pages.values))
         kv = self.kv_b_proj(latent).reshape(*latent.shape[:2], self.num_heads, self.nope + self.v_dim)
         shared = jnp.broadcast_to(shared[:, :, None], (*kv.shape[:3], self.rotated))
         k = jnp.concatenate([kv[..., : self.nope], shared.astype(kv.dtype)], axis=-1)
         k, v = (jnp.swapaxes(part, 1, 2) for part in seal(k, kv[..., self.nope :]))
         q = jnp.concatenate([q_nope, q_rotated], axis=-1)
-        pages = pages_of(k, v)._replace(counts=counts)
+        pages = pages_of(k, v)._replace(counts=pages.counts)
         return attend(q, pages, start, scale=self._score_scale, implementation=self.implementation)
 
-    def _in_latent_space(self, q_nope, q_rotated, latent, shared, start, counts):
+    def _in_latent_space(self, q_nope, q_rotated, pages, start):
         """Attention over the latents themselves, for one query: W_k,h is applied to it, and W_v,h to the sum.
 
         q_h . W_k,h latent = (W_k,h^T q_h) . latent, so all heads share one key, [latent, rope(W_r x)], and one value.
@@ -215,10 +214,7 @@ class LatentAttention(nnx.Module):
         by_head = weight.reshape(self.num_heads, self.nope + self.v_dim, self.rank)
         product = functools.partial(jnp.einsum, precision=exact_precision(q_nope.dtype))
         q = product("bhn,hnr->bhr", q_nope[:, 0], by_head[:, : self.nope])[:, None]
-        k, v = seal(jnp.concatenate([latent, shared.astype(latent.dtype)], axis=-1), latent)
-        q = jnp.concatenate([q, q_rotated], axis=-1)
-        pages = pages_of(k[:, None], v[:, None])._replace(counts=counts)
-        out = attend(q, pages, start, scale=self._score_scale, implementation=self.implementation)
+        out = attend_latents(q, q_rotated, pages, start, scale=self._score_scale, implementation=self.implementation)
         return product("bhr,hvr->bhv", out[:, 0], by_head[:, self.nope :])[:, None]
 
     def _rotate(self, x, positions):

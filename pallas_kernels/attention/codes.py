@@ -84,7 +84,7 @@ def _address(ref: Any) -> Any:
 
 def _load(address: Any, offset: int) -> list[Any]:
     i32 = ir.IntegerType.get_signless(32)
-    found = llvm.inline_asm(
+    found: Any = llvm.inline_asm(
         llvm.StructType.get_literal([i32] * 4), [address], f"ld.shared.v4.b32 {{$0, $1, $2, $3}}, [$4+{offset}];",
         "=r,=r,=r,=r,r", has_side_effects=True,
     )  # fmt: skip

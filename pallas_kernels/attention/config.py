@@ -10,7 +10,9 @@ from pallas_kernels.simt.hardware import SMEM_BYTES, WGMMA_ROWS
 ALIGNMENT = 64  # places of a page are a multiple of it, or a request has one page
 PART = 256  # keys of a part of decode, whatever the shapes are
 DTYPES = (jnp.bfloat16, jnp.float8_e4m3fn)  # of keys and values
+MOST_PARTS = 16  # of a request in decode of latents: their sums take memory, and time to write and to add up
 _SIZES = (64, 128, 192, 256)
+_LATENT_SIZES = 512, 64  # of a latent and of a rotated key
 _RESERVED = 4096  # bytes of shared memory for barriers
 
 
@@ -48,4 +50,21 @@ def check_config(q: Any, keys: Any, values: Any, table: Any) -> str | None:
         return f"pages must have a multiple of {ALIGNMENT} places, got {page}"
     if length == 1 and heads // kv_heads > WGMMA_ROWS:
         return f"at most {WGMMA_ROWS} query heads may share a key head in decode, got {heads // kv_heads}"
+    return None
+
+
+def check_latents(q_latent: Any, q_rotated: Any, latents: Any, rotated: Any) -> str | None:
+    """None if the kernel of `latent_decode` accepts these (arrays or ShapeDtypeStructs), else what does not fit.
+
+    The queries are [B, S, heads, ..], the latents and rotated keys are those of `latent_decode.attend`.
+    """
+    operands = q_latent, q_rotated, latents, rotated
+    if any(a.dtype != jnp.bfloat16 for a in operands):
+        return f"needs bf16 queries, latents and rotated keys, got {[a.dtype.name for a in operands]}"
+    if (latents.shape[3], rotated.shape[3]) != _LATENT_SIZES:
+        return f"latents and rotated keys must have sizes {_LATENT_SIZES}, got {latents.shape[3], rotated.shape[3]}"
+    if q_latent.shape[1] != 1:
+        return f"needs one query per request, got {q_latent.shape[1]}"
+    if latents.shape[2] % ALIGNMENT:
+        return f"pages must have a multiple of {ALIGNMENT} places, got {latents.shape[2]}"
     return None

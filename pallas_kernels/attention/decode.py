@@ -2,14 +2,14 @@
 
 **How the work is divided.** The keys of a request are cut into parts of `part` keys. A task is one part, for one key
 head and the query heads that share it: they are rows of one matrix, so each key and value is read once. The grid is
-persistent. A list of the parts that exist (`plan`) is made from the lengths before the kernel, once for all layers, so
-that empty places of the cache cost nothing.
+persistent. A list of the parts that exist (`parts.plan`) is made from the lengths before the kernel, once for all
+layers, so that empty places of the cache cost nothing.
 
     loader      fills a ring of stages with keys and values, and does not stop at the end of a task
     consumer    one warpgroup: scores, softmax, weighted sum of values (softmax.py); it writes the sum and the logarithm
                 of the sum of weights of its part
 
-`merge` adds up the parts of a request.
+`parts.merge` adds up the parts of a request.
 
 **Bits.** A part is the same keys whatever else runs, and parts are added in order. So the bits of a request depend on
 its own queries, keys and values only.
@@ -23,21 +23,18 @@ multiply scores and results. This halves the bytes and not the time: turning and
 """
 
 import dataclasses
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels.attention import codes, softmax
+from pallas_kernels.attention.parts import Plan
+from pallas_kernels.attention.store_rows import store_rows
 from pallas_kernels.simt import lanes, launch
-from pallas_kernels.simt.hardware import H100_SMS, LANES, WARP, WGMMA_ROWS
-from pallas_kernels.simt.lane_math import unsigned_div
+from pallas_kernels.simt.hardware import H100_SMS, WGMMA_ROWS
 from pallas_kernels.simt.schedule import Schedule
 
 
@@ -48,32 +45,6 @@ class TuningConfig:
     tile: int = 64
     num_stages: int = 4
     wide_stages: int = 2
-
-
-class Plan(NamedTuple):
-    """The parts of all requests, in the order of the requests.
-
-    Attributes:
-      request: i32 [tasks], the request of each part.
-      part: i32 [tasks], the index of the part in its request.
-      ends: i32 [B], the number of parts of the requests 0..b together. The last one counts the parts that exist; the
-        others of `request` and `part` are ignored.
-    """
-
-    request: jax.Array
-    part: jax.Array
-    ends: jax.Array
-
-
-def plan(lengths: jax.Array, max_length: int, part: int) -> Plan:
-    """Lists the parts of requests with `lengths` keys, i32 [B], at most `max_length` each."""
-    most = -(-max_length // part)
-    parts = (jnp.clip(lengths, 0, max_length) + (part - 1)) // part
-    ends = jnp.cumsum(parts).astype(jnp.int32)
-    task = jnp.arange(lengths.shape[0] * most, dtype=jnp.int32)
-    request = jnp.sum((ends[None, :] <= task[:, None]).astype(jnp.int32), axis=1, dtype=jnp.int32)
-    request = jnp.minimum(request, lengths.shape[0] - 1)
-    return Plan(request, task - (ends - parts)[request], ends)
 
 
 def attend(
@@ -97,7 +68,7 @@ def attend(
       values: of the same type, [pages, kv_heads, page, V].
       table: i32 [B, n], the pages of each request.
       lengths: i32 [B], the keys that the query of a request sees.
-      parts: see `plan`.
+      parts: see `parts.plan`.
       scales: f32 [2], those of keys and of values in e4m3; None for bf16.
       part: keys of a part, a multiple of `config.tile`, as the places of a page are.
       scale: the factor of the scores.
@@ -202,7 +173,7 @@ def attend(
         @pl.when(lanes.warpgroup_index() == 0)
         def _():
             plgpu.set_max_registers(208, action="increase")
-            key_scale, value_scale = (scale * scales_gmem[0], scales_gmem[1]) if coded else (scale, 1)
+            key_scale, value_scale = (scale, 1) if scales_gmem is None else (scale * scales_gmem[0], scales_gmem[1])
 
             def multiply(index, head, request, first, count, steps, number, used):
                 slot = lax.rem(number, jnp.int32(2))
@@ -227,9 +198,9 @@ def attend(
                 found = softmax.Running(*lax.fori_loop(0, steps, stage, tuple(softmax.start(value_dim))))
                 plgpu.barrier_arrive(q_empty.at[slot])
                 inverse = lax.broadcast_in_dim(value_scale / found.weight, found.total.shape, (0,))
-                _store_rows(found.total * inverse, out_gmem.at[index, head], group)
+                store_rows(found.total * inverse, out_gmem.at[index, head], group)
                 logarithm = lax.broadcast_in_dim(found.largest + jnp.log2(found.weight), (WGMMA_ROWS, 8), (0,))
-                _store_rows(logarithm, weight_gmem.at[index, head], group, columns=1)
+                store_rows(logarithm, weight_gmem.at[index, head], group, columns=1)
 
             for_each(multiply)
 
@@ -261,109 +232,3 @@ def attend(
         approx_math=True,
     )(q, keys, values, table, lengths, *parts, *([scales] if coded else []))
     return out.reshape(tasks, heads, value_dim), weight.reshape(tasks, heads)
-
-
-def _store_rows(matrix: jax.Array, ref: Any, rows: int, columns: int | None = None) -> None:
-    """Stores the first `rows` rows of an f32 matrix [64, n] in the wgmma layout to global memory.
-
-    ref: f32 [rows, n], or [rows, 1] with columns=1: then column 0 alone is stored.
-    """
-    width = columns or matrix.shape[1]
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()))
-    def store(_, matrix, ref):
-        i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
-        c = lambda value: arith.constant(i32, value)  # noqa: E731
-        thread = arith.remui(mgpu_utils.thread_idx(), c(LANES))
-        warp, lane = arith.shrui(thread, c(WARP.bit_length() - 1)), arith.andi(thread, c(WARP - 1))
-        row = arith.addi(arith.shli(warp, c(4)), arith.shrui(lane, c(2)))
-        quad = arith.andi(lane, c(3))
-        base = llvm.ptrtoint(i64, mgpu_utils.memref_ptr(ref))
-        registers = list(matrix.registers.flat)
-        for half in range(2):
-            here = arith.addi(row, c(8 * half))
-            where = arith.cmpi(arith.CmpIPredicate.ult, here, c(rows))
-            if columns == 1:
-                where = arith.andi(where, arith.cmpi(arith.CmpIPredicate.eq, quad, c(0)))
-            offset = arith.addi(arith.muli(here, c(width)), c(0) if columns == 1 else arith.shli(quad, c(1)))
-            address = arith.addi(base, arith.extui(i64, arith.shli(offset, c(2))))
-            predicate = arith.extui(i32, where)
-            for j in range(1 if columns == 1 else width // 8):
-                pair = registers[2 * j + half]
-                first, second = (llvm.extractelement(pair, c(k)) for k in range(2))
-                asm = "{ .reg .pred p; setp.ne.b32 p, $1, 0; @p st.global."
-                asm += "f32 [$0], $2; }" if columns == 1 else f"v2.f32 [$0+{32 * j}], {{$2, $3}}; }}"
-                operands = [address, predicate, first] + ([] if columns == 1 else [second])
-                llvm.inline_asm(
-                    llvm.StructType.get_literal([]), operands, asm, "l,r" + ",f" * (len(operands) - 2),
-                    has_side_effects=True,
-                )  # fmt: skip
-
-    store(matrix, ref)
-
-
-_UNROLL = 4  # parts whose loads are in flight together
-
-
-def merge(out: jax.Array, weight: jax.Array, parts: Plan) -> jax.Array:
-    """Adds up the parts of every request, in order: bf16 [B, heads, V]; zeros for a request without keys.
-
-    A lane takes 8 values of one head.
-
-    Args:
-      out: f32 [tasks, heads, V], see `attend`.
-      weight: f32 [tasks, heads].
-      parts: see `plan`.
-    """
-    _, heads, value_dim = out.shape
-    batch, per_row = parts.ends.shape[0], value_dim // 8
-    blocks = -(-heads * per_row // LANES)  # thread blocks of a request
-
-    def body(out_gmem, weight_gmem, ends_gmem, result_gmem):
-        request = lax.div(lanes.block_index(), jnp.int32(blocks))
-        item = lax.rem(lanes.block_index(), jnp.int32(blocks)) * LANES + lanes.lane_index()
-        head = unsigned_div(item, per_row)
-        valid = head < heads
-        end = ends_gmem[request]
-        begin = jnp.where(request > 0, ends_gmem[jnp.maximum(request - 1, 0)], 0)
-        steps = lax.div(end - begin + (_UNROLL - 1), jnp.int32(_UNROLL))
-
-        def weights_of(i):
-            """The parts i * _UNROLL + 0, 1, ...: the lane's row of each, whether it exists, its logarithm."""
-            for u in range(_UNROLL):
-                part = begin + i * _UNROLL + u
-                exists = valid & (lanes.splat(part, jnp.int32) < end)
-                (bits,) = lanes.gather(weight_gmem, part * heads + head, where=exists)
-                yield part * heads + head, exists, lax.bitcast_convert_type(bits, jnp.float32)
-
-        def largest_of(i, largest):
-            for _, exists, found in weights_of(i):
-                # The largest finite logarithm. A NaN needs none: its power of two is NaN too.
-                largest = jnp.where(exists & (found > largest), found, largest)
-            return largest
-
-        largest = lax.fori_loop(0, steps, largest_of, lanes.splat(-jnp.inf, jnp.float32))
-
-        def add(i, carry):
-            sums, total = carry
-            for row, exists, found in weights_of(i):
-                words = lanes.gather(out_gmem, row * per_row + (item - head * per_row), 8, where=exists)
-                factor = jnp.where(exists, jnp.exp2(found - largest), 0.0)
-                sums = tuple(
-                    s + factor * lax.bitcast_convert_type(w, jnp.float32) for s, w in zip(sums, words, strict=True)
-                )
-                total = total + factor
-            return sums, total
-
-        zero = lanes.splat(0, jnp.float32)
-        sums, total = lax.fori_loop(0, steps, add, ((zero,) * 8, zero))
-        scale = jnp.where(lanes.splat(end, jnp.int32) > begin, 1 / total, 0.0)
-        rounded = [
-            lax.bitcast_convert_type((s * scale).astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32) for s in sums
-        ]
-        words = [low | (high << 16) for low, high in zip(rounded[::2], rounded[1::2], strict=True)]
-        lanes.scatter(result_gmem, request * (heads * per_row) + item, words, where=valid)
-
-    return launch.kernel(
-        body, jax.ShapeDtypeStruct((batch, heads, value_dim), jnp.bfloat16), grid=batch * blocks, approx_math=True
-    )(out, weight, parts.ends)

@@ -23,7 +23,7 @@ CORE = (
     "ops/test_permute.py", "ops/test_packed_weights.py", "ops/test_grouped_gemm.py", "ops/test_swiglu.py",
     "ops/test_moe.py", "ops/test_block_fp8.py", "parallel/test_expert_parallel.py", "models/test_layers.py",
     "models/test_qwen3_moe.py", "models/test_deepseek_v3.py", "models/test_ernie45_moe.py",
-    "ops/test_attention.py", "models/test_fused.py", "engine/test_sampling.py",
+    "ops/test_attention.py", "ops/test_latent_attention.py", "models/test_fused.py", "engine/test_sampling.py",
     "engine/test_bucketed_model.py", "checkpoint/test_checkpoint.py", "checkpoint/test_quantized_checkpoints.py",
 )  # fmt: skip
 
