@@ -47,7 +47,7 @@ class MoEBlock(nnx.Module):
 
         y = fc2_latent_proj(experts(fc1_latent_proj(x))) + sigmoid(shared_expert_gate(x)) * shared_experts(x)
 
-    The router and the shared experts see the original x.
+    With a residual, the block returns residual + y. The router and the shared experts see the original x.
 
     Args:
       hidden_size: H.
@@ -114,6 +114,7 @@ class MoEBlock(nnx.Module):
         x: Float[Array, "... H"],
         valid: Bool[Array, "..."] | None = None,
         buffers: ReceiveBuffers | None = None,
+        residual: Float[Array, "... H"] | None = None,
     ) -> tuple[Float[Array, "... H"], MoEAux]:
         """Runs the layer on tokens x [..., H].
 
@@ -123,6 +124,7 @@ class MoEBlock(nnx.Module):
             and their results mean nothing. They still count in the balance loss.
           buffers: receive buffers, `MoEAux.buffers` of the program's previous block; None: new buffers. See
             `expert_parallel.low_latency`.
+          residual: [..., H] in the dtype of the block, added to the result; None: nothing is added.
 
         Returns:
           The result, of the shape of x, and `MoEAux` of this block.
@@ -132,8 +134,11 @@ class MoEBlock(nnx.Module):
         if valid is not None:
             route = route._replace(topk_ids=jnp.where(valid.reshape(-1, 1), route.topk_ids, -1))
         hidden = rows if self.fc1_latent_proj is None else self.fc1_latent_proj(rows)
-        y, stats = self.experts(hidden.astype(self.dtype), route, buffers)
-        y = self._finish(y, rows)
+        rest = self._rest(rows, residual)
+        # The sum over a token's experts can add the rest, unless that sum is projected or is brought to other devices.
+        inside = self.mesh is None and self.fc2_latent_proj is None
+        y, stats = self.experts(hidden.astype(self.dtype), route, buffers, rest if inside else None)
+        y = y if inside else self._finish(y, rest)
         return y.reshape(x.shape), MoEAux(stats.dropped, balance_loss, stats.buffers)
 
     def _route(self, rows: jax.Array) -> tuple[routing.Routing, jax.Array]:
@@ -151,19 +156,31 @@ class MoEBlock(nnx.Module):
         )
         return route, routing.load_balance_loss(logits, route.topk_ids, scoring=config.scoring)
 
-    def _finish(self, y: jax.Array, rows: jax.Array) -> jax.Array:
-        """Projects the routed experts' result y up from the latent size, and adds the shared experts' result."""
-        if self.fc2_latent_proj is not None:
-            y = self.fc2_latent_proj(y)
+    def _rest(self, rows: jax.Array, residual: jax.Array | None) -> jax.Array | None:
+        """What is added to the routed experts' result [T, H]: the shared experts' result and the residual."""
+        rest = None if residual is None else residual.reshape(rows.shape)
         if self.shared_experts is None:
-            return y
+            return rest
         shared = self.shared_experts(rows)
         if self.shared_expert_gate is not None:
             shared = jax.nn.sigmoid(self.shared_expert_gate(rows).astype(jnp.float32)) * shared
-        return (y.astype(jnp.float32) + shared.astype(jnp.float32)).astype(self.dtype)
+        return self._sum(shared, rest)
+
+    def _finish(self, y: jax.Array, rest: jax.Array | None) -> jax.Array:
+        """Projects the routed experts' result y up from the latent size, and adds `_rest`."""
+        if self.fc2_latent_proj is not None:
+            y = self.fc2_latent_proj(y)
+        return self._sum(y, rest)
+
+    def _sum(self, a: jax.Array, b: jax.Array | None) -> jax.Array:
+        return (a if b is None else a.astype(jnp.float32) + b.astype(jnp.float32)).astype(self.dtype)
 
     def experts(
-        self, x: jax.Array, route: routing.Routing, buffers: ReceiveBuffers | None = None
+        self,
+        x: jax.Array,
+        route: routing.Routing,
+        buffers: ReceiveBuffers | None = None,
+        residual: jax.Array | None = None,
     ) -> tuple[jax.Array, MoEStats]:
         """Runs the routed experts alone, with a given routing.
 
@@ -171,6 +188,7 @@ class MoEBlock(nnx.Module):
           x: rows [T, H], behind the latent projection if there is one.
           route: the experts and weights of the T rows.
           buffers: as in the call of the block.
+          residual: [T, H] like x, added to the result; None: nothing is added. A block on a mesh takes none.
 
         Returns:
           The weighted sums [T, H], and the `MoEStats` of `moe_layer`.
@@ -181,7 +199,7 @@ class MoEBlock(nnx.Module):
         scales = (None if scale is None else scale[...] for scale in (self.input_scale_1, self.input_scale_2))
         weights = MoEWeights(w13, w2, *scales)
         if self.mesh is None:
-            y, stats = moe_layer(x, *route, weights, self.config)
+            y, stats = moe_layer(x, *route, weights, self.config, residual=residual)
         else:
             y, stats = sharded_moe_layer(x, *route, weights, self.config, self.mesh, buffers)
         return y.astype(self.dtype), stats
@@ -244,13 +262,14 @@ class MoEBlock(nnx.Module):
         self._pack_or_unpack()
 
     def calibrate(
-        self, x: Float[Array, "... H"], *, all_tokens: bool = False
+        self, x: Float[Array, "... H"], *, all_tokens: bool = False, residual: Float[Array, "... H"] | None = None
     ) -> tuple[Float[Array, "... H"], ExpertAmax]:
         """Runs the layer with plain weights, one expert at a time, and measures the inputs of both GEMMs.
 
         Args:
           x: tokens [..., H].
           all_tokens: measure an expert's GEMM 2 on all tokens, not only on those that are routed to it.
+          residual: as in the call of the block.
 
         Returns:
           The result, of the shape of x, and the amax of the inputs of both GEMMs; NaN if an input is NaN.
@@ -264,9 +283,8 @@ class MoEBlock(nnx.Module):
         rows = x.reshape(-1, x.shape[-1])
         route, _ = self._route(rows)
         hidden = (rows if self.fc1_latent_proj is None else self.fc1_latent_proj(rows)).astype(self.dtype)
-
         y, amax = measure_experts(hidden, route, w13, w2, all_tokens=all_tokens)
-        return self._finish(y.astype(self.dtype), rows).reshape(x.shape), amax
+        return self._finish(y.astype(self.dtype), self._rest(rows, residual)).reshape(x.shape), amax
 
     def set_input_scales(self, input_scale_1: Float[Array, ""] | None, input_scale_2: Float[Array, "E"] | None) -> None:
         """Sets static scales of the activations, in decode direction (multiply).

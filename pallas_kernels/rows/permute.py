@@ -4,6 +4,7 @@
     scatter_decoded_rows   out[row_map[t, j]] = code * block_scale      a lane decodes half a block of 16 values
     arrange_scales         scales of expert rows, m_major or swizzled   a lane gathers 32 scales of one row
     depermute_combine      out[t] = sum_j weight[t, j] * y[row_map[t, j]]   a lane adds up 16 bytes of a token
+                           (+ residual[t])
 
 Device memory bounds the time of each of them.
 """
@@ -243,18 +244,20 @@ def depermute_combine(
     y: jax.Array,
     row_map: jax.Array,
     topk_weights: jax.Array,
+    residual: jax.Array | None = None,
     *,
     interpret: Any = None,
 ) -> jax.Array:
     """Sums up each token's rows: out[t] = sum over j of y[row_map[t, j]] * topk_weights[t, j], [T, H] of y's dtype.
 
-    The sum runs over the j with row_map[t, j] >= 0, in order. Each product and each sum is rounded to f32, and the
-    result is rounded once to y's dtype.
+    The sum runs over the j with row_map[t, j] >= 0, in order, and residual[t] is added last. Each product and each sum
+    is rounded to f32, and the result is rounded once to y's dtype.
 
     Args:
       y: bf16 or f32 [rows, H].
       row_map: i32 [T, k].
       topk_weights: f32 [T, k].
+      residual: [T, H] of y's dtype; None adds nothing.
 
     Raises:
       NotImplementedError: the kernel does not accept the operands; the message is that of `check_depermute`.
@@ -264,20 +267,26 @@ def depermute_combine(
     tokens, _ = row_map.shape
     cut = row_access(y.shape[1] * y.dtype.itemsize)
 
-    def body(map_ref, weight_ref, y_ref, out_ref):
+    def body(map_ref, weight_ref, y_ref, *refs):
+        *residual_ref, out_ref = refs
+
         def load(row, column, where):  # a row number beyond the last row reads the last row, as XLA's gather does
             return lanes.gather(y_ref, jnp.minimum(row, y.shape[0] - 1) * cut.items + column, cut.count, where=where)
 
         item = lanes.block_index() * lanes.LANES + lanes.lane_index()
         token = unsigned_div(item, cut.items)
         valid = token < tokens
-        words = sum_of_routes(token, item - token * cut.items, valid, load, map_ref, weight_ref, y.dtype)
+        # The load of the residual is issued first: it does not wait for the row map, as those of y do.
+        added = [lanes.gather(ref, item, cut.count, where=valid) for ref in residual_ref]
+        words = sum_of_routes(token, item - token * cut.items, valid, load, map_ref, weight_ref, y.dtype, *added)
         lanes.scatter(out_ref, item, words, where=valid)
 
     grid = -(-tokens * cut.items // lanes.LANES)
     out = jax.ShapeDtypeStruct((tokens, y.shape[1]), y.dtype)
-    weights = topk_weights.astype(jnp.float32)
-    return launch.kernel(body, out, grid=grid, interpret=interpret)(row_map.astype(jnp.int32), weights, y)
+    operands = [row_map.astype(jnp.int32), topk_weights.astype(jnp.float32), y]
+    if residual is not None:
+        operands.append(residual)
+    return launch.kernel(body, out, grid=grid, interpret=interpret)(*operands)
 
 
 def sum_of_routes(
@@ -288,6 +297,7 @@ def sum_of_routes(
     map_ref: Any,
     weight_ref: Any,
     dtype: Any,
+    residual: Sequence[jax.Array] = (),
 ) -> list[jax.Array]:
     """The sum of `depermute_combine` for one access of up to 16 bytes per lane, as u32 words.
 
@@ -299,17 +309,24 @@ def sum_of_routes(
       map_ref: the row map, [T, k].
       weight_ref: the weights, f32 [T, k].
       dtype: of y and of the result, bf16 or f32.
+      residual: the words of this access of the residual; empty adds nothing.
     """
     k = map_ref.shape[1]
     routes = _load_routes(map_ref, token, k, valid)
     weights = [lax.bitcast_convert_type(w, jnp.float32) for w in lanes.gather(weight_ref, token, k, where=valid)]
     loaded = [load(row, column, valid & (row >= 0)) for row in routes]
     is_bf16 = dtype == jnp.bfloat16
+
+    def values_of(words):
+        return unpack_bf16(words) if is_bf16 else [lax.bitcast_convert_type(w, jnp.float32) for w in words]
+
     totals = [lanes.splat(0, jnp.float32)] * (len(loaded[0]) * (2 if is_bf16 else 1))
     for row, weight, words in zip(routes, weights, loaded, strict=True):
-        values = unpack_bf16(words) if is_bf16 else [lax.bitcast_convert_type(w, jnp.float32) for w in words]
-        added = [lane_math.add_rn(t, lane_math.mul_rn(v, weight)) for t, v in zip(totals, values, strict=True)]
+        products = [lane_math.mul_rn(v, weight) for v in values_of(words)]
+        added = [lane_math.add_rn(t, p) for t, p in zip(totals, products, strict=True)]
         totals = [jnp.where(row >= 0, a, t) for a, t in zip(added, totals, strict=True)]
+    if residual:
+        totals = [lane_math.add_rn(t, v) for t, v in zip(totals, values_of(residual), strict=True)]
     if is_bf16:
         return [lane_math.pack_bf16(low, high) for low, high in zip(totals[::2], totals[1::2], strict=True)]
     return [as_u32(t) for t in totals]
