@@ -18,7 +18,7 @@ from fp4jax.implementations import Call, Implementation, run_implementation
 from fp4jax.nvfp4 import BLOCK_SIZE, NVFP4Tensor
 from fp4jax.operands import check_array, check_routes, check_unsharded
 from fp4jax.permuted_rows import Rows, Target, permute_rows
-from pallas_kernels.rows import permute as permute_kernels
+from pallas_kernels.rows import depermute as kernels
 
 
 class Permuted(NamedTuple):
@@ -202,8 +202,8 @@ def depermute_combine(
         implementation,
         (rows, row_map, topk_weights, residual),
         xla=Call.of(_combine_xla),
-        mosaic_gpu=Call.of(permute_kernels.depermute_combine),
-        problem=permute_kernels.check_depermute(rows, row_map),
+        mosaic_gpu=Call.of(kernels.depermute_combine),
+        problem=kernels.check_depermute(rows, row_map),
     )
 
 

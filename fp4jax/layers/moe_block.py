@@ -18,7 +18,7 @@ from fp4jax import routing
 from fp4jax.expert_parallel.low_latency import ReceiveBuffers
 from fp4jax.experts import MoEWeights, quantize_experts, quantize_gate_up, runs_on_kernel
 from fp4jax.grouped_gemm.packed_weights import arrange_experts, is_nvfp4
-from fp4jax.layers.calibration import ExpertAmax, check_input_scale, measure_experts
+from fp4jax.layers.calibration import ExpertAmax, check_input_scales, measure_experts
 from fp4jax.layers.linear import Linear, normal_param
 from fp4jax.layers.mlp import MLP
 from fp4jax.layers.routing_config import RoutingConfig
@@ -294,24 +294,10 @@ class MoEBlock(nnx.Module):
           input_scale_2: f32 [E], the scales of the inputs of GEMM 2, one per expert; None: no static scales.
 
         Raises:
-          ValueError: a scale is zero, negative or not finite, or input_scale_2 is not [E]; or only one of the two is
-            given, and the GEMM of the other has NVFP4 weights or both GEMMs have plain ones. The message names the
-            tensor.
+          ValueError: a scale is refused by `calibration.check_input_scales`; the message names the tensor.
         """
-        given = {"input_scale_1": input_scale_1, "input_scale_2": input_scale_2}
         quantized = [is_nvfp4(w.get_value()) for w in (self.w13, self.w2)]
-        needed = dict(zip(given, quantized if any(quantized) else (True, True), strict=True))
-        missing = [name for name, value in given.items() if value is None and needed[name]]
-        if missing and any(value is not None for value in given.values()):
-            raise ValueError(f"{self.path}.experts.{missing[0]} is missing while the other input scale is given")
-        for name, value in given.items():
-            if value is not None:
-                check_input_scale(f"{self.path}.experts.{name}", value)
-        if input_scale_2 is not None and input_scale_2.shape != (self.router_config.num_experts,):
-            raise ValueError(
-                f"{self.path}.experts.input_scale_2 has shape {input_scale_2.shape}, "
-                f"expected ({self.router_config.num_experts},)"
-            )
+        check_input_scales(self.path, (input_scale_1, input_scale_2), quantized, self.router_config.num_experts)
         self.input_scale_1 = self.input_scale_2 = nnx.data(None)
         if input_scale_1 is not None:
             self.input_scale_1 = nnx.Param(jnp.asarray(input_scale_1, jnp.float32))
