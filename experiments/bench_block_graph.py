@@ -27,9 +27,7 @@ FD_BLOCK_WISE_DEBUG=1, prints every compilation and a summary.
 import functools
 import json
 import os
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -44,6 +42,7 @@ from tqdm import tqdm
 from configs import qwen3_30b_a3b
 from experiments.harness import block_graph_flags, block_report, outputs, script, timing
 from experiments.harness.block_graph_report import block_table, plan_table, plot, plot_timelines
+from experiments.harness.cold_start import two_starts
 from experiments.harness.flag_values import integers
 from experiments.harness.graph_kernels import KEEP_GRAPHS, Kernel, kernel_columns, profile_kernels
 from fp4jax.block_graph import Bucketed, planner as bucket_planner
@@ -293,25 +292,15 @@ def start_rows(buckets: Sequence[int], batches: Sequence[int]) -> list[dict[str,
     Raises:
       RuntimeError: a process failed.
     """
+    command = [
+        sys.executable, __file__, "--only_warm_up", f"--layers={_LAYERS.value}",
+        f"--block_graph_sizes={','.join(map(str, buckets))}", f"--tokens={buckets[0]}",
+        f"--batch={','.join(map(str, batches))}",
+    ]  # fmt: skip
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        env = {
-            **os.environ, "JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # the calling process holds a part of the GPU's memory
-            "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
-        }  # fmt: skip
-        command = [
-            sys.executable, __file__, "--only_warm_up", f"--layers={_LAYERS.value}",
-            f"--block_graph_sizes={','.join(map(str, buckets))}", f"--tokens={buckets[0]}",
-            f"--batch={','.join(map(str, batches))}",
-        ]  # fmt: skip
-        for start in ("first", "second"):
-            done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise RuntimeError(f"the {start} start failed:\n{done.stderr[-2000:]}")
-            rows.append({"part": "start", "start": start, **json.loads(done.stdout.splitlines()[-1])})
-            print(f"{start} start: {rows[-1]['seconds']:.1f} s to compile everything")
+    for start, answer in zip(("first", "second"), two_starts(command), strict=True):
+        rows.append({"part": "start", "start": start, **answer})
+        print(f"{start} start: {answer['seconds']:.1f} s to compile everything")
     return rows
 
 

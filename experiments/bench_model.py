@@ -12,6 +12,12 @@ With --layers below the published number all layers have experts. --experts says
 --dense what all linear layers but the experts', the router and the head run as. An empty --prefill= or --decode= leaves
 that phase out.
 
+First, all programs of the model are compiled in a process of its own, for two prefills (2048 and 8192 tokens; CPU: 8
+and 16) and two batch sizes (1 and 32; CPU: 1 and 2), with an empty compilation cache of JAX; then once more in another
+process, with the programs of the first one in the cache. The rows have the phase "compile": seconds and
+seconds_from_cache are those of the two starts without the time to make the weights, programs is the number of compiled
+programs, and peak_gb is the peak of the first process. --nocompile leaves them out.
+
 us_per_layer is the wall time of the model without embedding and head, over its layers: both are timed alone, and
 subtracted. kernel_us_per_layer and kernels_per_layer are the sum and the number of the layers' kernels, and in_graph is
 the share of kernels that CUDA graphs launched. stages comes from a profile of two layers that are compiled once more
@@ -36,10 +42,12 @@ from tqdm import tqdm
 
 from experiments.cases import models as model_cases
 from experiments.cases.model_calls import STEPS, Calls, decode_calls, prefill_calls
+from experiments.cases.model_compile import compile_columns
 from experiments.cases.model_floors import Work
-from experiments.cases.model_rows import ask_peer, make_row, peer_rows, why_no_peer, with_floors
+from experiments.cases.model_rows import ask_peer, make_compile_row, make_row, peer_rows, why_no_peer, with_floors
 from experiments.cases.model_timing import measure, measure_stages
 from experiments.harness import outputs, script, timing
+from experiments.harness.cold_start import will_run_on_gpu
 from experiments.harness.flag_values import choices, integers
 from experiments.harness.graph_kernels import KEEP_GRAPHS
 from experiments.harness.model_report import model_text, plot, size_of
@@ -61,6 +69,7 @@ _DECODE_STEPS = flags.DEFINE_integer(
     "decode_steps", 8, "Decode steps of a call; 1 to 24.", lower_bound=1, upper_bound=STEPS
 )
 _CHUNK = flags.DEFINE_integer("chunk", 8192, "Tokens per chunk of a longer prefill.", lower_bound=1)
+_COMPILE = flags.DEFINE_bool("compile", True, "Also measure how long compiling the whole model takes.")
 _PEERS = flags.DEFINE_list("peers", ["transformers"], "Other libraries to measure: transformers, or none.")
 _PEER_LAYERS = flags.DEFINE_integer("peer_layers", 8, "The most decoder layers of a peer's model.", lower_bound=1)
 _REPEATS = flags.DEFINE_integer("repeats", 10, "Timed rounds; the median counts.", lower_bound=1)
@@ -89,12 +98,17 @@ class Plan(NamedTuple):
     experts: list[str]
     dense: list[str]
 
+    @property
+    def variants(self) -> list[tuple[str, str, str]]:
+        """(model, mode of the experts, what linear layers run as) of every model that is made."""
+        return [(name, experts, dense) for name in self.models for experts in self.experts for dense in self.dense]
+
 
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     folder = outputs.check_folder("output_dir", _OUTPUT_DIR.value, "bench_model.json", "bench_model.png")
-    rows = rows_of_peers()  # before JAX takes the GPU's memory
+    rows = rows_of_peers() + rows_of_compiling()  # before JAX takes the GPU's memory
     plan = checked_plan(timing.on_gpu())
     folder.mkdir(parents=True, exist_ok=True)
     ceilings = timing.measure_ceilings()
@@ -105,9 +119,8 @@ def main(argv):
         timing.save_results(folder / "bench_model.json", "bench_model", rows, inputs=_INPUTS, ceilings=ceilings)
 
     add()
-    variants = [(name, e, d) for name in plan.models for e in plan.experts for d in plan.dense]
-    with tqdm(total=len(variants) * len(plan.works), unit="row") as progress:
-        for name, experts, dense in variants:
+    with tqdm(total=len(plan.variants) * len(plan.works), unit="row") as progress:
+        for name, experts, dense in plan.variants if plan.works else ():
             progress.set_description(f"{name}, {experts}, {dense}: making the model")
             config = model_cases.model_config(name, plan.models[name])
             model: Any = None
@@ -124,7 +137,7 @@ def main(argv):
             jax.clear_caches()
     print(model_text(rows))
     plot(rows, folder / "bench_model.png")
-    print(f"wrote {folder}/bench_model.json and bench_model.png")
+    print(f"wrote {folder}/bench_model.json" + (" and bench_model.png" if plan.works else ""))
 
 
 def checked_plan(gpu: bool) -> Plan:
@@ -143,13 +156,13 @@ def checked_plan(gpu: bool) -> Plan:
     contexts = integers("contexts", given(_CONTEXTS, (128, 1024, 8192, 32768), (16,)))
     works = [Work("prefill", tokens=tokens) for tokens in prefill]
     works += [Work("decode", requests, context=context) for context in contexts for requests in decode]
-    if not works:
-        raise app.UsageError("--prefill, --decode and --contexts leave nothing to measure")
+    if not works and not _COMPILE.value:
+        raise app.UsageError("--prefill, --decode, --contexts and --nocompile leave nothing to measure")
     for name in names:
         published = model_cases.PUBLISHED[name]
         if (_LAYERS.value or 1) > published["num_hidden_layers"]:
             raise app.UsageError(f"--layers={_LAYERS.value}: {name} has {published['num_hidden_layers']}")
-        longest = max([*prefill, *(context + STEPS for context in contexts if decode)]) + 1
+        longest = max([0, *prefill, *(context + STEPS for context in contexts if decode)]) + 1
         if longest > published["max_position_embeddings"]:
             raise app.UsageError(
                 f"--prefill and --contexts need {longest} positions, {name} has {published['max_position_embeddings']}"
@@ -171,6 +184,20 @@ def rows_of_peers() -> list[dict[str, Any]]:
         answers = ask_peer(name, layers, plan.works, _REPEATS.value, _PROFILE.value)
         print(answers.about)
         rows += peer_rows(name, layers, whole, answers.rows)
+    return rows
+
+
+def rows_of_compiling() -> list[dict[str, Any]]:
+    """The rows of compiling without and with JAX's compilation cache; prints where the time of each went."""
+    if not _COMPILE.value:
+        return []
+    plan, rows = checked_plan(will_run_on_gpu()), []
+    with tqdm(plan.variants, unit="model") as progress:
+        for name, experts, dense in progress:
+            progress.set_description(f"{name}, {experts}, {dense}: compiling")
+            columns, about = compile_columns(name, plan.models[name], experts, dense)
+            progress.write(about)
+            rows.append(make_compile_row(name, plan.models[name], experts, dense) | columns)
     return rows
 
 

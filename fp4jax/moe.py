@@ -45,10 +45,11 @@ def moe_layer(
     weights: MoEWeights,
     config: MoEConfig,
     buffers: ReceiveBuffers | None = None,
+    residual: Float[Array, "t h"] | None = None,
 ) -> tuple[Float[Array, "t h"], MoEStats]:
-    """Sends every token through its experts and sums their weighted outputs.
+    """Sends every token through its experts and sums their weighted outputs, and a residual if there is one.
 
-        y[t] = sum over slots j of topk_weights[t, j] * expert_{topk_ids[t, j]}(x[t])
+        y[t] = sum over slots j of topk_weights[t, j] * expert_{topk_ids[t, j]}(x[t])  (+ residual[t])
         expert_e(x) = w2[e] @ (silu(gate) * up),  where (gate, up) are the halves of w13[e] @ x
 
     With `config.axis_name`, call it inside shard_map with the tokens, the routing and the experts of one device.
@@ -61,6 +62,8 @@ def moe_layer(
       weights: the experts of this device.
       config: how the experts run.
       buffers: receive buffers that the program keeps, see `expert_parallel.low_latency`; None: new ones in every call.
+      residual: [T, H] in the dtype of x, added to the result; None: nothing is added. On one device the sum over the
+        slots adds it, before it is rounded; otherwise it is an addition of its own.
 
     Returns:
       y [T, H] in the dtype of x, and `MoEStats`.
@@ -69,12 +72,12 @@ def moe_layer(
       TypeError, ValueError: arguments of another kind, shape or dtype, or weights and config that do not fit.
       NotImplementedError: an implementation that the config names, or the buffers, cannot serve the call.
     """
-    _check_arguments(x, topk_ids, topk_weights, weights, config)
+    _check_arguments(x, topk_ids, topk_weights, weights, config, residual)
     if x.shape[0] == 0:  # shapes are the same on every device, so all return here and none waits in a collective
         return x, MoEStats(jnp.int32(0), buffers)
     if config.differentiable:
         plain: Any = weights.w13, weights.w2
-        return dense_moe(x, topk_ids, topk_weights, *plain), MoEStats(jnp.int32(0))
+        return _add(residual, dense_moe(x, topk_ids, topk_weights, *plain)), MoEStats(jnp.int32(0))
     scale_1 = _token_scale(weights, config)
     local = _dispatch(x, topk_ids, topk_weights, scale_1, config, buffers)
     config = config.resolved(weights, local.ids.shape[0])
@@ -82,7 +85,7 @@ def moe_layer(
     permuted = _permute(rows, local.ids, weights.w13.shape[0], config)
     expected_m = max(1, topk_ids.size // weights.w13.shape[0])  # a device receives topk_ids.size routes on average
     y = _experts(permuted, weights, config, x.dtype, expected_m)
-    y, buffers = _bring_home(y, permuted.row_map, local, topk_weights, config, buffers)
+    y, buffers = _bring_home(y, permuted.row_map, local, topk_weights, config, buffers, residual)
     return y, MoEStats(_all_dropped(permuted.dropped, local.sent, config), buffers)
 
 
@@ -200,20 +203,28 @@ def _experts(permuted, weights, config, dtype, expected_m):
         return gemm(act, weights.w2, counts, x_scale=act_scale, **options)
 
 
-def _bring_home(y, row_map, local, topk_weights, config, buffers):
+def _bring_home(y, row_map, local, topk_weights, config, buffers, residual):
     """Returns the sums [T, H] of the tokens on their home device, and the buffers for the next layer."""
+    options: dict[str, Any] = dict(implementation=config.implementation)
+    if local.sent is None:
+        with jax.named_scope("depermute"):
+            return depermute_combine(y, row_map, local.weights, residual, **options), buffers
     home: dict[str, Any] = dict(
         topk_weights=topk_weights if config.form == "per_slot" else None, axis_name=config.axis_name
     )
-    if local.sent is not None and buffers is not None:
+    if buffers is not None:
         with jax.named_scope("combine"):
-            return combine_into_buffers(y, row_map, local.sent, **home)
-    with jax.named_scope("depermute"):
-        y = depermute_combine(y, row_map, local.weights, implementation=config.implementation)
-    if local.sent is not None:
+            y, buffers = combine_into_buffers(y, row_map, local.sent, **home)
+    else:
+        with jax.named_scope("depermute"):
+            y = depermute_combine(y, row_map, local.weights, **options)
         with jax.named_scope("combine"):
-            y = combine(y, local.sent, **home, implementation=config.implementation)
-    return y, buffers
+            y = combine(y, local.sent, **home, **options)
+    return _add(residual, y), buffers
+
+
+def _add(residual, y):
+    return y if residual is None else residual + y
 
 
 def _all_dropped(dropped, sent, config):
@@ -230,7 +241,7 @@ def _scale_of_row(scale, group_sizes, num_rows):
     return scale.reshape(-1)[jnp.minimum(expert, scale.shape[0] - 1)][:, None]
 
 
-def _check_arguments(x, topk_ids, topk_weights, weights, config):
+def _check_arguments(x, topk_ids, topk_weights, weights, config, residual):
     op = "moe_layer"
     check_type(f"{op}: config", config, MoEConfig, "e.g. MoEConfig(num_experts=8)")
     check_type(f"{op}: weights", weights, MoEWeights, "MoEWeights(w13, w2) makes one")
@@ -249,7 +260,11 @@ def _check_arguments(x, topk_ids, topk_weights, weights, config):
         check_array(f"{op}: input_scale_1", weights.input_scale_1, jnp.floating)
     if weights.input_scale_2 is not None:
         check_array(f"{op}: input_scale_2", weights.input_scale_2, jnp.floating)
-    check_unsharded(op, x, topk_ids, topk_weights, weights)
+    if residual is not None:
+        check_array(f"{op}: residual", residual)
+        if residual.shape != x.shape or residual.dtype != x.dtype:
+            raise ValueError(f"{op}: residual must be as x, {x.dtype} {x.shape}, got {residual.dtype} {residual.shape}")
+    check_unsharded(op, x, topk_ids, topk_weights, weights, residual)
     _check_shapes(x, weights, config)
 
 

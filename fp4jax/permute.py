@@ -18,7 +18,7 @@ from fp4jax.implementations import Call, Implementation, run_implementation
 from fp4jax.nvfp4 import BLOCK_SIZE, NVFP4Tensor
 from fp4jax.operands import check_array, check_routes, check_unsharded
 from fp4jax.permuted_rows import Rows, Target, permute_rows
-from pallas_kernels.rows import permute as permute_kernels
+from pallas_kernels.rows import depermute as kernels
 
 
 class Permuted(NamedTuple):
@@ -153,20 +153,25 @@ def depermute_combine(
     y: Float[Array, "..."],
     row_map: Int[Array, "t k"],
     topk_weights: Float[Array, "t k"],
+    residual: Float[Array, "t h"] | None = None,
     *,
     implementation: Implementation | None = None,
 ) -> Float[Array, "t h"]:
-    """Sums the weighted expert rows of every token, in slot order.
+    """Sums the weighted expert rows of every token, in slot order, and adds a residual if there is one.
 
-        out[t] = cast(sum over the slots j with row_map[t, j] >= 0 of f32(y[row_map[t, j]]) * topk_weights[t, j])
+        out[t] = cast(sum over the slots j with row_map[t, j] >= 0 of f32(y[row_map[t, j]]) * topk_weights[t, j]
+                      + f32(residual[t]))
 
-    Each product is rounded to f32 before it is added, and the sum is rounded once to y's dtype. A slot with row_map -1
-    adds exactly nothing, even if its weight is NaN. A token with no other slots becomes zero.
+    Each product is rounded to f32 before it is added, the residual is added last, and the sum is rounded once to y's
+    dtype. A slot with row_map -1 adds exactly nothing, even if its weight is NaN. A token with no other slots becomes
+    zero, or its residual.
 
     Args:
       y: floating-point [E, M, H] or [rows, H], the rows of the experts.
       row_map: integer [T, k], the row of each route in y.reshape(-1, H), or -1.
       topk_weights: floating-point [T, k].
+      residual: [T, H] in y's dtype, such as the input of the layer or the result of shared experts; None: nothing is
+        added. A separate addition would read and write all tokens once more, and round twice.
       implementation: "xla", "mosaic_gpu", or None for the best one (`implementations.run_implementation`).
 
     Returns:
@@ -185,27 +190,32 @@ def depermute_combine(
             f"{op}: y must be [E, M, H] or [rows, H] and row_map and topk_weights [T, k]; "
             f"got {y.shape}, {row_map.shape}, {topk_weights.shape}"
         )
-    check_unsharded(op, y, row_map, topk_weights)
+    if residual is not None:
+        check_array(f"{op}: residual", residual)
+        wanted = (row_map.shape[0], y.shape[-1])
+        if residual.shape != wanted or residual.dtype != y.dtype:
+            raise ValueError(f"{op}: residual must be {y.dtype} {wanted}, got {residual.dtype} {residual.shape}")
+    check_unsharded(op, y, row_map, topk_weights, residual)
     rows = y.reshape(-1, y.shape[-1])
     return run_implementation(
         op,
         implementation,
-        (rows, row_map, topk_weights),
+        (rows, row_map, topk_weights, residual),
         xla=Call.of(_combine_xla),
-        mosaic_gpu=Call.of(permute_kernels.depermute_combine),
-        problem=permute_kernels.check_depermute(rows, row_map),
+        mosaic_gpu=Call.of(kernels.depermute_combine),
+        problem=kernels.check_depermute(rows, row_map),
     )
 
 
-def _combine_xla(rows, row_map, topk_weights):
+def _combine_xla(rows, row_map, topk_weights, residual):
     total = jnp.zeros((row_map.shape[0], rows.shape[1]), jnp.float32)
-    if rows.shape[0] == 0:
-        return total.astype(rows.dtype)
-    for row, weight in zip(row_map.T, topk_weights.T, strict=True):
+    for row, weight in zip(row_map.T, topk_weights.T, strict=True) if rows.shape[0] else ():
         product = jnp.take(rows, jnp.maximum(row, 0), axis=0, mode="clip").astype(jnp.float32)
         # The barrier keeps XLA from contracting product and sum into one FMA, which would change the last bit.
         product = lax.optimization_barrier(product * weight.astype(jnp.float32)[:, None])
         total = jnp.where((row >= 0)[:, None], total + product, total)
+    if residual is not None:
+        total += residual.astype(jnp.float32)
     return total.astype(rows.dtype)
 
 

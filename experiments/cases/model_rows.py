@@ -20,7 +20,8 @@ from experiments.harness.timing import Ceilings
 COLUMNS = (
     "model", "layers", "phase", "implementation", "experts", "dense", "ranks", "requests", "tokens", "context",
     "us_per_layer", "kernel_us_per_layer", "kernels_per_layer", "in_graph", "tokens_per_s", "floor_us_per_layer",
-    "percent_of_floor", "peak_gb", "weights_gb", "cache_gb", "wire_format", "stages",
+    "percent_of_floor", "peak_gb", "weights_gb", "cache_gb", "wire_format", "stages", "seconds", "seconds_from_cache",
+    "programs",
 )  # fmt: skip
 PEERS = ("transformers", "transformers compiled")
 _ROOT = Path(__file__).resolve().parents[2]
@@ -49,10 +50,22 @@ def make_row(model: str, layers: int, work: Work, implementation: str, experts: 
     }  # fmt: skip
 
 
+def make_compile_row(model: str, layers: int, experts: str, dense: str) -> dict[str, Any]:
+    """A row without results for the time to compile a model, which belongs to no number of requests or tokens."""
+    row: dict[str, Any] = dict.fromkeys(COLUMNS)
+    return row | {
+        "model": model, "layers": layers, "phase": "compile", "implementation": "fp4jax", "experts": experts,
+        "dense": dense, "ranks": 1,
+    }  # fmt: skip
+
+
 def with_floors(rows: Sequence[dict[str, Any]], ceilings: Ceilings) -> list[dict[str, Any]]:
-    """The rows with their floor, and how many percent of the measured time it is."""
+    """The rows with their floor, and how many percent of the measured time it is; compiling has no floor."""
     found = []
     for row in rows:
+        if row["phase"] == "compile":
+            found.append(row)
+            continue
         model = _abstract(row["model"], row["layers"])
         floor = floor_us(model, work_of(row), row["experts"], row["dense"], ceilings)
         us = row["us_per_layer"]

@@ -11,7 +11,9 @@ _STYLES = ("o-", "x--", "s:", "^-.")
 
 
 def size_of(row: dict[str, Any]) -> str:
-    """What a row measures, in words: the tokens of a prefill, or the requests and their context."""
+    """What a row measures, in words: all programs, the tokens of a prefill, or the requests and their context."""
+    if row["phase"] == "compile":
+        return "all programs"
     if row["phase"] == "prefill":
         return f"{row['tokens']} tokens"
     return f"{row['requests']} x {row['context']}"
@@ -27,6 +29,13 @@ def model_text(rows: Sequence[dict[str, Any]]) -> str:
             f"{r['model']:<12}{r['layers']:>7} {r['phase']:<8}{size_of(r):>14}  {r['implementation']:<22}"
             f"{r['experts']:<8}{r['dense']:<7}"
         )
+        if r["phase"] == "compile" and r["seconds"] is not None:
+            peak = "" if r["peak_gb"] is None else f", peak {r['peak_gb']:.1f} GB"
+            lines.append(
+                f"{line}  {r['seconds']:.1f} s for {r['programs']} programs, "
+                f"{r['seconds_from_cache']:.1f} s from JAX's compilation cache{peak}"
+            )
+            continue
         if r["us_per_layer"] is None:
             lines.append(f"{line}  {r.get('error', '')[:80]}")
             continue

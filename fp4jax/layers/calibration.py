@@ -1,5 +1,6 @@
 """The activations of plain experts, measured for static NVFP4 scales, and the check of such scales."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -64,7 +65,34 @@ def measure_experts(
     return y, ExpertAmax(largest(hidden), amax_2)
 
 
-def check_input_scale(name: str, scale: Float[Array, "..."]) -> None:
+def check_input_scales(
+    path: str, scales: Sequence[Float[Array, "..."] | None], quantized: Sequence[bool], num_experts: int
+) -> None:
+    """Checks the static scales of the two GEMMs of a block.
+
+    Args:
+      path: the name of the block, for errors.
+      scales: the scale of the inputs of each GEMM, () and [E]; None: it gets no static scale.
+      quantized: whether the weights of each GEMM are NVFP4.
+      num_experts: the number of experts (E).
+
+    Raises:
+      ValueError: a scale is zero, negative or not finite, or the second one is not [E]; or only one of the two is
+        given, and the GEMM of the other has NVFP4 weights or both GEMMs have plain ones. The message names the tensor.
+    """
+    names = [f"{path}.experts.input_scale_{gemm}" for gemm in (1, 2)]
+    needed = quantized if any(quantized) else (True, True)
+    missing = [name for name, scale, need in zip(names, scales, needed, strict=True) if scale is None and need]
+    if missing and any(scale is not None for scale in scales):
+        raise ValueError(f"{missing[0]} is missing while the other input scale is given")
+    for name, scale in zip(names, scales, strict=True):
+        if scale is not None:
+            _check_values(name, scale)
+    if scales[1] is not None and scales[1].shape != (num_experts,):
+        raise ValueError(f"{names[1]} has shape {scales[1].shape}, expected ({num_experts},)")
+
+
+def _check_values(name: str, scale: Float[Array, "..."]) -> None:
     """Raises ValueError, which names the tensor and the value, unless all scales are positive and finite."""
     flat = np.atleast_1d(np.asarray(scale, np.float32))
     bad = np.flatnonzero(~(np.isfinite(flat) & (flat > 0)))

@@ -18,7 +18,7 @@ from fp4jax import routing
 from fp4jax.expert_parallel.low_latency import ReceiveBuffers
 from fp4jax.experts import MoEWeights, quantize_experts, quantize_gate_up, runs_on_kernel
 from fp4jax.grouped_gemm.packed_weights import arrange_experts, is_nvfp4
-from fp4jax.layers.calibration import ExpertAmax, check_input_scale, measure_experts
+from fp4jax.layers.calibration import ExpertAmax, check_input_scales, measure_experts
 from fp4jax.layers.linear import Linear, normal_param
 from fp4jax.layers.mlp import MLP
 from fp4jax.layers.routing_config import RoutingConfig
@@ -47,7 +47,7 @@ class MoEBlock(nnx.Module):
 
         y = fc2_latent_proj(experts(fc1_latent_proj(x))) + sigmoid(shared_expert_gate(x)) * shared_experts(x)
 
-    The router and the shared experts see the original x.
+    With a residual, the block returns residual + y. The router and the shared experts see the original x.
 
     Args:
       hidden_size: H.
@@ -114,6 +114,7 @@ class MoEBlock(nnx.Module):
         x: Float[Array, "... H"],
         valid: Bool[Array, "..."] | None = None,
         buffers: ReceiveBuffers | None = None,
+        residual: Float[Array, "... H"] | None = None,
     ) -> tuple[Float[Array, "... H"], MoEAux]:
         """Runs the layer on tokens x [..., H].
 
@@ -123,6 +124,7 @@ class MoEBlock(nnx.Module):
             and their results mean nothing. They still count in the balance loss.
           buffers: receive buffers, `MoEAux.buffers` of the program's previous block; None: new buffers. See
             `expert_parallel.low_latency`.
+          residual: [..., H] in the dtype of the block, added to the result; None: nothing is added.
 
         Returns:
           The result, of the shape of x, and `MoEAux` of this block.
@@ -130,8 +132,11 @@ class MoEBlock(nnx.Module):
         rows = x.reshape(-1, x.shape[-1])
         route, balance_loss = self._route(rows, None if valid is None else valid.reshape(-1))
         hidden = rows if self.fc1_latent_proj is None else self.fc1_latent_proj(rows)
-        y, stats = self.experts(hidden.astype(self.dtype), route, buffers)
-        y = self._finish(y, rows)
+        rest = self._rest(rows, residual)
+        # The sum over a token's experts can add the rest, unless that sum is projected or is brought to other devices.
+        inside = self.mesh is None and self.fc2_latent_proj is None
+        y, stats = self.experts(hidden.astype(self.dtype), route, buffers, rest if inside else None)
+        y = y if inside else self._finish(y, rest)
         return y.reshape(x.shape), MoEAux(stats.dropped, balance_loss, stats.buffers)
 
     def _route(self, rows: jax.Array, valid: jax.Array | None = None) -> tuple[routing.Routing, jax.Array]:
@@ -144,19 +149,31 @@ class MoEBlock(nnx.Module):
         every = route if valid is None else self.router_config.route(logits, bias, implementation=implementation)
         return route, routing.load_balance_loss(logits, every.topk_ids, scoring=self.router_config.scoring)
 
-    def _finish(self, y: jax.Array, rows: jax.Array) -> jax.Array:
-        """Projects the routed experts' result y up from the latent size, and adds the shared experts' result."""
-        if self.fc2_latent_proj is not None:
-            y = self.fc2_latent_proj(y)
+    def _rest(self, rows: jax.Array, residual: jax.Array | None) -> jax.Array | None:
+        """What is added to the routed experts' result [T, H]: the shared experts' result and the residual."""
+        rest = None if residual is None else residual.reshape(rows.shape)
         if self.shared_experts is None:
-            return y
+            return rest
         shared = self.shared_experts(rows)
         if self.shared_expert_gate is not None:
             shared = jax.nn.sigmoid(self.shared_expert_gate(rows).astype(jnp.float32)) * shared
-        return (y.astype(jnp.float32) + shared.astype(jnp.float32)).astype(self.dtype)
+        return self._sum(shared, rest)
+
+    def _finish(self, y: jax.Array, rest: jax.Array | None) -> jax.Array:
+        """Projects the routed experts' result y up from the latent size, and adds `_rest`."""
+        if self.fc2_latent_proj is not None:
+            y = self.fc2_latent_proj(y)
+        return self._sum(y, rest)
+
+    def _sum(self, a: jax.Array, b: jax.Array | None) -> jax.Array:
+        return (a if b is None else a.astype(jnp.float32) + b.astype(jnp.float32)).astype(self.dtype)
 
     def experts(
-        self, x: jax.Array, route: routing.Routing, buffers: ReceiveBuffers | None = None
+        self,
+        x: jax.Array,
+        route: routing.Routing,
+        buffers: ReceiveBuffers | None = None,
+        residual: jax.Array | None = None,
     ) -> tuple[jax.Array, MoEStats]:
         """Runs the routed experts alone, with a given routing.
 
@@ -164,6 +181,7 @@ class MoEBlock(nnx.Module):
           x: rows [T, H], behind the latent projection if there is one.
           route: the experts and weights of the T rows.
           buffers: as in the call of the block.
+          residual: [T, H] like x, added to the result; None: nothing is added. A block on a mesh takes none.
 
         Returns:
           The weighted sums [T, H], and the `MoEStats` of `moe_layer`.
@@ -174,7 +192,7 @@ class MoEBlock(nnx.Module):
         scales = (None if scale is None else scale[...] for scale in (self.input_scale_1, self.input_scale_2))
         weights = MoEWeights(w13, w2, *scales)
         if self.mesh is None:
-            y, stats = moe_layer(x, *route, weights, self.config)
+            y, stats = moe_layer(x, *route, weights, self.config, residual=residual)
         else:
             y, stats = sharded_moe_layer(x, *route, weights, self.config, self.mesh, buffers)
         return y.astype(self.dtype), stats
@@ -237,13 +255,14 @@ class MoEBlock(nnx.Module):
         self._pack_or_unpack()
 
     def calibrate(
-        self, x: Float[Array, "... H"], *, all_tokens: bool = False
+        self, x: Float[Array, "... H"], *, all_tokens: bool = False, residual: Float[Array, "... H"] | None = None
     ) -> tuple[Float[Array, "... H"], ExpertAmax]:
         """Runs the layer with plain weights, one expert at a time, and measures the inputs of both GEMMs.
 
         Args:
           x: tokens [..., H].
           all_tokens: measure an expert's GEMM 2 on all tokens, not only on those that are routed to it.
+          residual: as in the call of the block.
 
         Returns:
           The result, of the shape of x, and the amax of the inputs of both GEMMs; NaN if an input is NaN.
@@ -257,9 +276,8 @@ class MoEBlock(nnx.Module):
         rows = x.reshape(-1, x.shape[-1])
         route, _ = self._route(rows)
         hidden = (rows if self.fc1_latent_proj is None else self.fc1_latent_proj(rows)).astype(self.dtype)
-
         y, amax = measure_experts(hidden, route, w13, w2, all_tokens=all_tokens)
-        return self._finish(y.astype(self.dtype), rows).reshape(x.shape), amax
+        return self._finish(y.astype(self.dtype), self._rest(rows, residual)).reshape(x.shape), amax
 
     def set_input_scales(self, input_scale_1: Float[Array, ""] | None, input_scale_2: Float[Array, "E"] | None) -> None:
         """Sets static scales of the activations, in decode direction (multiply).
@@ -269,24 +287,10 @@ class MoEBlock(nnx.Module):
           input_scale_2: f32 [E], the scales of the inputs of GEMM 2, one per expert; None: no static scales.
 
         Raises:
-          ValueError: a scale is zero, negative or not finite, or input_scale_2 is not [E]; or only one of the two is
-            given, and the GEMM of the other has NVFP4 weights or both GEMMs have plain ones. The message names the
-            tensor.
+          ValueError: a scale is refused by `calibration.check_input_scales`; the message names the tensor.
         """
-        given = {"input_scale_1": input_scale_1, "input_scale_2": input_scale_2}
         quantized = [is_nvfp4(w.get_value()) for w in (self.w13, self.w2)]
-        needed = dict(zip(given, quantized if any(quantized) else (True, True), strict=True))
-        missing = [name for name, value in given.items() if value is None and needed[name]]
-        if missing and any(value is not None for value in given.values()):
-            raise ValueError(f"{self.path}.experts.{missing[0]} is missing while the other input scale is given")
-        for name, value in given.items():
-            if value is not None:
-                check_input_scale(f"{self.path}.experts.{name}", value)
-        if input_scale_2 is not None and input_scale_2.shape != (self.router_config.num_experts,):
-            raise ValueError(
-                f"{self.path}.experts.input_scale_2 has shape {input_scale_2.shape}, "
-                f"expected ({self.router_config.num_experts},)"
-            )
+        check_input_scales(self.path, (input_scale_1, input_scale_2), quantized, self.router_config.num_experts)
         self.input_scale_1 = self.input_scale_2 = nnx.data(None)
         if input_scale_1 is not None:
             self.input_scale_1 = nnx.Param(jnp.asarray(input_scale_1, jnp.float32))

@@ -71,6 +71,10 @@ class Output(NamedTuple):
     aux: MoEAux
 
 
+# Runs an expert block: (block, its input, residual=what is added to the result) -> (result, a report).
+RunExperts = Callable[..., tuple[jax.Array, Any]]
+
+
 class DecoderLayer(nnx.Module):
     """One decoder layer: attention, then the mlp, each applied to an RMSNorm of its input and added to that input.
 
@@ -93,7 +97,7 @@ class DecoderLayer(nnx.Module):
         x: jax.Array,
         start: jax.Array,
         cache: KeyValuePages | LayerState | None,
-        run_experts: Callable[[MoEBlock, jax.Array], tuple[jax.Array, Any]] = MoEBlock.__call__,
+        run_experts: RunExperts = MoEBlock.__call__,
     ) -> tuple[jax.Array, KeyValuePages | LayerState | None, Any]:
         """Apply the layer to the positions from `start` on.
 
@@ -101,7 +105,8 @@ class DecoderLayer(nnx.Module):
           x: hidden states [B, S, H].
           start: the position of x[:, 0]: i32 () for all sequences, or i32 [B] with one position per sequence.
           cache: the layer's cache, of its `self_attn.cache_format`; None: the tokens of x attend to each other only.
-          run_experts: the function that is called with the expert block and its input; `calibrate` passes another one.
+          run_experts: the function that is called with the expert block, its input and `residual`, what it adds to its
+            result; `calibrate` passes another one.
 
         Returns:
           The hidden states [B, S, H], the updated cache (or None), and the second result of `run_experts`; the
@@ -109,12 +114,11 @@ class DecoderLayer(nnx.Module):
         """
         attended, cache = self.self_attn(self.input_layernorm(x), start, cache)
         x = x + attended
-        hidden, report = self.post_attention_layernorm(x), None
+        hidden = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MoEBlock):
-            hidden, report = run_experts(self.mlp, hidden)
-        else:
-            hidden = self.mlp(hidden)
-        return x + hidden, cache, report
+            x, report = run_experts(self.mlp, hidden, residual=x)
+            return x, cache, report
+        return x + self.mlp(hidden), cache, None
 
 
 class Embedding(nnx.Module):
@@ -238,7 +242,7 @@ class Decoder(nnx.Module):
         return self._decode(ids, None, MoEBlock.calibrate)[2]
 
     def _decode(
-        self, ids: jax.Array, cache: KVCache | None, run_experts: Callable[[MoEBlock, jax.Array], tuple[jax.Array, Any]]
+        self, ids: jax.Array, cache: KVCache | None, run_experts: RunExperts
     ) -> tuple[jax.Array, KVCache | None, list[Any]]:
         """Run the embedding and all layers.
 

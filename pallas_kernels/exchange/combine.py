@@ -5,7 +5,7 @@
 The kernel runs inside `jax.shard_map` over one mesh axis, on devices of one process that reach each other's memory
 (NVLink). A persistent grid goes over the accesses of the result, and a lane takes 16 bytes of a token at a time: it
 loads these bytes of each of the token's rows from whichever device has the row, and adds them in f32. It adds in the
-order of the columns of send_map and rounds where `permute.depermute_combine` does. No copy of the rows is written at
+order of the columns of send_map and rounds where `depermute.depermute_combine` does. No copy of the rows is written at
 home.
 
 At the end all devices meet (meeting.py), so that no device overwrites rows which others still read. The bandwidth of
@@ -22,7 +22,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.exchange.meeting import Meeting
 from pallas_kernels.exchange.plan import MAX_DEVICES
-from pallas_kernels.rows.permute import check_depermute, row_access, sum_of_routes
+from pallas_kernels.rows.depermute import check_depermute, sum_of_routes
+from pallas_kernels.rows.permute import row_access
 from pallas_kernels.simt import lanes, launch
 from pallas_kernels.simt.hardware import H100_SMS
 from pallas_kernels.simt.lane_math import unsigned_div

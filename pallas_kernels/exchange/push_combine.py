@@ -3,10 +3,10 @@
     partial(r) = sum over slots j of row_weights[r, j] * y[row_map[r, j]]            on the device that received row r
     out[t] = sum over columns s of weights[t, s] * partial(row send_map[t, s])       on the device of token t
 
-The kernel does the work of `permute.depermute_combine` and of combine.py. It rounds each product and sum where they do,
-so its bits are theirs. But it does not store partial sums on the device that computes them, and no meeting comes before
-it. It runs inside `jax.shard_map` over one mesh axis, on devices of one process that reach each other's memory
-(NVLink), with arrays that outlive the kernel (fp4jax.expert_parallel.low_latency).
+The kernel does the work of depermute.py and of combine.py. It rounds each product and sum where they do, so its bits
+are theirs. But it does not store partial sums on the device that computes them, and no meeting comes before it. It runs
+inside `jax.shard_map` over one mesh axis, on devices of one process that reach each other's memory (NVLink), with
+arrays that outlive the kernel (fp4jax.expert_parallel.low_latency).
 
 The grid is persistent. First a lane takes 16 bytes of a received row at a time: it computes the partial sum and stores
 it to the device that the row came from. Then all thread blocks of all devices meet. Last, a lane takes 16 bytes of a
@@ -24,7 +24,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.exchange.combine import TuningConfig, check_config as check_combine
 from pallas_kernels.exchange.meeting import CommonMeeting
-from pallas_kernels.rows.permute import Access, check_depermute, row_access, sum_of_routes
+from pallas_kernels.rows.depermute import check_depermute, sum_of_routes
+from pallas_kernels.rows.permute import Access, row_access
 from pallas_kernels.simt import lanes, launch
 from pallas_kernels.simt.hardware import H100_SMS
 from pallas_kernels.simt.lane_math import unsigned_div

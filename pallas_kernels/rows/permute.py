@@ -1,28 +1,25 @@
-"""Moves rows and scales from token order to expert order and back, by the row maps of route_metadata.py.
+"""Moves rows and scales from token order to expert order, by the row maps of route_metadata.py.
 
     scatter_rows           out[row_map[t, j]] = x[t]                    a lane moves 16 bytes of a token to all its rows
     scatter_decoded_rows   out[row_map[t, j]] = code * block_scale      a lane decodes half a block of 16 values
     arrange_scales         scales of expert rows, m_major or swizzled   a lane gathers 32 scales of one row
-    depermute_combine      out[t] = sum_j weight[t, j] * y[row_map[t, j]]   a lane adds up 16 bytes of a token
 
 Device memory bounds the time of each of them.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from pallas_kernels.rows.nvfp4_codec import decode_word, e4m3_value, pack_exact_bf16, unpack_bf16
-from pallas_kernels.rows.route_metadata import MAX_TOP_K
-from pallas_kernels.simt import lane_math, lanes, launch, tuning
+from pallas_kernels.rows.nvfp4_codec import decode_word, e4m3_value, pack_exact_bf16
+from pallas_kernels.simt import lanes, launch, tuning
 from pallas_kernels.simt.formats import BLOCK_SIZE, SWIZZLE_COLUMNS, SWIZZLE_ROWS, swizzled_shape
 from pallas_kernels.simt.hardware import PIECE_BYTES
-from pallas_kernels.simt.lane_math import as_u32, unsigned_div
+from pallas_kernels.simt.lane_math import unsigned_div
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,19 +46,6 @@ def check_config(rows: Sequence[Any], num_rows: int, config: TuningConfig = DEFA
             return f"{max(num_rows, r.shape[0])} rows of {r.shape[1]} elements exceed the kernel's 32-bit indices"
     if not 1 <= config.items_per_lane <= 8:
         return f"items_per_lane must be 1..8, got {config.items_per_lane}"
-    return None
-
-
-def check_depermute(y: Any, row_map: Any) -> str | None:
-    """None if `depermute_combine` accepts these operands, else what does not fit."""
-    if y.dtype not in (jnp.bfloat16, jnp.float32) or y.ndim != 2 or 0 in y.shape:
-        return f"y must be bfloat16 or float32 [rows, H], not empty, got {y.dtype} {y.shape}"
-    if y.dtype == jnp.bfloat16 and y.shape[1] % 2:
-        return f"a bfloat16 y needs an even H, got {y.shape}"
-    if max(y.shape[0], row_map.shape[0]) * row_access(y.shape[1] * y.dtype.itemsize).items >= lanes.MAX_INDEX:
-        return f"y {y.shape} with row_map {row_map.shape} exceeds the kernel's 32-bit indices"
-    if row_map.size == 0 or row_map.shape[1] > MAX_TOP_K:
-        return f"row_map must be [T, k], not empty, k at most {MAX_TOP_K}, got {row_map.shape}"
     return None
 
 
@@ -120,7 +104,7 @@ def scatter_rows(
                     token = unsigned_div(item, cut.items)
                     valid = token < tokens
                     values = lanes.gather(source, item, cut.count, dtype=cut.dtype, where=valid)
-                    work.append((values, _load_routes(map_ref, token, k, valid), item - token * cut.items, valid))
+                    work.append((values, load_routes(map_ref, token, k, valid), item - token * cut.items, valid))
                 for values, routes, column, valid in work:
                     for row in routes:
                         position = row * cut.items + column
@@ -158,7 +142,7 @@ def scatter_decoded_rows(
             valid = token < tokens
             (word,) = lanes.gather(qdata_ref, item, where=valid)
             (scale,) = lanes.gather(scale_ref, item >> 1, dtype=jnp.uint8, where=valid)
-            work.append((word, scale, _load_routes(map_ref, token, k, valid), item - token * halves, valid))
+            work.append((word, scale, load_routes(map_ref, token, k, valid), item - token * halves, valid))
         for word, scale, routes, column, valid in work:
             values = pack_exact_bf16(decode_word(word, e4m3_value(scale)))
             for row in routes:
@@ -169,7 +153,8 @@ def scatter_decoded_rows(
     return launch.kernel(body, out, grid=grid, interpret=interpret)(row_map, qdata, block_scale)
 
 
-def _load_routes(map_ref, token, k, valid):
+def load_routes(map_ref: Any, token: jax.Array, k: int, valid: jax.Array) -> list[jax.Array]:
+    """The k entries of the row map [T, k] of a token per lane, as i32 lane arrays; nothing where `valid` is False."""
     return [r.astype(jnp.int32) for r in lanes.gather(map_ref, token, k, where=valid)]
 
 
@@ -237,79 +222,3 @@ def arrange_scales(
     grid = experts * m_tiles * -(-groups // per_lane)
     out = jax.ShapeDtypeStruct(shape, scales.dtype)
     return launch.kernel(body, out, grid=grid, interpret=interpret)(scales, source, counts)
-
-
-def depermute_combine(
-    y: jax.Array,
-    row_map: jax.Array,
-    topk_weights: jax.Array,
-    *,
-    interpret: Any = None,
-) -> jax.Array:
-    """Sums up each token's rows: out[t] = sum over j of y[row_map[t, j]] * topk_weights[t, j], [T, H] of y's dtype.
-
-    The sum runs over the j with row_map[t, j] >= 0, in order. Each product and each sum is rounded to f32, and the
-    result is rounded once to y's dtype.
-
-    Args:
-      y: bf16 or f32 [rows, H].
-      row_map: i32 [T, k].
-      topk_weights: f32 [T, k].
-
-    Raises:
-      NotImplementedError: the kernel does not accept the operands; the message is that of `check_depermute`.
-    """
-    if problem := check_depermute(y, row_map):
-        raise NotImplementedError(f"depermute_combine kernel: {problem}")
-    tokens, _ = row_map.shape
-    cut = row_access(y.shape[1] * y.dtype.itemsize)
-
-    def body(map_ref, weight_ref, y_ref, out_ref):
-        def load(row, column, where):  # a row number beyond the last row reads the last row, as XLA's gather does
-            return lanes.gather(y_ref, jnp.minimum(row, y.shape[0] - 1) * cut.items + column, cut.count, where=where)
-
-        item = lanes.block_index() * lanes.LANES + lanes.lane_index()
-        token = unsigned_div(item, cut.items)
-        valid = token < tokens
-        words = sum_of_routes(token, item - token * cut.items, valid, load, map_ref, weight_ref, y.dtype)
-        lanes.scatter(out_ref, item, words, where=valid)
-
-    grid = -(-tokens * cut.items // lanes.LANES)
-    out = jax.ShapeDtypeStruct((tokens, y.shape[1]), y.dtype)
-    weights = topk_weights.astype(jnp.float32)
-    return launch.kernel(body, out, grid=grid, interpret=interpret)(row_map.astype(jnp.int32), weights, y)
-
-
-def sum_of_routes(
-    token: jax.Array,
-    column: jax.Array,
-    valid: jax.Array,
-    load: Callable[..., Any],
-    map_ref: Any,
-    weight_ref: Any,
-    dtype: Any,
-) -> list[jax.Array]:
-    """The sum of `depermute_combine` for one access of up to 16 bytes per lane, as u32 words.
-
-    Args:
-      token: i32 lane array, row of the result.
-      column: i32 lane array, index of the access in the row.
-      valid: lanes where it is False read nothing.
-      load: load(row, column, where) returns the words of y at that access of that row; all three are lane arrays.
-      map_ref: the row map, [T, k].
-      weight_ref: the weights, f32 [T, k].
-      dtype: of y and of the result, bf16 or f32.
-    """
-    k = map_ref.shape[1]
-    routes = _load_routes(map_ref, token, k, valid)
-    weights = [lax.bitcast_convert_type(w, jnp.float32) for w in lanes.gather(weight_ref, token, k, where=valid)]
-    loaded = [load(row, column, valid & (row >= 0)) for row in routes]
-    is_bf16 = dtype == jnp.bfloat16
-    totals = [lanes.splat(0, jnp.float32)] * (len(loaded[0]) * (2 if is_bf16 else 1))
-    for row, weight, words in zip(routes, weights, loaded, strict=True):
-        values = unpack_bf16(words) if is_bf16 else [lax.bitcast_convert_type(w, jnp.float32) for w in words]
-        added = [lane_math.add_rn(t, lane_math.mul_rn(v, weight)) for t, v in zip(totals, values, strict=True)]
-        totals = [jnp.where(row >= 0, a, t) for a, t in zip(added, totals, strict=True)]
-    if is_bf16:
-        return [lane_math.pack_bf16(low, high) for low, high in zip(totals[::2], totals[1::2], strict=True)]
-    return [as_u32(t) for t in totals]

@@ -1,6 +1,7 @@
 """bench_model: the script with a tiny model, floors by hand, stages of kernels and scopes, rows of a peer, a table."""
 
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,11 @@ import pytest
 from python_runs import ROOT, run_python
 from refusals import check_refusals
 
-from experiments.cases import model_rows, models as model_cases
+from experiments.cases import model_compile, model_rows, models as model_cases
 from experiments.cases.model_calls import filled_cache, serve
 from experiments.cases.model_floors import Work, attention_sizes, experts_hit, floor_us, layer_sizes
 from experiments.harness import timing
+from experiments.harness.cold_start import two_starts
 from experiments.harness.model_report import model_text
 from experiments.harness.model_stages import STAGES, by_kernel_name, by_scope, scoped_layers, stage_of_kernel
 from experiments.harness.tables.models import model_table
@@ -22,7 +24,8 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 COLUMNS = [
     "model", "layers", "phase", "implementation", "experts", "dense", "ranks", "requests", "tokens", "context",
     "us_per_layer", "kernel_us_per_layer", "kernels_per_layer", "in_graph", "tokens_per_s", "floor_us_per_layer",
-    "percent_of_floor", "peak_gb", "weights_gb", "cache_gb", "wire_format", "stages",
+    "percent_of_floor", "peak_gb", "weights_gb", "cache_gb", "wire_format", "stages", "seconds", "seconds_from_cache",
+    "programs",
 ]  # fmt: skip
 
 
@@ -30,7 +33,7 @@ COLUMNS = [
 def test_the_script_measures_a_tiny_model(tmp_path):
     """A prefill in three chunks and a decode step; every column is there, and every stage has time."""
     few = ["--layers=1", "--prefill=20", "--chunk=8", "--decode=2", "--contexts=12", "--repeats=1"]
-    arguments = [*few, "--experts=w4a16", "--dense=bf16", f"--output_dir={tmp_path}"]
+    arguments = [*few, "--nocompile", "--experts=w4a16", "--dense=bf16", f"--output_dir={tmp_path}"]
     settings = {"jax_disable_most_optimizations": True}
     done = run_python(ROOT / "experiments" / "bench_model.py", *arguments, settings=settings)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -44,12 +47,55 @@ def test_the_script_measures_a_tiny_model(tmp_path):
         assert 0 < row["percent_of_floor"] < 100
         assert list(row["stages"]) == list(STAGES) and min(row["stages"].values()) > 0, row["stages"]
         assert row["kernel_us_per_layer"] is row["in_graph"] is None  # of a GPU
+        assert row["seconds"] is row["seconds_from_cache"] is row["programs"] is None  # of compiling
     assert (prefill["phase"], prefill["requests"], prefill["tokens"], prefill["context"]) == ("prefill", 1, 20, None)
     assert (decode["phase"], decode["requests"], decode["tokens"], decode["context"]) == ("decode", 2, None, 12)
     assert (tmp_path / "bench_model.png").read_bytes().startswith(b"\x89PNG")
     assert "transformers is not measured: " in done.stdout
     assert "20 tokens" in done.stdout and "2 x 12" in done.stdout and "projections" in done.stdout
     assert model_table(report).count("\n") == 3
+
+
+@pytest.mark.slow
+def test_the_script_measures_compiling(tmp_path):
+    """Two processes compile every program of a tiny model; the second one finds them all in the cache."""
+    arguments = ["--layers=1", "--prefill=", "--decode=", f"--output_dir={tmp_path}"]
+    environment = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
+    done = run_python(ROOT / "experiments" / "bench_model.py", *arguments, environment=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (row,) = json.loads((tmp_path / "bench_model.json").read_text())["rows"]
+    assert list(row) == COLUMNS
+    names = {"model": "tiny", "layers": 1, "phase": "compile", "implementation": "fp4jax"}
+    names |= {"experts": "w4a16", "dense": "bf16", "ranks": 1, "programs": 8}  # two each of four kinds
+    assert {name: value for name, value in row.items() if value is not None}.keys() - names.keys() == {
+        "seconds", "seconds_from_cache",
+    }  # fmt: skip
+    assert names.items() <= row.items() and 0 < row["seconds_from_cache"] < row["seconds"]
+    assert "s to compile 8 programs" in done.stdout and "s to make the weights" in done.stdout
+    assert "all programs" in done.stdout and "from JAX's compilation cache" in done.stdout
+    assert not (tmp_path / "bench_model.png").exists()
+
+
+def test_a_start_that_fails_is_noted(monkeypatch):
+    monkeypatch.setattr(
+        model_compile, "two_starts", lambda _: two_starts([sys.executable, "-c", "raise SystemExit(3)"])
+    )
+    columns, about = model_compile.compile_columns("tiny", 1, "w4a16", "bf16")
+    assert columns == {"error": "failed: the first start ended with status 3"}
+    row = model_rows.make_compile_row("tiny", 1, "w4a16", "bf16") | columns
+    assert model_rows.with_floors([row], timing.Ceilings(1e12, 1e15)) == [row]
+    assert "status 3" in about and "failed: the first start" in model_text([row])
+
+
+def test_two_starts_share_a_new_cache():
+    code = """
+import json, jax
+jax.jit(lambda x: x + 1)(1.0)
+folder = jax.config.jax_compilation_cache_dir
+import os; print(json.dumps([folder, len(os.listdir(folder))]))
+"""
+    (first, count), (second, later) = two_starts([sys.executable, "-c", code])
+    assert first == second and 0 < count == later  # the second start has stored nothing
 
 
 def test_bad_flags_are_refused():
@@ -62,7 +108,7 @@ def test_bad_flags_are_refused():
             ("--peers=other",): "--peers: ['other'] unknown",
             ("--prefill=0",): "--prefill must be positive, got 0",
             ("--decode=x",): "--decode: invalid literal",
-            ("--prefill=", "--decode="): "leave nothing to measure",
+            ("--prefill=", "--decode=", "--nocompile"): "leave nothing to measure",
             ("--models=qwen3-30b", "--layers=49"): "--layers=49: qwen3-30b has 48",
             ("--models=qwen3-30b", "--contexts=40940"): "need 40965 positions, qwen3-30b has 40960",
             ("--layers=0",): "--layers",
@@ -257,4 +303,9 @@ def test_the_table_compares_with_the_faster_way_of_the_peer():
     assert first == f"| {' | '.join(cells)} |"
     assert "| decode | 128 | 32768 | out of memory |" in second
     text = model_text(rows)
+    compiled = model_rows.make_compile_row("qwen3-30b", 48, "w4a16", "bf16")
+    compiled |= {"seconds": 38.25, "seconds_from_cache": 14.5, "programs": 8, "peak_gb": 46.12}
+    assert model_table({"rows": [*rows, compiled]}) == model_table({"rows": rows})
+    said = "38.2 s for 8 programs, 14.5 s from JAX's compilation cache, peak 46.1 GB"
+    assert said in model_text([compiled]) and "all programs" in model_text([compiled])
     assert "128 x 32768" in text and "out of memory: RESOURCE_EXHAUSTED" in text and "failed: RuntimeError" in text

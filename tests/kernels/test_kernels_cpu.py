@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec as P, use_abstract_mesh
 from poisoned_tokens import poison
 
@@ -13,11 +14,13 @@ import oracles
 from cuda_lowering import H100, H100_MESH, kernels_in, lowered_text, struct
 from fp4jax import implementations
 from fp4jax.grouped_gemm import PackedWeights
+from fp4jax.layers import MoEBlock, RoutingConfig
 from fp4jax.moe import MoEConfig, MoEWeights, moe_layer
 from fp4jax.nvfp4 import NVFP4Tensor, dequantize, quantize
 from fp4jax.permute import depermute_combine, permute_to_contiguous, permute_to_masked
 from fp4jax.swiglu import swiglu_quantize
 from pallas_kernels.rows import (
+    depermute,
     few_routes,
     permute,
     quantize as quantize_kernel,
@@ -325,8 +328,9 @@ def test_arrange_scales(layout, columns, routing, rng, run_kernels):
     np.testing.assert_array_equal(scale_bytes(out).ravel(), expected)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_depermute(dtype, routing, rng, interpret):
+@pytest.mark.parametrize(("dtype", "residual"), [(jnp.bfloat16, False), (jnp.bfloat16, True), (jnp.float32, True)])
+def test_depermute(dtype, residual, routing, rng, run_kernels):
+    """The bits of the oracle and of XLA."""
     _, (row_map, _, _, _) = routing
     y = np.asarray(jnp.asarray(rng.standard_normal((16, 24)), dtype).astype(jnp.float32))
     weights = np.where(row_map >= 0, rng.random(row_map.shape), np.nan).astype(np.float32)
@@ -334,12 +338,14 @@ def test_depermute(dtype, routing, rng, interpret):
         used = row_map[row_map >= 0]
         y = y.copy()
         y[used[0], 5], y[used[1], 6] = np.nan, -np.inf
-    expected = oracles.depermute(y, row_map, weights)
-    out = permute.depermute_combine(
-        jnp.asarray(y, dtype), jnp.asarray(row_map, jnp.int32), jnp.asarray(weights), interpret=interpret
-    )
+    operands = [jnp.asarray(y, dtype), jnp.asarray(row_map, jnp.int32), jnp.asarray(weights)]
+    if residual:
+        operands.append(jnp.asarray(rng.standard_normal((len(row_map), 24)), dtype))
+    expected = oracles.depermute(y, row_map, weights, *(np.asarray(r, np.float32) for r in operands[3:]))
+    out = depermute.depermute_combine(*operands, interpret=run_kernels)
     expected = oracles.round_bf16(expected) if dtype == jnp.bfloat16 else expected
     np.testing.assert_array_equal(np.asarray(out.astype(jnp.float32)), expected)
+    np.testing.assert_array_equal(scale_bytes(out), scale_bytes(depermute_combine(*operands, implementation="xla")))
 
 
 # --- lowering for CUDA: catches what Mosaic GPU does not accept, not what ptxas does not ---
@@ -424,6 +430,11 @@ def test_ops_lower_with_the_tuned_configs(model, tokens):
             1,
             lambda y, r, w: depermute_combine(y, r, w, implementation="mosaic_gpu"),
             (y, struct((tokens, k), jnp.int32), weights),
+        ),
+        (
+            1,
+            lambda y, r, w, x: depermute_combine(y, r, w, x, implementation="mosaic_gpu"),
+            (y, struct((tokens, k), jnp.int32), weights, x),
         ),
     ]
     for wanted, fn, structs in cases:
@@ -510,6 +521,19 @@ def test_derivatives_are_those_of_xla():
 
     assert kernels_in(combined, y, row_map, weights) == 1
     assert kernels_in(jax.grad(combined, argnums=(0, 2)), y, row_map, weights) == 0
+
+
+def test_a_decoder_layer_ends_in_the_kernel_that_adds_its_residual():
+    """No addition follows the kernel, and with shared experts there is one: of their result and the residual."""
+    for shared, additions in ((None, 0), (384, 1)):
+        block = MoEBlock(
+            256, 128, RoutingConfig(8, 2), shared_intermediate_size=shared, dtype=jnp.bfloat16,
+            param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0),
+        )  # fmt: skip
+        x = struct((64, 256), jnp.bfloat16)
+        text = lowered_text(lambda x, residual, block=block: block(x, residual=residual)[0], x, x)
+        lines = [line for line in text.splitlines() if "stablehlo.add " in line and "64x256x" in line]
+        assert len(lines) == additions, lines
 
 
 def test_arrays_of_explicit_meshes_go_through_xla():

@@ -355,10 +355,15 @@ def test_permute_contiguous_and_back_random_shapes(seed):
     y = np.array(p.x)
     y[len(source) :] = np.nan
     weights = np.where(row_map >= 0, rng.standard_normal(ids.shape), np.nan).astype(np.float32)
-    out = depermute_combine(jnp.asarray(y), p.row_map, jnp.asarray(weights), **KERNEL)
-    expected = oracles.depermute(y.astype(np.float32), row_map, weights)
-    expected = oracles.round_bf16(expected) if dtype == jnp.bfloat16 else expected
-    np.testing.assert_array_equal(np.asarray(out.astype(jnp.float32)), expected)
+    for residual in (None, jnp.asarray(x)):
+        operands = jnp.asarray(y), p.row_map, jnp.asarray(weights), residual
+        out = depermute_combine(*operands, **KERNEL)
+        added = None if residual is None else x.astype(np.float32)
+        expected = oracles.depermute(y.astype(np.float32), row_map, weights, added)
+        expected = oracles.round_bf16(expected) if dtype == jnp.bfloat16 else expected
+        np.testing.assert_array_equal(np.asarray(out.astype(jnp.float32)), expected)
+        by_xla = jax.jit(functools.partial(depermute_combine, implementation="xla"))(*operands)
+        np.testing.assert_array_equal(as_bytes(out), as_bytes(by_xla))
 
 
 def test_metadata_of_many_chunks_and_repeats(rng):

@@ -229,6 +229,10 @@ def test_moe_block_equals_the_reference(rng, parts, differentiable):
     expected = _block_reference(block, x, ids, weights)
     np.testing.assert_allclose(f64(y).reshape(-1, HIDDEN), expected, rtol=0, atol=ATOL * np.abs(expected).max())
     assert int(aux.dropped) == 0 and 0.9 < float(aux.balance_loss) < 3
+    residual = tokens(rng).reshape(2, -1, HIDDEN)
+    y, _ = nnx.jit(lambda block, x, residual: block(x, residual=residual))(block, x.reshape(residual.shape), residual)
+    expected += f64(residual).reshape(-1, HIDDEN)
+    np.testing.assert_allclose(f64(y).reshape(-1, HIDDEN), expected, rtol=0, atol=ATOL * np.abs(expected).max())
 
 
 def test_correction_bias_is_a_parameter(rng):
@@ -339,6 +343,8 @@ def test_calibration_reports_the_inputs_of_both_gemms(rng):
         np.testing.assert_allclose(amax_all.input_2[expert], np.abs(act).max(), rtol=1e-4)
     assert (np.asarray(amax.input_2) < np.asarray(amax_all.input_2)).any()
     np.testing.assert_array_equal(y, y_all)
+    with_residual, _ = nnx.jit(lambda block, x: block.calibrate(x, residual=x))(block, x)
+    np.testing.assert_allclose(with_residual, x + y, rtol=1e-6)
     np.testing.assert_allclose(y, run(block, x)[0], rtol=0, atol=ATOL * float(jnp.abs(y).max()))
     block.quantize_experts()
     with pytest.raises(ValueError, match="calibrate before quantize_experts"):
@@ -411,6 +417,7 @@ def test_tokens_that_do_not_divide_and_drops_are_reported(rng, make_mesh):
     block.configure(MoEConfig(EXPERTS), make_mesh(4))
     y, aux = block(x)
     assert int(aux.dropped) == 0 and calc_diff(y, whole) < 1e-4  # the wire rounds float32 to bf16
+    np.testing.assert_array_equal(block(x, residual=x)[0], y + x)
     block.configure(MoEConfig(EXPERTS, capacity=1))
     _, aux = run(block, x)
     logits = f64(x) @ f64(block.gate.weight[...]).T

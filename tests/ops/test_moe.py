@@ -237,6 +237,34 @@ def test_no_tokens(rng):
         assert y.shape == (0, H) and int(stats.dropped) == 0
 
 
+@pytest.mark.parametrize("layout", ["masked", "contiguous"])
+def test_a_residual_is_added(layout, batch, rng):
+    """To the sum of the experts in f32: in f32 the bits of an addition afterwards, in bf16 with one rounding less."""
+    weights, w13, w2 = _weights(rng)
+    residual = oracles.round_bf16(rng.standard_normal((T, H)).astype(np.float32))
+    config = dataclasses.replace(W4A16, layout=layout)
+    operands = [jnp.asarray(a) for a in batch]
+    y, stats = layer(*operands, weights, config, residual=jnp.asarray(residual))
+    alone, _ = layer(*operands, weights, config)
+    np.testing.assert_array_equal(_bits(y), _bits(alone + residual))
+    np.testing.assert_array_equal(np.asarray(y)[17], residual[17])  # no expert here
+    assert int(stats.dropped) == 0
+    half = [operands[0].astype(jnp.bfloat16), *operands[1:]]
+    y, _ = layer(*half, weights, config, residual=jnp.asarray(residual, jnp.bfloat16))
+    expected = residual + oracles.moe(*batch, w13, w2)
+    assert y.dtype == jnp.bfloat16 and oracles.calc_diff(y, expected) <= LIMIT["w4a16"]
+
+
+def test_a_residual_of_the_differentiable_layer_and_one_that_does_not_fit(batch, rng):
+    plain = [jnp.asarray(rng.standard_normal(s) / 10, jnp.float32) for s in ((E, 2 * I, H), (E, H, I))]
+    operands, config = [jnp.asarray(a) for a in batch], MoEConfig(num_experts=E, differentiable=True)
+    residual = jnp.asarray(rng.standard_normal((T, H)), jnp.float32)
+    y, _ = layer(*operands, MoEWeights(*plain), config, residual=residual)
+    np.testing.assert_array_equal(y, residual + jax.jit(dense_moe)(*operands, *plain))
+    with pytest.raises(ValueError, match=r"residual must be as x, float32 \(40, 128\), got bfloat16 \(40, 128\)"):
+        layer(*operands, MoEWeights(*plain), config, residual=residual.astype(jnp.bfloat16))
+
+
 def test_per_expert_input_scales_are_agreed(batch, rng):
     # Scales [L, 1, 1] for GEMM 1 are reduced to their maximum.
     per_expert = np.linspace(0.0001, SCALE_1, E, dtype=np.float32).reshape(E, 1, 1)

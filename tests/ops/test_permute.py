@@ -288,9 +288,9 @@ def test_tokens_that_are_not_here_are_inert(rng):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("how", ["eager", "jit"])
-@pytest.mark.parametrize("k", [1, 4, 8])
-def test_depermute_bits(dtype, how, k, rng):
-    # NaN in every row that no route uses and in the weight of every -1 slot; a token without slots is zero.
+@pytest.mark.parametrize(("k", "residual"), [(1, False), (4, False), (8, False), (8, True)])
+def test_depermute_bits(dtype, how, k, residual, rng):
+    # NaN in every row that no route uses and in the weight of every -1 slot; a token without slots is its residual.
     y = rng.standard_normal((E, 16, H)).astype(np.float32).astype(dtype)
     weights = rng.uniform(-1, 1, (24, k)).astype(np.float32)
     row_map = np.stack([rng.permutation(E * 16)[:k] for _ in range(24)]).astype(np.int32)
@@ -299,14 +299,53 @@ def test_depermute_bits(dtype, how, k, rng):
     unused = np.setdiff1d(np.arange(E * 16), row_map)
     y.reshape(E * 16, H)[unused] = np.nan
     weights[row_map == -1] = np.nan
+    added = rng.standard_normal((24, H)).astype(np.float32).astype(dtype) if residual else None
     run = _depermute if how == "jit" else permute.depermute_combine
-    out = np.asarray(run(jnp.asarray(y), jnp.asarray(row_map), jnp.asarray(weights)))
-    expected = oracles.depermute(y, row_map, weights)
+    operands = [None if a is None else jnp.asarray(a) for a in (row_map, weights, added)]
+    out = np.asarray(run(jnp.asarray(y), *operands))
+    expected = oracles.depermute(y, row_map, weights, added)
     expected = expected if dtype == jnp.float32 else oracles.round_bf16(expected)
-    assert out.dtype == dtype and not out[7].any()
+    assert out.dtype == dtype
+    np.testing.assert_array_equal(out[7], added[7] if residual else np.zeros(H, dtype))
     np.testing.assert_array_equal(out.astype(np.float32), expected)
-    rows = np.asarray(run(jnp.asarray(y.reshape(E * 16, H)), jnp.asarray(row_map), jnp.asarray(weights)))
+    rows = np.asarray(run(jnp.asarray(y.reshape(E * 16, H)), *operands))
     np.testing.assert_array_equal(rows.view(np.uint8), out.view(np.uint8))  # [rows, H] is the same as [E, M, H]
+
+
+def test_the_sum_with_a_residual_is_rounded_once(rng):
+    """Values whose sums are exact in f32: the result is the float64 sum in bf16, which two roundings would miss."""
+    y = oracles.round_bf16(rng.integers(-255, 256, (E * 16, H)).astype(np.float32))
+    residual = oracles.round_bf16(rng.integers(-255, 256, (24, H)).astype(np.float32) / 64)
+    weights = (rng.integers(1, 9, (24, 4)) / 8).astype(np.float32)
+    row_map = np.stack([rng.permutation(E * 16)[:4] for _ in range(24)]).astype(np.int32)
+    row_map[rng.random((24, 4)) < 0.3] = -1
+    exact = np.where((row_map >= 0)[..., None], y.astype(np.float64)[row_map] * weights[..., None], 0).sum(1)
+    y[np.setdiff1d(np.arange(E * 16), row_map)] = np.nan
+    bf16 = [jnp.asarray(a, jnp.bfloat16) for a in (y, residual)]
+    out = np.asarray(_depermute(bf16[0], jnp.asarray(row_map), jnp.asarray(weights), bf16[1]), np.float32)
+    np.testing.assert_array_equal(out, oracles.round_bf16((exact + residual).astype(np.float32)))
+    assert (out != oracles.round_bf16(oracles.round_bf16(exact.astype(np.float32)) + residual)).any()
+
+
+def test_derivatives_of_a_residual(rng):
+    """Those of the sum: its cotangent goes to the residual unchanged, and to the rows with their weights."""
+    y, residual, tangent = (rng.standard_normal(s).astype(np.float32) for s in ((6, H), (3, H), (3, H)))
+    row_map, weights = np.array([[0, 2], [-1, 5], [-1, -1]]), np.array([[1, 2], [4, 0.5], [8, 8]], np.float32)
+    call = lambda y, r: permute.depermute_combine(y, jnp.asarray(row_map), jnp.asarray(weights), r)  # noqa: E731
+    _, pull = jax.vjp(call, jnp.asarray(y), jnp.asarray(residual))
+    to_rows, to_residual = pull(jnp.asarray(tangent))
+    expected = np.zeros_like(y)
+    expected[0], expected[2], expected[5] = tangent[0], 2 * tangent[0], 0.5 * tangent[1]
+    np.testing.assert_array_equal(to_rows, expected)
+    np.testing.assert_array_equal(to_residual, tangent)
+
+
+@pytest.mark.parametrize("residual", [np.zeros((3, 8), np.float32), np.zeros((4, 8), np.float16)])
+def test_a_residual_that_does_not_fit_is_refused(residual):
+    # Exception: jaxtyping may refuse first in tests; the value is in its message as well.
+    operands = jnp.zeros((2, 8)), jnp.zeros((4, 2), jnp.int32), jnp.zeros((4, 2))
+    with pytest.raises(Exception, match=r"\(3, 8\)|residual must be float32 \(4, 8\), got float16|f32\[3,8\]"):
+        permute.depermute_combine(*operands, jnp.asarray(residual))
 
 
 def test_permute_then_depermute_sums_the_weights(rng):

@@ -250,6 +250,14 @@ def test_per_slot_is_identical_for_every_number_of_devices(make_mesh, layer, dev
     assert dropped == 0 == int(stats.dropped)
 
 
+def test_a_residual_is_added_to_the_combined_sums(make_mesh, layer):
+    mesh, config = make_mesh(2), MoEConfig(num_experts=E, axis_name="ep", **ALL_NVFP4)
+    x, ids, weights, packed = layer[:4]
+    run = lambda *a: moe_layer(*a[:4], config, residual=a[4])[0]  # noqa: E731
+    y = sharded(mesh, run, (EP, EP, EP, weight_specs(packed), EP), EP)(x, ids, weights, packed, -x)
+    assert same_bits(y, -x + run_layer(mesh, layer)[0])
+
+
 @pytest.mark.slow
 def test_per_slot_with_one_token_per_device(make_mesh, layer):
     few = tuple(a[:8] for a in layer[:3]) + layer[3:]

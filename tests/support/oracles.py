@@ -248,15 +248,15 @@ def permute_contiguous(ids, num_experts, num_rows):
     return row_map, sizes, dropped, [t for _, t, _ in kept]
 
 
-def depermute(y, row_map, weights):
-    """f32 [T, H] before the final cast: each product rounded to f32, added in slot order; -1 slots add nothing."""
+def depermute(y, row_map, weights, residual=None):
+    """f32 [T, H] before the cast: products rounded to f32, added in slot order, residual last; -1 adds nothing."""
     rows = np.asarray(y, F32).reshape(-1, y.shape[-1])
     out = np.zeros((row_map.shape[0], rows.shape[1]), F32)
     for t, slots in enumerate(row_map):
         for j, row in enumerate(slots):
             if row >= 0:
                 out[t] = out[t] + rows[row] * F32(weights[t, j])
-    return out
+    return out if residual is None else out + np.asarray(residual, F32)
 
 
 # --- float64 arithmetic on dequantized operands ---

@@ -9,7 +9,7 @@ def model_table(report: dict[str, Any]) -> str:
     """Prefill and decode of whole models per decoder layer, with transformers where the same run measured it.
 
     Transformers' time is that of the faster of eager and compiled. A row that ran out of memory says so instead of its
-    time.
+    time. Rows about compiling are left out.
 
     Args:
       report: results of bench_model.
@@ -21,7 +21,7 @@ def model_table(report: dict[str, Any]) -> str:
     columns = ("model", "layers", "experts", "linear layers", "phase", "requests", "tokens or context", "us per layer")
     columns += ("sum of kernels, us", "floor, us", "% of floor", "transformers, us", "faster", "tokens/s", "peak GB")
     rows = []
-    for r in (r for r in report["rows"] if r["implementation"] == "fp4jax"):
+    for r in (r for r in report["rows"] if r["implementation"] == "fp4jax" and r["phase"] != "compile"):
         us, peer = r["us_per_layer"], peers.get(_work(r))
         rows.append(
             (

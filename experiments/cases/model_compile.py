@@ -1,0 +1,94 @@
+"""Measures in a fresh process how long it takes to compile all programs that serve a model.
+
+    python -m experiments.cases.model_compile qwen3-30b 48 w4a16 bf16
+
+The arguments are the model, its decoder layers, how its experts run, and what its linear layers run as. The model has
+random weights. Then the clock starts: `engine.BucketedModel` is made and compiles the embedding, the decoder layers and
+the head for two prefills, and the decode steps for two batch sizes, in as many threads as there are cores. The last
+line of the output is a JSON object with the columns of `Compiled`. `bench_model` starts this process twice.
+"""
+
+import json
+import os
+import sys
+import time
+from typing import Any, NamedTuple
+
+import jax
+
+from experiments.cases.models import model_config, random_model
+from experiments.harness import timing
+from experiments.harness.cold_start import two_starts
+from experiments.harness.graph_kernels import KEEP_GRAPHS
+from fp4jax.engine import BucketedModel
+
+# Token counts of the prefills, and batch sizes of the decode steps.
+_ON_GPU: dict[str, Any] = dict(buckets=(2048, 8192), batch_buckets=(1, 32))
+_ON_CPU: dict[str, Any] = dict(buckets=(8, 16), batch_buckets=(1, 2))
+
+
+class Compiled(NamedTuple):
+    """What a process found.
+
+    Attributes:
+      seconds: seconds to make the `BucketedModel` and to compile all of its programs.
+      lowering_s: seconds to trace and lower each program, summed over all programs. Threads wait for Python's lock in
+        this time, so that the sum exceeds `seconds` where many of them trace at the same time.
+      compiling_s: seconds in XLA or in the compilation cache, summed over all programs.
+      programs: the number of compiled programs.
+      weights_s: seconds to make the weights, which are not part of `seconds`.
+      peak_gb: the most memory of the device that was in use, in GB; None where JAX does not know it.
+    """
+
+    seconds: float
+    lowering_s: float
+    compiling_s: float
+    programs: int
+    weights_s: float
+    peak_gb: float | None
+
+
+def compile_model(name: str, layers: int, experts: str, dense: str) -> Compiled:
+    """Make a model with random weights and compile all programs that serve it; see `random_model`."""
+    start = time.perf_counter()
+    model = random_model(model_config(name, layers), experts, dense)
+    middle = time.perf_counter()
+    gpu = timing.on_gpu()
+    sizes = _ON_GPU if gpu else _ON_CPU
+    served = BucketedModel(
+        model, max_length=sizes["buckets"][-1], compiler_options=KEEP_GRAPHS if gpu else None, **sizes
+    )
+    served.warm_up(workers=os.cpu_count() or 1)
+    end = time.perf_counter()
+    took = [seconds for graph in served.graphs for seconds in graph.stats.seconds]
+    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return Compiled(
+        round(end - middle, 2), round(sum(t.lowering for t in took), 2), round(sum(t.compiling for t in took), 2),
+        len(took), round(middle - start, 2), None if peak is None else round(peak / 1e9, 3),
+    )  # fmt: skip
+
+
+def compile_columns(name: str, layers: int, experts: str, dense: str) -> tuple[dict[str, Any], str]:
+    """Compile a model in two processes, of which the second one finds the first one's programs in JAX's cache.
+
+    Returns:
+      The measured columns of a row of bench_model, or its `error`; and a sentence about where the time went.
+    """
+    command = [sys.executable, "-m", "experiments.cases.model_compile", name, str(layers), experts, dense]
+    try:
+        first, second = (Compiled(**answer) for answer in two_starts(command))
+    except RuntimeError as error:
+        return {"error": f"failed: {error}"}, f"{name}, {experts}, {dense}: {error}"
+    columns = {
+        "seconds": first.seconds, "seconds_from_cache": second.seconds, "programs": first.programs,
+        "peak_gb": first.peak_gb,
+    }  # fmt: skip
+    return columns, (
+        f"{name}, {experts}, {dense}: {first.seconds} s to compile {first.programs} programs, {second.seconds} s from "
+        f"the cache; summed over threads, {first.lowering_s} and {second.lowering_s} s of tracing, {first.compiling_s} "
+        f"and {second.compiling_s} s of XLA; and {first.weights_s} s to make the weights"
+    )
+
+
+if __name__ == "__main__":
+    print(json.dumps(compile_model(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])._asdict()))

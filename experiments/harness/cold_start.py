@@ -1,0 +1,55 @@
+"""Runs a command in fresh processes, without and with the programs that JAX compiled before, and asks for the platform.
+
+The calling process does not start JAX, so that it holds no memory of the GPU.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+def two_starts(command: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Run a command in two processes, one after the other, that share a new folder as JAX's compilation cache.
+
+    The first process finds the folder empty. Every program is stored in it, however small it is and however quickly it
+    was compiled, so that the second process compiles nothing that the first one has compiled.
+
+    Yields:
+      The last line that each process prints, which must be a JSON object.
+
+    Raises:
+      RuntimeError: a process failed; it has said why on stderr.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        env = _environment() | {
+            "JAX_ENABLE_COMPILATION_CACHE": "true", "JAX_COMPILATION_CACHE_DIR": folder,
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }  # fmt: skip
+        for start in ("first", "second"):
+            done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=False)
+            if done.returncode:
+                raise RuntimeError(f"the {start} start ended with status {done.returncode}")
+            yield json.loads(done.stdout.splitlines()[-1])
+
+
+def will_run_on_gpu() -> bool:
+    """Whether JAX's default device is a GPU, which another process finds out unless JAX was told to take the CPU."""
+    if (jax.config.jax_platforms or "").split(",")[0] == "cpu":
+        return False
+    command = [sys.executable, "-c", "import jax; print(jax.devices()[0].platform)"]
+    done = subprocess.run(command, env=_environment(), stdout=subprocess.PIPE, text=True, check=False)
+    return done.stdout.split()[-1:] == ["gpu"]
+
+
+def _environment() -> dict[str, str]:
+    # A process that calls this one may hold a part of the GPU's memory.
+    return {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONPATH": str(_ROOT)}
