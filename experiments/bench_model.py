@@ -51,6 +51,7 @@ from experiments.harness.cold_start import will_run_on_gpu
 from experiments.harness.flag_values import choices, integers
 from experiments.harness.graph_kernels import KEEP_GRAPHS
 from experiments.harness.model_report import model_text, plot, size_of
+from fp4jax.attention.cache_formats import FP8
 
 _MODELS = flags.DEFINE_list(
     "models", None, f"Models, of {', '.join(model_cases.MODELS)}; default: all but tiny (CPU: tiny)."
@@ -65,6 +66,7 @@ _CONTEXTS = flags.DEFINE_list(
 )
 _EXPERTS = flags.DEFINE_list("experts", ["w4a16"], f"How experts run, of {', '.join(model_cases.EXPERTS)}.")
 _DENSE = flags.DEFINE_list("dense", ["bf16"], f"What linear layers run as, of {', '.join(model_cases.DENSE)}.")
+_CACHE_FORMAT = flags.DEFINE_enum("cache_format", "compute", ["compute", "fp8"], "What keys and values are kept in.")
 _DECODE_STEPS = flags.DEFINE_integer(
     "decode_steps", 8, "Decode steps of a call; 1 to 24.", lower_bound=1, upper_bound=STEPS
 )
@@ -127,8 +129,10 @@ def main(argv):
             reason: dict[str, str] = {}
             with timing.noting_out_of_memory(reason, "error"):
                 model = model_cases.random_model(config, experts, dense)
+                if _CACHE_FORMAT.value == "fp8":
+                    model.set_cache_dtype(FP8)
             for work in plan.works:
-                row = make_row(name, plan.models[name], work, "fp4jax", experts, dense)
+                row = make_row(name, plan.models[name], work, "fp4jax", experts, dense) | {"cache": _CACHE_FORMAT.value}
                 progress.set_description(f"{name}, {experts}, {dense}, {work.phase} {size_of(row)}")
                 add(row | (reason if model is None else measured(model, work)))
                 progress.update()

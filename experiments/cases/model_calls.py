@@ -4,6 +4,7 @@ Executables are compiled on the first call, not by `warm_up`, which would also c
 model in order to time a prefill.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from experiments.cases.models import last_layers
+from fp4jax.attention.cache_formats import FP8
 from fp4jax.block_graph import Bucketed
 from fp4jax.engine import BucketedModel
 
@@ -86,7 +88,10 @@ def filled_cache(served: BucketedModel, requests: int, context: int) -> Any:
     return jax.tree.map(lambda zeros: _randomized(zeros, next(keys)), served.empty_cache(requests))
 
 
-_randomized = jax.jit(lambda zeros, key: jax.random.normal(key, zeros.shape, zeros.dtype), donate_argnums=0)
+@functools.partial(jax.jit, donate_argnums=0)
+def _randomized(zeros, key):
+    drawn = jnp.float32 if zeros.dtype == FP8 else zeros.dtype
+    return jax.random.normal(key, zeros.shape, drawn).astype(zeros.dtype)
 
 
 # --- calls ---

@@ -15,13 +15,14 @@ import jax
 from experiments.cases.model_floors import Work, floor_us
 from experiments.cases.models import abstract_model, hf_config, model_config
 from experiments.harness.timing import Ceilings
+from fp4jax.attention.cache_formats import FP8
 
 # Every row has these columns; a row without a time also has `error`, the reason.
 COLUMNS = (
     "model", "layers", "phase", "implementation", "experts", "dense", "ranks", "requests", "tokens", "context",
     "us_per_layer", "kernel_us_per_layer", "kernels_per_layer", "in_graph", "tokens_per_s", "floor_us_per_layer",
     "percent_of_floor", "peak_gb", "weights_gb", "cache_gb", "wire_format", "stages", "seconds", "seconds_from_cache",
-    "programs",
+    "programs", "cache",
 )  # fmt: skip
 PEERS = ("transformers", "transformers compiled")
 _ROOT = Path(__file__).resolve().parents[2]
@@ -66,7 +67,7 @@ def with_floors(rows: Sequence[dict[str, Any]], ceilings: Ceilings) -> list[dict
         if row["phase"] == "compile":
             found.append(row)
             continue
-        model = _abstract(row["model"], row["layers"])
+        model = _abstract(row["model"], row["layers"], row["cache"])
         floor = floor_us(model, work_of(row), row["experts"], row["dense"], ceilings)
         us = row["us_per_layer"]
         percent = round(100 * floor / us, 1) if us else None
@@ -75,8 +76,11 @@ def with_floors(rows: Sequence[dict[str, Any]], ceilings: Ceilings) -> list[dict
 
 
 @functools.cache
-def _abstract(name: str, layers: int) -> Any:
-    return abstract_model(model_config(name, layers))
+def _abstract(name: str, layers: int, cache: str | None) -> Any:
+    model = abstract_model(model_config(name, layers))
+    if cache == "fp8":
+        model.set_cache_dtype(FP8)
+    return model
 
 
 def work_of(row: dict[str, Any]) -> Work:

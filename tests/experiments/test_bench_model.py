@@ -25,7 +25,7 @@ COLUMNS = [
     "model", "layers", "phase", "implementation", "experts", "dense", "ranks", "requests", "tokens", "context",
     "us_per_layer", "kernel_us_per_layer", "kernels_per_layer", "in_graph", "tokens_per_s", "floor_us_per_layer",
     "percent_of_floor", "peak_gb", "weights_gb", "cache_gb", "wire_format", "stages", "seconds", "seconds_from_cache",
-    "programs",
+    "programs", "cache",
 ]  # fmt: skip
 
 
@@ -48,6 +48,7 @@ def test_the_script_measures_a_tiny_model(tmp_path):
         assert list(row["stages"]) == list(STAGES) and min(row["stages"].values()) > 0, row["stages"]
         assert row["kernel_us_per_layer"] is row["in_graph"] is None  # of a GPU
         assert row["seconds"] is row["seconds_from_cache"] is row["programs"] is None  # of compiling
+        assert row["cache"] == "compute"
     assert (prefill["phase"], prefill["requests"], prefill["tokens"], prefill["context"]) == ("prefill", 1, 20, None)
     assert (decode["phase"], decode["requests"], decode["tokens"], decode["context"]) == ("decode", 2, None, 12)
     assert (tmp_path / "bench_model.png").read_bytes().startswith(b"\x89PNG")
@@ -166,6 +167,10 @@ def test_floors_by_hand():
     in_decode = hit * expert * 9 / 16 + 2 * linear + 2 * router + 32 * 1025 * 1024 * 2
     found = floor_us(model, Work("decode", 32, context=1024), "w4a16", "bf16", ceilings)
     assert found == pytest.approx(in_decode / 1e6)
+    model.set_cache_dtype(jnp.float8_e4m3fn)
+    found = floor_us(model, Work("decode", 32, context=1024), "w4a16", "bf16", ceilings)
+    assert found == pytest.approx((in_decode - 32 * 1025 * 1024) / 1e6)
+    model.set_cache_dtype(jnp.bfloat16)
     quantized = in_decode - 2 * linear + 9 / 16 * linear
     found = floor_us(model, Work("decode", 32, context=1024), "w4a4", "nvfp4", ceilings)
     assert found == pytest.approx(quantized / 1e6)

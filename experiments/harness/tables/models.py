@@ -25,7 +25,8 @@ def model_table(report: dict[str, Any]) -> str:
         us, peer = r["us_per_layer"], peers.get(_work(r))
         rows.append(
             (
-                r["model"], r["layers"], r["experts"], r["dense"], r["phase"], r["requests"],
+                r["model"], r["layers"], r["experts"], r["dense"] + (", FP8 cache" if r.get("cache") == "fp8" else ""),
+                r["phase"], r["requests"],
                 r["context"] if r["tokens"] is None else r["tokens"],
                 r["error"].partition(":")[0] if us is None else f"{us:.0f}",
                 _cell(r["kernel_us_per_layer"], 0), _cell(r["floor_us_per_layer"], 0), _cell(r["percent_of_floor"], 0),
