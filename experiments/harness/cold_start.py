@@ -51,5 +51,6 @@ def will_run_on_gpu() -> bool:
 
 
 def _environment() -> dict[str, str]:
+    paths = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     # A process that calls this one may hold a part of the GPU's memory.
-    return {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONPATH": str(_ROOT)}
+    return {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONPATH": paths}

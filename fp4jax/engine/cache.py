@@ -31,8 +31,9 @@ class PagedCaches:
         self._zeros = jax.jit(self._make_zeros, static_argnums=0, **placed)
         self.insert = jax.jit(_insert_request, donate_argnums=0, **placed)
         self.table = functools.cache(self._make_table)
+        self.bytes = functools.cache(self._bytes)  # every prefill asks, and tracing the shapes takes milliseconds
 
-    def bytes(self, requests: int) -> int:
+    def _bytes(self, requests: int) -> int:
         """Returns the bytes of a cache for `requests` requests."""
         return bytes_of(self._formats, requests, self._pages, self._page_size)
 
