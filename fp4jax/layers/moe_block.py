@@ -192,7 +192,7 @@ class MoEBlock(nnx.Module):
         scales = (None if scale is None else scale[...] for scale in (self.input_scale_1, self.input_scale_2))
         weights = MoEWeights(w13, w2, *scales)
         if self.mesh is None:
-            y, stats = moe_layer(x, *route, weights, self.config, residual=residual)
+            y, stats = moe_layer(x, *route, weights, self.config, buffers, residual)
         else:
             y, stats = sharded_moe_layer(x, *route, weights, self.config, self.mesh, buffers)
         return y.astype(self.dtype), stats

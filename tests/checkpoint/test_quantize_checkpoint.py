@@ -541,8 +541,9 @@ def test_the_committed_model_still_writes_code(tmp_path):
     """Bytes as tokens; everything but the head in NVFP4."""
     source, out = ROOT / "experiments" / "checkpoints" / "tiny_lm", tmp_path / "out"
     run_script(
-        "quantize_checkpoint", f"--model={source}", f"--output={out}", f"--calibration={ROOT}/experiments/text/corpora.py",
-        "--sequence_length=256", "--calibration_tokens=2048", "--quantize_dense", "--four_over_six",
+        "quantize_checkpoint", f"--model={source}", f"--output={out}",
+        f"--calibration={ROOT}/experiments/text/corpora.py", "--sequence_length=256", "--calibration_tokens=2048",
+        "--quantize_dense", "--four_over_six",
     )  # fmt: skip
     prompt = "--prompt=def read_lines(path):\n"
     run_script("generate", f"--model={out}", prompt, "--max_new_tokens=12", f"--json={tmp_path}/a.json")
