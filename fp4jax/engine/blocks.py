@@ -99,7 +99,7 @@ def decode_steps(weights, last, lengths, drawing, cache, table, *, structure, st
     def step(index, carry):
         tokens, last, lengths, cache = carry
         runs = valid & (last >= 0)
-        logits, cache = _one_step(model, last, lengths, cache, table, runs)
+        logits, cache = one_step(model, last, lengths, cache, table, runs)
         found = jnp.where(runs, choose(logits, drawing.params, lengths + 1, draws=draws), -1)
         ends = jnp.any(found[:, None] == drawing.stop_ids, axis=1)
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, found[:, None], index, 1)
@@ -109,7 +109,7 @@ def decode_steps(weights, last, lengths, drawing, cache, table, *, structure, st
     return jax.lax.fori_loop(0, steps, step, carry) if steps > 1 else step(0, carry)
 
 
-def _one_step(model, last, lengths, cache, table, runs):
+def one_step(model, last, lengths, cache, table, runs):
     """The logits [B, V] behind the tokens `last`, and the cache with these tokens in it."""
     x, kept = model.embed_tokens(jnp.maximum(last, 0)[:, None]), []
     buffers = ReceiveBuffers() if is_low_latency(model) else None

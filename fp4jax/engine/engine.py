@@ -1,0 +1,383 @@
+"""Serves many requests at a time: they join, leave and are cancelled between calls of compiled programs.
+
+A step of the engine computes one chunk of a prompt on every device that has one, and decodes `decode_steps` tokens of
+all requests whose prompts are done. It reads the tokens of the step before, so that the devices compute while the host
+plans. Programs decide by themselves where answers end, so a step that is enqueued early decodes nothing beyond.
+
+With a mesh every device has requests, pages and slots of its own; only tokens for experts cross (`rank_programs`).
+"""
+
+import dataclasses
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from fp4jax.attention import PageFormat
+from fp4jax.attention.cache_formats import bytes_of
+from fp4jax.block_graph import check_buckets
+from fp4jax.engine.blocks import is_low_latency
+from fp4jax.engine.drawing import Drawing, Sampling, drawing_of
+from fp4jax.engine.rank_programs import Chosen, RankPrograms, Slots
+from fp4jax.engine.requests import Generated, QueueFull, Request
+from fp4jax.engine.scheduler import Chunk, Scheduler
+from fp4jax.sharded_moe import expert_mesh
+
+_DECODE_STEPS = 8
+
+
+class _Call(NamedTuple):
+    """A program that runs, and which rows of its result belong to which request."""
+
+    rows: list[tuple[Request, int]]
+    chosen: Chosen
+
+
+@dataclasses.dataclass
+class EngineReport:
+    """What an engine has done.
+
+    Attributes:
+      prompt_tokens: tokens of prompts that began to run, those after a preemption included.
+      shared_tokens: those of them whose keys and values were found in pages of earlier requests.
+      generated_tokens: tokens that were generated.
+      preemptions: requests that had to wait again, as there were no pages.
+      pages_in_use, pages: pages of requests that run, and all pages, over all devices.
+      programs: compiled programs.
+    """
+
+    prompt_tokens: int
+    shared_tokens: int
+    generated_tokens: int
+    preemptions: int
+    pages_in_use: int
+    pages: int
+    programs: int
+
+
+class Engine:
+    """Continuous batching.
+
+    The weights and settings of `model` are taken when the engine is made, as by `BucketedModel`.
+
+    Args:
+      model: the language model. With a mesh its experts must be split over it (`configure_experts`, `load_model`).
+      max_requests: requests that a device runs at a time.
+      max_length: the most tokens of a request, prompt and answer together.
+      num_pages: pages of a device; None: enough for `max_requests` requests of `max_length`.
+      page_size: positions of a page.
+      prefill_buckets: token counts that prefill is compiled for, ascending. A longer prompt runs in chunks of the
+        largest, one in every step.
+      decode_buckets: numbers of requests that decoding is compiled for, ascending; None: `max_requests`.
+      mesh: a mesh with the one axis "ep"; None: one device.
+      decode_steps: tokens that a step decodes for every request; None: 8, or 1 for experts that keep receive buffers.
+      draws: whether requests may have a temperature above 0. A step without such requests does not pay for them.
+      max_waiting: waiting requests from which on `submit` raises `QueueFull`; None: any number may wait.
+      compiler_options: options for XLA.
+
+    Raises:
+      ValueError: sizes are not positive or do not fit each other or the model, or the experts are not on the mesh.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        max_requests: int,
+        max_length: int,
+        num_pages: int | None = None,
+        page_size: int = 64,
+        prefill_buckets: Sequence[int] = (128, 512, 2048),
+        decode_buckets: Sequence[int] | None = None,
+        mesh: Mesh | None = None,
+        decode_steps: int | None = None,
+        draws: bool = True,
+        max_waiting: int | None = None,
+        compiler_options: Any = None,
+    ):
+        if not 1 <= max_length <= model.config.max_position_embeddings:
+            raise ValueError(f"max_length must be 1..{model.config.max_position_embeddings}, got {max_length}")
+        self._sizes = check_buckets(decode_buckets or (max_requests,))
+        if min(max_requests, page_size) < 1 or self._sizes[-1] != max_requests:
+            raise ValueError(
+                f"max_requests={max_requests} and page_size={page_size} must be positive, and max_requests the largest "
+                f"of decode_buckets, got {self._sizes}"
+            )
+        pages = -(-max_length // page_size)
+        num_pages = max_requests * pages if num_pages is None else num_pages
+        if num_pages < pages:
+            raise ValueError(f"num_pages={num_pages} are too few: a request of max_length={max_length} takes {pages}")
+        mesh = None if mesh is None else expert_mesh(mesh)
+        if any(block.mesh != mesh for block in model.moe_blocks()):
+            raise ValueError("the experts are not on this mesh; call configure_experts(model, mesh=mesh) before")
+        if decode_steps is None:
+            decode_steps = 1 if is_low_latency(model) else _DECODE_STEPS
+        self.config, self.max_length, self._buckets = model.config, max_length, check_buckets(prefill_buckets)
+        self._max_requests, self._table_width, self._max_waiting = max_requests, pages, max_waiting
+        self._programs = RankPrograms(model, mesh, steps=decode_steps, draws=draws, compiler_options=compiler_options)
+        shares = all(isinstance(f, PageFormat) for f in self._programs.formats)
+        ranks = self._programs.ranks
+        self._scheduler = Scheduler(ranks, max_requests, num_pages, page_size, self._buckets[-1], shares=shares)
+        self._caches = self._programs.empty_caches(max_requests, num_pages, page_size)
+        self.cache_bytes = bytes_of(self._programs.formats, 1, num_pages, page_size)  # of a device
+        every = ranks * max_requests
+        self._table = np.zeros((every, pages), np.int32)
+        self._idle = self._slots_of([None] * every)
+        self._slots: Slots = self._programs.put(self._idle)
+        self._changed: dict[int, Request | None] = {}  # slots whose request is new or gone, over all devices
+        self._requests: dict[int, Request] = {}
+        self._in_flight: deque[_Call] = deque()
+        self._events: list[Generated] = []
+        self._submitted = self._generated = 0
+
+    # --- requests ---
+
+    def submit(
+        self,
+        prompt_ids: Sequence[int],
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        seed: int = 0,
+        stop_ids: Sequence[int] = (),
+        logprobs: bool = False,
+    ) -> int:
+        """Adds a request, and returns its number.
+
+        Args:
+          prompt_ids: token ids, at least one.
+          max_new_tokens: the most tokens to generate, at least 1.
+          temperature, top_p, top_k, min_p, seed, stop_ids: see `Sampling`.
+          logprobs: whether `Generated.logprobs` is filled.
+
+        Raises:
+          ValueError: the request is longer than `max_length`; an id is outside of the vocabulary; a value is out of
+            range; or the temperature is above 0 without `draws`.
+          QueueFull: `max_waiting` requests wait already.
+        """
+        prompt = np.asarray(prompt_ids)
+        if prompt.ndim != 1 or prompt.dtype.kind not in "iu" or not prompt.size:
+            raise ValueError(f"prompt_ids must be a list of at least one token id, got {prompt_ids!r}")
+        if prompt.min() < 0 or prompt.max() >= self.config.vocab_size:
+            raise ValueError(f"token ids are whole numbers from 0 to {self.config.vocab_size - 1}, got {prompt_ids!r}")
+        if max_new_tokens < 1 or prompt.size + max_new_tokens > self.max_length:
+            raise ValueError(
+                f"{prompt.size} tokens and {max_new_tokens} new ones; at least one new token, and together at most "
+                f"max_length={self.max_length}"
+            )
+        sampling = Sampling(temperature, top_k, top_p, min_p, seed, tuple(stop_ids))
+        if temperature > 0 and True not in self._programs.variants:
+            raise ValueError("a temperature above 0 needs Engine(..., draws=True)")
+        if self._max_waiting is not None and len(self._scheduler.waiting) >= self._max_waiting:
+            raise QueueFull(f"{self._max_waiting} requests wait already")
+        request = Request(self._submitted, prompt.tolist(), prompt.size, max_new_tokens, sampling, logprobs)
+        self._submitted += 1
+        self._requests[request.id] = request
+        self._scheduler.waiting.append(request)
+        return request.id
+
+    def cancel(self, id: int) -> None:
+        """Ends a request; the next step says so. Does nothing for a request that has ended.
+
+        Raises:
+          KeyError: no request has this number.
+        """
+        if not 0 <= id < self._submitted:
+            raise KeyError(f"there is no request {id}")
+        request = self._requests.get(id)
+        if request is None:
+            return
+        if request.slot >= 0:
+            self._leave(request)
+        else:
+            self._scheduler.waiting.remove(request)
+        self._end(request, [], "cancelled", None)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request waits or runs, and `step` has nothing more to say."""
+        return not (self._requests or self._in_flight or self._events)
+
+    def step(self) -> list[Generated]:
+        """Starts the next programs, and returns what those of the step before have generated."""
+        before = len(self._in_flight)
+        self._scheduler.admit()
+        chunks = self._scheduler.next_chunks()
+        if any(chunks):
+            self._prefill(chunks)
+        while (rank := self._scheduler.find_pages(self._programs.steps)) is not None:
+            self._read(len(self._in_flight))  # their tokens must be known before a request can wait again
+            before = 0
+            if self._scheduler.find_pages(self._programs.steps) == rank:
+                self._changed[self._index(request := self._scheduler.running[rank][-1])] = None
+                self._scheduler.preempt(rank)
+                del request
+        if requests := self._scheduler.advance(self._programs.steps):
+            self._decode(requests)
+        started = len(self._in_flight) - before
+        self._read(before if started else len(self._in_flight))
+        events, self._events = self._events, []
+        return events
+
+    def run(self) -> dict[int, list[int]]:
+        """Runs until no request is left; returns the tokens that each request has generated meanwhile."""
+        found: dict[int, list[int]] = {id: [] for id in self._requests}
+        while not self.is_idle:
+            for event in self.step():
+                found.setdefault(event.id, []).extend(event.tokens)
+        return found
+
+    def warm_up(self) -> None:
+        """Compiles every program, by running each once without requests."""
+        programs, nobody = self._programs, [None] * self._programs.ranks
+        zeros, table = programs.put(np.zeros(len(nobody), np.int32)), programs.put(self._table)
+        drawing = programs.put(self._drawing(nobody))
+        for draws in programs.variants:
+            for size in self._sizes:
+                _, self._slots, self._caches = programs.decode(size, self._slots, self._caches, table, draws)
+        for bucket in self._buckets:
+            x, arrays = self._chunk_arrays(nobody, bucket)
+            x = self._run_layers(x, arrays)
+            for draws in programs.variants:
+                programs.head(x, arrays[1], zeros, drawing, draws)
+        self._apply_changes(zeros, np.full(len(nobody), -1, np.int32))
+        jax.block_until_ready(self._caches)
+
+    def report(self) -> EngineReport:
+        """Returns what the engine has done."""
+        scheduler = self._scheduler
+        pages = sum(pool.num_pages for pool in scheduler.pools)
+        used = pages - sum(pool.available for pool in scheduler.pools)
+        return EngineReport(
+            scheduler.prompt_tokens, scheduler.shared_tokens, self._generated, scheduler.preemptions, used, pages,
+            self._programs.programs,
+        )  # fmt: skip
+
+    # --- programs ---
+
+    def _prefill(self, chunks: list[Chunk | None]) -> None:
+        longest = max(len(chunk.tokens) for chunk in chunks if chunk is not None)
+        bucket = next(b for b in self._buckets if b >= longest)
+        x, arrays = self._chunk_arrays(chunks, bucket)
+        x = self._run_layers(x, arrays)
+        done = [chunk if chunk is not None and chunk.is_last else None for chunk in chunks]
+        if not any(done):
+            return
+        requests = [None if chunk is None else chunk.request for chunk in done]
+        positions = np.asarray([0 if r is None else r.started_with for r in requests], np.int32)
+        drawing, draws = self._programs.put(self._drawing(requests)), self._draws(requests)
+        chosen = self._programs.head(x, arrays[1], self._programs.put(positions), drawing, draws)
+        for request in filter(None, requests):
+            self._changed[self._index(request)] = request
+        joining = np.asarray([-1 if r is None else r.slot for r in requests], np.int32)
+        self._apply_changes(chosen.tokens, joining)
+        self._start(_Call([(r, rank) for rank, r in enumerate(requests) if r is not None], chosen))
+
+    def _chunk_arrays(self, chunks: Sequence[Chunk | None], bucket: int) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """The embedded chunks [R, bucket, H], and (starts, counts, slots, table) as `RankPrograms.layer` takes them."""
+        ids = np.zeros((len(chunks), bucket), np.int32)
+        numbers = np.zeros((3, len(chunks)), np.int32)
+        table = np.zeros((len(chunks), self._table_width), np.int32)
+        for rank, chunk in enumerate(chunks):
+            if chunk is not None:
+                ids[rank, : len(chunk.tokens)] = chunk.tokens
+                numbers[:, rank] = chunk.start, len(chunk.tokens), chunk.request.slot
+                table[rank, : len(chunk.request.pages)] = chunk.request.pages
+        ids, *arrays = self._programs.put((ids, *numbers, table))
+        return self._programs.embed(ids), tuple(arrays)
+
+    def _run_layers(self, x: jax.Array, arrays: tuple[jax.Array, ...]) -> jax.Array:
+        starts, counts, slots, table = arrays
+        for i in range(self._programs.layers):
+            x, self._caches[i] = self._programs.layer(i, x, starts, counts, slots, self._caches[i], table)
+        return x
+
+    def _decode(self, requests: list[Request]) -> None:
+        if self._changed:
+            nobody = np.full(self._programs.ranks, -1, np.int32)
+            self._apply_changes(self._programs.put(nobody), nobody)
+        for request in requests:
+            self._table[self._index(request), : len(request.pages)] = request.pages
+        size = next(s for s in self._sizes if s > max(request.slot for request in requests))
+        table, draws = self._programs.put(self._table.copy()), self._draws(requests)
+        chosen, self._slots, self._caches = self._programs.decode(size, self._slots, self._caches, table, draws)
+        self._start(_Call([(r, r.rank * size + r.slot) for r in requests], chosen))
+
+    def _apply_changes(self, first: jax.Array, joining: np.ndarray) -> None:
+        """Puts the requests of `_changed` into their slots on the devices; see `RankPrograms.change`."""
+        requests: list[Request | None] = [None] * len(self._table)
+        mask = np.zeros(len(requests), bool)
+        for index, request in self._changed.items():
+            requests[index], mask[index] = request, True
+        self._changed = {}
+        put = self._programs.put
+        self._slots = self._programs.change(
+            self._slots, put(mask), put(self._slots_of(requests)), first, put(joining)
+        )  # fmt: skip
+
+    def _slots_of(self, requests: Sequence[Request | None]) -> Slots:
+        last = np.full(len(requests), -1, np.int32)
+        lengths = np.asarray([0 if r is None else r.started_with for r in requests], np.int32)
+        limits = np.asarray([0 if r is None else r.most_tokens - 1 for r in requests], np.int32)
+        return Slots(last, lengths, limits, self._drawing(requests))  # pyrefly: ignore[bad-argument-type]
+
+    def _drawing(self, requests: Sequence[Request | None]) -> Drawing:
+        settings = [Sampling() if r is None else r.sampling for r in requests]
+        return jax.tree.map(np.asarray, drawing_of(settings, len(settings)))
+
+    def _draws(self, requests: Sequence[Request | None]) -> bool:
+        return any(r is not None and r.sampling.temperature > 0 for r in requests)
+
+    def _index(self, request: Request) -> int:
+        """The request's slot among those of all devices."""
+        return request.rank * self._max_requests + request.slot
+
+    # --- results ---
+
+    def _start(self, call: _Call) -> None:
+        for array in call.chosen:
+            array.copy_to_host_async()
+        self._in_flight.append(call)
+
+    def _read(self, count: int) -> None:
+        """Waits for the oldest `count` calls, and turns their tokens into events."""
+        for _ in range(count):
+            call = self._in_flight.popleft()
+            tokens, logprobs = (np.asarray(part).reshape(len(part), -1) for part in call.chosen)
+            for request, row in call.rows:
+                if request.id not in self._requests:  # it ended or was cancelled after the call began
+                    continue
+                new = [t for t in tokens[row].tolist() if t >= 0]
+                if not new:
+                    continue
+                request.tokens += new
+                self._generated += len(new)
+                given = logprobs[row, : len(new)].tolist() if request.wants_logprobs else None
+                if new[-1] in request.sampling.stop_ids:
+                    reason = "stop"
+                else:
+                    reason = "length" if len(request.tokens) == request.most_tokens else None
+                if reason is None:
+                    self._events.append(Generated(request.id, new, None, given))
+                    continue
+                if request.slot >= 0:
+                    self._scheduler.leave(request)
+                self._end(request, new, reason, given)
+
+    def _leave(self, request: Request) -> None:
+        """Takes a request that still runs from its device."""
+        self._changed[self._index(request)] = None
+        request.computed = min(request.computed, len(request.tokens) - 1)
+        self._scheduler.leave(request)
+
+    def _end(self, request: Request, tokens: list[int], reason: Any, logprobs: list[float] | None) -> None:
+        del self._requests[request.id]
+        if logprobs is None and request.wants_logprobs:
+            logprobs = []
+        self._events.append(Generated(request.id, tokens, reason, logprobs))
