@@ -38,6 +38,7 @@ class EngineReport:
       shared_tokens: those of them whose keys and values were found in pages of earlier requests.
       generated_tokens: tokens that were generated.
       preemptions: requests that had to wait again, as there were no pages.
+      waiting, running, decoding: requests that wait; that run; and those of them whose prompts are complete.
       pages_in_use, pages: pages of requests that run, and all pages, over all devices.
       programs: compiled programs.
     """
@@ -46,6 +47,9 @@ class EngineReport:
     shared_tokens: int
     generated_tokens: int
     preemptions: int
+    waiting: int
+    running: int
+    decoding: int
     pages_in_use: int
     pages: int
     programs: int
@@ -114,7 +118,7 @@ class Engine:
             programs, buckets=check_buckets(prefill_buckets), sizes=sizes, num_pages=num_pages, page_size=page_size,
             table_width=pages,
         )  # fmt: skip
-        self._steps, self._draws = decode_steps, draws
+        self.decode_steps, self._draws = decode_steps, draws
         self._scheduler = Scheduler(
             programs.ranks, max_requests, num_pages, page_size, self._runner.buckets[-1],
             shares=all(isinstance(f, PageFormat) for f in programs.formats),
@@ -192,6 +196,11 @@ class Engine:
         self._end(request, [], "cancelled", None)
 
     @property
+    def submitted(self) -> int:
+        """Requests that were submitted; the next one gets this number."""
+        return self._submitted
+
+    @property
     def is_idle(self) -> bool:
         """Whether no request waits or runs, and `step` has nothing more to say."""
         return not (self._requests or self._in_flight or self._events)
@@ -203,13 +212,13 @@ class Engine:
         chunks = self._scheduler.next_chunks()
         if any(chunks) and (call := self._runner.prefill(chunks)) is not None:
             self._in_flight.append(call)
-        while (rank := self._scheduler.find_pages(self._steps)) is not None:
+        while (rank := self._scheduler.find_pages(self.decode_steps)) is not None:
             self._read(len(self._in_flight))  # their tokens must be known before a request can wait again
             before = 0
-            if self._scheduler.find_pages(self._steps) == rank:
+            if self._scheduler.find_pages(self.decode_steps) == rank:
                 self._runner.vacate(self._scheduler.running[rank][-1])
                 self._scheduler.preempt(rank)
-        if requests := self._scheduler.advance(self._steps):
+        if requests := self._scheduler.advance(self.decode_steps):
             self._in_flight.append(self._runner.decode(requests))
         started = len(self._in_flight) - before
         self._read(before if started else len(self._in_flight))
@@ -233,13 +242,23 @@ class Engine:
         """
         self._runner.warm_up(workers=workers, progress=progress)
 
+    def time_decode(self, calls: int) -> float:
+        """Measures the decode program alone, with the largest batch: seconds per call of calls that follow each other.
+
+        The engine must be idle.
+        """
+        assert self.is_idle
+        return self._runner.time_decode(calls)
+
     def report(self) -> EngineReport:
         """Returns what the engine has done."""
         scheduler = self._scheduler
+        running = [request for rank in scheduler.running for request in rank]
         pages = sum(pool.num_pages for pool in scheduler.pools)
         used = pages - sum(pool.available for pool in scheduler.pools)
         return EngineReport(
-            scheduler.prompt_tokens, scheduler.shared_tokens, self._generated, scheduler.preemptions, used, pages,
+            scheduler.prompt_tokens, scheduler.shared_tokens, self._generated, scheduler.preemptions,
+            len(scheduler.waiting), len(running), sum(request.is_decoding for request in running), used, pages,
             self._runner.programs.programs,
         )  # fmt: skip
 

@@ -10,6 +10,7 @@ from fp4jax.attention import PageFormat
 from fp4jax.engine.blocks import choose, one_step
 from fp4jax.engine.drawing import Drawing
 from fp4jax.layers.moe_block import MoEBlock
+from fp4jax.sharded_moe import EP_AXIS
 
 
 class Slots(NamedTuple):
@@ -118,6 +119,12 @@ def decode(weights, slots, caches, table, *, structure, size, steps, draws):
         for f, cache, new in zip(formats, caches, kept, strict=True)
     ]
     return found, last, lengths, caches
+
+
+def gather(weights, chosen):
+    """Brings the tokens of all devices to each of them."""
+    del weights
+    return jax.tree.map(lambda part: jax.lax.all_gather(part, EP_AXIS, tiled=True), chosen)
 
 
 def _with_first(whole, first):

@@ -125,6 +125,10 @@ class RankPrograms:
         found, last, lengths, caches = self._call(self._decoding(size, draws), slots, caches, table)
         return found, slots._replace(last=last, lengths=lengths), caches
 
+    def on_every_host(self, chosen: Chosen) -> Chosen:
+        """Returns the tokens of all devices where every process can read them."""
+        return chosen if jax.process_count() == 1 else self._call(_gathering(chosen.tokens.shape), chosen)
+
     def compilations(
         self, buckets: Sequence[int], sizes: Sequence[int], slots: Slots, caches: Any, table: jax.Array
     ) -> dict[Any, Callable[[], None]]:
@@ -143,9 +147,14 @@ class RankPrograms:
         def add(program, *args):
             found[program.key] = functools.partial(self._compile, program, args)
 
+        def add_gathering(*shape):
+            if jax.process_count() > 1:
+                add(_gathering(shape), Chosen(struct(shape, jnp.int32), struct(shape, jnp.float32)))
+
         for draws in self.variants:  # decode takes longest to compile, so it starts early
             for size in sizes:
                 add(self._decoding(size, draws), slots, caches, table)
+                add_gathering(self.ranks * size, self.steps)
         for bucket in buckets:
             ids = struct((self.ranks, bucket), jnp.int32)
             hidden = jax.eval_shape(self._embedding(bucket).run, self._embed[1], ids)
@@ -155,6 +164,7 @@ class RankPrograms:
                 add(self._layer(index, bucket), x, numbers, numbers, numbers, cache, rows)
             for draws in self.variants:
                 add(self._head(bucket, draws), x, numbers, numbers, drawing)
+        add_gathering(self.ranks)
         add(_CHANGE, slots, struct(slots.last.shape, jnp.bool_), slots, numbers, numbers)
         return found
 
@@ -190,7 +200,7 @@ class RankPrograms:
             of = lambda leaf: leaf.sharding.spec if isinstance(leaf.sharding, NamedSharding) else P()  # noqa: E731
             run = jax.shard_map(
                 run, mesh=self.mesh, in_specs=([of(leaf) for leaf in program.weights], *[P(EP_AXIS)] * len(args)),
-                out_specs=P(EP_AXIS), check_vma=False,
+                out_specs=P(EP_AXIS) if program.splits else P(), check_vma=False,
             )  # fmt: skip
         donated = tuple(i + 1 for i in program.donated)
         compiled = jax.jit(run, donate_argnums=donated).lower(program.weights, *args).compile(self._options)
@@ -210,12 +220,16 @@ class RankPrograms:
 
 
 class _Program(NamedTuple):
-    """What a program computes on one device: run(weights, *args), of which `donated` are changed in place."""
+    """What a program computes on one device: run(weights, *args), of which `donated` are changed in place.
+
+    splits: whether each device has a part of the result; else all have all of it.
+    """
 
     key: tuple[Any, ...]
     run: Callable[..., Any]
     weights: list[Any]
     donated: tuple[int, ...] = ()
+    splits: bool = True
 
 
 def _inside_shard_map(model: Any) -> None:
@@ -227,3 +241,7 @@ def _inside_shard_map(model: Any) -> None:
 
 
 _CHANGE = _Program(("change",), rank_blocks.change, [], (0,))
+
+
+def _gathering(shape: tuple[int, ...]) -> _Program:
+    return _Program(("gather", shape), rank_blocks.gather, [], splits=False)

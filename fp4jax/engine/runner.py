@@ -1,5 +1,6 @@
 """Runs the programs of an `Engine`: makes their arrays from requests, and keeps the caches and the slots."""
 
+import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -94,7 +95,7 @@ class Runner:
             self._changed[self._index(request)] = request
         joining = np.asarray([-1 if r is None else r.slot for r in requests], np.int32)
         self._apply_changes(chosen.tokens, joining)
-        return _started(Call([(r, rank) for rank, r in enumerate(requests) if r is not None], chosen))
+        return self._started(Call([(r, rank) for rank, r in enumerate(requests) if r is not None], chosen))
 
     def _chunk_arrays(self, chunks: Sequence[Chunk | None], bucket: int) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """The embedded chunks [R, bucket, H], and (starts, counts, slots, table) as `RankPrograms.layer` takes them."""
@@ -125,7 +126,20 @@ class Runner:
         size = next(s for s in self._sizes if s > max(request.slot for request in requests))
         table, draws = self.programs.put(self._table.copy()), self._draws(requests)
         chosen, self._slots, self._caches = self.programs.decode(size, self._slots, self._caches, table, draws)
-        return _started(Call([(r, r.rank * size + r.slot) for r in requests], chosen))
+        return self._started(Call([(r, r.rank * size + r.slot) for r in requests], chosen))
+
+    def time_decode(self, calls: int) -> float:
+        """Seconds per call of the largest decode program, of calls that follow each other and decode one page each."""
+        table = self.programs.put(np.zeros_like(self._table))
+        full = self._slots_of([None] * len(self._table))
+        full = full._replace(last=np.zeros_like(full.last), limits=np.full_like(full.limits, np.iinfo(np.int32).max))
+        slots, args = self.programs.put(full), (table, False)
+        for timed in (False, True):
+            start = time.perf_counter()
+            for _ in range(calls if timed else 1):
+                chosen, slots, self._caches = self.programs.decode(self._sizes[-1], slots, self._caches, *args)
+            jax.block_until_ready(chosen)
+        return (time.perf_counter() - start) / calls
 
     def vacate(self, request: Request) -> None:
         """Takes a request out of its slot, before the next program runs."""
@@ -160,9 +174,9 @@ class Runner:
         """The request's slot among those of all devices."""
         return request.rank * self._max_requests + request.slot
 
-
-def _started(call: Call) -> Call:
-    """Has the results of a call sent to the host as soon as they are there."""
-    for array in call.chosen:
-        array.copy_to_host_async()
-    return call
+    def _started(self, call: Call) -> Call:
+        """Has the results of a call sent to the host as soon as they are there."""
+        chosen = self.programs.on_every_host(call.chosen)
+        for array in chosen:
+            array.copy_to_host_async()
+        return call._replace(chosen=chosen)
