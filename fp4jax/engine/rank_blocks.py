@@ -1,7 +1,7 @@
 """What one device of an `Engine` computes in each program: its requests, pages and slots are the only ones it sees."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +23,9 @@ class Slots(NamedTuple):
       drawing: how tokens are drawn, and which ones end the answer.
     """
 
-    last: jax.Array
-    lengths: jax.Array
-    limits: jax.Array
+    last: Any
+    lengths: Any
+    limits: Any
     drawing: Drawing
 
 
@@ -37,8 +37,8 @@ class Chosen(NamedTuple):
       logprobs: f32 of the same shape, the logarithm of the probability that the model gave the token.
     """
 
-    tokens: jax.Array
-    logprobs: jax.Array
+    tokens: Any
+    logprobs: Any
 
 
 def embed(weights, ids, *, structure):
