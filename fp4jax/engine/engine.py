@@ -47,6 +47,7 @@ class EngineReport:
       preemptions: requests that had to wait again, as there were no pages.
       pages_in_use, pages: pages of requests that run, and all pages, over all devices.
       programs: compiled programs.
+      waiting, running: requests that wait for a place, and requests that have one.
     """
 
     prompt_tokens: int
@@ -56,6 +57,8 @@ class EngineReport:
     pages_in_use: int
     pages: int
     programs: int
+    waiting: int
+    running: int
 
 
 class Engine:
@@ -256,7 +259,7 @@ class Engine:
         used = pages - sum(pool.available for pool in scheduler.pools)
         return EngineReport(
             scheduler.prompt_tokens, scheduler.shared_tokens, self._generated, scheduler.preemptions, used, pages,
-            self._programs.programs,
+            self._programs.programs, len(scheduler.waiting), sum(map(len, scheduler.running)),
         )  # fmt: skip
 
     # --- programs ---
