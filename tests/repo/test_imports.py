@@ -229,7 +229,7 @@ def _plant(root, path, code):
     file.write_text(code, encoding="utf-8")
 
 
-@pytest.mark.parametrize(("package", "extras"), [("fp4jax", []), ("experiments", ["bench", "peers"])])
+@pytest.mark.parametrize(("package", "extras"), [("fp4jax", ["serve"]), ("experiments", ["bench", "peers"])])
 def test_third_party_imports_are_declared(package, extras):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     requirements = project["dependencies"] + [r for e in extras for r in project["optional-dependencies"][e]]
