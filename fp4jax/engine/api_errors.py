@@ -3,6 +3,7 @@
 from typing import Any
 
 _KINDS = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "service_unavailable_error"}
+_LONGEST = 500  # messages may repeat what the client sent
 
 
 class ApiError(Exception):
@@ -10,14 +11,14 @@ class ApiError(Exception):
 
     Args:
       status: the status code of HTTP.
-      message: what is wrong.
+      message: what is wrong; of a longer text, the first 500 characters are told.
       param: the option that is wrong.
       code: a name of the error that programs can compare with.
     """
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
         super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
+        self.status, self.message, self.param, self.code = status, message[:_LONGEST], param, code
 
     def as_json(self) -> dict[str, Any]:
         """The body of the reply."""

@@ -18,7 +18,16 @@ from fp4jax.engine.requests import Generated, QueueFull
 
 
 class EngineStopped(RuntimeError):
-    """The engine takes no requests any more, or will not finish this one."""
+    """The engine takes no requests any more, or will not finish this one.
+
+    Args:
+      reason: why.
+      has_failed: whether that is an error, and not what somebody asked for.
+    """
+
+    def __init__(self, reason: str, has_failed: bool = False):
+        super().__init__(reason)
+        self.has_failed = has_failed
 
 
 class Answer:
@@ -61,13 +70,14 @@ class EngineThread:
     Attributes:
       report: what the engine had done after its newest step.
       error: the exception that ended the thread, or None.
+      refuses: why `submit` raises `EngineStopped`; None: it does not.
     """
 
     def __init__(self, engine: Engine, on_failure: Callable[[BaseException], None] | None = None):
         self._engine, self.on_failure = engine, on_failure
         self.report: EngineReport = engine.report()
         self.error: BaseException | None = None
-        self._refuses: str | None = None
+        self.refuses: str | None = None
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._pending: set[asyncio.Future[Answer]] = set()
         self._answers: dict[int, Answer] = {}
@@ -94,8 +104,8 @@ class EngineThread:
           QueueFull: too many requests wait already.
           EngineStopped: the engine takes no requests any more.
         """
-        if self._refuses is not None:
-            raise EngineStopped(self._refuses)
+        if self.refuses is not None:
+            raise self._stopped()
         future: asyncio.Future[Answer] = self._loop.create_future()
         self._pending.add(future)
         self._commands.put(partial(self._submit, future, prompt_ids, max_new_tokens, options))
@@ -110,22 +120,26 @@ class EngineThread:
 
     def refuse(self, reason: str) -> None:
         """Lets `submit` raise `EngineStopped` from now on. Earlier requests go on."""
-        self._refuses = self._refuses or reason
+        self.refuses = self.refuses or reason
 
     def abandon(self, reason: str) -> None:
         """Refuses new requests, and ends those that have not ended with `EngineStopped`."""
         self.refuse(reason)
+        stopped = self._stopped()
         for future in self._pending:
             if not future.done():
-                future.set_exception(EngineStopped(reason))
+                future.set_exception(stopped)
         for answer in list(self._answers.values()):
-            answer.put(EngineStopped(reason))
+            answer.put(stopped)
             answer.cancel()
 
     @property
     def is_idle(self) -> bool:
         """Whether every request has ended."""
         return not self._pending and not self._answers
+
+    def _stopped(self) -> EngineStopped:
+        return EngineStopped(self.refuses or "", has_failed=self.error is not None)
 
     def _accepted(self, future: asyncio.Future[Answer], id: int) -> None:
         if future.done():  # whoever asked is gone
@@ -152,8 +166,8 @@ class EngineThread:
             answer.put(event)
 
     def _failed(self, error: BaseException) -> None:
-        self.error = error
-        self.abandon(f"the engine has failed: {type(error).__name__}")
+        self.error, self.refuses = error, f"the engine has failed: {type(error).__name__}"
+        self.abandon(self.refuses)
         if self.on_failure is not None:
             self.on_failure(error)
 
