@@ -61,7 +61,8 @@ class ApiServer:
 
     Args:
       engine: the engine, warmed up; nobody else may use it while the server runs.
-      tokenizer: has `encode`, text to token ids, and `decode`, which maps them back.
+      tokenizer: has `encode`, text to token ids, without tokens of its own if `special_tokens=False`, and `decode`,
+        which maps ids to text.
       options: what is allowed.
       template: makes the text of a prompt of the messages of a chat; None: chats are refused.
       stop_ids: tokens that end every answer.
@@ -178,7 +179,7 @@ class ApiServer:
         if isinstance(ask.prompt, list):
             ids = ask.prompt
         elif ask.prompt is not None:
-            ids = await asyncio.to_thread(self._encode, ask.prompt, "prompt")
+            ids = await asyncio.to_thread(self._encode, ask.prompt)
         elif self._template is None:
             raise ApiError(400, "the model has no chat template; use /v1/completions", "messages")
         else:
@@ -186,7 +187,7 @@ class ApiServer:
                 text = await asyncio.to_thread(self._template.render, ask.messages or [])
             except ValueError as error:
                 raise ApiError(400, str(error), "messages") from error
-            ids = await asyncio.to_thread(self._encode, text, "messages")
+            ids = await asyncio.to_thread(self._encode, text, special_tokens=False)  # the template writes them
         most = self._max_length - 1
         if self._options.max_prompt_tokens is not None:
             most = min(most, self._options.max_prompt_tokens)
@@ -195,12 +196,12 @@ class ApiServer:
                            "messages" if ask.is_chat else "prompt", "context_length_exceeded")  # fmt: skip
         return ids
 
-    def _encode(self, text: str, param: str) -> list[int]:
+    def _encode(self, text: str, **options: bool) -> list[int]:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise ApiError(400, f"the text is not valid Unicode: {error.reason}", param) from error
-        return self._tokenizer.encode(text)
+            raise ApiError(400, f"the text is not valid Unicode: {error.reason}") from error
+        return self._tokenizer.encode(text, **options)
 
     async def _submit(self, ask: Ask, ids: list[int], began: float) -> RunningAnswer:
         room, wanted = self._max_length - len(ids), ask.max_tokens
