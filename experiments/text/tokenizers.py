@@ -10,7 +10,7 @@ from absl import app
 class ByteTokenizer:
     """A tokenizer whose tokens are the UTF-8 bytes of the text."""
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, special_tokens: bool = True) -> list[int]:
         return list(text.encode())
 
     def decode(self, ids: list[int]) -> str:
@@ -23,6 +23,7 @@ class FileTokenizer:
     Such a file may still contain settings from training: how to cut and pad a batch, and BPE dropout (merges that are
     skipped at random). They are switched off here. A token that the file puts at the start of every text stays. If
     tokenizer_config.json asks for such a token (`add_bos_token`) and the file adds none, `encode` adds it.
+    The text of a chat contains its special tokens already: `encode(text, special_tokens=False)` adds none.
 
     Args:
       path: the tokenizer.json.
@@ -66,8 +67,10 @@ class FileTokenizer:
             raise app.UsageError(f"{path}: bos_token {token!r} is no token of {path.with_name('tokenizer.json')}")
         return found
 
-    def encode(self, text: str) -> list[int]:
-        ids = self._tokenizer.encode(text).ids
+    def encode(self, text: str, special_tokens: bool = True) -> list[int]:
+        ids = self._tokenizer.encode(text, add_special_tokens=special_tokens).ids
+        if not special_tokens:
+            return ids
         return ids if self._begin is None or ids[:1] == [self._begin] else [self._begin, *ids]
 
     def decode(self, ids: list[int]) -> str:

@@ -1,0 +1,160 @@
+"""Flags of scripts that serve a checkpoint with an `Engine`: the model, how it is loaded, and the engine's sizes."""
+
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from absl import app, flags
+
+from experiments.harness import wire_flag
+from experiments.harness.flag_values import integers
+from fp4jax.block_graph import check_buckets
+from fp4jax.checkpoint import load_model
+from fp4jax.checkpoint.folder_config import end_token_ids, read_config
+from fp4jax.engine import Engine, Sampling
+from fp4jax.models import configure_experts
+
+_MOST_LENGTH = 4096  # the default of --max_length for models that could read more
+
+_MODEL = flags.DEFINE_string(
+    "model", None, "Folder of the checkpoint, in Hugging Face layout; required.", required=True
+)
+_MAX_REQUESTS = flags.DEFINE_integer("max_requests", 16, "Requests that a device runs at a time.", lower_bound=1)
+_MAX_LENGTH = flags.DEFINE_integer(
+    "max_length",
+    None,
+    f"Most tokens of a request, prompt and answer together; default: what the model allows, up to {_MOST_LENGTH}.",
+    lower_bound=2,
+)
+_NUM_PAGES = flags.DEFINE_integer(
+    "num_pages",
+    None,
+    "Pages of keys and values on a device; default: enough for --max_requests of --max_length.",
+    lower_bound=1,
+)
+_PAGE_SIZE = flags.DEFINE_integer("page_size", 64, "Tokens of a page.", lower_bound=1)
+_PREFILL_BUCKETS = flags.DEFINE_list(
+    "prefill_buckets",
+    ["128", "512", "2048"],
+    "Token counts that prefill is compiled for; longer prompts run in chunks.",
+)
+_DECODE_BUCKETS = flags.DEFINE_list(
+    "decode_buckets", None, "Numbers of requests that decoding is compiled for; default: --max_requests."
+)
+_EP = flags.DEFINE_integer(
+    "ep", 1, "Devices. The experts are split over them, and each has requests of its own.", lower_bound=1
+)
+_QUANTIZATION = flags.DEFINE_string(
+    "quantization", None, "How to quantize, as JSON or a method's name; default: as the folder is."
+)
+_DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["bfloat16", "float32"], "Dtype that the model computes in; default: the one in its config."
+)
+_INPUT_SCALES = flags.DEFINE_enum(
+    "input_scales",
+    "stored",
+    ["stored", "per_token"],
+    "Activation scales of layers with NVFP4 activations: those of the folder, or one per token.",
+)
+_CACHE_FORMAT = flags.DEFINE_enum(
+    "cache_format",
+    "stored",
+    ["stored", "compute", "fp8"],
+    "How keys and values are kept: in FP8 if the folder asks for it, always in the compute dtype, or always in FP8.",
+)
+
+
+class EngineOptions(NamedTuple):
+    """What the flags say about the model and its engine, checked before any weight is read.
+
+    Attributes:
+      folder: the checkpoint.
+      config: its config.
+      stop_ids: the tokens that end a text.
+      max_length: the most tokens of a request.
+      capacity: requests that run at a time, over all devices.
+      wire_format: the format of tokens that cross devices; None: there is one device.
+      sizes: the other arguments of `Engine`.
+    """
+
+    folder: Path
+    config: Any
+    stop_ids: tuple[int, ...]
+    max_length: int
+    capacity: int
+    wire_format: Any
+    sizes: dict[str, Any]
+
+
+def engine_options() -> EngineOptions:
+    """The options from the flags and the small files of the folder.
+
+    Raises:
+      app.UsageError: a flag would fail after the weights are loaded, or would have no effect.
+    """
+    ep, folder = _EP.value, Path(_MODEL.value)
+    if ep == 1 and wire_flag.WIRE_FORMAT.value is not None:
+        raise app.UsageError("--wire_format says how tokens cross between devices: with --ep")
+    wire_format = wire_flag.wire_format("nvfp4") if ep > 1 else None
+    prefill = _buckets("prefill_buckets", _PREFILL_BUCKETS.value)
+    decode = _buckets("decode_buckets", _DECODE_BUCKETS.value or [_MAX_REQUESTS.value])
+    if decode[-1] != _MAX_REQUESTS.value:
+        raise app.UsageError(f"--decode_buckets: the largest is {decode[-1]}, not --max_requests={_MAX_REQUESTS.value}")
+    try:
+        config, stop_ids = read_config(folder, _DTYPE.value), tuple(sorted(end_token_ids(folder)))
+        Sampling(stop_ids=stop_ids)
+    except (ValueError, OSError) as error:
+        raise app.UsageError(str(error)) from error
+    most = config.max_position_embeddings
+    max_length = min(most, _MOST_LENGTH) if _MAX_LENGTH.value is None else _MAX_LENGTH.value
+    if max_length > most:
+        raise app.UsageError(f"--max_length={max_length} exceeds max_position_embeddings={most}")
+    pages = -(-max_length // _PAGE_SIZE.value)
+    if _NUM_PAGES.value is not None and _NUM_PAGES.value < pages:
+        raise app.UsageError(f"--num_pages={_NUM_PAGES.value}: a request of --max_length={max_length} takes {pages}")
+    if config.num_experts % ep:
+        raise app.UsageError(f"--ep={ep} does not divide the model's {config.num_experts} experts")
+    sizes = dict(
+        max_requests=_MAX_REQUESTS.value, num_pages=_NUM_PAGES.value, page_size=_PAGE_SIZE.value,
+        prefill_buckets=prefill, decode_buckets=decode,
+    )  # fmt: skip
+    return EngineOptions(folder, config, stop_ids, max_length, ep * _MAX_REQUESTS.value, wire_format, sizes)
+
+
+def load_engine(options: EngineOptions, **more: Any) -> Engine:
+    """Load the model, over --ep devices, and compile its engine; print how long both took.
+
+    Args:
+      options: the options.
+      more: further arguments of `Engine`.
+
+    Raises:
+      app.UsageError: there are not enough devices, or the folder does not load.
+    """
+    ep, start = _EP.value, time.perf_counter()
+    if ep > len(jax.devices()):
+        raise app.UsageError(f"--ep={ep}: JAX sees {len(jax.devices())} devices")
+    mesh = jax.make_mesh((ep,), ("ep",), devices=jax.devices()[:ep]) if ep > 1 else None
+    try:
+        model, config = load_model(
+            options.folder, mesh=mesh, quantization=_QUANTIZATION.value, dtype=_DTYPE.value,
+            input_scales=_INPUT_SCALES.value, cache_format=_CACHE_FORMAT.value,
+        )  # fmt: skip
+    except (ValueError, FileNotFoundError) as error:
+        raise app.UsageError(str(error)) from error
+    if mesh is not None:
+        configure_experts(model, wire_format=options.wire_format)
+    loaded = time.perf_counter()
+    engine = Engine(model, max_length=options.max_length, mesh=mesh, **options.sizes, **more)
+    engine.warm_up()
+    compiled = time.perf_counter() - loaded
+    print(f"{config.to_hf()['model_type']}: loaded in {loaded - start:.1f} s, compiled in {compiled:.1f} s", flush=True)
+    return engine
+
+
+def _buckets(flag: str, values: list[str] | list[int]) -> tuple[int, ...]:
+    try:
+        return tuple(check_buckets(integers(flag, values)))
+    except ValueError as error:
+        raise app.UsageError(f"--{flag}: {error}") from error
