@@ -6,6 +6,7 @@ something that has no effect. Options that are null count as not given.
 
 import dataclasses
 import json
+import secrets
 from typing import Any
 
 from fp4jax.engine.api_errors import ApiError
@@ -28,7 +29,8 @@ class Ask:
       prompt: text or token ids; None in a chat.
       messages: the messages of a chat, whose contents are text; None: there is a prompt.
       max_tokens: the most tokens of the answer; None: not given.
-      sampling: arguments of `Engine.submit`: temperature, top_p, top_k, min_p, and seed if there is one.
+      sampling: arguments of `Engine.submit`: temperature, top_p, top_k, min_p, and seed, which is a
+        random one if the client gives none.
       stop: texts that end the answer.
       stop_ids: tokens that end the answer, besides those of the model.
       logprobs: None: the client wants none; 0: those of the answer's tokens; 1: also those of the likeliest tokens,
@@ -105,8 +107,8 @@ def _ask(
         "temperature": options.number("temperature", 1.0), "top_p": options.number("top_p", 1.0),
         "min_p": options.number("min_p", 0.0), "top_k": options.integer("top_k", 0) or 0,
     }  # fmt: skip
-    if (seed := options.integer("seed", None)) is not None:
-        sampling["seed"] = seed
+    seed = options.integer("seed", None)
+    sampling["seed"] = secrets.randbits(32) if seed is None else seed
     if logprobs and (logprobs > 1 or sampling["temperature"] > 0):
         name = "logprobs" if messages is None else "top_logprobs"
         raise ApiError(400, f"{name}: only those of the answer's own tokens are known; ask for 0, or for 1 with "

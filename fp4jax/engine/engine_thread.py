@@ -81,6 +81,7 @@ class EngineThread:
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._pending: set[asyncio.Future[Answer]] = set()
         self._answers: dict[int, Answer] = {}
+        self._unfinished: set[int] = set()  # belongs to the thread
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
     # --- the side of the loop ---
@@ -91,7 +92,7 @@ class EngineThread:
         self._thread.start()
 
     async def stop(self) -> None:
-        """Ends the thread after its current step. Requests that have not ended are told so."""
+        """Cancels the requests that have not ended, tells them so, and ends the thread."""
         self.abandon("the server stops")
         self._commands.put(None)
         await asyncio.to_thread(self._thread.join)
@@ -105,7 +106,7 @@ class EngineThread:
           EngineStopped: the engine takes no requests any more.
         """
         if self.refuses is not None:
-            raise self._stopped()
+            raise EngineStopped(self.refuses, has_failed=self.error is not None)
         future: asyncio.Future[Answer] = self._loop.create_future()
         self._pending.add(future)
         self._commands.put(partial(self._submit, future, prompt_ids, max_new_tokens, options))
@@ -125,7 +126,7 @@ class EngineThread:
     def abandon(self, reason: str) -> None:
         """Refuses new requests, and ends those that have not ended with `EngineStopped`."""
         self.refuse(reason)
-        stopped = self._stopped()
+        stopped = EngineStopped(reason, has_failed=self.error is not None)
         for future in self._pending:
             if not future.done():
                 future.set_exception(stopped)
@@ -137,9 +138,6 @@ class EngineThread:
     def is_idle(self) -> bool:
         """Whether every request has ended."""
         return not self._pending and not self._answers
-
-    def _stopped(self) -> EngineStopped:
-        return EngineStopped(self.refuses or "", has_failed=self.error is not None)
 
     def _accepted(self, future: asyncio.Future[Answer], id: int) -> None:
         if future.done():  # whoever asked is gone
@@ -176,12 +174,20 @@ class EngineThread:
     def _work(self) -> None:
         try:
             while self._carry_out_commands():
-                events = self._engine.step()
-                self.report = self._engine.report()
-                if events:
-                    self._tell(self._deliver, events)
+                self._step()
+            for id in self._unfinished:
+                self._engine.cancel(id)
+            while not self._engine.is_idle:  # a process that ends while the device computes is aborted
+                self._step()
         except BaseException as error:
             self._tell(self._failed, error)
+
+    def _step(self) -> None:
+        events = self._engine.step()
+        self.report = self._engine.report()
+        self._unfinished -= {event.id for event in events if event.finish_reason is not None}
+        if events:
+            self._tell(self._deliver, events)
 
     def _carry_out_commands(self) -> bool:
         """Carries out the commands that are there, and waits for some while there is nothing else to do.
@@ -206,6 +212,7 @@ class EngineThread:
         except (ValueError, QueueFull) as error:
             self._tell(self._refused, future, error)
         else:
+            self._unfinished.add(id)
             self._tell(self._accepted, future, id)
 
     def _tell(self, callback: Callable[..., None], *arguments: Any) -> None:

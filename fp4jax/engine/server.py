@@ -206,7 +206,7 @@ class ApiServer:
     async def _submit(self, ask: Ask, ids: list[int], began: float) -> RunningAnswer:
         room, wanted = self._max_length - len(ids), ask.max_tokens
         if wanted is not None and wanted > room:
-            raise ApiError(400, f"the prompt has {len(ids)} tokens, which leaves room for {room} and not for {wanted}",
+            raise ApiError(400, f"max_tokens={wanted}: the prompt of {len(ids)} tokens leaves room for {room}",
                            "max_tokens", "context_length_exceeded")  # fmt: skip
         stop_ids = tuple(dict.fromkeys((*self._stop_ids, *ask.stop_ids)))
         if len(stop_ids) > MAX_STOP_IDS:

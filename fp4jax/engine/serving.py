@@ -49,7 +49,7 @@ class GracefulServer(uvicorn.Server):
       shutdown_seconds: how long requests may go on after the first signal.
     """
 
-    def __init__(self, api: ApiServer, shutdown_seconds: float = 60.0):
+    def __init__(self, api: ApiServer, shutdown_seconds: float | int = 60):
         config = uvicorn.Config(
             api.app, log_level="warning", access_log=False, lifespan="on", timeout_graceful_shutdown=_FLUSH_SECONDS
         )

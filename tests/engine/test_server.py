@@ -11,23 +11,22 @@ import pytest
 from http_servers import running_server, wait_until
 from prometheus_client.parser import text_string_to_metric_families
 from python_runs import ROOT
+from small_folders import CONFIG
 
 from experiments.text.tokenizers import ByteTokenizer
 from fp4jax.checkpoint import load_model
 from fp4jax.engine import ChatTemplate, Engine, EngineReport, Generated
-from fp4jax.models import Qwen3MoeConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 TEMPLATE = (
-    "{% for m in messages %}# {{ m.role }}: {{ m.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}def {% endif %}"
+    "{% for m in messages %}# {{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}def {% endif %}"
 )
 KEY, MOST_PROMPT, MOST_BYTES = "secret-2", 100, 20_000
 PROMPTS = ["def read_lines(path):\n", "import ", "class Reader:\n    def ", "for i in range("]
 CHAT = [{"role": "user", "content": "read a file"}]
 CHAT_TEXT = "# user: read a file\ndef "
-LONG = 96  # tokens of an answer that takes a while
+NEW = 16  # tokens of an answer
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +40,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(folder):
-    model, _ = load_model(folder)
+    model, _ = load_model(folder, dtype="float32")  # which compiles faster on a CPU
     engine = Engine(
-        model, max_requests=4, max_length=256, page_size=16, num_pages=32, prefill_buckets=(64,), decode_steps=4
+        model, max_requests=4, max_length=256, page_size=16, num_pages=32, prefill_buckets=(64,), decode_steps=2
     )
     engine.warm_up()
     return engine
@@ -51,8 +50,8 @@ def engine(folder):
 
 @pytest.fixture(scope="module")
 def alone(engine):
-    """What the engine generates without a server: text -> 24 tokens, with their logprobs."""
-    ids = {engine.submit(list(p.encode()), 24, logprobs=True): p for p in [*PROMPTS, CHAT_TEXT]}
+    """What the engine generates without a server: text -> `NEW` tokens, with their logprobs."""
+    ids = {engine.submit(list(p.encode()), NEW, logprobs=True): p for p in [*PROMPTS, CHAT_TEXT]}
     found = {p: ([], []) for p in ids.values()}
     while not engine.is_idle:
         for event in engine.step():
@@ -77,7 +76,7 @@ def client(server):
         yield client
 
 
-def complete(client, prompt=PROMPTS[0], max_tokens=24, **options):
+def complete(client, prompt=PROMPTS[0], max_tokens=NEW, **options):
     options = {"temperature": 0, **options}
     return client.completions.create(model="tiny", prompt=prompt, max_tokens=max_tokens, **options)
 
@@ -106,7 +105,7 @@ def test_a_completion_is_what_the_engine_generates(client, alone, prompt):
     answer = complete(client, prompt)
     assert answer.choices[0].text == text_of(alone[prompt][0])
     assert (answer.object, answer.model, answer.choices[0].finish_reason) == ("text_completion", "tiny", "length")
-    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(prompt), 24)
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(prompt), NEW)
     assert complete(client, list(prompt.encode())).choices[0].text == answer.choices[0].text
 
 
@@ -114,7 +113,7 @@ def test_a_chat_is_a_completion_of_the_template(client, alone):
     parts = [{"role": "user", "content": [{"type": "text", "text": "read "}, {"type": "text", "text": "a file"}]}]
     for messages in (CHAT, parts):
         answer = client.chat.completions.create(
-            model="tiny", messages=messages, max_completion_tokens=24, temperature=0
+            model="tiny", messages=messages, max_completion_tokens=NEW, temperature=0
         )
         message = answer.choices[0].message
         assert (message.role, message.content) == ("assistant", text_of(alone[CHAT_TEXT][0]))
@@ -126,13 +125,13 @@ def test_pieces_of_a_stream_make_the_whole_answer(client, alone):
     *texts, usage = pieces
     assert "".join(p.choices[0].text for p in texts) == text_of(alone[PROMPTS[0]][0]) and len(texts) > 2
     assert [p.choices[0].finish_reason for p in texts] == [None] * (len(texts) - 1) + ["length"]
-    assert usage.choices == [] and usage.usage.completion_tokens == 24 and texts[0].usage is None
+    assert usage.choices == [] and usage.usage.completion_tokens == NEW and texts[0].usage is None
     assert len({p.id for p in pieces}) == 1
 
 
 def test_pieces_of_a_chat_make_the_whole_answer(client, alone):
     pieces = list(
-        client.chat.completions.create(model="tiny", messages=CHAT, max_tokens=24, temperature=0, stream=True)
+        client.chat.completions.create(model="tiny", messages=CHAT, max_tokens=NEW, temperature=0, stream=True)
     )
     assert pieces[0].choices[0].delta.role == "assistant" and pieces[0].object == "chat.completion.chunk"
     assert "".join(p.choices[0].delta.content or "" for p in pieces) == text_of(alone[CHAT_TEXT][0])
@@ -151,7 +150,7 @@ def test_stop_strings_end_an_answer_and_are_not_part_of_it(client, alone, stream
     text = text_of(alone[PROMPTS[0]][0])
     stop = text[9:12]
     before = text[: text.index(stop)]
-    answer = complete(client, stop=["\0 never", stop], stream=stream, max_tokens=LONG)
+    answer = complete(client, stop=["\0 never", stop], stream=stream, max_tokens=3 * NEW)
     pieces = list(answer) if stream else [answer]
     assert "".join(p.choices[0].text for p in pieces) == before
     assert pieces[-1].choices[0].finish_reason == "stop"
@@ -160,9 +159,9 @@ def test_stop_strings_end_an_answer_and_are_not_part_of_it(client, alone, stream
 
 
 def test_stop_tokens_end_an_answer(client, alone):
-    tokens = alone[PROMPTS[0]][0]
-    at = next(i for i in range(5, 24) if tokens[i] not in tokens[:i])
-    answer = complete(client, extra_body={"stop_token_ids": [tokens[at]]})
+    prompt, at = next((p, i) for p, (tokens, _) in alone.items() for i in range(3, NEW) if tokens[i] not in tokens[:i])
+    tokens = alone[prompt][0]
+    answer = complete(client, prompt, extra_body={"stop_token_ids": [tokens[at]]})
     assert answer.choices[0].text == text_of(tokens[:at]) and answer.choices[0].finish_reason == "stop"
     assert answer.usage.completion_tokens == at + 1
 
@@ -173,17 +172,17 @@ def test_logprobs_of_a_completion(client, alone, stream):
     answer = complete(client, logprobs=1, stream=stream)
     parts = [p.choices[0].logprobs for p in (answer if stream else [answer]) if p.choices[0].logprobs]
     assert "".join(t for p in parts for t in p.tokens) == text_of(tokens)
-    assert [v for p in parts for v in p.token_logprobs] == pytest.approx(expected, abs=2e-2)
-    assert [o for p in parts for o in p.text_offset] == list(range(24))
+    assert [v for p in parts for v in p.token_logprobs] == pytest.approx(expected, abs=1e-3)
+    assert [o for p in parts for o in p.text_offset] == list(range(NEW))
     assert all(list(top) == [t] for p in parts for t, top in zip(p.tokens, p.top_logprobs, strict=True))
     assert complete(client, logprobs=0).choices[0].logprobs.top_logprobs is None
 
 
 def test_logprobs_of_a_chat(client, alone):
     tokens, expected = alone[CHAT_TEXT]
-    answer = client.chat.completions.create(model="tiny", messages=CHAT, max_tokens=24, temperature=0, logprobs=True)
+    answer = client.chat.completions.create(model="tiny", messages=CHAT, max_tokens=NEW, temperature=0, logprobs=True)
     found = answer.choices[0].logprobs.content
-    assert [t.logprob for t in found] == pytest.approx(expected, abs=2e-2)
+    assert [t.logprob for t in found] == pytest.approx(expected, abs=1e-3)
     assert [t.bytes for t in found] == [[token] for token in tokens] and found[0].top_logprobs == []
 
 
@@ -265,7 +264,7 @@ def test_a_larger_body_is_refused_before_it_is_read_to_its_end(server):
 
 
 def test_keys(server):
-    for key in ("wrong", "", "secret-", "sécret"):
+    for key in ("wrong", "secret-", "secret-2x", "sécret"):
         headers = {"Authorization": f"Bearer {key}".encode()}
         answer = httpx.post(server.url + "/v1/completions", json=GOOD, headers=headers)
         assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
@@ -287,8 +286,8 @@ def test_unknown_paths_and_methods_are_errors_in_json(server):
 def test_parallel_clients_get_the_answers_of_the_engine_alone(server, client, alone):
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(64)]
     with ThreadPoolExecutor(64) as pool:
-        answers = list(pool.map(lambda prompt: complete(client, prompt).choices[0].text, prompts))
-    assert answers == [text_of(alone[prompt][0]) for prompt in prompts]
+        answers = list(pool.map(lambda prompt: complete(client, prompt, 4).choices[0].text, prompts))
+    assert answers == [text_of(alone[prompt][0][:4]) for prompt in prompts]
 
 
 def busy(engine):
@@ -349,65 +348,68 @@ def test_metrics_count_what_happened(server, client, engine):
 
 def test_after_a_signal_what_runs_is_finished_and_the_rest_refused(server, engine):
     with running_server(engine, ByteTokenizer()) as other, other.client() as client:
-        stream = complete(client, max_tokens=230, stream=True, stream_options={"include_usage": True})
+        stream = complete(client, max_tokens=90, stream=True, stream_options={"include_usage": True})
         next(stream)
         other.send_signal()
         wait_until(lambda: httpx.get(other.url + "/health").status_code == 503)
         refused = post(other, GOOD)
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
-        assert [piece.usage for piece in stream][-1].completion_tokens == 230
+        assert [piece.usage for piece in stream][-1].completion_tokens == 90
         other.join()
         assert other.error is None
 
 
 class EndlessEngine(Engine):
-    """An engine whose requests never end, and whose steps may fail."""
+    """An engine whose requests never end, and whose steps fail when there are two."""
 
     def __init__(self, error=None):
-        self.config, self.max_length, self.error, self.count = Qwen3MoeConfig(vocab_size=256), 64, error, 0
+        self.config, self.max_length, self.error, self.count, self.cancelled = CONFIG, 64, error, 0, set()
 
     def submit(self, *_, **__):
         self.count += 1
         return self.count
 
     def cancel(self, id):
-        pass
+        self.cancelled.add(id)
 
     @property
     def is_idle(self):
-        return self.count == 0
+        return len(self.cancelled) == self.count
 
     def step(self):
         time.sleep(0.01)
         if self.error is not None and self.count == 2:
             raise self.error
-        return [Generated(1, [65], None, None)]
+        return [Generated(1, [10], None, None)]
 
     def report(self):
         return EngineReport(0, 0, 0, 0, 0, 1, 0, 0, self.count)
 
 
-def test_when_time_is_up_a_server_that_ends_gives_up_what_runs(server):
-    with running_server(EndlessEngine(), ByteTokenizer(), shutdown_seconds=0.3) as other, ThreadPoolExecutor() as pool:
-        with other.client() as client:
-            stream = complete(client, stream=True)
-            next(stream)
-            whole = pool.submit(post, other, GOOD)
+IDS = {"model": "tiny", "prompt": [1]}
+
+
+def test_when_time_is_up_a_server_that_ends_gives_up_what_runs():
+    with running_server(EndlessEngine(), ByteTokenizer(), shutdown_seconds=0.3) as other, other.client() as client:
+        stream = complete(client, [1], stream=True)
+        next(stream)
+        with ThreadPoolExecutor() as pool:
+            whole = pool.submit(post, other, IDS)
             wait_until(lambda: metrics(other)["fp4jax_requests_running", None] == 2)
             other.send_signal()
             with pytest.raises(openai.APIError, match="has shut down"):
                 list(stream)
             assert whole.result().status_code == 503
-            other.join()
-            assert other.error is None
+        other.join()
+        assert other.error is None
 
 
-def test_an_engine_that_fails_ends_its_requests_and_the_server(server):
+def test_an_engine_that_fails_ends_its_requests_and_the_server():
     error = FloatingPointError("the device is gone")
     with running_server(EndlessEngine(error), ByteTokenizer()) as other, other.client() as client:
-        stream = complete(client, stream=True)
+        stream = complete(client, [1], stream=True)
         next(stream)
-        answer = post(other, GOOD)
+        answer = post(other, IDS)
         assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
         with pytest.raises(openai.APIError, match="the engine has failed: FloatingPointError"):
             list(stream)
