@@ -239,25 +239,31 @@ def serve(
         output.append(values)
         progress.update()
 
-    while not interrupts.status:
-        new = list(itertools.islice(requests, most - len(running)))
-        if not new and not running:
-            return
-        for request in new:
-            if isinstance(request, BadLine):
-                write({"id": request.id, "request_hash": request.hash, "error": str(request)})
-            else:
-                running[submit(engine, request)] = Answer(request, tokenizer)
-        for event in engine.step():
-            answer = running.get(event.id)
-            if answer is None:  # it was cancelled at a stop string
-                continue
-            tokens += len(event.tokens)
-            if answer.add(event.tokens, event.finish_reason, event.logprobs):
-                engine.cancel(event.id)
-                del running[event.id]
-                write(answer.line())
-        progress.set_postfix_str(f"{tokens / (time.perf_counter() - start):.0f} tokens/s", refresh=False)
+    try:
+        while not interrupts.status:
+            new = list(itertools.islice(requests, most - len(running)))
+            if not new and not running:
+                return
+            for request in new:
+                if isinstance(request, BadLine):
+                    write({"id": request.id, "request_hash": request.hash, "error": str(request)})
+                else:
+                    running[submit(engine, request)] = Answer(request, tokenizer)
+            for event in engine.step():
+                answer = running.get(event.id)
+                if answer is None:  # it was cancelled at a stop string
+                    continue
+                tokens += len(event.tokens)
+                if answer.add(event.tokens, event.finish_reason, event.logprobs):
+                    engine.cancel(event.id)
+                    del running[event.id]
+                    write(answer.line())
+            progress.set_postfix_str(f"{tokens / (time.perf_counter() - start):.0f} tokens/s", refresh=False)
+    finally:
+        for id in running:
+            engine.cancel(id)
+        while not engine.is_idle:  # a process that ends while programs run is aborted
+            engine.step()
 
 
 def submit(engine: Engine, request: RequestLine) -> int:

@@ -38,19 +38,17 @@ class AnswerFile:
             self._file = path.open("ab+", buffering=0)
         except OSError as error:
             raise app.UsageError(f"{self._name} cannot be opened: {error.strerror}") from error
+        self.found: dict[RequestId, tuple[int, str]] = {}
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._read(path)
         except OSError as error:
-            raise app.UsageError(f"{self._name}: another run writes to it") from error
-        self.found: dict[RequestId, tuple[int, str]] = {}
-        with path.open("rb") as file:
-            whole = 0
-            for number, line in enumerate(file, 1):
-                if not line.endswith(b"\n"):
-                    self._cut(line, number, whole)
-                    break
-                whole += len(line)
-                self._remember(line, number)
+            self.close()
+            reason = "another run writes to it" if isinstance(error, BlockingIOError) else error.strerror
+            raise app.UsageError(f"{self._name}: {reason}") from error
+        except app.UsageError:
+            self.close()
+            raise
 
     def append(self, values: dict[str, Any]) -> None:
         """Write a line.
@@ -72,6 +70,16 @@ class AnswerFile:
     def close(self) -> None:
         """Let other runs have the file."""
         self._file.close()
+
+    def _read(self, path: Path) -> None:
+        whole = 0  # bytes of whole lines
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.endswith(b"\n"):
+                    whole += len(line)
+                    self._remember(line, number)
+                else:
+                    self._cut(line, number, whole)
 
     def _remember(self, line: bytes, number: int) -> None:
         try:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import stat
@@ -74,7 +75,7 @@ class Lines:
             if name == "-":
                 self._kept = sys.stdin.buffer.readlines()
             elif not stat.S_ISREG(Path(name).stat().st_mode):
-                self._kept = Path(name).read_bytes().splitlines(keepends=True)
+                self._kept = io.BytesIO(Path(name).read_bytes()).readlines()
         except (OSError, ValueError) as error:
             self._refuse(error)
 

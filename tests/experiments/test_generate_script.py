@@ -138,7 +138,9 @@ def test_what_the_file_adds_to_every_text_stays(tmp_path):
         "special_tokens": {"<pad>": {"id": "<pad>", "ids": [257], "tokens": ["<pad>"]}},
     }  # fmt: skip
     plain = bytes_tokenizer(tmp_path).encode("fox")
-    assert bytes_tokenizer(tmp_path, post_processor=processor, truncation=CUT).encode("fox") == [257, *plain]
+    tokenizer = bytes_tokenizer(tmp_path, post_processor=processor, truncation=CUT)
+    assert tokenizer.encode("fox") == [257, *plain]
+    assert tokenizer.encode("<pad>fox", special_tokens=False) == [257, *plain]  # a chat has its own
 
 
 @pytest.mark.parametrize("token", ["<pad>", {"content": "<pad>", "special": True}])
@@ -148,6 +150,7 @@ def test_a_begin_token_has_two_homes(tmp_path, token):
     config = tmp_path / "tokenizer_config.json"
     config.write_text(json.dumps({"add_bos_token": True, "bos_token": token}))
     assert bytes_tokenizer(tmp_path).encode("fox") == [257, *plain]
+    assert bytes_tokenizer(tmp_path).encode("fox", special_tokens=False) == plain
     begin = {"SpecialToken": {"id": "<pad>", "type_id": 0}}
     processor = {
         "type": "TemplateProcessing", "single": [begin, {"Sequence": {"id": "A", "type_id": 0}}], "pair": [],

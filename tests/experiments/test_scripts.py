@@ -13,8 +13,12 @@ from python_runs import ROOT, last_json, run_python
 SCRIPTS = sorted(
     path.stem for path in (ROOT / "experiments").glob("*.py") if re.search(r"^def main\(", path.read_text(), re.M)
 )
-REQUIRED = {"generate": ["--model=a"], "inspect_checkpoint": ["--model=a"], "quantize_checkpoint": ["--model=a"]}
-OUTPUTS = {"generate": "json", "inspect_checkpoint": "json", "quantize_checkpoint": "output"}  # others: a folder
+REQUIRED = {
+    "generate": ["--model=a"], "inspect_checkpoint": ["--model=a"], "quantize_checkpoint": ["--model=a"],
+    "serve_batch": ["--model=a", "--input=b"],
+}  # fmt: skip
+# What they write; others: a folder.
+OUTPUTS = {"generate": "json", "inspect_checkpoint": "json", "quantize_checkpoint": "output", "serve_batch": "output"}
 # The two others have tests of their own for what they refuse.
 CHECKED = [name for name in SCRIPTS if name != "readme_tables"]  # which writes to README.md and docs/ only
 NOT_WRITABLE = "/dev/null/results"  # below a file: root may write everywhere else
@@ -22,7 +26,7 @@ NOT_WRITABLE = "/dev/null/results"  # below a file: root may write everywhere el
 
 def lines_of(name):
     """What a script is asked in turn: for help, with a flag that does not exist, both, an argument, a bad output."""
-    required, rest = REQUIRED.get(name, []), ["--output=b"] if name == "quantize_checkpoint" else []
+    required, rest = REQUIRED.get(name, []), ["--output=c"] if OUTPUTS.get(name) == "output" else []
     lines = [["--help"], ["--nonsense"], ["--help", "--nonsense"], [*required, *rest, "stray"]]
     if name in CHECKED:
         lines.append([*required, f"--{OUTPUTS.get(name, 'output_dir')}={NOT_WRITABLE}"])
