@@ -18,7 +18,8 @@ class ApiError(Exception):
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
         super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message[:_LONGEST], param, code
+        self.status, self.message, self.code = status, message[:_LONGEST], code
+        self.param = None if param is None else param[:_LONGEST]
 
     def as_json(self) -> dict[str, Any]:
         """The body of the reply."""

@@ -13,6 +13,7 @@ from fp4jax.engine.api_errors import ApiError
 from fp4jax.engine.drawing import MAX_STOP_IDS
 
 _MOST_STOPS = 4
+_LIMITS = ("max_completion_tokens", "max_tokens")  # the new and the old name, in a chat
 # Options of OpenAI's API that are not served, each with the values that ask for nothing.
 _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "n": (1,), "best_of": (1,), "echo": (False,), "suffix": ("",), "presence_penalty": (0,), "frequency_penalty": (0,),
@@ -82,12 +83,14 @@ def chat_of(body: bytes, vocab_size: int) -> Ask:
     if not isinstance(messages, list) or not messages:
         raise ApiError(400, "messages must be a list of at least one message", "messages")
     messages = [_message(i, message) for i, message in enumerate(messages)]
-    limits = [options.integer(name, 1) for name in ("max_completion_tokens", "max_tokens")]
+    limits = [limit for name in _LIMITS if (limit := options.integer(name, 1)) is not None]
+    if len(set(limits)) > 1:
+        raise ApiError(400, f"{' and '.join(_LIMITS)} contradict each other", _LIMITS[0])
     wants, top = options.boolean("logprobs"), options.integer("top_logprobs", 0)
     if top is not None and not wants:
         raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
     logprobs = (top or 0) if wants else None
-    return _ask(options, vocab_size, logprobs, limits[0] or limits[1], None, messages)
+    return _ask(options, vocab_size, logprobs, limits[0] if limits else None, None, messages)
 
 
 def _ask(

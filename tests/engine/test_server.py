@@ -10,7 +10,7 @@ import openai
 import pytest
 from http_servers import running_server, wait_until
 from prometheus_client.parser import text_string_to_metric_families
-from python_runs import ROOT
+from python_runs import ROOT, run_python
 from small_folders import CONFIG
 
 from experiments.text.tokenizers import ByteTokenizer
@@ -203,6 +203,7 @@ def test_without_max_tokens_the_default_of_the_server_counts(server):
 GOOD = {"model": "tiny", "prompt": "import "}
 REFUSED = {
     "unknown": ({"nonsense": 1}, 400, "nonsense"),
+    "long name": ({"o" * 1000: 1}, 400, "o" * 500),
     "several answers": ({"n": 2}, 400, "n"),
     "echo": ({"echo": True}, 400, "echo"),
     "penalty": ({"presence_penalty": 0.5}, 400, "presence_penalty"),
@@ -239,7 +240,7 @@ def test_a_request_that_is_not_served_is_an_error_that_names_the_option(server, 
     answer = post(server, GOOD | changes)
     error = answer.json()["error"]
     assert (answer.status_code, error["type"], error["param"]) == (status, "invalid_request_error", param)
-    assert 10 < len(error["message"]) <= 500 and (param is None or param in error["message"] or status == 404)
+    assert 10 < len(error["message"]) <= 500 and (param is None or param[:400] in error["message"] or status == 404)
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[1]", b"\xff", b"[" * 20_000, b'{"model": 1' + b"0" * 5000 + b"}"])
@@ -256,6 +257,27 @@ def test_a_body_that_is_no_object_of_json_is_an_error(server, body):
 def test_messages_that_are_not_served_are_errors(server, messages):
     answer = post(server, {"model": "tiny", "messages": messages}, "/v1/chat/completions")
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "messages")
+
+
+def test_two_limits_of_a_chat_must_agree(server):
+    body = {"model": "tiny", "messages": CHAT, "max_tokens": 2, "max_completion_tokens": 3}
+    answer = post(server, body, "/v1/chat/completions")
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "max_completion_tokens")
+    assert post(server, body | {"max_tokens": 3}, "/v1/chat/completions").json()["usage"]["completion_tokens"] == 3
+
+
+def test_a_folder_without_a_template_has_no_chats(engine):
+    with running_server(engine, ByteTokenizer()) as other:
+        answer = post(other, {"model": "tiny", "messages": CHAT}, "/v1/chat/completions")
+        assert answer.status_code == 400 and "/v1/completions" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("missing", ["starlette", "uvicorn", "prometheus_client"])
+def test_a_missing_package_is_an_error_that_says_what_to_install(missing):
+    code = f"import sys; sys.modules[{missing!r}] = None; import fp4jax.engine; import fp4jax.engine.serving"
+    done = run_python("-c", code)
+    assert done.returncode == 1 and "ImportError: the HTTP server needs more packages" in done.stderr
+    assert "pip install 'fp4jax[serve]'" in done.stderr
 
 
 def test_a_larger_body_is_refused_before_it_is_read_to_its_end(server):

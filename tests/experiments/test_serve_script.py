@@ -1,5 +1,6 @@
 """experiments/serve.py as users run it: a process that gets SIGTERM, and command lines that it must refuse."""
 
+import contextlib
 import json
 import os
 import re
@@ -18,35 +19,65 @@ from refusals import check_refusals
 from experiments.harness import engine_flags
 
 MODEL = str(ROOT / "experiments" / "checkpoints" / "tiny_lm")
-SIZES = ("--max_requests=2", "--max_length=128", "--page_size=16", "--dtype=float32", "--port=0")
+SIZES = (
+    "--served_model_name=bytes",
+    "--max_requests=2",
+    "--max_length=128",
+    "--page_size=16",
+    "--dtype=float32",
+    "--port=0",
+)
+
+
+@contextlib.contextmanager
+def started(*arguments, **environment):
+    """The process, once it is ready, and its address."""
+    command = [sys.executable, ROOT / "experiments" / "serve.py", f"--model={MODEL}", *SIZES, *arguments]
+    env = {
+        **os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "2",
+        "FD_BLOCK_WISE_CUDA_GRAPH_SIZES": "32", **environment,
+    }  # fmt: skip
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            line = next(line for line in process.stdout if line.startswith("serving"))
+            yield process, re.fullmatch(r"serving bytes at (http://127\.0\.0\.1:\d+)(?:, without keys)?\n", line)[1]
+        finally:
+            process.kill()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ep", [1, 2])
 def test_a_process_finishes_its_stream_after_sigterm_and_exits_with_0(tmp_path, ep):
     (tmp_path / "keys.txt").write_text("first\n\n second \n")
-    command = [sys.executable, ROOT / "experiments" / "serve.py", f"--model={MODEL}", *SIZES, f"--ep={ep}",
-               f"--api_key_file={tmp_path}/keys.txt", "--served_model_name=bytes"]  # fmt: skip
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "2",
-           "FD_BLOCK_WISE_CUDA_GRAPH_SIZES": "32", "FD_DISPATCH_USE_FP4": "1", "XLA_FLAGS": ""}  # fmt: skip
-    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            line = next(line for line in process.stdout if line.startswith("serving"))
-            url = re.fullmatch(r"serving bytes at (http://127\.0\.0\.1:\d+)\n", line)[1]
-            with openai.OpenAI(base_url=f"{url}/v1", api_key="second", max_retries=0, timeout=60) as client:
-                options = dict(model="bytes", prompt="import ", max_tokens=100, temperature=0)
-                whole = client.completions.create(**options).choices[0].text
-                stream = client.completions.create(**options, stream=True)
-                text = next(stream).choices[0].text
-                process.send_signal(signal.SIGTERM)
-                text += "".join(piece.choices[0].text for piece in stream)
-                assert len(text) == 100 and text == whole
-            assert process.wait(30) == 0
-            assert process.stderr.read() == ""
-            with pytest.raises(httpx.ConnectError):
-                httpx.get(f"{url}/health")
-        finally:
-            process.kill()
+    arguments = f"--api_key_file={tmp_path}/keys.txt", f"--ep={ep}"
+    with (
+        started(*arguments, FD_DISPATCH_USE_FP4="1") as (process, url),
+        openai.OpenAI(base_url=f"{url}/v1", api_key="second", max_retries=0, timeout=60) as client,
+    ):
+        options = dict(model="bytes", prompt="import ", max_tokens=100, temperature=0)
+        whole = client.completions.create(**options).choices[0].text
+        stream = client.completions.create(**options, stream=True)
+        text = next(stream).choices[0].text
+        process.send_signal(signal.SIGTERM)
+        text += "".join(piece.choices[0].text for piece in stream)
+        assert len(text) == 100 and text == whole
+        assert process.wait(30) == 0 and process.stderr.read() == ""
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{url}/health")
+
+
+@pytest.mark.slow
+def test_a_process_whose_time_is_up_ends_the_stream_with_an_error_and_exits_with_0():
+    with (
+        started("--shutdown_seconds=0") as (process, url),
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client,
+    ):
+        stream = client.completions.create(model="bytes", prompt="import ", max_tokens=110, stream=True)
+        next(stream)
+        process.send_signal(signal.SIGTERM)
+        with pytest.raises(openai.APIError, match="has shut down"):
+            list(stream)
+        assert process.wait(30) == 0 and process.stderr.read() == ""
 
 
 def test_command_lines_that_cannot_work_are_refused_before_anything_is_loaded(tmp_path):
