@@ -1,5 +1,10 @@
-"""Flags of scripts that serve a checkpoint with an `Engine`: the model, how it is loaded, and the engine's sizes."""
+"""Flags of scripts that serve a checkpoint with an `Engine`: the model, how it is loaded, and the engine's sizes.
 
+--prefill_buckets wins over the environment variable FD_BLOCK_WISE_CUDA_GRAPH_SIZES, and the variable over the default.
+FD_USE_BLOCK_WISE_CUDA_GRAPH=0 is refused, as an engine always runs programs that are compiled ahead of time.
+"""
+
+import os
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,13 +13,15 @@ import jax
 from absl import app, flags
 
 from experiments.harness import wire_flag
-from experiments.harness.flag_values import integers
-from fp4jax.block_graph import check_buckets
+from experiments.harness.flag_values import integers, switch
+from fp4jax.block_graph import check_buckets, parse_buckets
 from fp4jax.checkpoint import load_model
 from fp4jax.checkpoint.folder_config import end_token_ids, read_config
 from fp4jax.engine import Engine, Sampling
 from fp4jax.models import configure_experts
 
+_USE_GRAPH, _SIZES = "FD_USE_BLOCK_WISE_CUDA_GRAPH", "FD_BLOCK_WISE_CUDA_GRAPH_SIZES"
+_DEFAULT_PREFILL = (128, 512, 2048)
 _MOST_LENGTH = 4096  # the default of --max_length for models that could read more
 
 _MODEL = flags.DEFINE_string(
@@ -36,8 +43,9 @@ _NUM_PAGES = flags.DEFINE_integer(
 _PAGE_SIZE = flags.DEFINE_integer("page_size", 64, "Tokens of a page.", lower_bound=1)
 _PREFILL_BUCKETS = flags.DEFINE_list(
     "prefill_buckets",
-    ["128", "512", "2048"],
-    "Token counts that prefill is compiled for; longer prompts run in chunks.",
+    None,
+    f"Token counts that prefill is compiled for; longer prompts run in chunks. Default: {_SIZES}, else "
+    f"{','.join(map(str, _DEFAULT_PREFILL))}.",
 )
 _DECODE_BUCKETS = flags.DEFINE_list(
     "decode_buckets", None, "Numbers of requests that decoding is compiled for; default: --max_requests."
@@ -97,7 +105,7 @@ def engine_options() -> EngineOptions:
     if ep == 1 and wire_flag.WIRE_FORMAT.value is not None:
         raise app.UsageError("--wire_format says how tokens cross between devices: with --ep")
     wire_format = wire_flag.wire_format("nvfp4") if ep > 1 else None
-    prefill = _buckets("prefill_buckets", _PREFILL_BUCKETS.value)
+    prefill = _prefill_buckets()
     decode = _buckets("decode_buckets", _DECODE_BUCKETS.value or [_MAX_REQUESTS.value])
     if decode[-1] != _MAX_REQUESTS.value:
         raise app.UsageError(f"--decode_buckets: the largest is {decode[-1]}, not --max_requests={_MAX_REQUESTS.value}")
@@ -151,6 +159,18 @@ def load_engine(options: EngineOptions, **more: Any) -> Engine:
     compiled = time.perf_counter() - loaded
     print(f"{config.to_hf()['model_type']}: loaded in {loaded - start:.1f} s, compiled in {compiled:.1f} s", flush=True)
     return engine
+
+
+def _prefill_buckets() -> tuple[int, ...]:
+    if switch(_USE_GRAPH, True) is False:
+        raise app.UsageError(f"{_USE_GRAPH}: an engine always runs programs that are compiled ahead of time")
+    if _PREFILL_BUCKETS.value is not None:
+        return _buckets("prefill_buckets", _PREFILL_BUCKETS.value)
+    text = os.environ.get(_SIZES)
+    try:
+        return _DEFAULT_PREFILL if text is None else parse_buckets(text)
+    except ValueError as error:
+        raise app.UsageError(f"{_SIZES}: {error}") from error
 
 
 def _buckets(flag: str, values: list[str] | list[int]) -> tuple[int, ...]:

@@ -15,10 +15,13 @@ SCRIPTS = sorted(
 )
 REQUIRED = {
     "generate": ["--model=a"], "inspect_checkpoint": ["--model=a"], "quantize_checkpoint": ["--model=a"],
-    "serve_batch": ["--model=a", "--input=b"],
+    "serve": ["--model=a"], "serve_batch": ["--model=a", "--input=b"],
 }  # fmt: skip
-# What they write; others: a folder.
-OUTPUTS = {"generate": "json", "inspect_checkpoint": "json", "quantize_checkpoint": "output", "serve_batch": "output"}
+# What they write; others: a folder. serve writes nothing, and reads its file of keys as early.
+OUTPUTS = {
+    "generate": "json", "inspect_checkpoint": "json", "quantize_checkpoint": "output", "serve": "api_key_file",
+    "serve_batch": "output",
+}  # fmt: skip
 # The two others have tests of their own for what they refuse.
 CHECKED = [name for name in SCRIPTS if name != "readme_tables"]  # which writes to README.md and docs/ only
 NOT_WRITABLE = "/dev/null/results"  # below a file: root may write everywhere else

@@ -234,7 +234,8 @@ def test_third_party_imports_are_declared(package, extras):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     requirements = project["dependencies"] + [r for e in extras for r in project["optional-dependencies"][e]]
     distributions = {re.match(r"[\w-]+", requirement)[0] for requirement in requirements}
-    declared = {{"absl-py": "absl"}.get(name, name) for name in distributions}
+    modules = {"absl-py": "absl", "prometheus-client": "prometheus_client"}
+    declared = {modules.get(name, name) for name in distributions}
     imported = {
         name.split(".")[0]
         for path in (ROOT / package).rglob("*.py")
