@@ -44,10 +44,10 @@ class LayerState(NamedTuple):
     """The state of a recurrent layer, which does not grow with the positions.
 
     Attributes:
-      arrays: [B, ...] each, with one entry per request. A request whose first position is 0 starts from zeros, whatever
-        its entries hold.
-      counts: i32 [B], how many of the tokens of a call are valid; the others come last and leave the state as it is.
-        None: all.
+      arrays: [B, ...] each, with one entry per request. A request whose first position is 0 and valid starts from
+        zeros, whatever its entries hold.
+      counts: i32 [B], how many of the tokens of a call are valid; the others come last and leave the state as it is. If
+        there is none, the entries stay as they are, whatever the first position is. None: all.
     """
 
     arrays: tuple[jax.Array, ...]

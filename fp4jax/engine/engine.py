@@ -10,9 +10,8 @@ With a mesh every device has requests, pages and slots of its own; only tokens f
 import dataclasses
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -20,20 +19,14 @@ from fp4jax.attention import PageFormat
 from fp4jax.attention.cache_formats import bytes_of
 from fp4jax.block_graph import check_buckets
 from fp4jax.engine.blocks import is_low_latency
-from fp4jax.engine.drawing import Drawing, Sampling, drawing_of
-from fp4jax.engine.rank_programs import Chosen, RankPrograms, Slots
+from fp4jax.engine.drawing import Sampling
+from fp4jax.engine.rank_programs import RankPrograms
 from fp4jax.engine.requests import Generated, QueueFull, Request
-from fp4jax.engine.scheduler import Chunk, Scheduler
+from fp4jax.engine.runner import Call, Runner
+from fp4jax.engine.scheduler import Scheduler
 from fp4jax.sharded_moe import expert_mesh
 
 _DECODE_STEPS = 8
-
-
-class _Call(NamedTuple):
-    """A program that runs, and which rows of its result belong to which request."""
-
-    rows: list[tuple[Request, int]]
-    chosen: Chosen
 
 
 @dataclasses.dataclass
@@ -45,20 +38,21 @@ class EngineReport:
       shared_tokens: those of them whose keys and values were found in pages of earlier requests.
       generated_tokens: tokens that were generated.
       preemptions: requests that had to wait again, as there were no pages.
+      waiting, running, decoding: requests that wait; that run; and those of them whose prompts are complete.
       pages_in_use, pages: pages of requests that run, and all pages, over all devices.
       programs: compiled programs.
-      waiting, running: requests that wait for a place, and requests that have one.
     """
 
     prompt_tokens: int
     shared_tokens: int
     generated_tokens: int
     preemptions: int
+    waiting: int
+    running: int
+    decoding: int
     pages_in_use: int
     pages: int
     programs: int
-    waiting: int
-    running: int
 
 
 class Engine:
@@ -103,11 +97,11 @@ class Engine:
     ):
         if not 1 <= max_length <= model.config.max_position_embeddings:
             raise ValueError(f"max_length must be 1..{model.config.max_position_embeddings}, got {max_length}")
-        self._sizes = check_buckets(decode_buckets or (max_requests,))
-        if min(max_requests, page_size) < 1 or self._sizes[-1] != max_requests:
+        sizes = check_buckets(decode_buckets or (max_requests,))
+        if min(max_requests, page_size) < 1 or sizes[-1] != max_requests:
             raise ValueError(
                 f"max_requests={max_requests} and page_size={page_size} must be positive, and max_requests the largest "
-                f"of decode_buckets, got {self._sizes}"
+                f"of decode_buckets, got {sizes}"
             )
         pages = -(-max_length // page_size)
         num_pages = max_requests * pages if num_pages is None else num_pages
@@ -118,21 +112,20 @@ class Engine:
             raise ValueError("the experts are not on this mesh; call configure_experts(model, mesh=mesh) before")
         if decode_steps is None:
             decode_steps = 1 if is_low_latency(model) else _DECODE_STEPS
-        self.config, self.max_length, self._buckets = model.config, max_length, check_buckets(prefill_buckets)
-        self._max_requests, self._table_width, self._max_waiting = max_requests, pages, max_waiting
-        self._programs = RankPrograms(model, mesh, steps=decode_steps, draws=draws, compiler_options=compiler_options)
-        shares = all(isinstance(f, PageFormat) for f in self._programs.formats)
-        ranks = self._programs.ranks
-        self._scheduler = Scheduler(ranks, max_requests, num_pages, page_size, self._buckets[-1], shares=shares)
-        self._caches = self._programs.empty_caches(max_requests, num_pages, page_size)
-        self.cache_bytes = bytes_of(self._programs.formats, 1, num_pages, page_size)  # of a device
-        every = ranks * max_requests
-        self._table = np.zeros((every, pages), np.int32)
-        self._idle = self._slots_of([None] * every)
-        self._slots: Slots = self._programs.put(self._idle)
-        self._changed: dict[int, Request | None] = {}  # slots whose request is new or gone, over all devices
+        self.config, self.max_length, self._max_waiting = model.config, max_length, max_waiting
+        programs = RankPrograms(model, mesh, steps=decode_steps, draws=draws, compiler_options=compiler_options)
+        self._runner = Runner(
+            programs, buckets=check_buckets(prefill_buckets), sizes=sizes, num_pages=num_pages, page_size=page_size,
+            table_width=pages,
+        )  # fmt: skip
+        self.decode_steps, self._draws = decode_steps, draws
+        self._scheduler = Scheduler(
+            programs.ranks, max_requests, num_pages, page_size, self._runner.buckets[-1],
+            shares=all(isinstance(f, PageFormat) for f in programs.formats),
+        )  # fmt: skip
+        self.cache_bytes = bytes_of(programs.formats, 1, num_pages, page_size)  # of a device
         self._requests: dict[int, Request] = {}
-        self._in_flight: deque[_Call] = deque()
+        self._in_flight: deque[Call] = deque()
         self._events: list[Generated] = []
         self._submitted = self._generated = 0
 
@@ -175,7 +168,7 @@ class Engine:
                 f"max_length={self.max_length}"
             )
         sampling = Sampling(temperature, top_k, top_p, min_p, seed, tuple(stop_ids))
-        if temperature > 0 and True not in self._programs.variants:
+        if temperature > 0 and not self._draws:
             raise ValueError("a temperature above 0 needs Engine(..., draws=True)")
         if self._max_waiting is not None and len(self._scheduler.waiting) >= self._max_waiting:
             raise QueueFull(f"{self._max_waiting} requests wait already")
@@ -203,6 +196,11 @@ class Engine:
         self._end(request, [], "cancelled", None)
 
     @property
+    def submitted(self) -> int:
+        """Requests that were submitted; the next one gets this number."""
+        return self._submitted
+
+    @property
     def is_idle(self) -> bool:
         """Whether no request waits or runs, and `step` has nothing more to say."""
         return not (self._requests or self._in_flight or self._events)
@@ -212,17 +210,16 @@ class Engine:
         before = len(self._in_flight)
         self._scheduler.admit()
         chunks = self._scheduler.next_chunks()
-        if any(chunks):
-            self._prefill(chunks)
-        while (rank := self._scheduler.find_pages(self._programs.steps)) is not None:
+        if any(chunks) and (call := self._runner.prefill(chunks)) is not None:
+            self._in_flight.append(call)
+        while (rank := self._scheduler.find_pages(self.decode_steps)) is not None:
             self._read(len(self._in_flight))  # their tokens must be known before a request can wait again
             before = 0
-            if self._scheduler.find_pages(self._programs.steps) == rank:
-                self._changed[self._index(request := self._scheduler.running[rank][-1])] = None
+            if self._scheduler.find_pages(self.decode_steps) == rank:
+                self._runner.vacate(self._scheduler.running[rank][-1])
                 self._scheduler.preempt(rank)
-                del request
-        if requests := self._scheduler.advance(self._programs.steps):
-            self._decode(requests)
+        if requests := self._scheduler.advance(self.decode_steps):
+            self._in_flight.append(self._runner.decode(requests))
         started = len(self._in_flight) - before
         self._read(before if started else len(self._in_flight))
         events, self._events = self._events, []
@@ -236,117 +233,36 @@ class Engine:
                 found.setdefault(event.id, []).extend(event.tokens)
         return found
 
-    def warm_up(self) -> None:
-        """Compiles every program, by running each once without requests."""
-        programs, nobody = self._programs, [None] * self._programs.ranks
-        zeros, table = programs.put(np.zeros(len(nobody), np.int32)), programs.put(self._table)
-        drawing = programs.put(self._drawing(nobody))
-        for draws in programs.variants:
-            for size in self._sizes:
-                _, self._slots, self._caches = programs.decode(size, self._slots, self._caches, table, draws)
-        for bucket in self._buckets:
-            x, arrays = self._chunk_arrays(nobody, bucket)
-            x = self._run_layers(x, arrays)
-            for draws in programs.variants:
-                programs.head(x, arrays[1], zeros, drawing, draws)
-        self._apply_changes(zeros, np.full(len(nobody), -1, np.int32))
-        jax.block_until_ready(self._caches)
+    def warm_up(self, *, workers: int = 1, progress: bool = False) -> None:
+        """Compiles every program, and runs each once without requests. Nothing compiles afterwards.
+
+        Args:
+          workers: threads that compile in parallel; 1 compiles in the calling thread.
+          progress: whether to show a progress bar.
+        """
+        self._runner.warm_up(workers=workers, progress=progress)
+
+    def time_decode(self, calls: int) -> float:
+        """Measures the decode program alone, with the largest batch: seconds per call of calls that follow each other.
+
+        The engine must be idle.
+        """
+        assert self.is_idle
+        return self._runner.time_decode(calls)
 
     def report(self) -> EngineReport:
         """Returns what the engine has done."""
         scheduler = self._scheduler
+        running = [request for rank in scheduler.running for request in rank]
         pages = sum(pool.num_pages for pool in scheduler.pools)
         used = pages - sum(pool.available for pool in scheduler.pools)
         return EngineReport(
-            scheduler.prompt_tokens, scheduler.shared_tokens, self._generated, scheduler.preemptions, used, pages,
-            self._programs.programs, len(scheduler.waiting), sum(map(len, scheduler.running)),
+            scheduler.prompt_tokens, scheduler.shared_tokens, self._generated, scheduler.preemptions,
+            len(scheduler.waiting), len(running), sum(request.is_decoding for request in running), used, pages,
+            self._runner.programs.programs,
         )  # fmt: skip
-
-    # --- programs ---
-
-    def _prefill(self, chunks: list[Chunk | None]) -> None:
-        longest = max(len(chunk.tokens) for chunk in chunks if chunk is not None)
-        bucket = next(b for b in self._buckets if b >= longest)
-        x, arrays = self._chunk_arrays(chunks, bucket)
-        x = self._run_layers(x, arrays)
-        done = [chunk if chunk is not None and chunk.is_last else None for chunk in chunks]
-        if not any(done):
-            return
-        requests = [None if chunk is None else chunk.request for chunk in done]
-        positions = np.asarray([0 if r is None else r.started_with for r in requests], np.int32)
-        drawing, draws = self._programs.put(self._drawing(requests)), self._draws(requests)
-        chosen = self._programs.head(x, arrays[1], self._programs.put(positions), drawing, draws)
-        for request in filter(None, requests):
-            self._changed[self._index(request)] = request
-        joining = np.asarray([-1 if r is None else r.slot for r in requests], np.int32)
-        self._apply_changes(chosen.tokens, joining)
-        self._start(_Call([(r, rank) for rank, r in enumerate(requests) if r is not None], chosen))
-
-    def _chunk_arrays(self, chunks: Sequence[Chunk | None], bucket: int) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        """The embedded chunks [R, bucket, H], and (starts, counts, slots, table) as `RankPrograms.layer` takes them."""
-        ids = np.zeros((len(chunks), bucket), np.int32)
-        numbers = np.zeros((3, len(chunks)), np.int32)
-        table = np.zeros((len(chunks), self._table_width), np.int32)
-        for rank, chunk in enumerate(chunks):
-            if chunk is not None:
-                ids[rank, : len(chunk.tokens)] = chunk.tokens
-                numbers[:, rank] = chunk.start, len(chunk.tokens), chunk.request.slot
-                table[rank, : len(chunk.request.pages)] = chunk.request.pages
-        ids, *arrays = self._programs.put((ids, *numbers, table))
-        return self._programs.embed(ids), tuple(arrays)
-
-    def _run_layers(self, x: jax.Array, arrays: tuple[jax.Array, ...]) -> jax.Array:
-        starts, counts, slots, table = arrays
-        for i in range(self._programs.layers):
-            x, self._caches[i] = self._programs.layer(i, x, starts, counts, slots, self._caches[i], table)
-        return x
-
-    def _decode(self, requests: list[Request]) -> None:
-        if self._changed:
-            nobody = np.full(self._programs.ranks, -1, np.int32)
-            self._apply_changes(self._programs.put(nobody), nobody)
-        for request in requests:
-            self._table[self._index(request), : len(request.pages)] = request.pages
-        size = next(s for s in self._sizes if s > max(request.slot for request in requests))
-        table, draws = self._programs.put(self._table.copy()), self._draws(requests)
-        chosen, self._slots, self._caches = self._programs.decode(size, self._slots, self._caches, table, draws)
-        self._start(_Call([(r, r.rank * size + r.slot) for r in requests], chosen))
-
-    def _apply_changes(self, first: jax.Array, joining: np.ndarray) -> None:
-        """Puts the requests of `_changed` into their slots on the devices; see `RankPrograms.change`."""
-        requests: list[Request | None] = [None] * len(self._table)
-        mask = np.zeros(len(requests), bool)
-        for index, request in self._changed.items():
-            requests[index], mask[index] = request, True
-        self._changed = {}
-        put = self._programs.put
-        self._slots = self._programs.change(
-            self._slots, put(mask), put(self._slots_of(requests)), first, put(joining)
-        )  # fmt: skip
-
-    def _slots_of(self, requests: Sequence[Request | None]) -> Slots:
-        last = np.full(len(requests), -1, np.int32)
-        lengths = np.asarray([0 if r is None else r.started_with for r in requests], np.int32)
-        limits = np.asarray([0 if r is None else r.most_tokens - 1 for r in requests], np.int32)
-        return Slots(last, lengths, limits, self._drawing(requests))  # pyrefly: ignore[bad-argument-type]
-
-    def _drawing(self, requests: Sequence[Request | None]) -> Drawing:
-        settings = [Sampling() if r is None else r.sampling for r in requests]
-        return jax.tree.map(np.asarray, drawing_of(settings, len(settings)))
-
-    def _draws(self, requests: Sequence[Request | None]) -> bool:
-        return any(r is not None and r.sampling.temperature > 0 for r in requests)
-
-    def _index(self, request: Request) -> int:
-        """The request's slot among those of all devices."""
-        return request.rank * self._max_requests + request.slot
 
     # --- results ---
-
-    def _start(self, call: _Call) -> None:
-        for array in call.chosen:
-            array.copy_to_host_async()
-        self._in_flight.append(call)
 
     def _read(self, count: int) -> None:
         """Waits for the oldest `count` calls, and turns their tokens into events."""
@@ -375,7 +291,7 @@ class Engine:
 
     def _leave(self, request: Request) -> None:
         """Takes a request that still runs from its device."""
-        self._changed[self._index(request)] = None
+        self._runner.vacate(request)
         request.computed = min(request.computed, len(request.tokens) - 1)
         self._scheduler.leave(request)
 

@@ -6,7 +6,7 @@ are the same on every device, experts are split.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,10 +14,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from fp4jax.attention import CacheFormat, PageFormat
+from fp4jax.engine import rank_blocks
 from fp4jax.engine.blocks import (
-    choose,
     is_low_latency,
-    one_step,
     placed_together,
     split,
     split_layer,
@@ -25,37 +24,9 @@ from fp4jax.engine.blocks import (
     without_layers,
 )
 from fp4jax.engine.drawing import Drawing
+from fp4jax.engine.rank_blocks import Chosen, Slots
 from fp4jax.expert_parallel.low_latency import check_no_copies
-from fp4jax.layers.moe_block import MoEBlock
 from fp4jax.sharded_moe import EP_AXIS
-
-
-class Slots(NamedTuple):
-    """Where the requests of a batch stand, on the devices.
-
-    Attributes:
-      last: i32 [B], the newest token, whose keys and values are not computed; -1: there is no request.
-      lengths: i32 [B], its position.
-      limits: i32 [B], the position of the last token that the request may have.
-      drawing: how tokens are drawn, and which ones end the answer.
-    """
-
-    last: jax.Array
-    lengths: jax.Array
-    limits: jax.Array
-    drawing: Drawing
-
-
-class Chosen(NamedTuple):
-    """Tokens that were chosen.
-
-    Attributes:
-      tokens: i32 [B] or [B, steps]; -1: none.
-      logprobs: f32 of the same shape, the logarithm of the probability that the model gave the token.
-    """
-
-    tokens: jax.Array
-    logprobs: jax.Array
 
 
 class RankPrograms:
@@ -107,8 +78,7 @@ class RankPrograms:
 
     def embed(self, ids: jax.Array) -> jax.Array:
         """Embeds one chunk per device: ids i32 [R, bucket] -> [R, bucket, H]."""
-        structure, weights = self._embed
-        return self._run(("embed", ids.shape), functools.partial(_embed, structure=structure), weights, (ids,))
+        return self._call(self._embedding(ids.shape[1]), ids)
 
     def layer(self, index: int, x, starts, counts, slots, cache, table) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """Runs a layer on one chunk per device.
@@ -121,17 +91,11 @@ class RankPrograms:
           cache: of the layer; donated.
           table: i32 [R, n], the pages of the request.
         """
-        structure, weights = self._layers[index]
-        run = functools.partial(_layer, structure=structure)
-        return self._run(
-            ("layer", structure, x.shape), run, weights, (x, starts, counts, slots, cache, table), donated=(4,)
-        )  # fmt: skip
+        return self._call(self._layer(index, x.shape[1]), x, starts, counts, slots, cache, table)
 
     def head(self, x, counts, positions, drawing: Drawing, draws: bool) -> Chosen:
         """Chooses the token behind one chunk per device; `positions` i32 [R] are those of these tokens."""
-        structure, weights = self._rest
-        run = functools.partial(_head, structure=structure, draws=draws)
-        return self._run(("head", x.shape, draws), run, weights, (x, counts, positions, drawing))
+        return self._call(self._head(x.shape[1], draws), x, counts, positions, drawing)
 
     def change(self, slots: Slots, mask, values: Slots, first, joining) -> Slots:
         """Replaces the slots where `mask` holds; the newest token of slot `joining` of each device is its `first`.
@@ -143,7 +107,7 @@ class RankPrograms:
           first: i32 [R], on the devices.
           joining: i32 [R], a slot of each device; -1: none.
         """
-        return self._run(("change",), _change, [], (slots, mask, values, first, joining), donated=(0,))
+        return self._call(_CHANGE, slots, mask, values, first, joining)
 
     def decode(self, size: int, slots: Slots, caches, table, draws: bool) -> tuple[Chosen, Slots, Any]:
         """Decodes `steps` tokens of the first `size` slots of every device.
@@ -158,29 +122,91 @@ class RankPrograms:
         Returns:
           The tokens [R * size, steps], and the new slots and caches.
         """
-        structure, weights = self._whole
-        run = functools.partial(_decode, structure=structure, size=size, steps=self.steps, draws=draws)
-        args = slots, caches, table
-        found, last, lengths, caches = self._run(("decode", size, draws), run, weights, args, donated=(1,))
+        found, last, lengths, caches = self._call(self._decoding(size, draws), slots, caches, table)
         return found, slots._replace(last=last, lengths=lengths), caches
 
-    def _run(self, key: Any, fn: Callable[..., Any], weights: list[Any], args: tuple[Any, ...], donated=()) -> Any:
-        compiled = self._compiled.get(key)
-        if compiled is None:
-            compiled = self._compiled[key] = self._compile(key, fn, weights, args, donated)
-        return compiled(weights, *args)
+    def on_every_host(self, chosen: Chosen) -> Chosen:
+        """Returns the tokens of all devices where every process can read them."""
+        return chosen if jax.process_count() == 1 else self._call(_gathering(chosen.tokens.shape), chosen)
 
-    def _compile(self, key, fn, weights, args, donated):
+    def compilations(
+        self, buckets: Sequence[int], sizes: Sequence[int], slots: Slots, caches: Any, table: jax.Array
+    ) -> dict[Any, Callable[[], None]]:
+        """Returns {key: function that compiles one program} for all programs, as `compile_all` takes them.
+
+        Args:
+          buckets: token counts of chunks.
+          sizes: numbers of slots that `decode` computes.
+          slots, caches, table: as `decode` takes them.
+        """
+        struct = functools.partial(jax.ShapeDtypeStruct, sharding=self._by_rank)
+        numbers, found = struct((self.ranks,), jnp.int32), {}
+        rows = struct((self.ranks, table.shape[1]), jnp.int32)
+        drawing = jax.tree.map(lambda part: struct((self.ranks, *part.shape[1:]), part.dtype), slots.drawing)
+
+        def add(program, *args):
+            found[program.key] = functools.partial(self._compile, program, args)
+
+        def add_gathering(*shape):
+            if jax.process_count() > 1:
+                add(_gathering(shape), Chosen(struct(shape, jnp.int32), struct(shape, jnp.float32)))
+
+        for draws in self.variants:  # decode takes longest to compile, so it starts early
+            for size in sizes:
+                add(self._decoding(size, draws), slots, caches, table)
+                add_gathering(self.ranks * size, self.steps)
+        for bucket in buckets:
+            ids = struct((self.ranks, bucket), jnp.int32)
+            hidden = jax.eval_shape(self._embedding(bucket).run, self._embed[1], ids)
+            x = struct(hidden.shape, hidden.dtype)
+            add(self._embedding(bucket), ids)
+            for index, cache in enumerate(caches):
+                add(self._layer(index, bucket), x, numbers, numbers, numbers, cache, rows)
+            for draws in self.variants:
+                add(self._head(bucket, draws), x, numbers, numbers, drawing)
+        add_gathering(self.ranks)
+        add(_CHANGE, slots, struct(slots.last.shape, jnp.bool_), slots, numbers, numbers)
+        return found
+
+    def _embedding(self, bucket):
+        structure, weights = self._embed
+        return _Program(("embed", bucket), functools.partial(rank_blocks.embed, structure=structure), weights)
+
+    def _layer(self, index, bucket):
+        structure, weights = self._layers[index]
+        return _Program(
+            ("layer", structure, bucket), functools.partial(rank_blocks.layer, structure=structure), weights, (4,)
+        )
+
+    def _head(self, bucket, draws):
+        structure, weights = self._rest
+        return _Program(
+            ("head", bucket, draws), functools.partial(rank_blocks.head, structure=structure, draws=draws), weights
+        )
+
+    def _decoding(self, size, draws):
+        structure, weights = self._whole
+        run = functools.partial(rank_blocks.decode, structure=structure, size=size, steps=self.steps, draws=draws)
+        return _Program(("decode", size, draws), run, weights, (1,))
+
+    def _call(self, program: "_Program", *args: Any) -> Any:
+        if program.key not in self._compiled:
+            self._compile(program, args)
+        return self._compiled[program.key](program.weights, *args)
+
+    def _compile(self, program: "_Program", args: tuple[Any, ...]) -> None:
+        run = program.run
         if self.mesh is not None:
-            specs = [leaf.sharding.spec if isinstance(leaf.sharding, NamedSharding) else P() for leaf in weights]
-            fn = jax.shard_map(
-                fn, mesh=self.mesh, in_specs=(specs, *[P(EP_AXIS)] * len(args)), out_specs=P(EP_AXIS), check_vma=False
+            of = lambda leaf: leaf.sharding.spec if isinstance(leaf.sharding, NamedSharding) else P()  # noqa: E731
+            run = jax.shard_map(
+                run, mesh=self.mesh, in_specs=([of(leaf) for leaf in program.weights], *[P(EP_AXIS)] * len(args)),
+                out_specs=P(EP_AXIS) if program.splits else P(), check_vma=False,
             )  # fmt: skip
-        lowered = jax.jit(fn, donate_argnums=tuple(i + 1 for i in donated)).lower(weights, *args)
-        compiled = lowered.compile(self._options)
-        if self._low_latency and key[0] == "decode":
+        donated = tuple(i + 1 for i in program.donated)
+        compiled = jax.jit(run, donate_argnums=donated).lower(program.weights, *args).compile(self._options)
+        if self._low_latency and program.key[0] == "decode":
             check_no_copies(compiled)
-        return compiled
+        self._compiled[program.key] = compiled
 
     @property
     def programs(self) -> int:
@@ -193,6 +219,19 @@ class RankPrograms:
         return len(self._layers)
 
 
+class _Program(NamedTuple):
+    """What a program computes on one device: run(weights, *args), of which `donated` are changed in place.
+
+    splits: whether each device has a part of the result; else all have all of it.
+    """
+
+    key: tuple[Any, ...]
+    run: Callable[..., Any]
+    weights: list[Any]
+    donated: tuple[int, ...] = ()
+    splits: bool = True
+
+
 def _inside_shard_map(model: Any) -> None:
     """Makes a model compute one device's part: its expert blocks dispatch by themselves, its attention runs locally."""
     for layer in model.layers:
@@ -201,84 +240,8 @@ def _inside_shard_map(model: Any) -> None:
         block.mesh = None
 
 
-# --- what a device computes; requests and pages are its own ---
+_CHANGE = _Program(("change",), rank_blocks.change, [], (0,))
 
 
-def _embed(weights, ids, *, structure):
-    return structure.module(weights)(ids)
-
-
-def _layer(weights, x, starts, counts, slots, cache, table, *, structure):
-    layer = structure.module(weights)
-    format = layer.self_attn.cache_format
-    old = cache if isinstance(format, PageFormat) else tuple(part[slots] for part in cache)
-    valid = jnp.arange(x.shape[1], dtype=jnp.int32)[None, :] < counts[:, None]
-    run_experts = functools.partial(MoEBlock.__call__, valid=valid)
-    x, new, _ = layer(x, starts, format.of(old, table, counts), run_experts)
-    if isinstance(format, PageFormat):
-        return x, new.arrays
-    at = jnp.where(counts > 0, slots, cache[0].shape[0])
-    return x, tuple(part.at[at].set(one, mode="drop") for part, one in zip(cache, new.arrays, strict=True))
-
-
-def _head(weights, x, counts, positions, drawing, *, structure, draws):
-    last = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)
-    return _chosen(structure.module(weights).head(last)[:, 0], drawing, positions, draws)
-
-
-def _chosen(logits, drawing, positions, draws):
-    tokens = choose(logits, drawing.params, positions, draws=draws)
-    own = jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0]
-    return Chosen(tokens, own - jax.nn.logsumexp(logits, axis=-1))
-
-
-def _ended(tokens, positions, limits, drawing):
-    return (positions >= limits) | jnp.any(tokens[:, None] == drawing.stop_ids, axis=1)
-
-
-def _change(weights, slots, mask, values, first, joining):
-    del weights
-
-    def replaced(old, new):
-        return jnp.where(mask.reshape(-1, *[1] * (old.ndim - 1)), new, old)
-
-    found = jax.tree.map(replaced, slots, values)
-    joins = jnp.arange(mask.shape[0], dtype=jnp.int32) == joining
-    ended = _ended(jnp.broadcast_to(first, joins.shape), found.lengths, found.limits, found.drawing)
-    return found._replace(last=jnp.where(joins, jnp.where(ended, -1, first), found.last))
-
-
-def _decode(weights, slots, caches, table, *, structure, size, steps, draws):
-    model = structure.module(weights)
-    formats = model.cache_formats
-    now: Slots = jax.tree.map(lambda part: part[:size], slots)
-    kept = [
-        cache if isinstance(f, PageFormat) else tuple(part[:size] for part in cache)
-        for f, cache in zip(formats, caches, strict=True)
-    ]
-
-    def step(index, carry):
-        found, last, lengths, kept = carry
-        runs = last >= 0
-        logits, kept = one_step(model, last, lengths, kept, table[:size], runs)
-        chosen = _chosen(logits, now.drawing, lengths + 1, draws)
-        tokens = jnp.where(runs, chosen.tokens, -1)
-        put = lambda every, one: jax.lax.dynamic_update_slice_in_dim(every, one[:, None], index, 1)  # noqa: E731
-        found = Chosen(put(found.tokens, tokens), put(found.logprobs, chosen.logprobs))
-        ended = _ended(tokens, lengths + 1, now.limits, now.drawing)
-        return found, jnp.where(ended, -1, tokens), lengths + runs.astype(jnp.int32), kept
-
-    shape = size, steps
-    start = Chosen(jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32)), now.last, now.lengths, kept
-    found, last, lengths, kept = jax.lax.fori_loop(0, steps, step, start) if steps > 1 else step(0, start)
-    last, lengths = _with_first(slots.last, last), _with_first(slots.lengths, lengths)
-    caches = [
-        new if isinstance(f, PageFormat) else tuple(map(_with_first, cache, new))
-        for f, cache, new in zip(formats, caches, kept, strict=True)
-    ]
-    return found, last, lengths, caches
-
-
-def _with_first(whole, first):
-    """`whole` with `first` in the place of its first entries. XLA:CPU crashes on whole.at[:n].set(first) here."""
-    return jnp.concatenate([first, whole[first.shape[0] :]])
+def _gathering(shape: tuple[int, ...]) -> _Program:
+    return _Program(("gather", shape), rank_blocks.gather, [], splits=False)

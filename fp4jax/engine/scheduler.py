@@ -70,8 +70,9 @@ class Scheduler:
         # The last token is always computed, as the next one is chosen from its result.
         shared, chain = pool.share(request.tokens[:-1])
         more = self.pages_for(len(request.tokens)) - len(shared)
-        # A page per running request stays free, so that this one need not wait again soon.
-        new = pool.take(more) if more + len(self.running[rank]) <= pool.available else None
+        # A page stays free for every running request that may need one, so that this one need not wait again soon.
+        growing = sum(self.pages_for(r.most_tokens - 1) > len(r.pages) for r in self.running[rank])
+        new = pool.take(more) if more + growing <= pool.available else None
         if new is None:
             pool.release(shared)
             return False

@@ -2,16 +2,15 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from recurrent import Averaging
 from small_models import forward
 
 from experiments.harness.timing import count_compilations
 from fp4jax import MoEConfig
-from fp4jax.attention import LayerState, StateFormat
 from fp4jax.engine import BucketedModel, Sampling, cache, drawing_of
 from fp4jax.engine.sampling import gumbel_noise, log_weights
 from fp4jax.layers import MoEBlock, RoutingConfig
@@ -43,30 +42,6 @@ def logits_of(model, ids, length=70):
     """One program for all lengths: the tokens behind `ids` change nothing before them."""
     padded = jnp.asarray([ids + [0] * (length - len(ids))], jnp.int32)
     return np.asarray(forward(model, padded))[0, : len(ids)]
-
-
-class Averaging(nnx.Module):
-    """A recurrent layer in the place of attention: a moving average of its inputs, projected."""
-
-    def __init__(self, size, rngs):
-        self.out = nnx.Linear(size, size, use_bias=False, rngs=rngs)
-
-    @property
-    def cache_format(self):
-        return StateFormat((((CONFIG.hidden_size,), jnp.float32),))
-
-    def __call__(self, x, start, cache):
-        batch, length, size = x.shape
-        state = jnp.zeros((batch, size)) if cache is None else cache.arrays[0]
-        counts = jnp.full(batch, length) if cache is None or cache.counts is None else cache.counts
-        state = jnp.where(jnp.broadcast_to(start, batch)[:, None] == 0, 0, state)
-
-        def step(state, token):
-            new = 0.7 * state + token[0]
-            return jnp.where((token[1] < counts)[:, None], new, state), new
-
-        state, found = jax.lax.scan(step, state, (jnp.swapaxes(x, 0, 1), jnp.arange(length)))
-        return self.out(jnp.swapaxes(found, 0, 1)), None if cache is None else LayerState((state,))
 
 
 def test_recurrent_layers_beside_pages(rng):

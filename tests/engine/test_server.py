@@ -420,7 +420,7 @@ class EndlessEngine(Engine):
         return [Generated(1, [10], None, None)]
 
     def report(self):
-        return EngineReport(0, 0, 0, 0, 0, 1, 0, 0, self.count)
+        return EngineReport(0, 0, 0, 0, waiting=0, running=self.count, decoding=0, pages_in_use=0, pages=1, programs=0)
 
 
 IDS = {"model": "tiny", "prompt": [1]}
