@@ -340,6 +340,21 @@ def test_a_client_that_goes_away_frees_its_pages(server, client, engine, stream)
     wait_until(lambda: metrics(server)["fp4jax_requests_total", "cancelled"] == before + 1)
 
 
+def test_a_client_that_goes_away_while_it_waits_leaves_the_queue(server, client, engine):
+    streams = [complete(client, max_tokens=200, stream=True) for _ in range(4)]
+    for stream in streams:
+        next(stream)
+    assert (engine.report().running, engine.report().waiting) == (4, 0)
+    with pytest.raises(openai.APITimeoutError):
+        complete(client.with_options(timeout=0.1), max_tokens=200)
+    wait_until(lambda: engine.report().waiting == 0)
+    assert engine.report().running == 4
+    for stream in streams:
+        stream.close()
+    wait_until(lambda: not busy(engine))
+    assert engine.report().pages_in_use == 0
+
+
 def test_a_full_queue_is_an_error_that_asks_to_try_again(server, client, engine, monkeypatch):
     monkeypatch.setattr(engine, "_max_waiting", 0)
     with pytest.raises(openai.RateLimitError) as refused:
