@@ -44,6 +44,7 @@ def logits_of(model, ids, length=70):
     return np.asarray(forward(model, padded))[0, : len(ids)]
 
 
+@pytest.mark.slow
 def test_recurrent_layers_beside_pages(rng):
     """Layer 0 keeps a state per request. Prompts in one chunk and in several, and a slot that was used before."""
     model = Qwen3Moe(dataclasses.replace(CONFIG, num_hidden_layers=2), rngs=nnx.Rngs(1))
@@ -60,6 +61,7 @@ def test_recurrent_layers_beside_pages(rng):
             assert clear.sum() >= 3 and (np.asarray(answer)[clear] == rows.argmax(-1)[clear]).all()
 
 
+@pytest.mark.slow
 def test_a_cache_in_fp8_takes_a_quarter(model):
     """Of a float32 cache. Its answers are those of the plain forward pass with the same cache."""
     coded = nnx.merge(*nnx.split(model))

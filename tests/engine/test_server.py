@@ -272,7 +272,9 @@ def test_a_folder_without_a_template_has_no_chats(engine):
         assert answer.status_code == 400 and "/v1/completions" in answer.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("missing", ["starlette", "uvicorn", "prometheus_client"])
+@pytest.mark.parametrize(
+    "missing", ["starlette", *(pytest.param(name, marks=pytest.mark.slow) for name in ("uvicorn", "prometheus_client"))]
+)
 def test_a_missing_package_is_an_error_that_says_what_to_install(missing):
     code = f"import sys; sys.modules[{missing!r}] = None; import fp4jax.engine; import fp4jax.engine.serving"
     done = run_python("-c", code)
@@ -305,6 +307,7 @@ def test_unknown_paths_and_methods_are_errors_in_json(server):
 # --- many clients ---
 
 
+@pytest.mark.slow
 def test_parallel_clients_get_the_answers_of_the_engine_alone(server, client, alone):
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(64)]
     with ThreadPoolExecutor(64) as pool:

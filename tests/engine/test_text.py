@@ -5,7 +5,7 @@ import datetime
 import json
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from fp4jax.engine import ChatTemplate, TextStream
 
@@ -37,6 +37,7 @@ def streamed(tokenizer, ids, stop=(), step=1):
 
 
 @given(st.binary(max_size=40) | st.text(max_size=12).map(str.encode), st.integers(1, 9))
+@settings(max_examples=30)
 def test_text_is_that_of_all_tokens(data, step):
     text, stream = streamed(Bytes(), list(data), step=step)
     assert text == data.decode(errors="replace")

@@ -88,6 +88,7 @@ def test_a_start_that_fails_is_noted(monkeypatch):
     assert "status 3" in about and "failed: the first start" in model_text([row])
 
 
+@pytest.mark.slow
 def test_two_starts_share_a_new_cache():
     code = """
 import json, jax
@@ -262,6 +263,7 @@ def test_random_layers_differ_and_run_in_every_format(dense):
     assert part.layers[0].mlp.w2.get_value().qdata is second.w2.get_value().qdata and len(model.layers) == 2
 
 
+@pytest.mark.slow
 def test_a_filled_cache_is_random_and_finite():
     model = model_cases.random_model(model_cases.model_config("tiny", 1), "w4a16", "bf16")
     served = serve(model, requests=2, tokens=8, bucket=1, compiler_options=None)

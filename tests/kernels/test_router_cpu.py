@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec as P, use_abstract_mesh
 from plain_lanes import plain_kernels
 from routing_checks import MODELS, excess_of, weights_of
@@ -65,6 +65,7 @@ _SPOILT = [(np.nan,), (-np.nan,), (np.inf,), (-np.inf,), (200.0, -200.0)]
 
 
 @given(cases())
+@settings(max_examples=15)
 def test_chooses_as_xla_does(case):
     logits, bias, settings = case
     with plain_kernels():

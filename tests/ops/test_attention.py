@@ -158,7 +158,7 @@ def structs(name, length, cached, requests=3):
     "name", [pytest.param(name, marks=[] if name in ("qwen3", "deepseek") else pytest.mark.slow) for name in SHAPES]
 )
 @pytest.mark.parametrize("length", [1, 100])
-@pytest.mark.parametrize("cached", [jnp.bfloat16, FP8])
+@pytest.mark.parametrize("cached", [jnp.bfloat16, pytest.param(FP8, marks=pytest.mark.slow)])
 def test_kernels_lower(name, length, cached):
     """One kernel for prefill, two for decode: the parts, and their sum."""
 
