@@ -37,7 +37,7 @@ def streamed(tokenizer, ids, stop=(), step=1):
 
 
 @given(st.binary(max_size=40) | st.text(max_size=12).map(str.encode), st.integers(1, 9))
-@settings(max_examples=30)
+@settings(max_examples=15)
 def test_text_is_that_of_all_tokens(data, step):
     text, stream = streamed(Bytes(), list(data), step=step)
     assert text == data.decode(errors="replace")
