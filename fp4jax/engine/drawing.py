@@ -25,7 +25,7 @@ class Sampling:
       stop_ids: the answer ends with the first of these tokens.
 
     Raises:
-      ValueError: a value is out of range, or there are more than 16 stop tokens.
+      ValueError: a value is out of range, there are more than 16 stop tokens, or one of them cannot be a token id.
     """
 
     temperature: float = 0.0
@@ -39,6 +39,8 @@ class Sampling:
         check_sampling(self.temperature, self.top_k, self.top_p, self.min_p)
         if len(self.stop_ids) > MAX_STOP_IDS:
             raise ValueError(f"stop_ids: at most {MAX_STOP_IDS} stop tokens, got {len(self.stop_ids)}")
+        if bad := [id for id in self.stop_ids if not 0 <= id < 2**31]:
+            raise ValueError(f"stop_ids: {bad[0]} is no token id")
 
 
 class Drawing(NamedTuple):

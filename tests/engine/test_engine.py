@@ -156,6 +156,7 @@ def test_cancelling(engine, rng):
         (([1] * 40, 9), {}, "at most max_length=48"),
         (([1], 1), dict(temperature=-1.0), "temperature"),
         (([1], 1), dict(stop_ids=range(17)), "at most 16 stop tokens"),
+        (([1], 1), dict(stop_ids=[2**31]), "2147483648 is no token id"),
     ],
 )
 def test_requests_that_are_refused(engine, arguments, options, message):
