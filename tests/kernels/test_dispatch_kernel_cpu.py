@@ -215,9 +215,8 @@ def test_rows_the_kernel_does_not_take_go_through_one_all_to_all():
         lowered_text(2, there_and_back("per_peer", "nvfp4", 8, "mosaic_gpu"), x, ids, weights)
 
 
-@pytest.mark.parametrize(
-    ("wire", "scale"), [pytest.param("bf16", None, marks=pytest.mark.slow), ("nvfp4", jnp.float32(0.01))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("wire", "scale"), [("bf16", None), ("nvfp4", jnp.float32(0.01))])
 def test_moe_layer_exchanges_without_a_collective(wire, scale):
     """A scale that is given is the same everywhere and needs no collective either."""
     packed = lambda n, k: PackedWeights(  # noqa: E731

@@ -523,6 +523,7 @@ def test_derivatives_are_those_of_xla():
     assert kernels_in(jax.grad(combined, argnums=(0, 2)), y, row_map, weights) == 0
 
 
+@pytest.mark.slow
 def test_a_decoder_layer_ends_in_the_kernel_that_adds_its_residual():
     """No addition follows the kernel, and with shared experts there is one: of their result and the residual."""
     for shared, additions in ((None, 0), (384, 1)):

@@ -81,6 +81,7 @@ def test_moe_layer_eager(options, rng):
     check_outputs(*(moe_layer(a, jnp.asarray(ids), weights, experts, config)[0] for a in (x, zeroed)), rows)
 
 
+@pytest.mark.slow
 def test_dropped_routes_of_spoiled_tokens_add_nothing(rng):
     """Beyond the capacity: a token that lost all its routes is zero, one that kept some has no finite value."""
     x, zeroed, rows, _, weights = batch(rng)

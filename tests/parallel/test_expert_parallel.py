@@ -250,6 +250,7 @@ def test_per_slot_is_identical_for_every_number_of_devices(make_mesh, layer, dev
     assert dropped == 0 == int(stats.dropped)
 
 
+@pytest.mark.slow
 def test_a_residual_is_added_to_the_combined_sums(make_mesh, layer):
     mesh, config = make_mesh(2), MoEConfig(num_experts=E, axis_name="ep", **ALL_NVFP4)
     x, ids, weights, packed = layer[:4]

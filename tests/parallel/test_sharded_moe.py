@@ -92,6 +92,7 @@ def test_result_adds_to_the_tokens(rng, axis_type):
     np.testing.assert_array_equal(np.asarray(y).view(np.uint16), np.asarray(once_more).view(np.uint16))
 
 
+@pytest.mark.slow
 def test_drops_and_scales_per_expert(rng, make_mesh):
     """Routes beyond a capacity are counted over all devices; input scales per expert are split with the experts."""
     mesh, weights, (x, ids, topk) = make_mesh(4), _weights(rng), _batch(rng, 12)
