@@ -11,12 +11,8 @@ import sys
 import httpx
 import openai
 import pytest
-from absl import app, flags
-from absl.testing import flagsaver
-from python_runs import ROOT
+from python_runs import ROOT, run_python
 from refusals import check_refusals
-
-from experiments.harness import engine_flags
 
 MODEL = str(ROOT / "experiments" / "checkpoints" / "tiny_lm")
 SIZES = (
@@ -104,18 +100,30 @@ def test_command_lines_that_cannot_work_are_refused_before_anything_is_loaded(tm
     )
 
 
-def test_prefill_buckets_come_from_the_flag_else_the_environment(monkeypatch):
-    flags.FLAGS.mark_as_parsed()
-    monkeypatch.setenv("FD_BLOCK_WISE_CUDA_GRAPH_SIZES", "16,64")
-    with flagsaver.flagsaver(model=MODEL):
-        assert engine_flags.engine_options().sizes["prefill_buckets"] == (16, 64)
-        with flagsaver.flagsaver(prefill_buckets=["8"]):
-            assert engine_flags.engine_options().sizes["prefill_buckets"] == (8,)
-        monkeypatch.setenv("FD_BLOCK_WISE_CUDA_GRAPH_SIZES", "64,16")
-        with pytest.raises(app.UsageError, match="FD_BLOCK_WISE_CUDA_GRAPH_SIZES: "):
-            engine_flags.engine_options()
-        monkeypatch.delenv("FD_BLOCK_WISE_CUDA_GRAPH_SIZES")
-        assert engine_flags.engine_options().sizes["prefill_buckets"] == (128, 512, 2048)
-        monkeypatch.setenv("FD_USE_BLOCK_WISE_CUDA_GRAPH", "0")
-        with pytest.raises(app.UsageError, match="FD_USE_BLOCK_WISE_CUDA_GRAPH: "):
-            engine_flags.engine_options()
+# In a process of its own, as another script may have defined a flag of the same name in this one.
+_BUCKETS = """
+import os, sys
+from absl import app, flags
+from experiments.harness import engine_flags
+
+flags.FLAGS(["serve", sys.argv[1]])
+for sizes, graphs, flag in (
+    ("16,64", "1", None), ("16,64", "1", ["8"]), ("64,16", "1", None), (None, "1", None), (None, "0", None)
+):
+    os.environ |= {"FD_BLOCK_WISE_CUDA_GRAPH_SIZES": sizes or "", "FD_USE_BLOCK_WISE_CUDA_GRAPH": graphs}
+    if sizes is None:
+        del os.environ["FD_BLOCK_WISE_CUDA_GRAPH_SIZES"]
+    flags.FLAGS.prefill_buckets = flag
+    try:
+        print(engine_flags.engine_options().sizes["prefill_buckets"])
+    except app.UsageError as error:
+        print(error)
+"""
+
+
+def test_prefill_buckets_come_from_the_flag_else_the_environment():
+    done = run_python("-c", _BUCKETS, f"--model={MODEL}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    of_environment, of_flag, falling, default, no_graphs = done.stdout.splitlines()[-5:]
+    assert (of_environment, of_flag, default) == ("(16, 64)", "(8,)", "(128, 512, 2048)")
+    assert "FD_BLOCK_WISE_CUDA_GRAPH_SIZES: " in falling and "FD_USE_BLOCK_WISE_CUDA_GRAPH: " in no_graphs
