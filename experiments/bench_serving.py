@@ -127,8 +127,8 @@ def overhead(engine: Engine, count: int) -> dict[str, Any]:
     """
     steps, rng = engine.decode_steps, np.random.default_rng(0)
     calls = max(2, min(16, (engine.max_length - 2) // steps - 2))
-    for _ in range(count):
-        engine.submit(rng.integers(0, engine.config.vocab_size, 1).tolist(), engine.max_length - 1)
+    prompts = [rng.integers(0, engine.config.vocab_size, 1).tolist() for _ in range(count)]
+    ids = [engine.submit(prompt, engine.max_length - 1) for prompt in prompts]
     while engine.report().decoding < count:
         engine.step()
     engine.step()
@@ -136,7 +136,7 @@ def overhead(engine: Engine, count: int) -> dict[str, Any]:
     for _ in range(calls):
         engine.step()
     through = (time.perf_counter() - start) / calls
-    for id in range(engine.submitted):
+    for id in ids:
         engine.cancel(id)
     while not engine.is_idle:
         engine.step()

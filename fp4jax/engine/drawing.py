@@ -57,6 +57,11 @@ class Drawing(NamedTuple):
 
 def drawing_of(requests: Sequence[Sampling], size: int, home: jax.sharding.Sharding | None = None) -> Drawing:
     """Returns arrays for a batch of `size` requests, of which the first are `requests`, on the devices of `home`."""
+    return jax.device_put(drawing_on_host(requests, size), home)
+
+
+def drawing_on_host(requests: Sequence[Sampling], size: int) -> Drawing:
+    """Returns NumPy arrays for a batch of `size` requests, of which the first are `requests`."""
     every = [*requests, *[Sampling()] * (size - len(requests))]
     dtypes = dict(temperature=np.float32, top_k=np.int32, top_p=np.float32, min_p=np.float32, seed=np.uint32)
     columns = {
@@ -66,5 +71,6 @@ def drawing_of(requests: Sequence[Sampling], size: int, home: jax.sharding.Shard
     stop_ids = np.full((size, MAX_STOP_IDS), -1, np.int32)
     for row, sampling in zip(stop_ids, every, strict=True):
         row[: len(sampling.stop_ids)] = sampling.stop_ids
-    found: dict[str, Any] = jax.device_put(columns | {"stop_ids": stop_ids}, home)
-    return Drawing(stop_ids=found.pop("stop_ids"), params=SamplingParams(**found))
+    params: Any = SamplingParams(**columns)
+    arrays: Any = stop_ids
+    return Drawing(params, arrays)

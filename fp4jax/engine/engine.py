@@ -196,11 +196,6 @@ class Engine:
         self._end(request, [], "cancelled", None)
 
     @property
-    def submitted(self) -> int:
-        """Requests that were submitted; the next one gets this number."""
-        return self._submitted
-
-    @property
     def is_idle(self) -> bool:
         """Whether no request waits or runs, and `step` has nothing more to say."""
         return not (self._requests or self._in_flight or self._events)

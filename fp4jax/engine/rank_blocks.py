@@ -14,7 +14,7 @@ from fp4jax.sharded_moe import EP_AXIS
 
 
 class Slots(NamedTuple):
-    """Where the requests of a batch stand, on the devices.
+    """The state of the requests of a batch, as arrays with one entry per request.
 
     Attributes:
       last: i32 [B], the newest token, whose keys and values are not computed; -1: there is no request.

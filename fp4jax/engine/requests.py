@@ -60,7 +60,6 @@ class Request:
     computed: int = 0
     remembered: int = 0
     chain: int = ROOT
-    cancelled: bool = False
 
     @property
     def most_tokens(self) -> int:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from fp4jax.block_graph import compile_all
-from fp4jax.engine.drawing import Drawing, Sampling, drawing_of
+from fp4jax.engine.drawing import Drawing, Sampling, drawing_on_host
 from fp4jax.engine.rank_blocks import Chosen, Slots
 from fp4jax.engine.rank_programs import RankPrograms
 from fp4jax.engine.requests import Request
@@ -166,7 +166,7 @@ class Runner:
 
     def _drawing(self, requests: Sequence[Request | None]) -> Drawing:
         settings = [Sampling() if r is None else r.sampling for r in requests]
-        return jax.tree.map(np.asarray, drawing_of(settings, len(settings)))
+        return drawing_on_host(settings, len(settings))
 
     def _draws(self, requests: Sequence[Request | None]) -> bool:
         return any(r is not None and r.sampling.temperature > 0 for r in requests)

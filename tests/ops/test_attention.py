@@ -141,6 +141,15 @@ def test_shapes_that_do_not_fit(change, message):
         attend(q, pages, jnp.int32(0), scale=shape["scale"])
 
 
+def test_pages_of_codes_need_scales_and_others_have_none():
+    q, codes = jnp.zeros((1, 1, 2, 16)), jnp.zeros((1, 2, 8, 16), FP8)
+    with pytest.raises(TypeError, match="float8_e4m3fn have no scales; e4m3 needs scales"):
+        attend(q, pages_of(codes, codes), jnp.int32(0))
+    plain = pages_of(jnp.zeros((1, 2, 8, 16)), jnp.zeros((1, 2, 8, 16)))
+    with pytest.raises(TypeError, match="float32 have scales"):
+        attend(q, plain._replace(scales=jnp.ones(2)), jnp.int32(0))
+
+
 # --- kernels ---
 
 
