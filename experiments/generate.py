@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from experiments.harness import block_graph_flags, block_report, outputs, rates, script, wire_flag
+from experiments.harness import block_graph_flags, block_report, model_flags, outputs, rates, script, wire_flag
 from experiments.harness.flag_values import finite
 from experiments.text.files import check_text, read_text
 from experiments.text.tokenizers import tokenizer_of
@@ -58,27 +58,9 @@ _MIN_P = flags.DEFINE_float(
     "min_p", 0.0, "Draw from tokens at least this many times as likely as the likeliest.", lower_bound=0, upper_bound=1
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the drawn tokens.", lower_bound=0, upper_bound=2**32 - 1)
-_QUANTIZATION = flags.DEFINE_string(
-    "quantization", None, "How to quantize, as JSON or a method's name; default: as the folder is."
-)
 _EP = flags.DEFINE_integer("ep", 1, "Number of devices that the experts are split over.", lower_bound=1)
 _LOW_LATENCY = flags.DEFINE_bool(
     "low_latency", False, "Decode with receive buffers that the program keeps; needs --ep and GPUs of one host."
-)
-_DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["bfloat16", "float32"], "Dtype that the model computes in; default: the one in its config."
-)
-_INPUT_SCALES = flags.DEFINE_enum(
-    "input_scales",
-    "stored",
-    ["stored", "per_token"],
-    "Activation scales of layers with NVFP4 activations: those of the folder, or one per token.",
-)
-_CACHE_FORMAT = flags.DEFINE_enum(
-    "cache_format",
-    "stored",
-    ["stored", "compute", "fp8"],
-    "How keys and values are kept: in FP8 if the folder asks for it, always in the compute dtype, or always in FP8.",
 )
 _JSON = flags.DEFINE_string("json", None, "File to write the text and the numbers to, as JSON; default: no file.")
 
@@ -147,7 +129,7 @@ def checked_request() -> Request:
     prompt, source = prompt_of_flags()
     folder = Path(_MODEL.value)
     try:
-        config, ends = read_config(folder, _DTYPE.value), end_token_ids(folder)
+        config, ends = read_config(folder, model_flags.DTYPE.value), end_token_ids(folder)
     except (ValueError, OSError) as error:
         raise app.UsageError(str(error)) from error
     if ep > len(jax.devices()):
@@ -201,8 +183,8 @@ def loaded_model(request: Request) -> Any:
     mesh = jax.make_mesh((ep,), ("ep",), devices=jax.devices()[:ep]) if ep > 1 else None
     try:
         model, config = load_model(
-            request.folder, mesh=mesh, quantization=_QUANTIZATION.value, dtype=_DTYPE.value,
-            input_scales=_INPUT_SCALES.value, cache_format=_CACHE_FORMAT.value,
+            request.folder, mesh=mesh, quantization=model_flags.QUANTIZATION.value, dtype=model_flags.DTYPE.value,
+            input_scales=model_flags.INPUT_SCALES.value, cache_format=model_flags.CACHE_FORMAT.value,
         )  # fmt: skip
     except (ValueError, FileNotFoundError) as error:
         raise app.UsageError(str(error)) from error
@@ -226,7 +208,11 @@ def cache_kind(model: Any) -> str:
     kinds = {np.dtype(f.dtype).name for f in model.cache_formats if isinstance(f, PageFormat)}
     if kinds != {np.dtype(FP8).name}:
         return f"keys and values are cached in {', '.join(sorted(kinds))}"
-    asked = "as the folder asks; --cache_format=compute turns it off" if _CACHE_FORMAT.value == "stored" else "as asked"
+    asked = (
+        "as the folder asks; --cache_format=compute turns it off"
+        if model_flags.CACHE_FORMAT.value == "stored"
+        else "as asked"
+    )
     return f"keys and values are cached in FP8 (e4m3), {asked}"
 
 

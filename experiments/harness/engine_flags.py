@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 from absl import app, flags
 
-from experiments.harness import wire_flag
+from experiments.harness import model_flags, wire_flag
 from experiments.harness.flag_values import integers, switch
 from fp4jax.block_graph import check_buckets, parse_buckets
 from fp4jax.checkpoint import load_model
@@ -53,24 +53,6 @@ _DECODE_BUCKETS = flags.DEFINE_list(
 _EP = flags.DEFINE_integer(
     "ep", 1, "Devices. The experts are split over them, and each has requests of its own.", lower_bound=1
 )
-_QUANTIZATION = flags.DEFINE_string(
-    "quantization", None, "How to quantize, as JSON or a method's name; default: as the folder is."
-)
-_DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["bfloat16", "float32"], "Dtype that the model computes in; default: the one in its config."
-)
-_INPUT_SCALES = flags.DEFINE_enum(
-    "input_scales",
-    "stored",
-    ["stored", "per_token"],
-    "Activation scales of layers with NVFP4 activations: those of the folder, or one per token.",
-)
-_CACHE_FORMAT = flags.DEFINE_enum(
-    "cache_format",
-    "stored",
-    ["stored", "compute", "fp8"],
-    "How keys and values are kept: in FP8 if the folder asks for it, always in the compute dtype, or always in FP8.",
-)
 
 
 class EngineOptions(NamedTuple):
@@ -110,7 +92,7 @@ def engine_options() -> EngineOptions:
     if decode[-1] != _MAX_REQUESTS.value:
         raise app.UsageError(f"--decode_buckets: the largest is {decode[-1]}, not --max_requests={_MAX_REQUESTS.value}")
     try:
-        config, stop_ids = read_config(folder, _DTYPE.value), tuple(sorted(end_token_ids(folder)))
+        config, stop_ids = read_config(folder, model_flags.DTYPE.value), tuple(sorted(end_token_ids(folder)))
         Sampling(stop_ids=stop_ids)
     except (ValueError, OSError) as error:
         raise app.UsageError(str(error)) from error
@@ -146,8 +128,8 @@ def load_engine(options: EngineOptions, **more: Any) -> Engine:
     mesh = jax.make_mesh((ep,), ("ep",), devices=jax.devices()[:ep]) if ep > 1 else None
     try:
         model, config = load_model(
-            options.folder, mesh=mesh, quantization=_QUANTIZATION.value, dtype=_DTYPE.value,
-            input_scales=_INPUT_SCALES.value, cache_format=_CACHE_FORMAT.value,
+            options.folder, mesh=mesh, quantization=model_flags.QUANTIZATION.value, dtype=model_flags.DTYPE.value,
+            input_scales=model_flags.INPUT_SCALES.value, cache_format=model_flags.CACHE_FORMAT.value,
         )  # fmt: skip
     except (ValueError, FileNotFoundError) as error:
         raise app.UsageError(str(error)) from error
