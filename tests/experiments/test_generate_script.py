@@ -50,6 +50,21 @@ def test_the_command_line_of_the_serving_system(make_folder, tmp_path_factory):
     assert (report["ep"], report["wire_format"]) == (1, None)
 
 
+@pytest.mark.slow
+def test_a_cache_in_fp8_has_a_line_and_a_flag(make_folder):
+    """The folder asks for it; one flag turns it off, and the same flag asks for it without the folder."""
+    folder, _ = make_folder("modelopt")
+    add_tokenizer(folder)
+    config = json.loads((folder / "config.json").read_text())
+    common = (f"--model={folder}", "--prompt=w3 w1 w30", "--max_new_tokens=2", "--block_graph_sizes=4")
+    usual = config["dtype"] if "dtype" in config else config["torch_dtype"]
+    assert "keys and values are cached in FP8 (e4m3), as asked\n" in run(*common, "--cache_format=fp8")
+    config["quantization_config"]["kv_cache_scheme"] = {"num_bits": 8, "type": "float", "dynamic": False}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "FP8 (e4m3), as the folder asks; --cache_format=compute turns it off\n" in run(*common)
+    assert f"keys and values are cached in {usual}\n" in run(*common, "--cache_format=compute")
+
+
 @pytest.mark.parametrize(
     ("tokens", "prefill", "whole", "expected"),
     [
