@@ -1,8 +1,9 @@
-"""Measures a whole language model on one GPU, beside its floor and beside Hugging Face transformers.
+"""Measures a whole language model on one or more GPUs, beside its floor and beside Hugging Face transformers.
 
     python experiments/bench_model.py                                  # every model and size; some hours on a GPU
     python experiments/bench_model.py --models=qwen3-30b --layers=8 --prefill=2048 --decode=32 --contexts=1024
     python experiments/bench_model.py --experts=w4a16,w4a4 --dense=bf16,fp8,nvfp4 --peers=
+    python experiments/bench_model.py --ranks=1,2 --wire_formats=nvfp4,bf16 --peers=
     JAX_PLATFORMS=cpu python experiments/bench_model.py                # a tiny model: checks that it runs
 
 The model has random weights, experts in NVFP4, and runs as a user runs it, in `engine.BucketedModel` with CUDA graphs:
@@ -11,6 +12,12 @@ tokens and a filled cache.
 With --layers below the published number all layers have experts. --experts says what the experts' activations are, and
 --dense what all linear layers but the experts', the router and the head run as. An empty --prefill= or --decode= leaves
 that phase out.
+
+With --ranks above 1 the model runs in the programs of `engine.Engine`: the experts are split over as many GPUs, and
+every GPU prefills a prompt of its own, and decodes as many requests as --decode says. Tokens cross between the GPUs as
+--wire_formats say. tokens_per_s is that of all GPUs, and kernels, memory and the floor are those of one.
+exchange_us_per_layer is the part of the kernels' time that dispatch and combine take; they also wait in them for the
+other GPUs.
 
 First, all programs of the model are compiled in a process of its own, for two prefills (2048 and 8192 tokens; CPU: 8
 and 16) and two batch sizes (1 and 32; CPU: 1 and 2), with an empty compilation cache of JAX; then once more in another
@@ -33,14 +40,16 @@ memory has a row that says so. Writes bench_model.json and bench_model.png into 
 """
 
 import gc
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 from absl import app, flags
+from jax.sharding import Mesh
 from tqdm import tqdm
 
-from experiments.cases import models as model_cases
+from experiments.cases import models as model_cases, rank_calls
 from experiments.cases.model_calls import STEPS, Calls, decode_calls, prefill_calls
 from experiments.cases.model_compile import compile_columns
 from experiments.cases.model_floors import Work
@@ -52,6 +61,10 @@ from experiments.harness.flag_values import choices, integers
 from experiments.harness.graph_kernels import KEEP_GRAPHS
 from experiments.harness.model_report import model_text, plot, size_of
 from fp4jax.attention.cache_formats import FP8
+from fp4jax.models import configure_experts
+from fp4jax.sharded_moe import EP_AXIS
+
+_WIRES = ("nvfp4", "fp8", "bf16")
 
 _MODELS = flags.DEFINE_list(
     "models", None, f"Models, of {', '.join(model_cases.MODELS)}; default: all but tiny (CPU: tiny)."
@@ -70,6 +83,11 @@ _CACHE_FORMAT = flags.DEFINE_enum("cache_format", "compute", ["compute", "fp8"],
 _DECODE_STEPS = flags.DEFINE_integer(
     "decode_steps", 8, "Decode steps of a call; 1 to 24.", lower_bound=1, upper_bound=STEPS
 )
+_RANKS = flags.DEFINE_list("ranks", ["1"], "Numbers of GPUs that the experts are split over.")
+_WIRE_FORMATS = flags.DEFINE_list(
+    "wire_formats", ["nvfp4"], f"How tokens cross, of {', '.join(_WIRES)}; --ranks above 1."
+)
+_PAGE_SIZE = flags.DEFINE_integer("page_size", 64, "Positions of a page of keys and values.", lower_bound=1)
 _CHUNK = flags.DEFINE_integer("chunk", 8192, "Tokens per chunk of a longer prefill.", lower_bound=1)
 _COMPILE = flags.DEFINE_bool("compile", True, "Also measure how long compiling the whole model takes.")
 _PEERS = flags.DEFINE_list("peers", ["transformers"], "Other libraries to measure: transformers, or none.")
@@ -85,6 +103,26 @@ _INPUTS = (
 )
 
 
+class Split(NamedTuple):
+    """The number of GPUs that experts are split over, and how tokens cross between them; None: there is one GPU."""
+
+    ranks: int
+    wire_format: str | None
+
+
+class Variant(NamedTuple):
+    """A model, the mode of its experts, what its linear layers run as, and how its experts are split."""
+
+    name: str
+    experts: str
+    dense: str
+    split: Split
+
+    def __str__(self) -> str:
+        ranks, wire = self.split
+        return ", ".join([self.name, self.experts, self.dense, *([] if ranks == 1 else [f"{ranks} GPUs, {wire}"])])
+
+
 class Plan(NamedTuple):
     """What to measure.
 
@@ -93,17 +131,19 @@ class Plan(NamedTuple):
       works: the prefills and decode steps.
       experts: modes of the experts.
       dense: what linear layers run as.
+      splits: how the experts are split.
     """
 
     models: dict[str, int]
     works: list[Work]
     experts: list[str]
     dense: list[str]
+    splits: list[Split]
 
     @property
-    def variants(self) -> list[tuple[str, str, str]]:
-        """(model, mode of the experts, what linear layers run as) of every model that is made."""
-        return [(name, experts, dense) for name in self.models for experts in self.experts for dense in self.dense]
+    def variants(self) -> list[Variant]:
+        """Every model that is made."""
+        return [Variant(*v) for v in itertools.product(self.models, self.experts, self.dense, self.splits)]
 
 
 def main(argv):
@@ -122,19 +162,17 @@ def main(argv):
 
     add()
     with tqdm(total=len(plan.variants) * len(plan.works), unit="row") as progress:
-        for name, experts, dense in plan.variants if plan.works else ():
-            progress.set_description(f"{name}, {experts}, {dense}: making the model")
-            config = model_cases.model_config(name, plan.models[name])
-            model: Any = None
+        for variant in plan.variants if plan.works else ():
+            progress.set_description(f"{variant}: making the model")
+            layers, mesh, model = plan.models[variant.name], mesh_of(variant.split.ranks), None
             reason: dict[str, str] = {}
             with timing.noting_out_of_memory(reason, "error"):
-                model = model_cases.random_model(config, experts, dense)
-                if _CACHE_FORMAT.value == "fp8":
-                    model.set_cache_dtype(FP8)
+                model = make_model(variant, layers, mesh)
             for work in plan.works:
-                row = make_row(name, plan.models[name], work, "fp4jax", experts, dense) | {"cache": _CACHE_FORMAT.value}
-                progress.set_description(f"{name}, {experts}, {dense}, {work.phase} {size_of(row)}")
-                add(row | (reason if model is None else measured(model, work)))
+                row = make_row(variant.name, layers, work, "fp4jax", variant.experts, variant.dense, *variant.split)
+                row |= {"cache": _CACHE_FORMAT.value}
+                progress.set_description(f"{variant}, {work.phase} {size_of(row)}")
+                add(row | (reason if model is None else measured(model, work, mesh)))
                 progress.update()
             model = None
             gc.collect()  # models hold reference cycles
@@ -158,11 +196,17 @@ def checked_plan(gpu: bool) -> Plan:
     prefill = integers("prefill", given(_PREFILL, (128, 2048, 8192, 32768), (16,)))
     decode = integers("decode", given(_DECODE, (1, 8, 32, 128), (2,)))
     contexts = integers("contexts", given(_CONTEXTS, (128, 1024, 8192, 32768), (16,)))
+    ranks, wires = integers("ranks", _RANKS.value), choices("wire_formats", _WIRE_FORMATS.value, _WIRES, _WIRES[:1])
+    if max(ranks) > 1 and max(ranks) > len(jax.devices()):
+        raise app.UsageError(f"--ranks={max(ranks)}: JAX sees {len(jax.devices())} devices")
+    splits = [Split(r, wire) for r in ranks for wire in (wires if r > 1 else (None,))]
     works = [Work("prefill", tokens=tokens) for tokens in prefill]
     works += [Work("decode", requests, context=context) for context in contexts for requests in decode]
     if not works and not _COMPILE.value:
         raise app.UsageError("--prefill, --decode, --contexts and --nocompile leave nothing to measure")
     for name in names:
+        if indivisible := [r for r in ranks if model_cases.model_config(name, 1).num_experts % r]:
+            raise app.UsageError(f"--ranks={indivisible[0]} does not divide the experts of {name}")
         published = model_cases.PUBLISHED[name]
         if (_LAYERS.value or 1) > published["num_hidden_layers"]:
             raise app.UsageError(f"--layers={_LAYERS.value}: {name} has {published['num_hidden_layers']}")
@@ -172,7 +216,7 @@ def checked_plan(gpu: bool) -> Plan:
                 f"--prefill and --contexts need {longest} positions, {name} has {published['max_position_embeddings']}"
             )
     layers = {name: _LAYERS.value or model_cases.usual_layers(name) for name in names}
-    return Plan(layers, works, experts, dense)
+    return Plan(layers, works, experts, dense, splits)
 
 
 def rows_of_peers() -> list[dict[str, Any]]:
@@ -196,7 +240,7 @@ def rows_of_compiling() -> list[dict[str, Any]]:
     if not _COMPILE.value:
         return []
     plan, rows = checked_plan(will_run_on_gpu()), []
-    with tqdm(plan.variants, unit="model") as progress:
+    with tqdm([*itertools.product(plan.models, plan.experts, plan.dense)], unit="model") as progress:
         for name, experts, dense in progress:
             progress.set_description(f"{name}, {experts}, {dense}: compiling")
             columns, about = compile_columns(name, plan.models[name], experts, dense)
@@ -205,16 +249,33 @@ def rows_of_compiling() -> list[dict[str, Any]]:
     return rows
 
 
-def measured(model: Any, work: Work) -> dict[str, Any]:
+def mesh_of(ranks: int) -> Mesh | None:
+    """The mesh of the first devices; None for one device."""
+    return None if ranks == 1 else Mesh(jax.devices()[:ranks], (EP_AXIS,))
+
+
+def make_model(variant: Variant, layers: int, mesh: Mesh | None) -> Any:
+    """A model with random weights, over a mesh if there is one, whose cache is of --cache_format."""
+    config = model_cases.model_config(variant.name, layers)
+    model = model_cases.random_model(config, variant.experts, variant.dense)
+    if mesh is not None:
+        configure_experts(model, mesh=mesh, wire_format=variant.split.wire_format)
+    if _CACHE_FORMAT.value == "fp8":
+        model.set_cache_dtype(FP8)
+    return model
+
+
+def measured(model: Any, work: Work, mesh: Mesh | None = None) -> dict[str, Any]:
     """The measured columns of fp4jax's row, or the `error` of a row that ran out of memory."""
     gc.collect()  # compiled models hold reference cycles, and their caches with them
     failures: dict[str, str] = {}
     found: dict[str, Any] = {}
-    make = maker_of(work)
+    make = maker_of(work, mesh)
     with timing.noting_out_of_memory(failures, "error"):
         calls = make(model, KEEP_GRAPHS if timing.on_gpu() else None)
         layers, weights = len(model.layers), model_cases.state_bytes(model)
-        found = measure(calls, layers, work.rows, _REPEATS.value, weights, _PROFILE.value)
+        ranks = 1 if mesh is None else mesh.size
+        found = measure(calls, layers, work.rows * ranks, _REPEATS.value, weights, _PROFILE.value)
     calls = None  # frees its cache
     if failures or not _PROFILE.value:
         return found | failures
@@ -224,11 +285,17 @@ def measured(model: Any, work: Work) -> dict[str, Any]:
     return found
 
 
-def maker_of(work: Work) -> Callable[[Any, Any], Calls]:
+def maker_of(work: Work, mesh: Mesh | None) -> Callable[[Any, Any], Calls]:
     """The function that makes the calls of this work from a model and options for XLA."""
+    given = [] if mesh is None else [mesh]
     if work.phase == "prefill":
-        return lambda model, options: prefill_calls(model, work.tokens, _CHUNK.value, options)
-    return lambda model, options: decode_calls(model, work.requests, work.context, _DECODE_STEPS.value, options)
+        make, sizes = (prefill_calls, rank_calls.prefill_calls)[len(given)], (work.tokens, _CHUNK.value)
+    else:
+        make, sizes = (
+            (decode_calls, rank_calls.decode_calls)[len(given)],
+            (work.requests, work.context, _DECODE_STEPS.value),
+        )
+    return lambda model, options: make(model, *given, *sizes, _PAGE_SIZE.value, options)
 
 
 if __name__ == "__main__":

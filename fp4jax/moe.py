@@ -62,8 +62,8 @@ def moe_layer(
       weights: the experts of this device.
       config: how the experts run.
       buffers: receive buffers that the program keeps, see `expert_parallel.low_latency`; None: new ones in every call.
-      residual: [T, H] in the dtype of x, added to the result; None: nothing is added. On one device the sum over the
-        slots adds it, before it is rounded; otherwise it is an addition of its own.
+      residual: [T, H] in the dtype of x, added to the sum over the slots before that is rounded; None: nothing is
+        added.
 
     Returns:
       y [T, H] in the dtype of x, and `MoEStats`.
@@ -77,7 +77,8 @@ def moe_layer(
         return x, MoEStats(jnp.int32(0), buffers)
     if config.differentiable:
         plain: Any = weights.w13, weights.w2
-        return _add(residual, dense_moe(x, topk_ids, topk_weights, *plain)), MoEStats(jnp.int32(0))
+        y = dense_moe(x, topk_ids, topk_weights, *plain)
+        return y if residual is None else residual + y, MoEStats(jnp.int32(0))
     scale_1 = _token_scale(weights, config)
     local = _dispatch(x, topk_ids, topk_weights, scale_1, config, buffers)
     config = config.resolved(weights, local.ids.shape[0])
@@ -214,17 +215,11 @@ def _bring_home(y, row_map, local, topk_weights, config, buffers, residual):
     )
     if buffers is not None:
         with jax.named_scope("combine"):
-            y, buffers = combine_into_buffers(y, row_map, local.sent, **home)
-    else:
-        with jax.named_scope("depermute"):
-            y = depermute_combine(y, row_map, local.weights, **options)
-        with jax.named_scope("combine"):
-            y = combine(y, local.sent, **home, **options)
-    return _add(residual, y), buffers
-
-
-def _add(residual, y):
-    return y if residual is None else residual + y
+            return combine_into_buffers(y, row_map, local.sent, residual, **home)
+    with jax.named_scope("depermute"):
+        y = depermute_combine(y, row_map, local.weights, **options)
+    with jax.named_scope("combine"):
+        return combine(y, local.sent, residual, **home, **options), None
 
 
 def _all_dropped(dropped, sent, config):

@@ -39,15 +39,15 @@ class Calls(NamedTuple):
     Attributes:
       whole: the whole model.
       ends: parts of it that are no decoder layers, each with how often the whole runs it.
-      served: the compiled model.
-      cache_bytes: bytes of the cache.
+      executables: returns the compiled programs of the model.
+      cache_bytes: bytes of the cache on a device.
       resident_cache: whether the cache exists before a call; a prefill makes its own.
       steps: how often a call runs every layer.
     """
 
     whole: Call
     ends: list[tuple[int, Call]]
-    served: BucketedModel
+    executables: Callable[[], list[jax.stages.Compiled]]
     cache_bytes: int
     resident_cache: bool
     steps: int = 1
@@ -60,7 +60,7 @@ Options = dict[str, Any] | None
 
 
 def serve(
-    model: Any, *, requests: int, tokens: int, bucket: int, steps: int = 1, compiler_options: Options
+    model: Any, *, requests: int, tokens: int, bucket: int, page_size: int, steps: int = 1, compiler_options: Options
 ) -> BucketedModel:
     """Make a `BucketedModel` with room for this many requests at a time, each of this many tokens.
 
@@ -69,12 +69,13 @@ def serve(
       requests: the batch size of decoding.
       tokens: the most tokens of a request.
       bucket: the token count that prefill is compiled for.
+      page_size: positions of a page.
       steps: decode steps of a call.
       compiler_options: options for XLA.
     """
     return BucketedModel(
         model, buckets=(bucket,), batch_buckets=(requests,), max_length=tokens, decode_steps=steps,
-        compiler_options=compiler_options,
+        page_size=page_size, compiler_options=compiler_options,
     )  # fmt: skip
 
 
@@ -84,8 +85,13 @@ def filled_cache(served: BucketedModel, requests: int, context: int) -> Any:
     All places are filled, those behind `context` too: what they hold must not matter.
     """
     del context
+    return randomized(served.empty_cache(requests))
+
+
+def randomized(cache: Any) -> Any:
+    """A cache of random keys and values in place of `cache`, which is donated."""
     keys = iter(jax.random.split(jax.random.key(1, impl="rbg"), 10_000))
-    return jax.tree.map(lambda zeros: _randomized(zeros, next(keys)), served.empty_cache(requests))
+    return jax.tree.map(lambda zeros: _randomized(zeros, next(keys)), cache)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -97,10 +103,12 @@ def _randomized(zeros, key):
 # --- calls ---
 
 
-def prefill_calls(model: Any, tokens: int, chunk: int, compiler_options: Options) -> Calls:
+def prefill_calls(model: Any, tokens: int, chunk: int, page_size: int, compiler_options: Options) -> Calls:
     """A prefill of one request of `tokens` random tokens, in chunks of at most `chunk`, by `BucketedModel.prefill`."""
     bucket = min(tokens, chunk)
-    served = serve(model, requests=1, tokens=tokens + 1, bucket=bucket, compiler_options=compiler_options)
+    served = serve(
+        model, requests=1, tokens=tokens + 1, bucket=bucket, page_size=page_size, compiler_options=compiler_options
+    )  # fmt: skip
     ids: Any = np.random.default_rng(0).integers(0, served.config.vocab_size, tokens).astype(np.int32)
     done = served.prefill(ids)
     cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(done.cache))
@@ -112,17 +120,20 @@ def prefill_calls(model: Any, tokens: int, chunk: int, compiler_options: Options
         (embedded, Call(lambda: served.run_embedding(padded).values)),
         (headed, Call(lambda: served.run_head(x))),
     ]
-    return Calls(Call(lambda: served.prefill(ids).logits), ends, served, cache_bytes, False)
+    return Calls(Call(lambda: served.prefill(ids).logits), ends, lambda: _executables(served), cache_bytes, False)
 
 
-def decode_calls(model: Any, requests: int, context: int, steps: int, compiler_options: Options) -> Calls:
+def decode_calls(
+    model: Any, requests: int, context: int, steps: int, page_size: int, compiler_options: Options
+) -> Calls:
     """`steps` decode steps of requests with `context` filled places each, by one call of `BucketedModel.decode`.
 
     The requests start with different random tokens, so that they are routed differently. Each step takes the tokens,
     positions and cache of the step before it.
     """
     served = serve(
-        model, requests=requests, tokens=context + STEPS + 1, bucket=1, steps=steps, compiler_options=compiler_options
+        model, requests=requests, tokens=context + STEPS + 1, bucket=1, page_size=page_size, steps=steps,
+        compiler_options=compiler_options,
     )  # fmt: skip
     tokens = np.random.default_rng(0).integers(0, served.config.vocab_size, requests).astype(np.int32)
     last, lengths = (Bucketed(jax.device_put(a), requests) for a in (tokens, np.full(requests, context, np.int32)))
@@ -137,7 +148,11 @@ def decode_calls(model: Any, requests: int, context: int, steps: int, compiler_o
         return tokens.values
 
     ends = _decode_ends(model, last.values, compiler_options)
-    return Calls(Call(run, restart), [(steps, ends)], served, cache_bytes, True, steps)
+    return Calls(Call(run, restart), [(steps, ends)], lambda: _executables(served), cache_bytes, True, steps)
+
+
+def _executables(served: BucketedModel) -> list[jax.stages.Compiled]:
+    return [program for graph in served.graphs for program in graph.executables]
 
 
 def _decode_ends(model: Any, tokens: jax.Array, compiler_options: Options) -> Call:

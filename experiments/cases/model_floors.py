@@ -124,9 +124,9 @@ def experts_hit(experts: int, top_k: int, rows: int) -> float:
 
 
 def layer_work(
-    sizes: LayerSizes, attention: AttentionSizes, work: Work, experts: str, dense: str, dtype: Any
+    sizes: LayerSizes, attention: AttentionSizes, work: Work, experts: str, dense: str, dtype: Any, ranks: int = 1
 ) -> tuple[float, float]:
-    """The bytes that one decoder layer must move, and the FLOPs that it must compute.
+    """The bytes that a device must move for one decoder layer, and the FLOPs that it must compute.
 
     Args:
       sizes: the layer.
@@ -135,9 +135,10 @@ def layer_work(
       experts: the experts' mode; "bf16" has plain weights, and all others have NVFP4 weights.
       dense: what the other linear layers run as.
       dtype: the dtype of plain weights.
+      ranks: devices that the experts are split over, each with this work.
     """
     plain = jnp.dtype(dtype).itemsize
-    hit = experts_hit(sizes.experts, sizes.top_k, work.rows) if sizes.experts else 0
+    hit = experts_hit(sizes.experts, sizes.top_k, work.rows * ranks) / ranks if sizes.experts else 0
     num_bytes = (
         hit * sizes.expert * (plain if experts == "bf16" else BYTES_PER_WEIGHT)
         + sizes.linear * _DENSE_BYTES.get(dense, plain)
@@ -149,14 +150,14 @@ def layer_work(
     return num_bytes, 2 * (work.rows * per_row + work.pairs * per_pair)
 
 
-def floor_us(model: Any, work: Work, experts: str, dense: str, ceilings: Ceilings) -> float:
+def floor_us(model: Any, work: Work, experts: str, dense: str, ceilings: Ceilings, ranks: int = 1) -> float:
     """The mean floor of a model's decoder layers in microseconds; see the module.
 
     Args:
       model: the model with plain weights, which may be ShapeDtypeStructs.
-      work, experts, dense: as in `layer_work`.
+      work, experts, dense, ranks: as in `layer_work`.
       ceilings: the rates of the device.
     """
     attention, sizes = attention_sizes(model), layer_sizes(model)
-    parts = [layer_work(layer, attention, work, experts, dense, model.config.dtype) for layer in sizes]
+    parts = [layer_work(layer, attention, work, experts, dense, model.config.dtype, ranks) for layer in sizes]
     return sum(ceilings.floor_us(*part) for part in parts) / len(parts)

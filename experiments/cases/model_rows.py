@@ -22,7 +22,7 @@ COLUMNS = (
     "model", "layers", "phase", "implementation", "experts", "dense", "ranks", "requests", "tokens", "context",
     "us_per_layer", "kernel_us_per_layer", "kernels_per_layer", "in_graph", "tokens_per_s", "floor_us_per_layer",
     "percent_of_floor", "peak_gb", "weights_gb", "cache_gb", "wire_format", "stages", "seconds", "seconds_from_cache",
-    "programs", "cache",
+    "programs", "cache", "exchange_us_per_layer", "wall_over_kernels",
 )  # fmt: skip
 PEERS = ("transformers", "transformers compiled")
 _ROOT = Path(__file__).resolve().parents[2]
@@ -40,14 +40,17 @@ class PeerAnswers(NamedTuple):
     rows: list[dict[str, Any]]
 
 
-def make_row(model: str, layers: int, work: Work, implementation: str, experts: str, dense: str) -> dict[str, Any]:
+def make_row(
+    model: str, layers: int, work: Work, implementation: str, experts: str, dense: str, ranks: int = 1,
+    wire_format: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """A row without results. `layers` is the number of layers that are measured."""
     row: dict[str, Any] = dict.fromkeys(COLUMNS)
     prefill = work.phase == "prefill"
     return row | {
         "model": model, "layers": layers, "phase": work.phase, "implementation": implementation, "experts": experts,
-        "dense": dense, "ranks": 1, "requests": work.requests, "tokens": work.tokens if prefill else None,
-        "context": None if prefill else work.context,
+        "dense": dense, "ranks": ranks, "requests": work.requests, "tokens": work.tokens if prefill else None,
+        "context": None if prefill else work.context, "wire_format": wire_format,
     }  # fmt: skip
 
 
@@ -68,7 +71,7 @@ def with_floors(rows: Sequence[dict[str, Any]], ceilings: Ceilings) -> list[dict
             found.append(row)
             continue
         model = _abstract(row["model"], row["layers"], row["cache"])
-        floor = floor_us(model, work_of(row), row["experts"], row["dense"], ceilings)
+        floor = floor_us(model, work_of(row), row["experts"], row["dense"], ceilings, row["ranks"])
         us = row["us_per_layer"]
         percent = round(100 * floor / us, 1) if us else None
         found.append(row | {"floor_us_per_layer": round(floor, 2), "percent_of_floor": percent})

@@ -4,6 +4,7 @@ The ends are the embedding and the head with the choice of a token. They are tim
 subtracted from those of the whole model.
 """
 
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from experiments.harness.stages import compiler_options, stage_times
 
 _ROUND_US = 50_000  # a round calls a function as often as fits in this time, for at most STEPS decode steps
 _STAGE_LAYERS = 2
+_EXCHANGE = re.compile("dispatch|(?<!depermute_)combine|all-?to-?all|ncclDevKernel", re.IGNORECASE)  # names of kernels
 
 
 def measure(calls: Calls, layers: int, rows: int, repeats: int, weights_bytes: int, profile: bool) -> dict[str, Any]:
@@ -49,6 +51,7 @@ def measure(calls: Calls, layers: int, rows: int, repeats: int, weights_bytes: i
     }  # fmt: skip
     if profile and timing.on_gpu():
         found |= _kernel_columns(calls, layers, counts)
+        found["wall_over_kernels"] = round(found["us_per_layer"] / found["kernel_us_per_layer"], 3)
     return found
 
 
@@ -68,8 +71,7 @@ def measure_stages(make: Callable[[Any, Any], Calls], model: Any) -> dict[str, f
         calls.whole.restart()
         jax.block_until_ready(calls.whole.run())
     calls.whole.restart()
-    programs = [program for graph in calls.served.graphs for program in graph.executables]
-    return by_scope(stage_times(programs, calls.whole.run, SCOPES), layers * calls.steps)
+    return by_scope(stage_times(calls.executables(), calls.whole.run, SCOPES), layers * calls.steps)
 
 
 def _round_us(call: Call, count: int) -> float:
@@ -104,8 +106,10 @@ def _kernel_columns(calls: Calls, layers: int, counts: list[int]) -> dict[str, A
         found = profiled(call, count)
         us -= times * sum(k.us for k in found) / count
         number -= times * len(found) / count
+    exchange = sum(k.us for k in kernels if _EXCHANGE.search(k.name)) / counts[0]
     return {
-        "kernel_us_per_layer": round(us / layers, 2), "kernels_per_layer": round(number / layers, 2),
+        "exchange_us_per_layer": round(exchange / layers, 2), "kernel_us_per_layer": round(us / layers, 2),
+        "kernels_per_layer": round(number / layers, 2),
         "in_graph": round(sum(k.in_graph for k in kernels) / len(kernels), 3),
     }  # fmt: skip
 
@@ -117,7 +121,7 @@ def _peak_bytes(calls: Calls, weights_bytes: int) -> int:
     """
     stats = jax.devices()[0].memory_stats() or {}
     there = stats.get("bytes_in_use", weights_bytes + (calls.cache_bytes if calls.resident_cache else 0))
-    programs = [program.memory_analysis() for graph in calls.served.graphs for program in graph.executables]
+    programs = [program.memory_analysis() for program in calls.executables()]
     planned = [p.temp_size_in_bytes + p.output_size_in_bytes - p.alias_size_in_bytes for p in programs if p is not None]
     return there + (0 if calls.resident_cache else calls.cache_bytes) + max(planned, default=0)
 

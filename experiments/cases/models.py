@@ -135,8 +135,8 @@ def last_layers(model: Any, count: int) -> Any:
 
 
 def state_bytes(module: Any) -> int:
-    """Bytes of all arrays of a module."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(module)))
+    """Bytes of all arrays of a module on a device."""
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(nnx.state(module)))
 
 
 def _keys(seed: int) -> Iterator[jax.Array]:

@@ -14,19 +14,20 @@ def size_of(row: dict[str, Any]) -> str:
     """What a row measures, in words: all programs, the tokens of a prefill, or the requests and their context."""
     if row["phase"] == "compile":
         return "all programs"
+    gpus = "" if row["ranks"] == 1 else f"{row['ranks']} x "
     if row["phase"] == "prefill":
-        return f"{row['tokens']} tokens"
-    return f"{row['requests']} x {row['context']}"
+        return f"{gpus}{row['tokens']} tokens"
+    return f"{gpus}{row['requests']} x {row['context']}"
 
 
 def model_text(rows: Sequence[dict[str, Any]]) -> str:
     """All rows as aligned text, with the stages of a layer below its row."""
-    head = f"{'model':<12}{'layers':>7} {'phase':<8}{'size':>14}  {'implementation':<22}{'experts':<8}{'dense':<7}"
+    head = f"{'model':<12}{'layers':>7} {'phase':<8}{'size':>18}  {'implementation':<22}{'experts':<8}{'dense':<7}"
     lines = [head + f"{'us/layer':>10}{'kernels':>10}{'number':>8}{'graphs':>7}{'floor':>9}{'%':>5}{'tokens/s':>11}"
              f"{'peak GB':>9}"]  # fmt: skip
     for r in rows:
         line = (
-            f"{r['model']:<12}{r['layers']:>7} {r['phase']:<8}{size_of(r):>14}  {r['implementation']:<22}"
+            f"{r['model']:<12}{r['layers']:>7} {r['phase']:<8}{size_of(r):>18}  {r['implementation']:<22}"
             f"{r['experts']:<8}{r['dense']:<7}"
         )
         if r["phase"] == "compile" and r["seconds"] is not None:
@@ -124,4 +125,5 @@ def _ours(row: dict[str, Any]) -> bool:
 def _variant(row: dict[str, Any]) -> str:
     if not _ours(row):
         return row["implementation"]
-    return f"fp4jax {row['experts']}" + ("" if row["dense"] == "bf16" else f", {row['dense']} linear layers")
+    gpus = "" if row["ranks"] == 1 else f", {row['ranks']} GPUs, {row['wire_format']}"
+    return f"fp4jax {row['experts']}{gpus}" + ("" if row["dense"] == "bf16" else f", {row['dense']} linear layers")

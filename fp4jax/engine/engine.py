@@ -254,7 +254,7 @@ class Engine:
         return EngineReport(
             scheduler.prompt_tokens, scheduler.shared_tokens, self._generated, scheduler.preemptions,
             len(scheduler.waiting), len(running), sum(request.is_decoding for request in running), used, pages,
-            self._runner.programs.programs,
+            len(self._runner.programs.executables),
         )  # fmt: skip
 
     # --- results ---

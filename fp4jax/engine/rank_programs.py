@@ -209,9 +209,9 @@ class RankPrograms:
         self._compiled[program.key] = compiled
 
     @property
-    def programs(self) -> int:
-        """Programs that were compiled."""
-        return len(self._compiled)
+    def executables(self) -> list[jax.stages.Compiled]:
+        """The programs that were compiled."""
+        return list(self._compiled.values())
 
     @property
     def layers(self) -> int:

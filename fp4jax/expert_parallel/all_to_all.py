@@ -126,6 +126,7 @@ def combine_all_to_all(
     y: Float[Array, "rows h"],
     send_map: Int[Array, "t s"],
     weights: Float[Array, "t s"],
+    residual: Float[Array, "t h"] | None,
     *,
     devices: int,
     axis_name: str,
@@ -137,12 +138,13 @@ def combine_all_to_all(
       y: floating-point [R*C, H], one row per received row.
       send_map: i32 [T, S] as in `exchange.Dispatched`; S is R per_peer and k per_slot.
       weights: f32 [T, S]: the top-k weights per_slot, ones per_peer.
+      residual: [T, H] in y's dtype, added last; None adds nothing.
       devices: R.
       axis_name: the mesh axis that rows cross.
       implementation: of the sum, `permute.depermute_combine`.
     """
     home = _exchange(y.reshape(devices, y.shape[0] // devices, -1), axis_name)
-    return depermute_combine(home, send_map, weights, implementation=implementation)
+    return depermute_combine(home, send_map, weights, residual, implementation=implementation)
 
 
 def _exchange(payload, axis_name):

@@ -159,6 +159,7 @@ def _dispatch_kernel(parts, global_scale, ids, topk_weights, *, routes, axis_nam
 def combine(
     y: Float[Array, "rows h"],
     dispatched: Dispatched,
+    residual: Float[Array, "t h"] | None = None,
     *,
     topk_weights: Float[Array, "t k"] | None = None,
     axis_name: str = "ep",
@@ -168,11 +169,13 @@ def combine(
 
     In the form per_peer, y holds one partial sum per received row, and home adds them in rank order. In the form
     per_slot, y holds unweighted expert outputs, and home adds their products with `topk_weights` in slot order. Sums
-    are f32. Each product is rounded before it is added, and the sum is rounded once, to y's dtype.
+    are f32. Each product is rounded before it is added, a residual is added last, and the sum is rounded once, to y's
+    dtype.
 
     Args:
       y: floating-point [R*C, H], one row per received row.
       dispatched: what `dispatch` returned.
+      residual: [T, H] in y's dtype, one row per token of this device, added to the sums; None: nothing is added.
       topk_weights: floating-point [T, k] in the form per_slot; None in the form per_peer.
       axis_name: as in `dispatch`.
       implementation: "xla": an all_to_all. "mosaic_gpu": a kernel reads the rows from the peers' memory. None: that
@@ -191,7 +194,8 @@ def combine(
     send_map, rows = dispatched.send_map, dispatched.local_ids.shape[0]
     if y.ndim != 2 or y.shape[0] != rows:
         raise ValueError(f"combine: y must be [{rows}, H], one row per received row, got {y.shape}")
-    operands = y, send_map, _home_weights("combine", dispatched, topk_weights, devices)
+    _check_residual("combine", residual, y, send_map)
+    operands = y, send_map, _home_weights("combine", dispatched, topk_weights, devices), residual
     options = dict(devices=devices, axis_name=axis_name)
     all_to_all = Call.of(combine_all_to_all, **options, implementation=implementation)
     if combine_way(y, send_map, **options, implementation=implementation) == "all_to_all":
@@ -204,6 +208,7 @@ def combine_into_buffers(
     y: Float[Array, "..."],
     row_map: Int[Array, "rows k"],
     dispatched: Dispatched,
+    residual: Float[Array, "t h"] | None = None,
     *,
     topk_weights: Float[Array, "t s"] | None = None,
     axis_name: str = "ep",
@@ -215,6 +220,7 @@ def combine_into_buffers(
       row_map: integer [R*C, k] ([R*C, 1] per_slot), the row of y.reshape(-1, H) for each route of each received row, or
         -1, as `permute_to_masked` or `permute_to_contiguous` returned it.
       dispatched: what `dispatch` returned; it was given buffers.
+      residual: as in `combine`.
       topk_weights: as in `combine`.
       axis_name: as in `dispatch`.
 
@@ -233,11 +239,21 @@ def combine_into_buffers(
         raise ValueError(f"{op}: the dispatch had no buffers")
     if row_map.shape != dispatched.local_ids.shape:
         raise ValueError(f"{op}: row_map must be {dispatched.local_ids.shape}, got {row_map.shape}")
+    _check_residual(op, residual, y, dispatched.send_map)
     topk_weights = _home_weights(op, dispatched, topk_weights, devices)
     row_map = row_map.astype(jnp.int32)
     config = push_combine.default_config(row_map.shape[0], y.shape[1] * y.dtype.itemsize, multiprocessors())
     check_combine_into_buffers(y, row_map, dispatched.send_map, devices=devices, axis_name=axis_name, config=config)
-    return low_latency.run_back(y, row_map, dispatched, topk_weights, axis_name=axis_name, config=config)
+    return low_latency.run_back(y, row_map, dispatched, topk_weights, residual, axis_name=axis_name, config=config)
+
+
+def _check_residual(op, residual, y, send_map):
+    if residual is None:
+        return
+    check_array(f"{op}: residual", residual)
+    wanted = send_map.shape[0], y.shape[-1]
+    if residual.shape != wanted or residual.dtype != y.dtype:
+        raise ValueError(f"{op}: residual must be {y.dtype} {wanted}, got {residual.dtype} {residual.shape}")
 
 
 def _home_weights(op, dispatched, topk_weights, devices):

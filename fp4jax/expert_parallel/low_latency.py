@@ -143,8 +143,9 @@ def run(parts: Any, ids: jax.Array, weights: jax.Array, buffers: ReceiveBuffers,
 
 
 def run_back(
-    y: jax.Array, row_map: jax.Array, dispatched: Any, topk_weights: jax.Array, *, axis_name: str, config: Any
-) -> tuple[jax.Array, ReceiveBuffers]:
+    y: jax.Array, row_map: jax.Array, dispatched: Any, topk_weights: jax.Array, residual: jax.Array | None, *,
+    axis_name: str, config: Any,
+) -> tuple[jax.Array, ReceiveBuffers]:  # fmt: skip
     """Runs `pallas_kernels.exchange.push_combine` so that it receives into the kept arrays.
 
     The arguments are those of `exchange.combine_into_buffers`, which checks them.
@@ -154,6 +155,7 @@ def run_back(
       row_map: i32 [R*C, k].
       dispatched: the `exchange.Dispatched` of a dispatch with buffers.
       topk_weights: f32, of the shape of the send map.
+      residual: [T, H] in y's dtype, or None.
       axis_name: the mesh axis.
       config: the tuning of the kernel.
 
@@ -168,7 +170,7 @@ def run_back(
     turn = _Turn(dispatched.buffers.back, [target], config.blocks, "combine")
     out = combine_kernels.push_combine(
         y, combine_kernels.Received(row_map, dispatched.local_weights, dispatched.local_ids),
-        combine_kernels.Home(dispatched.send_map, topk_weights),
+        combine_kernels.Home(dispatched.send_map, topk_weights, residual),
         combine_kernels.Buffers(turn.now[0], turn.kept, turn.first),
         devices=devices, axis_name=axis_name, config=config,
     )  # fmt: skip

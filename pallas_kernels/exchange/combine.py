@@ -1,6 +1,6 @@
 """Combine without a collective: each device reads the rows of its tokens from the peers' memory and sums them.
 
-    out[t] = sum over columns s of weights[t, s] * (row send_map[t, s], on the device that has it)
+    out[t] = sum over columns s of weights[t, s] * (row send_map[t, s], on the device that has it) (+ residual[t])
 
 The kernel runs inside `jax.shard_map` over one mesh axis, on devices of one process that reach each other's memory
 (NVLink). A persistent grid goes over the accesses of the result, and a lane takes 16 bytes of a token at a time: it
@@ -64,20 +64,22 @@ def combine(
     y: jax.Array,
     send_map: jax.Array,
     weights: jax.Array,
+    residual: jax.Array | None = None,
     *,
     devices: int,
     axis_name: str,
     config: TuningConfig | None = None,
 ) -> jax.Array:
-    """out[t] = sum over columns s of weights[t, s] * (row send_map[t, s]), [T, H] of y's dtype.
+    """out[t] = sum over columns s of weights[t, s] * (row send_map[t, s]) (+ residual[t]), [T, H] of y's dtype.
 
-    The sum runs in f32, in the order of the columns, and is rounded once to y's dtype.
+    The sum runs in f32, in the order of the columns, the residual last, and is rounded once to y's dtype.
 
     Args:
       y: bf16 or f32 [devices * C, H]. Rows d * C to d * C + C - 1 are results for the tokens of device d.
       send_map: i32 [T, S], where S is the number of rows that a token may have. The entry d * C + c means row c of
         those that device d has for this device. -1 adds nothing.
       weights: f32 [T, S].
+      residual: [T, H] of y's dtype; None adds nothing.
       devices: number of devices on the mesh axis.
       axis_name: the mesh axis.
       config: None takes `default_config`.
@@ -91,7 +93,10 @@ def combine(
     tokens, capacity = send_map.shape[0], y.shape[0] // devices
     cut = row_access(y.shape[1] * y.dtype.itemsize)
 
-    def body(map_ref, weight_ref, y_ref, out_ref, *meeting):
+    operands = [send_map.astype(jnp.int32), weights.astype(jnp.float32), y, *([] if residual is None else [residual])]
+
+    def body(map_ref, weight_ref, y_ref, *refs):
+        *residual_ref, out_ref = refs[: len(operands) - 2]
         me = lax.axis_index(axis_name)
         peers = [plgpu.remote_ref(y_ref, jnp.int32(d)) for d in range(devices)]
 
@@ -103,11 +108,12 @@ def combine(
         def add(item):
             token = unsigned_div(item, cut.items)
             valid = token < tokens
-            words = sum_of_routes(token, item - token * cut.items, valid, load, map_ref, weight_ref, y.dtype)
+            added = [lanes.gather(ref, item, cut.count, where=valid) for ref in residual_ref]
+            words = sum_of_routes(token, item - token * cut.items, valid, load, map_ref, weight_ref, y.dtype, *added)
             lanes.scatter(out_ref, item, words, where=valid)
 
         PersistentLanes(config.blocks, config.warpgroups).for_each(tokens * cut.items, add)
-        Meeting(*meeting).meet(devices, config.warpgroups)
+        Meeting(*refs[len(operands) - 2 :]).meet(devices, config.warpgroups)
 
     return launch.kernel(
         body,
@@ -115,4 +121,4 @@ def combine(
         grid=config.blocks,
         scratch_types=Meeting.scratch(config.warpgroups),
         warpgroups=config.warpgroups,
-    )(send_map.astype(jnp.int32), weights.astype(jnp.float32), y)
+    )(*operands)

@@ -2,6 +2,7 @@
 
     partial(r) = sum over slots j of row_weights[r, j] * y[row_map[r, j]]            on the device that received row r
     out[t] = sum over columns s of weights[t, s] * partial(row send_map[t, s])       on the device of token t
+             (+ residual[t])
 
 The kernel does the work of depermute.py and of combine.py. It rounds each product and sum where they do, so its bits
 are theirs. But it does not store partial sums on the device that computes them, and no meeting comes before it. It runs
@@ -66,14 +67,16 @@ class Received(NamedTuple):
 
 
 class Home(NamedTuple):
-    """The places of the rows of this device's tokens.
+    """The places of the rows of this device's tokens, and what is added to their sums.
 
     send_map: i32 [T, S], device * C + row there, or -1.
     weights: f32 [T, S], by which the partial sums are multiplied.
+    residual: [T, H] of y's dtype; None adds nothing.
     """
 
     send_map: Any
     weights: Any
+    residual: Any = None
 
 
 class Buffers(NamedTuple):
@@ -114,11 +117,14 @@ def push_combine(
     (rows, _), (tokens, _), hidden = received.row_map.shape, home.send_map.shape, y.shape[1]
     sizes = _Sizes(rows, tokens, rows // devices, devices, row_access(hidden * y.dtype.itemsize), y.dtype)
 
+    residual = [] if home.residual is None else [home.residual]
+    inputs = [y, *received, home.send_map, home.weights, *residual, buffers.sums]
+
     def body(*refs):
-        inputs, (*_, counters_ref) = refs[:7], refs[7 : 7 + len(buffers.kept)]
-        out_ref, *barriers = refs[7 + len(buffers.kept) :]
+        *_, counters_ref = refs[len(inputs) : len(inputs) + len(buffers.kept)]
+        out_ref, *barriers = refs[len(inputs) + len(buffers.kept) :]
         meeting = CommonMeeting(counters_ref, config.blocks, *barriers)
-        shared: list[Any] = [*inputs, out_ref]
+        shared: list[Any] = [*refs[:6], list(refs[6 : 6 + len(residual)]), refs[len(inputs) - 1], out_ref]
         block = _Block(sizes, _Refs(*shared), axis_name, config)
         block.push()
         meeting.meet(devices, config.warpgroups)
@@ -127,11 +133,14 @@ def push_combine(
     return launch.kernel(
         body, jax.ShapeDtypeStruct((tokens, hidden), y.dtype), grid=config.blocks, warpgroups=config.warpgroups,
         scratch_types=CommonMeeting.scratch(config.warpgroups), device_barrier=buffers.first,
-    )(y, *received, *home, buffers.sums, *buffers.kept)  # fmt: skip
+    )(*inputs, *buffers.kept)  # fmt: skip
 
 
 class _Refs(NamedTuple):
-    """References to the arguments of `push_combine` and to its result, all in global memory."""
+    """References to the arguments of `push_combine` and to its result, all in global memory.
+
+    residual: a list of one or no reference.
+    """
 
     y: Any
     row_map: Any
@@ -139,6 +148,7 @@ class _Refs(NamedTuple):
     local_ids: Any
     send_map: Any
     weights: Any
+    residual: Any
     sums: Any
     out: Any
 
@@ -190,8 +200,10 @@ class _Block:
 
         def add(item):
             token, column, inside = self._access(item, s.tokens)
-            words = sum_of_routes(token, column, inside, load, r.send_map, r.weights, s.dtype)
-            lanes.scatter(r.out, token * s.cut.items + column, words, where=inside)
+            position = token * s.cut.items + column
+            added = [lanes.gather(ref, position, s.cut.count, where=inside) for ref in r.residual]
+            words = sum_of_routes(token, column, inside, load, r.send_map, r.weights, s.dtype, *added)
+            lanes.scatter(r.out, position, words, where=inside)
 
         self.lanes.for_each(s.tokens * s.cut.items, add)
 

@@ -173,7 +173,7 @@ def there_and_back(form, wire, experts, implementation=None, scale="per_token"):
         leaf = jax.tree.leaves(d.x)[0]
         y = jnp.where(jnp.any(d.local_ids >= 0, axis=1, keepdims=True), leaf.astype(jnp.bfloat16), 0)
         home = weights if form == "per_slot" else None
-        return combine(y, d, topk_weights=home, implementation=implementation)
+        return combine(y, d, y[: x.shape[0]], topk_weights=home, implementation=implementation)
 
     return body
 

@@ -57,10 +57,11 @@ def test_dispatch_and_combine_against_loops(make_mesh, rng, form, devices, pair_
         )
         d = d._replace(dropped=d.dropped[None])
         home = weights if form == "per_slot" else None
-        return d, [combine(rows, d, topk_weights=home) for rows in (y, y.astype(jnp.bfloat16))]
+        back = [combine(rows, d, topk_weights=home) for rows in (y, y.astype(jnp.bfloat16))]
+        return d, [*back, combine(y.astype(jnp.bfloat16), d, x, topk_weights=home)]
 
     flat_ids, flat_weights = (jnp.asarray(a.reshape(devices * tokens, k)) for a in (ids, weights))
-    d, (out, narrow) = sharded(make_mesh(devices), body)(x, flat_ids, flat_weights, y)
+    d, (out, narrow, added) = sharded(make_mesh(devices), body)(x, flat_ids, flat_weights, y)
 
     received, send_map, dropped = oracles.reference_dispatch(ids, devices, num_experts, form, capacity)
     assert np.array_equal(np.asarray(d.dropped), dropped)
@@ -86,18 +87,25 @@ def test_dispatch_and_combine_against_loops(make_mesh, rng, form, devices, pair_
                 assert got_ids[receiver, row, j] == expected
                 assert j not in slots or got_weights[receiver, row, j] == weights[sender, t, j]
 
-    # The way back: products rounded to f32, added in slot or rank order; bf16 rows are rounded once, after that.
+    # The way back: products rounded to f32, added in slot or rank order; then a residual, and bf16 rows are rounded
+    # once, after that.
     y_np = rows.reshape(devices, devices, capacity, hidden)  # [expert side, sender, C, H]
     narrow_np = oracles.round_bf16(y_np)
-    out, narrow = (np.asarray(a, np.float32).reshape(devices, tokens, hidden) for a in (out, narrow))
+    out, narrow, added = (np.asarray(a, np.float32).reshape(devices, tokens, hidden) for a in (out, narrow, added))
+    ways = (
+        (out, y_np, None, np.float32), (narrow, narrow_np, None, oracles.round_bf16),
+        (added, narrow_np, x_np, oracles.round_bf16),
+    )  # fmt: skip
     for sender in range(devices):
         for t in range(tokens):
-            for found, returned, finish in ((out, y_np, np.float32), (narrow, narrow_np, oracles.round_bf16)):
+            for found, returned, residual, finish in ways:
                 total = np.zeros(hidden, np.float32)
                 for s, row in enumerate(send_map[sender, t]):
                     if row >= 0:
                         weight = weights[sender, t, s] if form == "per_slot" else np.float32(1)
                         total = total + returned[row // capacity, sender, row % capacity] * weight
+                if residual is not None:
+                    total = total + residual[sender, t]
                 assert np.array_equal(found[sender, t], finish(total))
 
 
@@ -251,12 +259,15 @@ def test_per_slot_is_identical_for_every_number_of_devices(make_mesh, layer, dev
 
 
 @pytest.mark.slow
-def test_a_residual_is_added_to_the_combined_sums(make_mesh, layer):
-    mesh, config = make_mesh(2), MoEConfig(num_experts=E, axis_name="ep", **ALL_NVFP4)
+def test_per_slot_adds_a_residual_as_one_device_does(make_mesh, layer):
+    """The sum over the slots and the residual is rounded once, wherever it is computed."""
     x, ids, weights, packed = layer[:4]
+    residual = x[::-1]
+    alone, _ = _one_device("masked")(*layer[:4], None, residual)
+    config = MoEConfig(num_experts=E, axis_name="ep", **{**ALL_NVFP4, "form": "per_slot"})
     run = lambda *a: moe_layer(*a[:4], config, residual=a[4])[0]  # noqa: E731
-    y = sharded(mesh, run, (EP, EP, EP, weight_specs(packed), EP), EP)(x, ids, weights, packed, -x)
-    assert same_bits(y, -x + run_layer(mesh, layer)[0])
+    y = sharded(make_mesh(2), run, (EP, EP, EP, weight_specs(packed), EP), EP)(x, ids, weights, packed, residual)
+    assert same_bits(y, alone) and not same_bits(y, residual + _one_device("masked")(*layer[:4])[0])
 
 
 @pytest.mark.slow

@@ -55,10 +55,11 @@ def there_and_back(x, ids, weights, buffers, form="per_peer", wire="nvfp4", seed
     made = jax.random.normal(key, (full.size, y[0]), y[1])
     made = jnp.where(used[:, None], made, jnp.nan)  # nobody may use what no route names
     home = weights if form == "per_slot" else None
+    residual = jax.random.normal(key, (x.shape[0], y[0]), y[1]) if wire != "fp8" else None
     if buffers is None:
-        back = combine(depermute_combine(made, row_map, d.local_weights), d, topk_weights=home)
+        back = combine(depermute_combine(made, row_map, d.local_weights), d, residual, topk_weights=home)
     else:
-        back, buffers = combine_into_buffers(made, row_map, d, topk_weights=home)
+        back, buffers = combine_into_buffers(made, row_map, d, residual, topk_weights=home)
     return jnp.stack([rows, words, digest(d.send_map), digest(back)]), buffers
 
 

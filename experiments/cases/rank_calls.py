@@ -1,0 +1,86 @@
+"""The calls of `engine.Engine`'s programs that bench_model times on several devices: prefills and decode steps.
+
+Every device has requests and pages of its own, as in the engine. Programs are compiled on the first call.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from experiments.cases.model_calls import STEPS, Call, Calls, Options, randomized
+from experiments.cases.models import last_layers
+from fp4jax.engine.drawing import drawing_on_host
+from fp4jax.engine.rank_blocks import Slots
+from fp4jax.engine.rank_programs import RankPrograms
+
+
+def prefill_calls(model: Any, mesh: Mesh, tokens: int, chunk: int, page_size: int, compiler_options: Options) -> Calls:
+    """A prefill of one prompt of `tokens` random tokens on every device, in chunks of at most `chunk`."""
+    programs = RankPrograms(model, mesh, steps=1, draws=False, compiler_options=compiler_options)
+    ranks, bucket, width = mesh.size, min(tokens, chunk), -(-tokens // page_size)
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, model.config.vocab_size, (ranks, -(-tokens // bucket), bucket)).astype(np.int32)
+    everywhere = lambda number: np.full(ranks, number, np.int32)  # noqa: E731
+    chunks = [  # ids, starts, counts
+        programs.put((ids[:, i], everywhere(i * bucket), everywhere(min(bucket, tokens - i * bucket))))
+        for i in range(ids.shape[1])
+    ]
+    zeros, table = programs.put((everywhere(0), np.tile(np.arange(width, dtype=np.int32), (ranks, 1))))
+    drawing = programs.put(drawing_on_host([], ranks))
+    caches = programs.empty_caches(1, width, page_size)
+
+    def run():
+        x = counts = None
+        for chunk_ids, starts, counts in chunks:
+            x = programs.embed(chunk_ids)
+            for i in range(programs.layers):
+                x, caches[i] = programs.layer(i, x, starts, counts, zeros, caches[i], table)
+        return programs.head(x, counts, zeros, drawing, draws=False).tokens
+
+    x = programs.embed(chunks[0][0])
+    ends = [
+        (len(chunks), Call(lambda: programs.embed(chunks[0][0]))),
+        (1, Call(lambda: programs.head(x, chunks[-1][2], zeros, drawing, draws=False).tokens)),
+    ]
+    run()
+    return Calls(Call(run), ends, lambda: programs.executables, _bytes_on_a_device(caches), True)
+
+
+def decode_calls(
+    model: Any, mesh: Mesh, requests: int, context: int, steps: int, page_size: int, compiler_options: Options
+) -> Calls:  # fmt: skip
+    """`steps` decode steps of requests with `context` filled places each, `requests` of them on every device."""
+    programs = RankPrograms(model, mesh, steps=steps, draws=False, compiler_options=compiler_options)
+    every, width = mesh.size * requests, -(-(context + STEPS + 1) // page_size)
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, every).astype(np.int32)
+    lengths, limits = (np.full(every, n, np.int32) for n in (context, context + STEPS + 1))
+    pages = np.arange(requests * width, dtype=np.int32).reshape(requests, width)
+    start, table = programs.put(
+        (Slots(tokens, lengths, limits, drawing_on_host([], every)), np.tile(pages, (mesh.size, 1)))
+    )
+    state = [start, randomized(programs.empty_caches(requests, requests * width, page_size))]
+
+    def restart():
+        state[0] = start
+
+    def run():
+        chosen, *state[:] = programs.decode(requests, *state, table, draws=False)
+        return chosen.tokens
+
+    run()
+    ends = _decode_ends(model, mesh, requests, steps, compiler_options, start, table)
+    return Calls(
+        Call(run, restart), [(1, ends)], lambda: programs.executables, _bytes_on_a_device(state[1]), True, steps
+    )
+
+
+def _decode_ends(model, mesh, requests, steps, compiler_options, start, table) -> Call:
+    """The same call of a model without decoder layers: embedding, head, and the choice of the likeliest tokens."""
+    ends = RankPrograms(last_layers(model, 0), mesh, steps=steps, draws=False, compiler_options=compiler_options)
+    return Call(lambda: ends.decode(requests, start, [], table, draws=False)[0].tokens)
+
+
+def _bytes_on_a_device(caches: Any) -> int:
+    return sum(leaf.nbytes // len(leaf.sharding.device_set) for leaf in jax.tree.leaves(caches))
