@@ -247,7 +247,7 @@ def run_layer(mesh, layer, **options):
 
 @functools.cache
 def _one_device(layout):
-    return jax.jit(lambda *a: moe_layer(*a, MoEConfig(num_experts=E, layout=layout, **W4A4)))
+    return jax.jit(lambda *a: moe_layer(*a[:4], MoEConfig(num_experts=E, layout=layout, **W4A4), None, *a[4:]))
 
 
 @pytest.mark.parametrize("devices", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 4)), 8])
@@ -263,7 +263,7 @@ def test_per_slot_adds_a_residual_as_one_device_does(make_mesh, layer):
     """The sum over the slots and the residual is rounded once, wherever it is computed."""
     x, ids, weights, packed = layer[:4]
     residual = x[::-1]
-    alone, _ = _one_device("masked")(*layer[:4], None, residual)
+    alone, _ = _one_device("masked")(*layer[:4], residual)
     config = MoEConfig(num_experts=E, axis_name="ep", **{**ALL_NVFP4, "form": "per_slot"})
     run = lambda *a: moe_layer(*a[:4], config, residual=a[4])[0]  # noqa: E731
     y = sharded(make_mesh(2), run, (EP, EP, EP, weight_specs(packed), EP), EP)(x, ids, weights, packed, residual)
