@@ -4,6 +4,7 @@
 """
 
 from fp4jax.block_graph.arguments import Bucketed as Bucketed
+from fp4jax.block_graph.executables import LOWERING as LOWERING
 from fp4jax.block_graph.graph import BlockGraph as BlockGraph, block_graph as block_graph
 from fp4jax.block_graph.planner import (
     REFERENCE_BUCKETS as REFERENCE_BUCKETS,

@@ -240,3 +240,30 @@ def map_tokens(fn: Callable[..., Any], axes: Any, tree: Any) -> Any:
         return subtree if axis is None else jax.tree.map(functools.partial(fn, axis), subtree)
 
     return jax.tree.map(below, axes, tree, is_leaf=lambda a: a is None)
+
+
+class BucketedCall(NamedTuple):
+    """Arguments whose tokens are Bucketed: all arguments as a program takes them, valid tokens, and the bucket."""
+
+    arrays: list[Any]
+    tokens: int
+    bucket: int
+
+
+def bucketed_call(axes: Sequence[Any], args: Sequence[Any]) -> BucketedCall | None:
+    """The arguments of a call if each is one `Bucketed` array or has no tokens, and all agree; else None."""
+    sizes, arrays = set(), []
+    if len(axes) != len(args):
+        return None
+    for axis, arg in zip(axes, args, strict=True):
+        if axis is None:
+            arrays.append(arg)
+        elif isinstance(axis, int) and isinstance(arg, Bucketed) and isinstance(arg.values, jax.Array):
+            arrays.append(arg.values)
+            sizes.add((arg.tokens, arg.values.shape[axis]))
+        else:
+            return None
+    if len(sizes) != 1:
+        return None
+    tokens, bucket = sizes.pop()
+    return BucketedCall(arrays, tokens, bucket) if 1 <= tokens <= bucket else None

@@ -13,9 +13,8 @@ stay on the device and are neither padded nor cut.
 
 import functools
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -23,6 +22,7 @@ import numpy as np
 from fp4jax.block_graph.arguments import (
     Argument,
     Bucketed,
+    bucketed_call,
     home_of_all,
     is_bucketed,
     map_axes,
@@ -31,6 +31,7 @@ from fp4jax.block_graph.arguments import (
     take_tokens,
 )
 from fp4jax.block_graph.block import Block
+from fp4jax.block_graph.executables import Executables
 from fp4jax.block_graph.planner import check_buckets
 from fp4jax.block_graph.stats import BlockStats, CompileSeconds, compile_all
 
@@ -39,13 +40,11 @@ class BlockGraph:
     """A function that runs in executables of fixed token counts; `block_graph` makes it and documents its options.
 
     It is called like the wrapped function. buckets: the token counts, ascending. name: what messages call the block.
-    on_compile: a function that the caller may set; it is called with (name, CompileSeconds) after each compilation.
     """
 
     def __init__(self, block: Block, buckets: Sequence[int]):
         self.buckets, self.name, self._block = check_buckets(buckets), block.name, block
-        self._executables: dict[Any, jax.stages.Compiled] = {}
-        self._compiling: dict[Any, threading.RLock] = {}
+        self._executables = Executables(block)
         self._axes: dict[Any, tuple[int | None, ...]] = {}
         self._outputs: dict[Any, Any] = {}  # key of an executable -> ShapeDtypeStructs of its outputs
         # Token counts are kept on the device, so that a call with a known count copies nothing there.
@@ -54,8 +53,6 @@ class BlockGraph:
         self._warm = False
         self._calls = dict.fromkeys(self.buckets, 0)
         self._tokens = self._chunked = self._misses = 0
-        self._seconds: list[CompileSeconds] = []
-        self.on_compile: Callable[[str, CompileSeconds], None] | None = None
 
     # --- calling ---
 
@@ -75,8 +72,9 @@ class BlockGraph:
     def bind(self, *args: Any, **static: Any) -> Callable[..., Any]:
         """Fixes the first arguments (weights) and all static arguments, and returns a function of the other arguments.
 
-        The fixed arguments are flattened and examined only once. With hundreds of weights, this examination takes most
-        of the time of a call.
+        The fixed arguments are flattened and examined only once. The others are examined in the first call with
+        `Bucketed` tokens of each bucket; later calls hand theirs to the same program, which compares shapes, dtypes and
+        devices itself. To examine all arguments takes more time than to launch a small program.
 
         Raises:
           ValueError: there are more arguments than the block takes, or one is donated: it would be gone after one call.
@@ -84,9 +82,29 @@ class BlockGraph:
         first = self._looked_at(args)
         if donated := [i for i in self._block.donate_argnums if i < len(first)]:
             raise ValueError(f"{self.name}: argument {donated[0]} is donated and cannot be bound")
+        found: dict[int, _Shortcut] = {}  # by bucket
+        axes = None if any(a.has_tokens for a in first) else self._block.in_axes[len(first) :]
 
         def bound(*rest: Any) -> Any:
-            return self._call([*first, *self._looked_at(rest, len(first))], static)
+            bucketed = None if axes is None else bucketed_call(axes, rest)
+            if bucketed is not None and (shortcut := found.get(bucketed.bucket)) is not None:
+                count = self._count_of(bucketed.tokens, shortcut.home)
+                try:
+                    outputs = shortcut.program(count, *shortcut.weights, *bucketed.arrays)
+                except (TypeError, ValueError):  # other shapes, dtypes or devices than those of the program
+                    pass
+                else:
+                    self._count(bucketed.tokens, bucketed.bucket)
+                    return self._wrapped(outputs, bucketed.tokens)
+            arguments = [*first, *self._looked_at(rest, len(first))]
+            outputs = self._call(arguments, static)
+            if bucketed is not None and bucketed.bucket in self.buckets:
+                home = home_of_all(arguments)
+                program, _ = self._executables.find(arguments, home, bucketed.bucket, static)
+                found[bucketed.bucket] = _Shortcut(
+                    program, home, [a.padded(bucketed.bucket, home, False) for a in first]
+                )
+            return outputs
 
         return bound
 
@@ -95,8 +113,7 @@ class BlockGraph:
         tokens, size = self._block.count_tokens(arguments, self.buckets)
         home = home_of_all(arguments)
         if size is not None:  # Bucketed
-            outputs = self._run(arguments, home, tokens, size, static)
-            return map_tokens(lambda a, v: Bucketed(v, tokens), self._block.out_axes, outputs)
+            return self._wrapped(self._run(arguments, home, tokens, size, static), tokens)
         if tokens == 0:
             return self._empty(arguments, home, static)
         if tokens > self.buckets[-1]:
@@ -116,10 +133,16 @@ class BlockGraph:
         executable = self._executable(arguments, home, bucket, static)
         padded = [a.padded(bucket, home, donated=i in self._block.donate_argnums) for i, a in enumerate(arguments)]
         outputs = executable(self._count_of(tokens, home), *padded)
+        self._count(tokens, bucket)
+        return outputs
+
+    def _count(self, tokens, bucket):
         with self._lock:
             self._calls[bucket] += 1
             self._tokens += tokens
-        return outputs
+
+    def _wrapped(self, outputs, tokens):
+        return map_tokens(lambda a, v: Bucketed(v, tokens), self._block.out_axes, outputs)
 
     def _looked_at(self, args, start=0):
         if start + len(args) > len(self._block.in_axes):
@@ -160,7 +183,7 @@ class BlockGraph:
         """Returns outputs of size 0 along their token axis, without running an executable."""
         self._block.check_whole("there are no tokens")
         bucket = self.buckets[0]
-        key = self._key(arguments, home, bucket, static)
+        key = self._executables.key(arguments, home, bucket, static)
         if key not in self._outputs:
             self._outputs[key] = jax.eval_shape(
                 self._block.traced(bucket, static), *structs_of(arguments, home, bucket)
@@ -206,41 +229,17 @@ class BlockGraph:
                 todo.discard(bucket)
                 self._warm = self._warm or not todo
 
-        keys = {bucket: (id(self), self._key(arguments, home, bucket, static)) for bucket in reversed(self.buckets)}
+        keys = {
+            bucket: (id(self), self._executables.key(arguments, home, bucket, static))
+            for bucket in reversed(self.buckets)
+        }
         return {key: functools.partial(compile_one, bucket) for bucket, key in keys.items()}
 
-    def _key(self, arguments, home, bucket, static):
-        statics = tuple((name, type(static[name]), static[name]) for name in sorted(static))
-        return bucket, home, tuple(argument.kinds(home) for argument in arguments), statics
-
     def _executable(self, arguments, home, bucket, static, warming=False) -> jax.stages.Compiled:
-        key = self._key(arguments, home, bucket, static)
-        executable = self._executables.get(key)
-        if executable is not None:
-            return executable
-        with self._lock:
-            one_at_a_time = self._compiling.setdefault(key, threading.RLock())
-        try:
-            with one_at_a_time:  # if a compilation fails, nothing is stored, and the next thread that waited compiles
-                return self._executables.get(key) or self._compile(key, arguments, home, bucket, static, warming)
-        finally:
+        executable, is_new = self._executables.find(arguments, home, bucket, static)
+        if is_new and not warming:
             with self._lock:
-                self._compiling.pop(key, None)
-
-    def _compile(self, key, arguments, home, bucket, static, warming):
-        start = time.perf_counter()
-        lowered = self._block.lower(structs_of(arguments, home, bucket), bucket, static, home)
-        middle = time.perf_counter()
-        executable = lowered.compile(compiler_options=self._block.compiler_options or None)
-        if self._block.check_compiled is not None:
-            self._block.check_compiled(executable)
-        seconds = CompileSeconds(bucket, middle - start, time.perf_counter() - middle)
-        with self._lock:
-            self._executables[key] = executable
-            self._seconds.append(seconds)
-            self._misses += self._warm and not warming
-        if self.on_compile is not None:
-            self.on_compile(self.name, seconds)
+                self._misses += self._warm
         return executable
 
     # --- report ---
@@ -248,8 +247,16 @@ class BlockGraph:
     @property
     def executables(self) -> list[jax.stages.Compiled]:
         """The programs compiled up to now, in the order of compilation, for their text and their memory analysis."""
-        with self._lock:
-            return list(self._executables.values())
+        return self._executables.programs
+
+    @property
+    def on_compile(self) -> Callable[[str, CompileSeconds], None] | None:
+        """A function that is called with (name, CompileSeconds) after each compilation; None: nothing is called."""
+        return self._executables.on_compile
+
+    @on_compile.setter
+    def on_compile(self, call: Callable[[str, CompileSeconds], None] | None) -> None:
+        self._executables.on_compile = call
 
     @property
     def stats(self) -> BlockStats:
@@ -257,8 +264,16 @@ class BlockGraph:
         with self._lock:
             rows = sum(bucket * calls for bucket, calls in self._calls.items())
             return BlockStats(
-                dict(self._calls), self._tokens, rows, self._chunked, self._misses, list(self._seconds)
+                dict(self._calls), self._tokens, rows, self._chunked, self._misses, self._executables.seconds
             )  # fmt: skip
+
+
+class _Shortcut(NamedTuple):
+    """A program that served a call, its home, and the arrays that are fixed."""
+
+    program: jax.stages.Compiled
+    home: Any
+    weights: list[Any]
 
 
 def block_graph(

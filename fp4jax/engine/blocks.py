@@ -3,6 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -94,12 +95,12 @@ def decode_steps(weights, last, lengths, drawing, cache, table, *, structure, st
     `num_tokens` counts the valid requests; `draws` is that of `choose`.
     """
     model = structure.module(weights)
-    valid = jnp.arange(last.shape[0], dtype=jnp.int32) < num_tokens
+    one_step, valid = step_of(model), jnp.arange(last.shape[0], dtype=jnp.int32) < num_tokens
 
     def step(index, carry):
         tokens, last, lengths, cache = carry
         runs = valid & (last >= 0)
-        logits, cache = one_step(model, last, lengths, cache, table, runs)
+        logits, cache = one_step(last, lengths, cache, table, runs)
         found = jnp.where(runs, choose(logits, drawing.params, lengths + 1, draws=draws), -1)
         ends = jnp.any(found[:, None] == drawing.stop_ids, axis=1)
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, found[:, None], index, 1)
@@ -109,16 +110,39 @@ def decode_steps(weights, last, lengths, drawing, cache, table, *, structure, st
     return jax.lax.fori_loop(0, steps, step, carry) if steps > 1 else step(0, carry)
 
 
-def one_step(model, last, lengths, cache, table, runs):
-    """The logits [B, V] behind the tokens `last`, and the cache with these tokens in it."""
-    x, kept = model.embed_tokens(jnp.maximum(last, 0)[:, None]), []
-    buffers = ReceiveBuffers() if is_low_latency(model) else None
-    for layer, old in zip(model.layers, cache, strict=True):
-        old = layer.self_attn.cache_format.of(old, table, runs.astype(jnp.int32))
-        x, new, aux = layer(x, lengths, old, functools.partial(MoEBlock.__call__, valid=runs, buffers=buffers))
-        buffers = buffers if aux is None else aux.buffers
-        kept.append(new.arrays)
-    return model.head(x)[:, 0], kept
+def step_of(model):
+    """Returns the function (last, lengths, cache, table, runs) -> (logits [B, V], cache) that decodes one token.
+
+    The logits are those behind the tokens `last`, and the new cache has these tokens in it.
+    """
+    structures: dict[Any, Structure] = {}
+    layers = [split_layer(layer, structures) for layer in model.layers]
+    low_latency = is_low_latency(model)
+
+    def step(last, lengths, cache, table, runs):
+        x, kept, buffers = model.embed_tokens(jnp.maximum(last, 0)[:, None]), [], ReceiveBuffers()
+        for layer, (structure, weights), old in zip(model.layers, layers, cache, strict=True):
+            if low_latency:
+                x, arrays, aux = _layer_step(layer, x, lengths, old, table, runs, buffers)
+                buffers = buffers if aux is None else aux.buffers
+            else:
+                x, arrays = _traced_layer_step(weights, x, lengths, old, table, runs, structure=structure)
+            kept.append(arrays)
+        return model.head(x)[:, 0], kept
+
+    return step
+
+
+def _layer_step(layer, x, lengths, old, table, runs, buffers=None):
+    old = layer.self_attn.cache_format.of(old, table, runs.astype(jnp.int32))
+    x, new, aux = layer(x, lengths, old, functools.partial(MoEBlock.__call__, valid=runs, buffers=buffers))
+    return x, new.arrays, aux
+
+
+@functools.partial(jax.jit, static_argnames="structure")
+def _traced_layer_step(weights, x, lengths, old, table, runs, *, structure):
+    """A step of one layer; JAX traces layers of one structure once."""
+    return _layer_step(structure.module(weights), x, lengths, old, table, runs)[:2]
 
 
 def is_low_latency(model):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fp4jax.attention import PageFormat
-from fp4jax.engine.blocks import choose, one_step
+from fp4jax.engine.blocks import choose, step_of
 from fp4jax.engine.drawing import Drawing
 from fp4jax.layers.moe_block import MoEBlock
 from fp4jax.sharded_moe import EP_AXIS
@@ -92,7 +92,7 @@ def change(weights, slots, mask, values, first, joining):
 def decode(weights, slots, caches, table, *, structure, size, steps, draws):
     """Decodes some tokens of every request; see `RankPrograms.decode`."""
     model = structure.module(weights)
-    formats = model.cache_formats
+    one_step, formats = step_of(model), model.cache_formats
     now: Slots = jax.tree.map(lambda part: part[:size], slots)
     kept = [
         cache if isinstance(f, PageFormat) else tuple(part[:size] for part in cache)
@@ -102,7 +102,7 @@ def decode(weights, slots, caches, table, *, structure, size, steps, draws):
     def step(index, carry):
         found, last, lengths, kept = carry
         runs = last >= 0
-        logits, kept = one_step(model, last, lengths, kept, table[:size], runs)
+        logits, kept = one_step(last, lengths, kept, table[:size], runs)
         chosen = _chosen(logits, now.drawing, lengths + 1, draws)
         tokens = jnp.where(runs, chosen.tokens, -1)
         put = lambda every, one: jax.lax.dynamic_update_slice_in_dim(every, one[:, None], index, 1)  # noqa: E731

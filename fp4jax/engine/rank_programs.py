@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from fp4jax.attention import CacheFormat, PageFormat
+from fp4jax.block_graph import LOWERING
 from fp4jax.engine import rank_blocks
 from fp4jax.engine.blocks import (
     is_low_latency,
@@ -203,7 +204,9 @@ class RankPrograms:
                 out_specs=P(EP_AXIS) if program.splits else P(), check_vma=False,
             )  # fmt: skip
         donated = tuple(i + 1 for i in program.donated)
-        compiled = jax.jit(run, donate_argnums=donated).lower(program.weights, *args).compile(self._options)
+        with LOWERING:
+            lowered = jax.jit(run, donate_argnums=donated).lower(program.weights, *args)
+        compiled = lowered.compile(self._options)
         if self._low_latency and program.key[0] == "decode":
             check_no_copies(compiled)
         self._compiled[program.key] = compiled

@@ -93,6 +93,38 @@ def test_bound_weights_are_looked_at_once(rows, monkeypatch):
             refused()
 
 
+def test_bucketed_tokens_take_a_shortcut_that_knows_its_program(monkeypatch):
+    """After the first call nothing is examined, until something has another shape, dtype or bucket."""
+    graph = block_graph(
+        lambda w, x, c, n: (x * w + c, c + n.astype(c.dtype)), buckets=(4, 8), in_axes=(None, 0, None),
+        out_axes=(0, None), donate_argnums=(2,), count_argname="n",
+    )  # fmt: skip
+    bound, examined = graph.bind(jnp.float32(2)), []
+    call = type(graph)._call
+    monkeypatch.setattr(type(graph), "_call", lambda self, *a: examined.append(0) or call(self, *a))
+
+    def check(tokens, bucket, c, dtype=jnp.float32, times=1):
+        examined.clear()
+        y, c = bound(Bucketed(jnp.ones((bucket, 2), dtype), tokens), c)
+        np.testing.assert_array_equal(y.values[:tokens], np.full((tokens, 2), 2 + float(jnp.max(c)) - tokens))
+        assert y.tokens == tokens and len(examined) == times
+        return c
+
+    c = check(3, 4, jnp.zeros(()))
+    c = check(2, 4, c, times=0)
+    c = check(8, 8, c)
+    c = check(5, 8, check(1, 4, c, times=0), times=0)
+    assert float(c) == 3 + 2 + 8 + 1 + 5
+    check(4, 4, jnp.zeros(2))  # a program of its own
+    check(4, 4, jnp.zeros(2), times=0)
+    check(4, 4, jnp.zeros(2), jnp.bfloat16)
+    assert graph.stats.calls == {4: 6, 8: 2} and graph.stats.tokens == 19 + 12 and len(graph.executables) == 4
+    with pytest.raises(ValueError, match="Bucketed with 9 tokens"):
+        bound(Bucketed(jnp.ones((8, 2)), 9), c)
+    with pytest.raises(ValueError, match="Bucketed with 3 tokens in"):
+        bound(Bucketed(jnp.ones((5, 2)), 3), c)
+
+
 def test_pads_are_inert():
     """NaN in every pad of Bucketed values, in a function whose tokens meet."""
     graph = block_graph(lambda x: x @ x.T @ x, buckets=(8,), in_axes=(0,))
@@ -442,20 +474,23 @@ def test_options_reach_the_compiler():
         graph(np.ones(3, np.float32))
 
 
-def test_workers_compile_side_by_side_the_largest_first():
-    together, order = threading.Barrier(3, timeout=60), []
+def test_workers_compile_side_by_side_and_trace_one_after_the_other_the_largest_first():
+    together, tracing, order = threading.Barrier(3, timeout=60), threading.Lock(), []
 
-    def meet(x):
+    def alone(x):
+        assert tracing.acquire(blocking=False)
+        time.sleep(0.05)
+        tracing.release()
         order.append(x.shape[0])
-        together.wait()  # three programs are traced at once, or this breaks
         return x
 
-    block_graph(meet, buckets=BUCKETS, in_axes=(0,)).warm_up(np.ones(1), workers=3, progress=False)
+    meet = lambda _: together.wait()  # three programs are there before one is done, or this breaks  # noqa: E731
+    block_graph(alone, buckets=BUCKETS, in_axes=(0,), check_compiled=meet).warm_up(
+        np.ones(1), workers=3, progress=False
+    )
     assert sorted(order) == list(BUCKETS)
     order.clear()
-    block_graph(lambda x: order.append(x.shape[0]) or x, buckets=BUCKETS, in_axes=(0,)).warm_up(
-        np.ones(1), progress=False
-    )
+    block_graph(alone, buckets=BUCKETS, in_axes=(0,)).warm_up(np.ones(1), progress=False)
     assert order == list(reversed(BUCKETS))
 
 
@@ -500,7 +535,7 @@ def test_refused_shapes_leave_nothing():
     for width in range(5):
         with pytest.raises(ValueError, match="no"):
             graph(np.ones((2, width + 1)))
-    assert not graph._compiling and not graph._executables
+    assert not graph._executables._compiling and not graph.executables
 
 
 @pytest.mark.parametrize(
