@@ -39,6 +39,7 @@ computed for as many layers as fp4jax's model has. Its stages are guessed from n
 memory has a row that says so. Writes bench_model.json and bench_model.png into --output_dir.
 """
 
+import functools
 import gc
 import itertools
 from collections.abc import Callable
@@ -56,7 +57,7 @@ from experiments.cases.model_floors import Work
 from experiments.cases.model_rows import ask_peer, make_compile_row, make_row, peer_rows, why_no_peer, with_floors
 from experiments.cases.model_timing import measure, measure_stages
 from experiments.harness import outputs, script, timing
-from experiments.harness.cold_start import will_run_on_gpu
+from experiments.harness.cold_start import device_count, will_run_on_gpu
 from experiments.harness.flag_values import choices, integers
 from experiments.harness.graph_kernels import KEEP_GRAPHS
 from experiments.harness.model_report import model_text, plot, size_of
@@ -150,6 +151,7 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     folder = outputs.check_folder("output_dir", _OUTPUT_DIR.value, "bench_model.json", "bench_model.png")
+    check_ranks()
     rows = rows_of_peers() + rows_of_compiling()  # before JAX takes the GPU's memory
     plan = checked_plan(timing.on_gpu())
     folder.mkdir(parents=True, exist_ok=True)
@@ -197,15 +199,14 @@ def checked_plan(gpu: bool) -> Plan:
     decode = integers("decode", given(_DECODE, (1, 8, 32, 128), (2,)))
     contexts = integers("contexts", given(_CONTEXTS, (128, 1024, 8192, 32768), (16,)))
     ranks, wires = integers("ranks", _RANKS.value), choices("wire_formats", _WIRE_FORMATS.value, _WIRES, _WIRES[:1])
-    if max(ranks) > 1 and max(ranks) > len(jax.devices()):
-        raise app.UsageError(f"--ranks={max(ranks)}: JAX sees {len(jax.devices())} devices")
     splits = [Split(r, wire) for r in ranks for wire in (wires if r > 1 else (None,))]
     works = [Work("prefill", tokens=tokens) for tokens in prefill]
     works += [Work("decode", requests, context=context) for context in contexts for requests in decode]
     if not works and not _COMPILE.value:
         raise app.UsageError("--prefill, --decode, --contexts and --nocompile leave nothing to measure")
     for name in names:
-        if indivisible := [r for r in ranks if model_cases.model_config(name, 1).num_experts % r]:
+        config: Any = model_cases.model_config(name, 1)
+        if indivisible := [r for r in ranks if config.num_experts % r]:
             raise app.UsageError(f"--ranks={indivisible[0]} does not divide the experts of {name}")
         published = model_cases.PUBLISHED[name]
         if (_LAYERS.value or 1) > published["num_hidden_layers"]:
@@ -217,6 +218,13 @@ def checked_plan(gpu: bool) -> Plan:
             )
     layers = {name: _LAYERS.value or model_cases.usual_layers(name) for name in names}
     return Plan(layers, works, experts, dense, splits)
+
+
+def check_ranks() -> None:
+    """Raises app.UsageError if there are not as many devices as --ranks says."""
+    most = max(integers("ranks", _RANKS.value))
+    if most > 1 and most > (there := device_count()):
+        raise app.UsageError(f"--ranks={most}: JAX sees {there} devices")
 
 
 def rows_of_peers() -> list[dict[str, Any]]:
@@ -287,15 +295,13 @@ def measured(model: Any, work: Work, mesh: Mesh | None = None) -> dict[str, Any]
 
 def maker_of(work: Work, mesh: Mesh | None) -> Callable[[Any, Any], Calls]:
     """The function that makes the calls of this work from a model and options for XLA."""
-    given = [] if mesh is None else [mesh]
+    prefill: Any = prefill_calls if mesh is None else functools.partial(rank_calls.prefill_calls, mesh=mesh)
+    decode: Any = decode_calls if mesh is None else functools.partial(rank_calls.decode_calls, mesh=mesh)
+    page_size = _PAGE_SIZE.value
     if work.phase == "prefill":
-        make, sizes = (prefill_calls, rank_calls.prefill_calls)[len(given)], (work.tokens, _CHUNK.value)
-    else:
-        make, sizes = (
-            (decode_calls, rank_calls.decode_calls)[len(given)],
-            (work.requests, work.context, _DECODE_STEPS.value),
-        )
-    return lambda model, options: make(model, *given, *sizes, _PAGE_SIZE.value, options)
+        return lambda model, options: prefill(model, work.tokens, _CHUNK.value, page_size, options)
+    steps = _DECODE_STEPS.value
+    return lambda model, options: decode(model, work.requests, work.context, steps, page_size, options)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ The model has random weights, experts in NVFP4 (W4A16), and everything else in b
 of --rates requests per second (inf: all at once). They say how many tokens per second were generated, how long a
 request waited for its first token and for each token behind it (half of the requests, and 99% of them, at most), and
 how many pages were in use. Rows with phase "decode" run a full batch of --requests requests per device, once through
-the engine, and once as calls of its decode program that follow each other; `overhead` is the share that the engine
+the engine, and once as repetitions of its last call of the decode program; `overhead` is the share that the engine
 adds.
 
 Writes bench_serving.json and bench_serving.png into --output_dir.
@@ -136,11 +136,11 @@ def overhead(engine: Engine, count: int) -> dict[str, Any]:
     for _ in range(calls):
         engine.step()
     through = (time.perf_counter() - start) / calls
+    bare = engine.time_decode(calls)  # with the requests as they stand, which are routed as they are in the engine
     for id in ids:
         engine.cancel(id)
     while not engine.is_idle:
         engine.step()
-    bare = engine.time_decode(calls)
     return {
         "us_per_step": round(1e6 * bare / steps, 1), "us_per_step_engine": round(1e6 * through / steps, 1),
         "overhead": round(through / bare - 1, 4), "tokens_per_s": round(count * steps / through, 1),

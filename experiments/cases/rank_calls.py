@@ -16,7 +16,9 @@ from fp4jax.engine.rank_blocks import Slots
 from fp4jax.engine.rank_programs import RankPrograms
 
 
-def prefill_calls(model: Any, mesh: Mesh, tokens: int, chunk: int, page_size: int, compiler_options: Options) -> Calls:
+def prefill_calls(
+    model: Any, tokens: int, chunk: int, page_size: int, compiler_options: Options, *, mesh: Mesh
+) -> Calls:  # fmt: skip
     """A prefill of one prompt of `tokens` random tokens on every device, in chunks of at most `chunk`."""
     programs = RankPrograms(model, mesh, steps=1, draws=False, compiler_options=compiler_options)
     ranks, bucket, width = mesh.size, min(tokens, chunk), -(-tokens // page_size)
@@ -49,7 +51,7 @@ def prefill_calls(model: Any, mesh: Mesh, tokens: int, chunk: int, page_size: in
 
 
 def decode_calls(
-    model: Any, mesh: Mesh, requests: int, context: int, steps: int, page_size: int, compiler_options: Options
+    model: Any, requests: int, context: int, steps: int, page_size: int, compiler_options: Options, *, mesh: Mesh
 ) -> Calls:  # fmt: skip
     """`steps` decode steps of requests with `context` filled places each, `requests` of them on every device."""
     programs = RankPrograms(model, mesh, steps=steps, draws=False, compiler_options=compiler_options)
@@ -66,7 +68,8 @@ def decode_calls(
         state[0] = start
 
     def run():
-        chosen, *state[:] = programs.decode(requests, *state, table, draws=False)
+        slots, caches = state
+        chosen, *state[:] = programs.decode(requests, slots, caches, table, draws=False)
         return chosen.tokens
 
     run()

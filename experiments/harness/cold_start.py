@@ -43,11 +43,22 @@ def two_starts(command: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 def will_run_on_gpu() -> bool:
     """Whether JAX's default device is a GPU, which another process finds out unless JAX was told to take the CPU."""
-    if (jax.config.jax_platforms or "").split(",")[0] == "cpu":
-        return False
-    command = [sys.executable, "-c", "import jax; print(jax.devices()[0].platform)"]
+    return not _told_to_take_the_cpu() and _ask("jax.devices()[0].platform") == "gpu"
+
+
+def device_count() -> int:
+    """The number of devices that JAX sees, which another process finds out unless JAX was told to take the CPU."""
+    return len(jax.devices()) if _told_to_take_the_cpu() else int(_ask("len(jax.devices())") or 0)
+
+
+def _told_to_take_the_cpu() -> bool:
+    return (jax.config.jax_platforms or "").split(",")[0] == "cpu"
+
+
+def _ask(expression: str) -> str:
+    command = [sys.executable, "-c", f"import jax; print({expression})"]
     done = subprocess.run(command, env=_environment(), stdout=subprocess.PIPE, text=True, check=False)
-    return done.stdout.split()[-1:] == ["gpu"]
+    return "".join(done.stdout.split()[-1:])
 
 
 def _environment() -> dict[str, str]:

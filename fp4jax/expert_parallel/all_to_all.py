@@ -126,7 +126,7 @@ def combine_all_to_all(
     y: Float[Array, "rows h"],
     send_map: Int[Array, "t s"],
     weights: Float[Array, "t s"],
-    residual: Float[Array, "t h"] | None,
+    residual: Float[Array, "t h"] | None = None,
     *,
     devices: int,
     axis_name: str,

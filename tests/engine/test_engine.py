@@ -128,6 +128,20 @@ def test_an_equal_prompt_takes_the_pages_of_the_first(engine, rng):
     assert engine.report().shared_tokens - before == 20 and answers[0] == answers[1]
 
 
+def test_timing_the_decode_program_changes_nothing(engine, rng):
+    prompt = rng.integers(0, 97, 9).tolist()
+    id = engine.submit(prompt, 20)
+    (expected,) = engine.run().values()
+    again = engine.submit(prompt, 20)
+    found, seconds = [], []
+    while not engine.is_idle:
+        found += [t for event in engine.step() for t in event.tokens]
+        if engine.report().decoding:
+            seconds.append(engine.time_decode(2))
+    assert found == expected and len(expected) == 20 and again == id + 1
+    assert len(seconds) > 1 and min(seconds) > 0
+
+
 def test_cancelling(engine, rng):
     """While it waits, in the middle of its prompt, while it decodes, and twice."""
     ids = [engine.submit(rng.integers(0, 97, 30).tolist(), 18) for _ in range(9)]

@@ -10,7 +10,7 @@ import pytest
 from python_runs import ROOT, run_python
 from refusals import check_refusals
 
-from experiments.cases import model_compile, model_rows, models as model_cases
+from experiments.cases import model_compile, model_rows, models as model_cases, rank_calls
 from experiments.cases.model_calls import filled_cache, serve
 from experiments.cases.model_floors import Work, attention_sizes, experts_hit, floor_us, layer_sizes
 from experiments.harness import timing
@@ -18,6 +18,8 @@ from experiments.harness.cold_start import two_starts
 from experiments.harness.model_report import model_text
 from experiments.harness.model_stages import STAGES, by_kernel_name, by_scope, scoped_layers, stage_of_kernel
 from experiments.harness.tables.models import model_table
+from fp4jax.models import configure_experts
+from fp4jax.sharded_moe import expert_mesh
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -25,7 +27,7 @@ COLUMNS = [
     "model", "layers", "phase", "implementation", "experts", "dense", "ranks", "requests", "tokens", "context",
     "us_per_layer", "kernel_us_per_layer", "kernels_per_layer", "in_graph", "tokens_per_s", "floor_us_per_layer",
     "percent_of_floor", "peak_gb", "weights_gb", "cache_gb", "wire_format", "stages", "seconds", "seconds_from_cache",
-    "programs", "cache",
+    "programs", "cache", "exchange_us_per_layer", "wall_over_kernels",
 ]  # fmt: skip
 
 
@@ -55,6 +57,45 @@ def test_the_script_measures_a_tiny_model(tmp_path):
     assert "transformers is not measured: " in done.stdout
     assert "20 tokens" in done.stdout and "2 x 12" in done.stdout and "projections" in done.stdout
     assert model_table(report).count("\n") == 3
+
+
+@pytest.mark.slow
+def test_the_script_measures_two_devices(tmp_path):
+    few = ["--layers=1", "--prefill=20", "--chunk=8", "--decode=2", "--contexts=12", "--repeats=1"]
+    arguments = [*few, "--nocompile", "--ranks=1,2", "--wire_formats=bf16", f"--output_dir={tmp_path}"]
+    settings = {"jax_disable_most_optimizations": True, "jax_num_cpu_devices": 2}
+    done = run_python(ROOT / "experiments" / "bench_model.py", *arguments, settings=settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "bench_model.json").read_text())["rows"]
+    assert [(r["phase"], r["ranks"], r["wire_format"], r["requests"]) for r in rows] == [
+        ("prefill", 1, None, 1), ("decode", 1, None, 2), ("prefill", 2, "bf16", 1), ("decode", 2, "bf16", 2),
+    ]  # fmt: skip
+    for row in rows:
+        assert list(row) == COLUMNS and row["us_per_layer"] > 0 and min(row["stages"].values()) > 0
+    assert rows[2]["floor_us_per_layer"] > 0 and rows[3]["cache_gb"] == rows[1]["cache_gb"]
+    assert "2 x 20 tokens" in done.stdout and "2 x 2 x 12" in done.stdout
+
+
+@pytest.mark.slow
+def test_calls_on_two_devices_compute_what_one_device_does(make_mesh):
+    """Prompts in chunks, of one device each, and what follows them."""
+    model = model_cases.random_model(model_cases.model_config("tiny", 2), "w4a16", "bf16")
+    vocabulary = model.config.vocab_size
+    served = serve(model, requests=1, tokens=21, bucket=8, page_size=8, compiler_options=None)
+    ids = np.random.default_rng(0).integers(0, vocabulary, (2, 3, 8)).reshape(2, 24)[:, :20]
+    expected = [int(np.argmax(served.prefill(prompt.tolist()).logits)) for prompt in ids]
+    mesh = expert_mesh(make_mesh(2))
+    configure_experts(model, mesh=mesh, wire_format="bf16", form="per_slot")
+    calls = rank_calls.prefill_calls(model, 20, 8, 8, None, mesh=mesh)
+    np.testing.assert_array_equal(calls.whole.run(), expected)
+    assert [number for number, _ in calls.ends] == [3, 1] and len(calls.executables()) == 3
+    calls = rank_calls.decode_calls(model, 2, 12, 3, 8, None, mesh=mesh)
+    calls.whole.restart()
+    first = calls.whole.run()
+    assert first.shape == (4, 3) and (np.asarray(first) >= 0).all()
+    calls.whole.restart()
+    np.testing.assert_array_equal(calls.whole.run(), first)
+    assert (calls.ends[0][1].run() >= 0).all() and calls.steps == 3
 
 
 @pytest.mark.slow
@@ -107,6 +148,10 @@ def test_bad_flags_are_refused():
             ("--models=qwen4",): "--models: ['qwen4'] unknown",
             ("--experts=w8a8",): "--experts: ['w8a8'] unknown",
             ("--dense=int4",): "--dense: ['int4'] unknown",
+            ("--wire_formats=int4",): "--wire_formats: ['int4'] unknown",
+            ("--ranks=0",): "--ranks must be positive, got 0",
+            ("--ranks=1,512",): "--ranks=512: JAX sees 1 devices",
+            ("--page_size=0",): "--page_size",
             ("--peers=other",): "--peers: ['other'] unknown",
             ("--prefill=0",): "--prefill must be positive, got 0",
             ("--decode=x",): "--decode: invalid literal",
@@ -118,6 +163,12 @@ def test_bad_flags_are_refused():
             ("stray",): "unexpected arguments",
         },
     )
+
+
+def test_experts_that_do_not_divide_by_the_devices_are_refused():
+    script = ROOT / "experiments" / "bench_model.py"
+    done = run_python(script, "--ranks=3", "--nocompile", settings={"jax_num_cpu_devices": 3})
+    assert done.returncode == 1 and "--ranks=3 does not divide the experts of tiny" in done.stderr
 
 
 _WITHOUT_MEMORY = """
@@ -168,6 +219,9 @@ def test_floors_by_hand():
     in_decode = hit * expert * 9 / 16 + 2 * linear + 2 * router + 32 * 1025 * 1024 * 2
     found = floor_us(model, Work("decode", 32, context=1024), "w4a16", "bf16", ceilings)
     assert found == pytest.approx(in_decode / 1e6)
+    half = in_decode + (128 * (1 - (120 / 128) ** 64) / 2 - hit) * expert * 9 / 16  # half of the experts, for 64 tokens
+    found = floor_us(model, Work("decode", 32, context=1024), "w4a16", "bf16", ceilings, ranks=2)
+    assert found == pytest.approx(half / 1e6)
     model.set_cache_dtype(jnp.float8_e4m3fn)
     found = floor_us(model, Work("decode", 32, context=1024), "w4a16", "bf16", ceilings)
     assert found == pytest.approx((in_decode - 32 * 1025 * 1024) / 1e6)
@@ -266,7 +320,7 @@ def test_random_layers_differ_and_run_in_every_format(dense):
 @pytest.mark.slow
 def test_a_filled_cache_is_random_and_finite():
     model = model_cases.random_model(model_cases.model_config("tiny", 1), "w4a16", "bf16")
-    served = serve(model, requests=2, tokens=8, bucket=1, compiler_options=None)
+    served = serve(model, requests=2, tokens=8, bucket=1, page_size=64, compiler_options=None)
     parts = jax.tree.leaves(filled_cache(served, 2, 4))
     assert all(np.isfinite(part).all() and np.std(part) > 0.5 for part in parts)
     assert not np.array_equal(*parts[:2])
