@@ -179,7 +179,7 @@ def test_the_model_is_compared_with_the_faster_transformers(summary, phase, work
     others = [
         r["us_per_layer"]
         for r in rows_of("h200/bench_model_transformers.json")
-        if r["phase"] == phase and r["implementation"] != "fp4jax"
+        if r["phase"] == phase and r[name] == value and r["implementation"] != "fp4jax"
     ]
     assert len(others) == 2
     cells = find(summary, f"Qwen3-30B in {phase}")

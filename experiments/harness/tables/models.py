@@ -37,6 +37,40 @@ def model_table(report: dict[str, Any]) -> str:
     return table(columns, rows)
 
 
+def ranks_table(report: dict[str, Any]) -> str:
+    """Prefill and decode of whole models on several GPUs, beside one GPU with the same requests per GPU.
+
+    Args:
+      report: results of bench_model with --ranks.
+    """
+    alone = {_work(r): r["tokens_per_s"] for r in report["rows"] if r["ranks"] == 1}
+    columns = ("model", "GPUs", "wire format", "phase", "requests per GPU", "tokens or context", "us per layer")
+    columns += ("sum of kernels, us", "floor, us", "% of floor", "tokens/s", "times one GPU", "peak GB per GPU")
+    rows = []
+    for r in report["rows"]:
+        one = alone.get(_work(r)) if r["ranks"] > 1 else None
+        rows.append(
+            (
+                r["model"], r["ranks"], r["wire_format"] or "", r["phase"], r["requests"],
+                r["context"] if r["tokens"] is None else r["tokens"], f"{r['us_per_layer']:.0f}",
+                _cell(r["kernel_us_per_layer"], 0), _cell(r["floor_us_per_layer"], 0), _cell(r["percent_of_floor"], 0),
+                _cell(r["tokens_per_s"], 0), "" if one is None else f"{r['tokens_per_s'] / one:.2f}x",
+                _cell(r["peak_gb"], 1),
+            )
+        )  # fmt: skip
+    return table(columns, rows)
+
+
+def compile_text(report: dict[str, Any]) -> str:
+    """A list with the seconds to compile all programs of a model, one line per measurement."""
+    return "\n".join(
+        f"* {r['model']}, {r['layers']} layers: {r['seconds']:.1f} s for {r['programs']} programs, "
+        f"{r['seconds_from_cache']:.1f} s where JAX's compilation cache has them (at {r['commit']})"
+        for r in report["rows"]
+        if r["phase"] == "compile"
+    )
+
+
 def _work(row: dict[str, Any]) -> tuple[Any, ...]:
     """What a row measures, the same for all implementations."""
     return tuple(row[name] for name in ("model", "phase", "requests", "tokens", "context"))
