@@ -43,14 +43,8 @@ class PagedCaches:
         Raises:
           MemoryError: a device says that it has less memory left.
         """
-        devices = jax.devices()[:1] if self._home is None else self._home.device_set
-        free = min((left for left in map(_free_bytes, devices) if left is not None), default=None)
-        if free is not None and self.bytes(requests) > free:
-            needed, left = (f"{size / 1e9:.2f} GB" for size in (self.bytes(requests), free))
-            raise MemoryError(
-                f"a cache for {requests} requests of {self._max_length} positions takes {needed}, and {left} are free; "
-                "take a smaller max_length or fewer requests"
-            )
+        whose = f"{requests} requests of {self._max_length} positions"
+        check_free(self.bytes(requests), self._home, whose, "a smaller max_length or fewer requests")
         return self._zeros(requests)
 
     def _make_zeros(self, requests):
@@ -65,6 +59,22 @@ class PagedCaches:
 def _insert_request(batch, one, slot):
     """Writes the pages and states of one request to those of request `slot` of the batch."""
     return jax.tree.map(lambda b, o: jax.lax.dynamic_update_slice_in_dim(b, o, slot * o.shape[0], 0), batch, one)
+
+
+def check_free(size: int, home: jax.sharding.Sharding | None, whose: str, advice: str) -> None:
+    """Raises MemoryError if a device says that it has less memory left than a cache takes.
+
+    Args:
+      size: bytes of the cache on every device.
+      home: where the cache will lie; None: where JAX puts new arrays.
+      whose: what the cache is for.
+      advice: what to take in its place.
+    """
+    devices = jax.local_devices()[:1] if home is None else home.addressable_devices
+    free = min((left for left in map(_free_bytes, devices) if left is not None), default=None)
+    if free is not None and size > free:
+        needed, left = (f"{number / 1e9:.2f} GB" for number in (size, free))
+        raise MemoryError(f"a cache for {whose} takes {needed}, and {left} are free; take {advice}")
 
 
 def _free_bytes(device):

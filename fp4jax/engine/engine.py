@@ -16,7 +16,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fp4jax.attention import PageFormat
-from fp4jax.attention.cache_formats import bytes_of
 from fp4jax.block_graph import check_buckets
 from fp4jax.engine.blocks import is_low_latency
 from fp4jax.engine.drawing import Sampling
@@ -77,6 +76,7 @@ class Engine:
 
     Raises:
       ValueError: sizes are not positive or do not fit each other or the model, or the experts are not on the mesh.
+      MemoryError: a device says that it has less memory left than its cache takes.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Engine:
             programs.ranks, max_requests, num_pages, page_size, self._runner.buckets[-1],
             shares=all(isinstance(f, PageFormat) for f in programs.formats),
         )  # fmt: skip
-        self.cache_bytes = bytes_of(programs.formats, 1, num_pages, page_size)  # of a device
+        self.cache_bytes = programs.cache_bytes(max_requests, num_pages, page_size)  # of a device
         self._requests: dict[int, Request] = {}
         self._in_flight: deque[Call] = deque()
         self._events: list[Generated] = []

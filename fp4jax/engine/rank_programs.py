@@ -24,6 +24,7 @@ from fp4jax.engine.blocks import (
     with_fused_projections,
     without_layers,
 )
+from fp4jax.engine.cache import check_free
 from fp4jax.engine.drawing import Drawing
 from fp4jax.engine.rank_blocks import Chosen, Slots
 from fp4jax.expert_parallel.low_latency import check_no_copies
@@ -66,14 +67,25 @@ class RankPrograms:
         return jax.device_put(array, self._by_rank)
 
     def empty_caches(self, max_requests: int, num_pages: int, page: int) -> list[tuple[jax.Array, ...]]:
-        """Returns the caches of all layers: `num_pages` pages and `max_requests` states on every device."""
+        """Returns the caches of all layers: `num_pages` pages and `max_requests` states on every device.
 
-        def zeros_of(format):
-            requests = self.ranks if isinstance(format, PageFormat) else self.ranks * max_requests
-            return format.zeros(requests, num_pages, page)
-
+        Raises:
+          MemoryError: a device says that it has less memory left.
+        """
+        size = self.cache_bytes(max_requests, num_pages, page)
+        whose = f"{max_requests} requests and {num_pages} pages of {page} positions"
+        check_free(size, self._by_rank, whose, "fewer requests, fewer pages (num_pages) or a smaller max_length")
         placed: dict[str, Any] = {} if self._by_rank is None else {"out_shardings": self._by_rank}
-        return jax.jit(lambda: [zeros_of(format) for format in self.formats], **placed)()
+        return jax.jit(lambda: self._zeros(self.ranks, max_requests, num_pages, page), **placed)()
+
+    def cache_bytes(self, max_requests: int, num_pages: int, page: int) -> int:
+        """Returns the bytes of a device's part of the caches; the arguments are those of `empty_caches`."""
+        made = jax.eval_shape(lambda: self._zeros(1, max_requests, num_pages, page))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(made))
+
+    def _zeros(self, ranks, max_requests, num_pages, page):
+        requests = [ranks if isinstance(f, PageFormat) else ranks * max_requests for f in self.formats]
+        return [f.zeros(number, num_pages, page) for f, number in zip(self.formats, requests, strict=True)]
 
     # --- programs ---
 

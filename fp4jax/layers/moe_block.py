@@ -219,7 +219,7 @@ class MoEBlock(nnx.Module):
             raise ValueError(f"{self.path}: {experts} experts cannot be split over {mesh.size} devices")
         self.config = dataclasses.replace(config, axis_name=None if mesh is None else EP_AXIS)
         self.mesh = mesh
-        place = jax.devices()[0] if mesh is None else NamedSharding(mesh, P(EP_AXIS))
+        place = jax.local_devices()[0] if mesh is None else NamedSharding(mesh, P(EP_AXIS))
         for param in self.sharded_params():
             param.set_value(jax.device_put(param.get_value(), place))
         self._pack_or_unpack()

@@ -52,7 +52,7 @@ def configure_experts(model: MoEModel, **changes: Any) -> None:
         block.configure(dataclasses.replace(block.config, **fields), at)
     if new_mesh:
         model.place_attention(mesh)
-        place = jax.devices()[0] if mesh is None else NamedSharding(mesh, PartitionSpec())
+        place = jax.local_devices()[0] if mesh is None else NamedSharding(mesh, PartitionSpec())
         sharded = {id(param) for block in model.moe_blocks() for param in block.sharded_params()}
         for _, param in nnx.iter_graph(model):
             if isinstance(param, nnx.Variable) and id(param) not in sharded:

@@ -11,7 +11,7 @@ from recurrent import Averaging
 from small_models import forward
 
 from experiments.harness.timing import count_compilations
-from fp4jax.engine import Engine, QueueFull
+from fp4jax.engine import Engine, QueueFull, cache
 from fp4jax.models import Qwen3Moe, Qwen3MoeConfig, configure_experts
 
 CONFIG = Qwen3MoeConfig(
@@ -201,6 +201,15 @@ def test_a_full_queue_says_so(model):
 def test_sizes_that_do_not_fit(model, options, message):
     with pytest.raises(ValueError, match=message):
         Engine(model, **{**SIZES, **options})
+
+
+def test_a_cache_that_does_not_fit_is_refused(model, monkeypatch):
+    """2 layers of 2 x 2 heads of 16 floats, in 12 pages of 4."""
+    layers, heads, size = CONFIG.num_hidden_layers, CONFIG.num_key_value_heads, CONFIG.head_dim
+    assert Engine(model, num_pages=12, **SIZES).cache_bytes == layers * 2 * heads * size * 12 * 4 * 4
+    monkeypatch.setattr(cache, "_free_bytes", lambda device: 1e4)
+    with pytest.raises(MemoryError, match=r"4 requests and 12 pages of 4 positions takes 0\.00 GB, and 0\.00 GB are"):
+        Engine(model, num_pages=12, **SIZES)
 
 
 def test_experts_must_be_on_the_mesh(model):
