@@ -120,7 +120,8 @@ def load_engine(options: EngineOptions, **more: Any) -> Engine:
       more: further arguments of `Engine`.
 
     Raises:
-      app.UsageError: there are not enough devices, the folder does not load, or the cache does not fit.
+      app.UsageError: there are not enough devices, or the folder does not load.
+      MemoryError: the cache does not fit.
     """
     ep, start = _EP.value, time.perf_counter()
     if ep > len(jax.devices()):
@@ -136,10 +137,7 @@ def load_engine(options: EngineOptions, **more: Any) -> Engine:
     if mesh is not None:
         configure_experts(model, wire_format=options.wire_format)
     loaded = time.perf_counter()
-    try:
-        engine = Engine(model, max_length=options.max_length, mesh=mesh, **options.sizes, **more)
-    except MemoryError as error:
-        raise app.UsageError(str(error)) from error
+    engine = Engine(model, max_length=options.max_length, mesh=mesh, **options.sizes, **more)
     print(f"{config.to_hf()['model_type']}: cache of {engine.cache_bytes / 1e9:.2f} GB per device", flush=True)
     engine.warm_up()
     compiled = time.perf_counter() - loaded

@@ -21,8 +21,9 @@ _NOISE = "may be present on this machine"
 def run(main: Callable[[list[str]], Any], argv: Sequence[str] | None = None) -> NoReturn:
     """Parse the flags, call `main` with the arguments that are not flags, and exit with its result.
 
-    `--help` prints the docstring of main's module and all flags. An unknown flag, a bad value, or an `app.UsageError`
-    from `main` ends the process with status 1 and two lines on stderr: what is wrong, and how to get help.
+    `--help` prints the docstring of main's module and all flags. An unknown flag, a bad value, and an `app.UsageError`
+    or a MemoryError from `main` end the process with status 1 and two lines on stderr: what is wrong, and how to get
+    help.
     """
     argv = list(sys.argv if argv is None else argv)
     _silence_libraries()
@@ -31,8 +32,8 @@ def run(main: Callable[[list[str]], Any], argv: Sequence[str] | None = None) -> 
     def checked(rest: list[str]) -> Any:
         try:
             return main(rest)
-        except app.UsageError as error:
-            refuse(argv[0], str(error))
+        except (app.UsageError, MemoryError) as error:
+            refuse(argv[0], str(error) or "out of memory")
 
     doc = sys.modules[main.__module__].__doc__ or ""
     app.run(checked, argv, flags_parser=functools.partial(_parse, doc=doc, main_module=main.__module__))

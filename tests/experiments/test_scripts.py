@@ -128,6 +128,20 @@ def environment():
     return {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
 
 
+_TOO_LARGE = """
+from experiments.harness import script
+def main(argv):
+    raise MemoryError("a cache takes 3 GB, and 2 GB are free")
+script.run(main, ["x"])
+"""
+
+
+def test_what_does_not_fit_ends_without_a_traceback():
+    done = run_python("-c", _TOO_LARGE)
+    assert done.returncode == 1 and done.stderr.splitlines()[0] == "x: a cache takes 3 GB, and 2 GB are free"
+    assert "Traceback" not in done.stderr
+
+
 _TALK = """
 import logging, os, sys, warnings
 import jax, matplotlib.pyplot
