@@ -43,6 +43,9 @@ _PROMPT = flags.DEFINE_integer("prompt", None, "Median of the prompts' tokens; d
 _ANSWER = flags.DEFINE_integer("answer", None, "Median of the answers' tokens; default: 128 (CPU: 6).", lower_bound=1)
 _MAX_LENGTH = flags.DEFINE_integer("max_length", None, "Most tokens of a request; default: 2048 (CPU: 48).")
 _BUCKETS = flags.DEFINE_list("prefill_buckets", None, "Buckets of prefill; default: 128,512,2048 (CPU: 8).")
+_PREFILL_TOKENS = flags.DEFINE_integer(
+    "prefill_tokens", None, "Most tokens of prompts in a step; default: the largest bucket.", lower_bound=1
+)
 _WIRE_FORMATS = flags.DEFINE_list("wire_formats", ["nvfp4"], "Formats of tokens that cross between devices.")
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", "output/bench_serving", "Folder for the JSON and PNG files.")
 
@@ -63,6 +66,7 @@ def main(argv):
     sizes = dict(
         prefill_buckets=integers("prefill_buckets", default(_BUCKETS, (128, 512, 2048), (8,))),
         max_length=default(_MAX_LENGTH, 2048, 48),
+        prefill_tokens=_PREFILL_TOKENS.value,
     )
     lengths = dict(prompt=default(_PROMPT, 512, 12), answer=default(_ANSWER, 128, 6), longest=sizes["max_length"])
     if max(ranks) > len(jax.devices()):

@@ -47,6 +47,13 @@ _PREFILL_BUCKETS = flags.DEFINE_list(
     f"Token counts that prefill is compiled for; longer prompts run in chunks. Default: {_SIZES}, else "
     f"{','.join(map(str, _DEFAULT_PREFILL))}.",
 )
+_PREFILL_TOKENS = flags.DEFINE_integer(
+    "prefill_tokens",
+    None,
+    "Most tokens of prompts that a step computes on each device, pads included; default: the largest of "
+    "--prefill_buckets.",
+    lower_bound=1,
+)
 _DECODE_BUCKETS = flags.DEFINE_list(
     "decode_buckets", None, "Numbers of requests that decoding is compiled for; default: --max_requests."
 )
@@ -107,7 +114,7 @@ def engine_options() -> EngineOptions:
         raise app.UsageError(f"--ep={ep} does not divide the model's {config.num_experts} experts")
     sizes = dict(
         max_requests=_MAX_REQUESTS.value, num_pages=_NUM_PAGES.value, page_size=_PAGE_SIZE.value,
-        prefill_buckets=prefill, decode_buckets=decode,
+        prefill_buckets=prefill, prefill_tokens=_PREFILL_TOKENS.value, decode_buckets=decode,
     )  # fmt: skip
     return EngineOptions(folder, config, stop_ids, max_length, ep * _MAX_REQUESTS.value, wire_format, sizes)
 

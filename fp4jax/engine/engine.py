@@ -1,8 +1,9 @@
 """Serves many requests at a time: they join, leave and are cancelled between calls of compiled programs.
 
-A step of the engine computes one chunk of a prompt on every device that has one, and decodes `decode_steps` tokens of
-all requests whose prompts are done. It reads the tokens of the step before, so that the devices compute while the host
-plans. Programs decide by themselves where answers end, so a step that is enqueued early decodes nothing beyond.
+A step of the engine computes chunks of prompts on every device that has some, up to a budget of tokens, and decodes
+`decode_steps` tokens of all requests whose prompts are done. It reads the tokens of the step before, so that devices
+compute while the host plans. Programs decide by themselves where answers end, so a step that is enqueued early decodes
+nothing beyond.
 
 With a mesh every device has requests, pages and slots of its own; only tokens for experts cross (`rank_programs`).
 """
@@ -66,7 +67,10 @@ class Engine:
       num_pages: pages of a device; None: enough for `max_requests` requests of `max_length`.
       page_size: positions of a page.
       prefill_buckets: token counts that prefill is compiled for, ascending. A longer prompt runs in chunks of the
-        largest, one in every step.
+        largest.
+      prefill_tokens: the most tokens of prompts that a step computes on each device, pads included; at least one chunk
+        is computed in any case. More let prompts begin earlier, and requests that decode wait longer for their next
+        tokens. None: the largest of `prefill_buckets`.
       decode_buckets: numbers of requests that decoding is compiled for, ascending; None: `max_requests`.
       mesh: a mesh with the one axis "ep"; None: one device.
       decode_steps: tokens that a step decodes for every request; None: 8, or 1 for experts that keep receive buffers.
@@ -88,6 +92,7 @@ class Engine:
         num_pages: int | None = None,
         page_size: int = 64,
         prefill_buckets: Sequence[int] = (128, 512, 2048),
+        prefill_tokens: int | None = None,
         decode_buckets: Sequence[int] | None = None,
         mesh: Mesh | None = None,
         decode_steps: int | None = None,
@@ -107,6 +112,8 @@ class Engine:
         num_pages = max_requests * pages if num_pages is None else num_pages
         if num_pages < pages:
             raise ValueError(f"num_pages={num_pages} are too few: a request of max_length={max_length} takes {pages}")
+        if prefill_tokens is not None and prefill_tokens < 1:
+            raise ValueError(f"prefill_tokens must be at least 1, got {prefill_tokens}")
         mesh = None if mesh is None else expert_mesh(mesh)
         if any(block.mesh != mesh for block in model.moe_blocks()):
             raise ValueError("the experts are not on this mesh; call configure_experts(model, mesh=mesh) before")
@@ -119,6 +126,7 @@ class Engine:
             table_width=pages,
         )  # fmt: skip
         self.decode_steps, self._draws = decode_steps, draws
+        self._prefill_tokens = prefill_tokens or self._runner.buckets[-1]
         self._scheduler = Scheduler(
             programs.ranks, max_requests, num_pages, page_size, self._runner.buckets[-1],
             shares=all(isinstance(f, PageFormat) for f in programs.formats),
@@ -204,9 +212,7 @@ class Engine:
         """Starts the next programs, and returns what those of the step before have generated."""
         before = len(self._in_flight)
         self._scheduler.admit()
-        chunks = self._scheduler.next_chunks()
-        if any(chunks) and (call := self._runner.prefill(chunks)) is not None:
-            self._in_flight.append(call)
+        self._prefill()
         while (rank := self._scheduler.find_pages(self.decode_steps)) is not None:
             self._read(len(self._in_flight))  # their tokens must be known before a request can wait again
             before = 0
@@ -219,6 +225,18 @@ class Engine:
         self._read(before if started else len(self._in_flight))
         events, self._events = self._events, []
         return events
+
+    def _prefill(self) -> None:
+        """Starts prefills of chunks until the step's budget of tokens is spent."""
+        spent = 0
+        while tokens := self._scheduler.next_chunk_tokens():
+            bucket = self._runner.bucket_of(tokens)
+            if spent and spent + bucket > self._prefill_tokens:
+                return
+            spent += bucket
+            call = self._runner.prefill(self._scheduler.next_chunks())
+            if call is not None:
+                self._in_flight.append(call)
 
     def run(self) -> dict[int, list[int]]:
         """Runs until no request is left; returns the tokens that each request has generated meanwhile."""

@@ -81,8 +81,7 @@ class Runner:
         Returns:
           The call that chooses the tokens behind prompts that are complete now; None if there are none.
         """
-        longest = max(len(chunk.tokens) for chunk in chunks if chunk is not None)
-        bucket = next(b for b in self.buckets if b >= longest)
+        bucket = self.bucket_of(max(len(chunk.tokens) for chunk in chunks if chunk is not None))
         x, arrays = self._chunk_arrays(chunks, bucket)
         x = self._run_layers(x, arrays)
         done = [chunk if chunk is not None and chunk.is_last else None for chunk in chunks]
@@ -97,6 +96,10 @@ class Runner:
         joining = np.asarray([-1 if r is None else r.slot for r in requests], np.int32)
         self._apply_changes(chosen.tokens, joining)
         return self._started(Call([(r, rank) for rank, r in enumerate(requests) if r is not None], chosen))
+
+    def bucket_of(self, tokens: int) -> int:
+        """Returns the bucket that computes a chunk of so many tokens."""
+        return next(b for b in self.buckets if b >= tokens)
 
     def _chunk_arrays(self, chunks: Sequence[Chunk | None], bucket: int) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """The embedded chunks [R, bucket, H], and (starts, counts, slots, table) as `RankPrograms.layer` takes them."""

@@ -85,11 +85,15 @@ class Scheduler:
         self.prompt_tokens += len(request.tokens)
         return True
 
+    def next_chunk_tokens(self) -> int:
+        """Returns the tokens of the longest of the chunks that `next_chunks` would take; 0: there is none."""
+        unfinished = filter(None, map(_first_unfinished, self.running))
+        return max((min(self._chunk, request.started_with - request.computed) for request in unfinished), default=0)
+
     def next_chunks(self) -> list[Chunk | None]:
         """Takes the next chunk of the first unfinished prompt of every device; None for a device without one."""
         found: list[Chunk | None] = []
-        for running in self.running:
-            request = next((r for r in running if not r.is_decoding), None)
+        for request in map(_first_unfinished, self.running):
             if request is None:
                 found.append(None)
                 continue
@@ -150,3 +154,8 @@ class Scheduler:
             tokens = request.tokens[at * size : (at + 1) * size]
             request.chain = self.pools[request.rank].remember(request.pages[at], request.chain, tokens)
             request.remembered += 1
+
+
+def _first_unfinished(running: list[Request]) -> Request | None:
+    """The first request of a device whose prompt is not complete."""
+    return next((request for request in running if not request.is_decoding), None)

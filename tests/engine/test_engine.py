@@ -128,6 +128,26 @@ def test_an_equal_prompt_takes_the_pages_of_the_first(engine, rng):
     assert engine.report().shared_tokens - before == 20 and answers[0] == answers[1]
 
 
+def test_a_step_computes_as_many_chunks_as_its_budget_has_tokens(engine, rng, monkeypatch):
+    """Chunks of 8: prompts of 8, 4 (a chunk too), 20 and 8 tokens begin to decode one after the other."""
+
+    def answers(prompts, budget):
+        monkeypatch.setattr(engine, "_prefill_tokens", budget)
+        ids, decoding = [engine.submit(prompt, 9) for prompt in prompts], []
+        tokens = {id: [] for id in ids}
+        while not engine.is_idle:
+            for event in engine.step():
+                tokens[event.id] += event.tokens
+            decoding.append(engine.report().decoding)
+        return decoding, list(tokens.values())
+
+    first, second = ([rng.integers(0, 97, n).tolist() for n in (8, 4, 20, 8)] for _ in range(2))
+    assert answers(first, 8)[0][:3] == [1, 2, 2]
+    decoding, tokens = answers(second, 30)
+    assert decoding[:2] == [2, 4]  # 8, 8 and 8 of 20; then 8, 8 and 8
+    assert tokens == answers(second, 8)[1]
+
+
 def test_timing_the_decode_program_changes_nothing(engine, rng):
     prompt = rng.integers(0, 97, 9).tolist()
     id = engine.submit(prompt, 20)
@@ -196,6 +216,7 @@ def test_a_full_queue_says_so(model):
         (dict(num_pages=11), "num_pages=11 are too few"),
         (dict(decode_buckets=(2,)), "the largest of decode_buckets"),
         (dict(page_size=0), "must be positive"),
+        (dict(prefill_tokens=0), "prefill_tokens must be at least 1, got 0"),
     ],
 )
 def test_sizes_that_do_not_fit(model, options, message):
