@@ -122,6 +122,7 @@ def test_tensors_are_exactly_those_of_the_contract(tmp_path, recipe, dtype):
     assert (shared > 0) == recipe.shared_scales  # some projections take the other's scale
 
 
+@pytest.mark.slow
 def test_the_first_projections_of_latent_attention_share_a_scale(tmp_path):
     """They have the same input, and serving systems multiply them as one; the ones behind them have inputs apart."""
     dense = dict(num_hidden_layers=1, first_k_dense_replace=1, q_lora_rank=32)
@@ -270,7 +271,8 @@ def quantized_model(tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize("name", ["qwen3", *(pytest.param(n, marks=pytest.mark.slow) for n in ("ernie", "deepseek"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3", "ernie", "deepseek"])
 def test_every_model_computes_with_the_weights_in_its_folder(quantized_model, tmp_path, name):
     """Without quantized activations the logits are those of the float64 forward."""
     out, ids, expected = quantized_model(name)
@@ -510,6 +512,7 @@ def by_script(tmp_path_factory):
     return source, folder / "out"
 
 
+@pytest.mark.slow
 def test_the_script_cuts_the_text_into_sequences(by_script, tmp_path):
     source, out = by_script
     ids = np.array([i * i % 31 for i in range(64)]).reshape(4, 16)

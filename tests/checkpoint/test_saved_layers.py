@@ -66,13 +66,14 @@ def round_trip(model, config, folder, layout="modelopt", **options):
     return loaded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("calibrated", "layout"),
     [
-        pytest.param(False, "modelopt", id="W4A16, modelopt", marks=pytest.mark.slow),
-        pytest.param(False, "compressed_tensors", id="W4A16, compressed-tensors", marks=pytest.mark.slow),
+        pytest.param(False, "modelopt", id="W4A16, modelopt"),
+        pytest.param(False, "compressed_tensors", id="W4A16, compressed-tensors"),
         pytest.param(True, "modelopt", id="W4A4, modelopt"),
-        pytest.param(True, "compressed_tensors", id="W4A4, compressed-tensors", marks=pytest.mark.slow),
+        pytest.param(True, "compressed_tensors", id="W4A4, compressed-tensors"),
     ],
 )
 def test_quantized_in_memory(tmp_path, layout, calibrated):

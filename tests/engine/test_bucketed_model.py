@@ -141,6 +141,7 @@ def test_stop_tokens_end_an_answer_and_no_other(served, rng):
     assert sum(served.decoders[3].stats.calls.values()) - calls < 4 + 4  # the second one stopped early
 
 
+@pytest.mark.slow
 def test_drawn_tokens(rng):
     """Each token is the one that the request's logits, parameters, seed and position say, alone and among others."""
     model = Qwen3Moe(dataclasses.replace(CONFIG, num_hidden_layers=1, mlp_only_layers=(0,)), rngs=nnx.Rngs(4))
@@ -211,6 +212,7 @@ def test_free_places_of_a_batch_take_no_capacity(rng):
     assert served.generate([prompt, prompt], 8)[0] != answer  # here there is no room
 
 
+@pytest.mark.slow
 def test_tokens_that_are_not_valid_take_no_capacity(rng):
     block = MoEBlock(32, 16, RoutingConfig(4, 2), dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
     block.configure(MoEConfig(4, layout="contiguous", capacity=4))  # of two tokens

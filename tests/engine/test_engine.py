@@ -238,6 +238,7 @@ def test_experts_must_be_on_the_mesh(model):
         Engine(model, mesh=jax.make_mesh((2,), ("ep",), devices=jax.devices()[:2]), **SIZES)
 
 
+@pytest.mark.slow
 def test_recurrent_layers(rng):
     """States are kept per slot and start anew with every request; pages are not shared."""
     model = Qwen3Moe(CONFIG, rngs=nnx.Rngs(1))

@@ -150,6 +150,7 @@ def test_silu_of_inf_and_nan():
     assert np.isnan(high[3])
 
 
+@pytest.mark.slow
 def test_swiglu_of_gates_and_ups_that_are_not_finite(rng):
     """One of 16 gates or ups, in every place; with finite partners, zeros and each other."""
     bad = np.array([np.nan, -np.nan, np.inf, -np.inf], F32)

@@ -131,13 +131,14 @@ def test_quantize_swizzled_with_zero_pads(rng, run_kernels):
 # --- SwiGLU ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("out", "per_token"),
     [
         ("nvfp4", False),
-        pytest.param("nvfp4_as_bf16", True, marks=pytest.mark.slow),
-        pytest.param("nvfp4_as_bf16", False, marks=pytest.mark.slow),
-        pytest.param("bf16", False, marks=pytest.mark.slow),
+        ("nvfp4_as_bf16", True),
+        ("nvfp4_as_bf16", False),
+        ("bf16", False),
     ],
 )
 def test_swiglu(out, per_token, rng, interpret):

@@ -64,6 +64,7 @@ def cases(draw):
 _SPOILT = [(np.nan,), (-np.nan,), (np.inf,), (-np.inf,), (200.0, -200.0)]
 
 
+@pytest.mark.slow
 @given(cases())
 @settings(max_examples=8)
 def test_chooses_as_xla_does(case):

@@ -54,6 +54,7 @@ def test_one_product_gives_the_outputs_of_all(rng, on_hopper, monkeypatch, kind,
         assert a.tobytes() == b.tobytes()
 
 
+@pytest.mark.slow
 def test_layers_that_do_not_compute_alike_stay_apart(on_hopper):
     bf16, f32 = jnp.bfloat16, jnp.float32
     nvfp4 = dict(kind=NVFP4Linear, sizes=(128,))

@@ -123,13 +123,14 @@ def test_nvfp4_linear_w4a4(rng, input_scale):
     assert 1e-4 < calc_diff(linear(x), original(x)) < 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scale_shape", "activation_format"),
     [
-        pytest.param((), "bf16", id="one scale-bf16", marks=pytest.mark.slow),
+        pytest.param((), "bf16", id="one scale-bf16"),
         pytest.param((192, 1), "nvfp4", id="a scale per row-nvfp4"),
-        pytest.param((), "nvfp4", id="one scale-nvfp4", marks=pytest.mark.slow),
-        pytest.param((192, 1), "bf16", id="a scale per row-bf16", marks=pytest.mark.slow),
+        pytest.param((), "nvfp4", id="one scale-nvfp4"),
+        pytest.param((192, 1), "bf16", id="a scale per row-bf16"),
     ],
 )
 def test_nvfp4_linear_packs_for_the_kernel(rng, monkeypatch, activation_format, scale_shape):
@@ -323,12 +324,14 @@ def test_the_router_is_one_kernel_unless_xla_splits_it(rng, make_mesh):
     assert kernels(x, valid) == 0
 
 
+@pytest.mark.slow
 def test_the_balance_loss_counts_tokens_that_are_not_valid(rng):
     block, x = make_block(), tokens(rng)
     masked = block(x, valid=jnp.arange(TOKENS) < 5)[1].balance_loss
     np.testing.assert_array_equal(np.asarray(masked), np.asarray(block(x)[1].balance_loss))
 
 
+@pytest.mark.slow
 def test_calibration_reports_the_inputs_of_both_gemms(rng):
     block, x = make_block(latent_size=32), tokens(rng, count=5)
     y, amax = nnx.jit(lambda block, x: block.calibrate(x))(block, x)
@@ -411,6 +414,7 @@ def test_per_slot_experts_give_the_same_bits_on_every_mesh(rng, make_mesh, stati
     np.testing.assert_array_equal(f64(found[1]), f64(found[4]))
 
 
+@pytest.mark.slow
 def test_tokens_that_do_not_divide_and_drops_are_reported(rng, make_mesh):
     block, x = make_block(), tokens(rng, count=10)
     whole, _ = run(block, x)
@@ -425,6 +429,7 @@ def test_tokens_that_do_not_divide_and_drops_are_reported(rng, make_mesh):
     assert int(aux.dropped) == sum(max(count - 1, 0) for count in np.bincount(ids.ravel(), minlength=EXPERTS)) > 0
 
 
+@pytest.mark.slow
 def test_what_fills_up_a_mesh_goes_to_no_expert(rng, make_mesh):
     """One token on 4 devices: every expert has a row for it, and none for what fills up the others."""
     block, x = make_block(), tokens(rng, count=1)

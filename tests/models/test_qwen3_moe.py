@@ -344,6 +344,7 @@ def test_quantized_model_is_a_pytree_for_jit_and_state():
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state)} >= {"uint8", "float8_e4m3fn", "bfloat16"}
 
 
+@pytest.mark.slow
 def test_training_settings_refuse_what_they_cannot_do(make_mesh):
     with pytest.raises(ValueError, match="differentiable=True"):
         MoEConfig(8, differentiable=True, activation_format_1="nvfp4")

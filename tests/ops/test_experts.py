@@ -46,6 +46,7 @@ def test_every_projection_of_every_expert_has_its_own_scale(rng, dtype):
     np.testing.assert_allclose(w2, _quantized(down), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_four_over_six_is_nearer(rng):
     plain = _plain(rng, 64)
     errors = []
@@ -56,6 +57,7 @@ def test_four_over_six_is_nearer(rng):
     assert errors[1] < 0.95 * errors[0]
 
 
+@pytest.mark.slow
 def test_a_hopper_gpu_gets_packed_weights_of_the_same_values(rng, monkeypatch):
     """I = 48 is raised to 64 by rows of zeros, gate and up each on their own."""
     plain = [jnp.asarray(w) for w in _plain(rng, 48)]

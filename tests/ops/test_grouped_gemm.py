@@ -206,6 +206,7 @@ def test_counts_above_m_and_expected_m_change_nothing(rng):
     np.testing.assert_array_equal(_bits(_masked(x, w, jnp.full(E, M, jnp.int32), expected_m=2)), _bits(full))
 
 
+@pytest.mark.slow
 def test_eager_equals_jit(rng):
     x, _ = _quantized(rng, (E, M, K), (E, 1, 1))
     w, _ = _quantized(rng, (E, N, K), (E, 1, 1))

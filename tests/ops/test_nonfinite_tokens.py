@@ -94,16 +94,17 @@ def test_dropped_routes_of_spoiled_tokens_add_nothing(rng):
     assert not y[16:].astype(np.float32).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wire", "form", "options", "static"),
     [
         ("nvfp4", "per_peer", W4A4, False),
-        pytest.param("fp8", "per_slot", W4A16, False, marks=SLOW),
-        pytest.param("nvfp4", "per_slot", W4A4, True, marks=SLOW),
-        pytest.param("fp8", "per_peer", W4A4, True, marks=SLOW),
-        pytest.param("bf16", "per_peer", W4A16, False, marks=SLOW),
-        pytest.param("bf16", "per_slot", W4A4, False, marks=SLOW),
-        pytest.param("nvfp4", "per_peer", W4A16, False, marks=SLOW),
+        ("fp8", "per_slot", W4A16, False),
+        ("nvfp4", "per_slot", W4A4, True),
+        ("fp8", "per_peer", W4A4, True),
+        ("bf16", "per_peer", W4A16, False),
+        ("bf16", "per_slot", W4A4, False),
+        ("nvfp4", "per_peer", W4A16, False),
     ],
 )
 def test_moe_layer_on_four_devices(make_mesh, wire, form, options, static, rng):

@@ -405,6 +405,7 @@ def test_checked_under_shard_map(make_mesh):
     assert "NaN" in checked(jnp.asarray(x))[0].get()
 
 
+@pytest.mark.slow
 def test_checked_ignores_pads():
     x = np.ones((2, 4, 16), np.float32)
     x[:, 2:] = np.nan

@@ -106,7 +106,8 @@ def test_fused_equals_unfused_bit_for_bit(how, rng):
     np.testing.assert_array_equal(_bytes(t.block_scale)[VALID], scales[VALID])
 
 
-@pytest.mark.parametrize("mode", ["per_token", pytest.param("per_expert", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["per_token", "per_expert"])
 def test_nvfp4_as_bf16_brings_the_scales_that_it_computes(rng, mode):
     gate_up, counts = jnp.asarray(_gate_up(rng)).astype(jnp.bfloat16), jnp.asarray(COUNTS)
     t = swiglu_quantize(gate_up, counts, global_scale=mode)

@@ -288,7 +288,8 @@ def test_per_slot_contiguous_equals_masked(make_mesh, layer):
     assert same_bits(alone, _one_device("masked")(*layer[:4])[0])
 
 
-@pytest.mark.parametrize("devices", [pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [2, 4])
 def test_per_peer_differs_from_one_device_by_rounding_only(make_mesh, layer, devices):
     """Partial sums are rounded to bf16 once per peer: the error stays near 2^-9 of the norm, and runs repeat."""
     alone = np.asarray(_one_device("masked")(*layer[:4])[0], np.float64)
@@ -299,7 +300,8 @@ def test_per_peer_differs_from_one_device_by_rounding_only(make_mesh, layer, dev
     assert dropped == 0
 
 
-@pytest.mark.parametrize("form", ["per_peer", pytest.param("per_slot", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["per_peer", "per_slot"])
 def test_wire_format_does_not_change_the_result(make_mesh, layer, form):
     """nvfp4 dispatch = bf16 dispatch + quantization at the receiver; input scales differ by expert and rank."""
     x, ids, weights, packed, _ = layer
@@ -390,6 +392,7 @@ def test_capacities_larger_than_needed_change_nothing(make_mesh, layer):
         assert dropped == 0
 
 
+@pytest.mark.slow
 def test_overflow_is_counted_and_drops_the_last_tokens(make_mesh, layer):
     x, _, weights, packed, _ = layer
     ids = jnp.full((T, 1), 5, jnp.int32)  # all tokens of all devices to one expert of one rank

@@ -207,6 +207,7 @@ def test_a_layer_has_six_kernels_and_no_collective_but_of_drops(form):
     assert not found & {"dispatch_Kernel_run", "combine", "permute_depermute_combine"}
 
 
+@pytest.mark.slow
 def test_decode_steps_are_checked(make_mesh):
     for kept in (False, True):
         served = BucketedModel(small_model(make_mesh(2), kept), buckets=(8,), batch_buckets=(4,), max_length=64)

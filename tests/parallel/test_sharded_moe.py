@@ -37,10 +37,11 @@ def _weights(rng):
     return prepare_experts(*(jnp.asarray(0.2 * rng.standard_normal(shape), jnp.float32) for shape in shapes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("devices", "axis_type", "counts"),
     [
-        pytest.param(2, AxisType.Auto, (7, 16), marks=pytest.mark.slow),
+        (2, AxisType.Auto, (7, 16)),
         (4, AxisType.Explicit, (7,)),
     ],
 )
@@ -62,7 +63,8 @@ def test_any_number_of_tokens(rng, devices, axis_type, counts):
         np.testing.assert_array_equal(np.asarray(y).view(np.uint16), np.asarray(alone).view(np.uint16))
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Explicit, pytest.param(AxisType.Auto, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto])
 def test_result_adds_to_the_tokens(rng, axis_type):
     """x + layer(x), wherever x lies; Explicit axes refuse to add arrays of different meshes."""
     mesh = jax.make_mesh((4,), ("ep",), axis_types=(axis_type,), devices=jax.devices()[:4])

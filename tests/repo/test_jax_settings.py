@@ -36,6 +36,7 @@ def all_settings():
         yield
 
 
+@pytest.mark.slow
 def test_generating_gives_the_same_tokens():
     """Choosing, positions and the cache know no other integers than int32; without experts, which compile long."""
     model, prompt = make_model(num_hidden_layers=1, mlp_only_layers=(0,)), sample_ids(1, 3)
