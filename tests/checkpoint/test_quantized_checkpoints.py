@@ -98,7 +98,9 @@ def test_activation_scales(make_folder, kind):
     assert per_token.layers[0].mlp.config.activation_format_1 == "nvfp4"
 
 
-@pytest.mark.parametrize(("attention", "experts"), [("NVFP4", "W4A16_NVFP4"), ("W4A16_NVFP4", "NVFP4")])
+@pytest.mark.parametrize(
+    ("attention", "experts"), [("NVFP4", "W4A16_NVFP4"), pytest.param("W4A16_NVFP4", "NVFP4", marks=pytest.mark.slow)]
+)
 def test_layers_of_a_mixed_checkpoint_keep_their_own_activations(make_folder, attention, experts):
     algos = {"model.layers.0.self_attn.q_proj": attention, "model.layers.0.mlp.experts": experts}
     layers = {name: {"quant_algo": algo, "group_size": 16} for name, algo in algos.items()}

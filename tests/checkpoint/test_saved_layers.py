@@ -151,7 +151,7 @@ MIXTURES = {
     ("part", "activations", "layout"),
     [
         pytest.param("gate and up", "W4A4", "modelopt", marks=pytest.mark.slow),
-        ("down", "W4A16", "compressed_tensors"),
+        pytest.param("down", "W4A16", "compressed_tensors", marks=pytest.mark.slow),
         pytest.param("gate and up", "W4A16", "compressed_tensors", marks=pytest.mark.slow),
         pytest.param("down", "W4A4", "modelopt", marks=pytest.mark.slow),
         pytest.param("down", "W4A4", "compressed_tensors", marks=pytest.mark.slow),

@@ -89,8 +89,8 @@ def decoded(model):
     [
         ("modelopt", "parameter", False, "each"),
         ("modelopt", "parameter", True, "all"),  # ModelOpt's export of models that multiply x @ W
-        ("modelopt", "module", False, "expert"),
-        ("compressed", "compressed", False, "each"),
+        pytest.param("modelopt", "module", False, "expert", marks=pytest.mark.slow),
+        pytest.param("compressed", "compressed", False, "each", marks=pytest.mark.slow),
         ("compressed", "compressed", True, "expert"),
     ],
 )

@@ -192,6 +192,7 @@ def test_the_hint_chooses_the_configuration():
     assert gemm.kernel_config(rows, w, None) == choice.choose(2048, 1536, 8, 64)
 
 
+@pytest.mark.slow
 def test_moe_layer_hands_on_the_usual_rows_per_expert(monkeypatch):
     hints = []
     real = gemm.kernel_config

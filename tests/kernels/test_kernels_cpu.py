@@ -48,7 +48,7 @@ def scale_bytes(array):
 # --- quantize ---
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float32, marks=pytest.mark.slow)])
 def test_quantize_one_scale(dtype, rng, interpret):
     x = np.asarray(jnp.asarray(rng.standard_normal((9, 48)) * 3, dtype).astype(jnp.float32))
     qdata, scales, _ = quantize_kernel.quantize(
@@ -59,7 +59,9 @@ def test_quantize_one_scale(dtype, rng, interpret):
     np.testing.assert_array_equal(scale_bytes(scales), expected[1])
 
 
-@pytest.mark.parametrize("mode", ["per_token", "row", "expert"])
+@pytest.mark.parametrize(
+    "mode", ["per_token", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("row", "expert"))]
+)
 def test_quantize_masked(mode, rng, interpret):
     x = np.asarray(bf16(rng.standard_normal((3, 5, 48))).astype(jnp.float32))
     masked_m = np.array([4, 0, 5])
@@ -279,7 +281,15 @@ def test_metadata_of_few_routes_in_several_chunks(capacity, rng, interpret):
     check_metadata_of_few_routes(70, 2, 4, capacity, rng, interpret)
 
 
-@pytest.mark.parametrize("dtype, width", [(np.uint8, 7), (np.uint8, 32), (jnp.bfloat16, 5), (np.float32, 1)])
+@pytest.mark.parametrize(
+    "dtype, width",
+    [
+        (np.uint8, 7),
+        (jnp.bfloat16, 5),
+        pytest.param(np.uint8, 32, marks=pytest.mark.slow),
+        pytest.param(np.float32, 1, marks=pytest.mark.slow),
+    ],
+)
 def test_scatter_rows(dtype, width, routing, rng, interpret):
     _, (row_map, _, _, source) = routing
     rows = rng.integers(0, 100, (6, width)).astype(dtype)

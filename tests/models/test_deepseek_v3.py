@@ -31,8 +31,11 @@ def sample_ids(length, batch=2):
     "changes",
     [
         dict(),
-        dict(q_lora_rank=None, n_group=1, topk_group=1, norm_topk_prob=False, rope_interleave=False),
-        dict(yarn=YARN, first_k_dense_replace=0),
+        pytest.param(
+            dict(q_lora_rank=None, n_group=1, topk_group=1, norm_topk_prob=False, rope_interleave=False),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(dict(yarn=YARN, first_k_dense_replace=0), marks=pytest.mark.slow),
         dict(yarn=dataclasses.replace(YARN, mscale_all_dim=1.0), n_shared_experts=2, tie_word_embeddings=True),
     ],
     ids=["plain", "no groups, queries straight from x", "yarn", "yarn as published, two shared experts"],

@@ -48,7 +48,8 @@ def onto_hopper(monkeypatch, there=True):
     monkeypatch.setattr(implementations, "has_hopper_gpu", lambda: there)
 
 
-@pytest.mark.parametrize("intermediate", [48, pytest.param(80, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("intermediate", [48, 80])
 def test_loaded_logits_are_those_of_float64(tmp_path, intermediate):
     config, decoded = write_folder(tmp_path, intermediate, WEIGHT_ONLY["modelopt"])
     model, _ = load_model(tmp_path, dtype="float32")

@@ -234,6 +234,7 @@ SMALL = {  # two stages of every kind of configuration: shapes that end within a
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "config"), SMALL.items(), ids=str)
 def test_gemm_in_interpret_mode(rng, shape, config):
     arrays, exact, magnitude = operands(rng, *shape)

@@ -35,7 +35,7 @@ TIES = [6, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5, -0.25, -0.75, -1.25, -1.75, -2.5
 TIE_CODES = [7, 0, 2, 2, 4, 4, 6, 6, 8, 10, 10, 12, 12, 14, 14, 15]
 
 
-@pytest.mark.parametrize("how", ["eager", "jit"])
+@pytest.mark.parametrize("how", ["jit", pytest.param("eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dialect", nvfp4.DIALECTS)
 def test_ties_go_to_the_even_code(dialect, how):
     assert _run(TIES, 1.0, dialect, how) == (0x38, TIE_CODES)

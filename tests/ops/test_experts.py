@@ -34,7 +34,7 @@ def _quantized(w, divisor=2688):
     return oracles.dequantize(*oracles.quantize_exact(w, scale), scale)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, pytest.param(np.float32, marks=pytest.mark.slow)])
 def test_every_projection_of_every_expert_has_its_own_scale(rng, dtype):
     gate, up, down = _plain(rng, 48, dtype)
     weights = prepare_experts(*map(jnp.asarray, (gate, up, down)))

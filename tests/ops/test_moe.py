@@ -67,7 +67,7 @@ def _bits(a):
 
 
 @pytest.mark.parametrize("layout", ["masked", "contiguous"])
-@pytest.mark.parametrize("static_scales", [False, True])
+@pytest.mark.parametrize("static_scales", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_w4a4(layout, static_scales, batch, rng):
     weights, w13, w2 = _weights(rng, **(STATIC if static_scales else {}))
     y, stats = _run(batch, weights, dataclasses.replace(W4A4, layout=layout))
@@ -156,7 +156,7 @@ def test_gate_and_up_scales_apart(spread, config, batch, rng):
     assert oracles.calc_diff(y, wrong) > 0.1
 
 
-@pytest.mark.parametrize("config", [W4A4, W4A16], ids=["w4a4", "w4a16"])
+@pytest.mark.parametrize("config", [W4A4, pytest.param(W4A16, marks=pytest.mark.slow)], ids=["w4a4", "w4a16"])
 @pytest.mark.parametrize("layout, capacity", [("masked", 72), ("contiguous", T * K + 9)])
 def test_unused_capacity_is_inert(config, layout, capacity, batch, rng):
     weights, _, _ = _weights(rng)

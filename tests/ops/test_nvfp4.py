@@ -273,9 +273,9 @@ def _options(form):
         ("exact", "eager", 20, jnp.bfloat16),
         pytest.param("exact", "eager", 300, jnp.float32, marks=pytest.mark.slow),
         ("exact", "jit", 300, jnp.bfloat16),
-        ("four_over_six", "jit", 300, jnp.bfloat16),
-        ("modelopt", "jit", 300, jnp.float32),
-        ("compressed_tensors", "jit", 300, jnp.float32),
+        pytest.param("four_over_six", "jit", 300, jnp.bfloat16, marks=pytest.mark.slow),
+        pytest.param("modelopt", "jit", 300, jnp.float32, marks=pytest.mark.slow),
+        pytest.param("compressed_tensors", "jit", 300, jnp.float32, marks=pytest.mark.slow),
     ],
 )
 def test_nan_and_inf_make_the_scale_of_their_block_nan(form, how, tokens, dtype, rng, device):
@@ -288,7 +288,10 @@ def test_nan_and_inf_make_the_scale_of_their_block_nan(form, how, tokens, dtype,
     np.testing.assert_array_equal(np.isfinite(np.asarray(nvfp4.dequantize(t), np.float32)).all(1), ~rows)
 
 
-@pytest.mark.parametrize("form, mode", [("exact", None), ("exact", "per_token"), ("four_over_six", None)])
+@pytest.mark.parametrize(
+    "form, mode",
+    [("exact", "per_token"), *(pytest.param(f, None, marks=pytest.mark.slow) for f in ("exact", "four_over_six"))],
+)
 def test_computed_scales_are_those_of_the_finite_values(form, mode, rng, device):
     poisoned, zeroed, rows = poison(rng.standard_normal((300, K)) * 2.0 ** rng.integers(-9, 9, (300, 1)))
     t, stats = _quantize("jit", jnp.asarray(poisoned), mode, return_stats=True, **_options(form))

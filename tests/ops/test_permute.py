@@ -96,6 +96,7 @@ def test_masked_against_loops(k, capacity, layout, rng):
     _check_masked(p, x, scales, row_scale, ids, capacity, layout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capacity", [256, 2048])
 @pytest.mark.parametrize("layout", ["linear", "swizzled"])
 def test_masked_large_capacities(capacity, layout, rng):
@@ -168,7 +169,7 @@ def test_bf16_rows_without_scales(rng):
         np.testing.assert_array_equal(np.asarray(p.x)[e, row].view(np.uint16), x[t].view(np.uint16))
 
 
-@pytest.mark.parametrize("own_scales", [False, True])
+@pytest.mark.parametrize("own_scales", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_nvfp4_rows_stay_whole(own_scales, rng):
     """An NVFP4Tensor gives the bytes that its parts give, and its scale: that of each row, or the one of all rows."""
     x, scales, row_scale = _tokens(rng, 9)

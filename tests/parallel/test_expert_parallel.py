@@ -142,7 +142,9 @@ def test_no_tokens_at_all(make_mesh, form, scale):
     assert np.asarray(dropped).tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("scale_mode", ["agreed", "per_token", pytest.param("static", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "scale_mode", ["per_token", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("agreed", "static"))]
+)
 def test_nvfp4_payload_is_what_the_sender_quantized(make_mesh, rng, scale_mode):
     devices, tokens, hidden = 2, 8, 64
     x = jnp.asarray(rng.standard_normal((devices * tokens, hidden)) * ([[1]] * tokens + [[30]] * tokens), jnp.bfloat16)
@@ -250,7 +252,7 @@ def _one_device(layout):
     return jax.jit(lambda *a: moe_layer(*a[:4], MoEConfig(num_experts=E, layout=layout, **W4A4), None, *a[4:]))
 
 
-@pytest.mark.parametrize("devices", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 4)), 8])
+@pytest.mark.parametrize("devices", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 8)), 4])
 def test_per_slot_is_identical_for_every_number_of_devices(make_mesh, layer, devices):
     alone, stats = _one_device("masked")(*layer[:4])
     y, dropped = run_layer(make_mesh(devices), layer, form="per_slot")
@@ -410,7 +412,8 @@ def test_overflow_is_counted_and_drops_the_last_tokens(make_mesh, layer):
     assert (y[10:] == 0).all()
 
 
-@pytest.mark.parametrize("form", ["per_peer", pytest.param("per_slot", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["per_peer", "per_slot"])
 def test_bad_ids_are_counted_once(make_mesh, layer, form):
     x, ids, weights, packed, _ = layer
     clean = ids.at[3, 2].set(-1).at[40, 0].set(-1)
@@ -476,7 +479,7 @@ def test_wire_bytes_of_other_formats(make_mesh, layer, wire_format, bytes_per_ro
 
 
 @pytest.mark.parametrize("form", ["per_peer", "per_slot"])
-@pytest.mark.parametrize("wire_format", ["nvfp4", "fp8", "bf16"])
+@pytest.mark.parametrize("wire_format", ["nvfp4", *(pytest.param(w, marks=pytest.mark.slow) for w in ("fp8", "bf16"))])
 def test_large_payloads_cross_in_two_all_to_alls(make_mesh, layer, monkeypatch, form, wire_format):
     """Not one bit changes, and no byte is added."""
     x, ids, weights = layer[:3]

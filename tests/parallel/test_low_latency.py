@@ -114,7 +114,13 @@ def test_two_sets_take_turns():
 
 
 @pytest.mark.usefixtures("on_the_cpu")
-@pytest.mark.parametrize("y", [(HIDDEN, jnp.bfloat16), (130, jnp.float32), (6, jnp.bfloat16)])
+@pytest.mark.parametrize(
+    "y",
+    [
+        (HIDDEN, jnp.bfloat16),
+        *(pytest.param(y, marks=pytest.mark.slow) for y in ((130, jnp.float32), (6, jnp.bfloat16))),
+    ],
+)
 @pytest.mark.parametrize(("form", "more"), [("per_peer", {}), ("per_slot", {"pair_capacity": 5})])
 def test_kernels_lower_in_64_bits_too(form, more, y):
     def body(x, ids, weights):
@@ -191,8 +197,9 @@ def layers(x, ids, topk_weights, weights, buffers, config, number):
     return x, buffers
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("on_the_cpu")
-@pytest.mark.parametrize("form", ["per_peer", pytest.param("per_slot", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("form", ["per_peer", "per_slot"])
 def test_a_layer_has_six_kernels_and_no_collective_but_of_drops(form):
     weights, specs, config = small_layer(form, jax.eval_shape(small_weights))
     mesh = AbstractMesh((2,), ("ep",), axis_types=(AxisType.Auto,), abstract_device=H100)
