@@ -269,7 +269,7 @@ def test_several_devices(rng, devices, wire_format):
     """The same tokens for every request, wherever it ran: per_slot dispatch sums in the order of the slots."""
     requests, answers = random_requests(rng, 12), []
     for ranks in devices:
-        mesh = None if ranks == 1 else jax.make_mesh((ranks,), ("ep",), devices=jax.devices()[:ranks])
+        mesh = jax.make_mesh((ranks,), ("ep",), devices=jax.devices()[:ranks])
         model = Qwen3Moe(dataclasses.replace(CONFIG, num_hidden_layers=1, mlp_only_layers=()), rngs=nnx.Rngs(0))
         configure_experts(model, mesh=mesh, wire_format=wire_format, form="per_slot")
         engine = Engine(model, mesh=mesh, **{**SIZES, "max_requests": 3})
