@@ -21,7 +21,8 @@ from experiments.harness.stages import compiler_options, stage_times
 
 _ROUND_US = 50_000  # a round calls a function as often as fits in this time, for at most STEPS decode steps
 _STAGE_LAYERS = 2
-_EXCHANGE = re.compile("dispatch|(?<!depermute_)combine|all-?to-?all|ncclDevKernel", re.IGNORECASE)  # names of kernels
+# Names of kernels that move tokens between GPUs, or let GPUs meet before that.
+EXCHANGE = re.compile("dispatch|(?<!depermute_)combine|MultiGpuBarrier|ncclDevKernel")
 
 
 def measure(calls: Calls, layers: int, rows: int, repeats: int, weights_bytes: int, profile: bool) -> dict[str, Any]:
@@ -106,7 +107,7 @@ def _kernel_columns(calls: Calls, layers: int, counts: list[int]) -> dict[str, A
         found = profiled(call, count)
         us -= times * sum(k.us for k in found) / count
         number -= times * len(found) / count
-    exchange = sum(k.us for k in kernels if _EXCHANGE.search(k.name)) / counts[0]
+    exchange = sum(k.us for k in kernels if EXCHANGE.search(k.name)) / counts[0]
     return {
         "exchange_us_per_layer": round(exchange / layers, 2), "kernel_us_per_layer": round(us / layers, 2),
         "kernels_per_layer": round(number / layers, 2),

@@ -13,6 +13,7 @@ from refusals import check_refusals
 from experiments.cases import model_compile, model_rows, models as model_cases, rank_calls
 from experiments.cases.model_calls import filled_cache, serve
 from experiments.cases.model_floors import Work, attention_sizes, experts_hit, floor_us, layer_sizes
+from experiments.cases.model_timing import EXCHANGE
 from experiments.harness import timing
 from experiments.harness.cold_start import two_starts
 from experiments.harness.model_report import model_text
@@ -270,6 +271,17 @@ def test_floors_of_latent_attention_and_of_dense_layers():
 )
 def test_stages_of_kernel_names(kernel, stage):
     assert stage_of_kernel(kernel) == stage
+
+
+def test_kernels_of_the_exchange():
+    names = {
+        "dispatch_Kernel_run_mosaic_gpu_kernel": True, "combine_mosaic_gpu_kernel": True,
+        "push_combine_mosaic_gpu_kernel": True, "stream_executor::gpu::MultiGpuBarrierWithNcclKernelImpl(long": True,
+        "ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)": True,
+        "depermute_depermute_combine_mosaic_gpu_kernel": False, "permute_scatter_rows_mosaic_gpu_kernel": False,
+        "nvjet_sm90_tst_128x160_64x5_2x1_v_bz_TNT": False,
+    }  # fmt: skip
+    assert {name: bool(EXCHANGE.search(name)) for name in names} == names
 
 
 def test_stages_are_per_layer():
