@@ -17,7 +17,7 @@ With --ranks above 1 the model runs in the programs of `engine.Engine`: the expe
 every GPU prefills a prompt of its own, and decodes as many requests as --decode says. Tokens cross between the GPUs as
 --wire_formats say. tokens_per_s is that of all GPUs, and kernels, memory and the floor are those of one.
 exchange_us_per_layer is the part of the kernels' time that dispatch, combine and the barriers before them take; there
-a GPU also waits for the others. wall_over_kernels is the wall time over the sum of the kernels' times, waiting included.
+a GPU also waits for the others. wall_over_kernels is the wall time over the sum of all kernels' times.
 
 First, all programs of the model are compiled in a process of its own, for two prefills (2048 and 8192 tokens; CPU: 8
 and 16) and two batch sizes (1 and 32; CPU: 1 and 2), with an empty compilation cache of JAX; then once more in another
