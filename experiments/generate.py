@@ -15,6 +15,7 @@ which format tokens cross between them. The model runs in blocks that are compil
 which knows no stop tokens while it runs. The output says which of the two ran.
 """
 
+import os
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -238,7 +239,7 @@ def in_blocks(model: Any, request: Request) -> tuple[list[int], dict[str, Any]]:
     if options.debug:
         block_report.watch(served.graphs)
     start = time.perf_counter()
-    served.warm_up()
+    served.warm_up(workers=os.cpu_count() or 1)
     compiled = time.perf_counter() - start
     served.generate([ids], min(2, _NEW_TOKENS.value))  # so that no timed call is a first call
     start = time.perf_counter()

@@ -146,7 +146,7 @@ def load_engine(options: EngineOptions, **more: Any) -> Engine:
     loaded = time.perf_counter()
     engine = Engine(model, max_length=options.max_length, mesh=mesh, **options.sizes, **more)
     print(f"{config.to_hf()['model_type']}: cache of {engine.cache_bytes / 1e9:.2f} GB per device", flush=True)
-    engine.warm_up()
+    engine.warm_up(workers=os.cpu_count() or 1, progress=True)
     compiled = time.perf_counter() - loaded
     print(f"loaded in {loaded - start:.1f} s, compiled in {compiled:.1f} s", flush=True)
     return engine
