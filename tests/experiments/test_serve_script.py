@@ -41,6 +41,11 @@ def started(*arguments, **environment):
             process.kill()
 
 
+def complaints(process):
+    """What an ended process has written to stderr, but for the progress bar of compiling."""
+    return [line for line in process.stderr.read().splitlines() if line and not line.startswith("compiling blocks")]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ep", [1, 2])
 def test_a_process_finishes_its_stream_after_sigterm_and_exits_with_0(tmp_path, ep):
@@ -57,7 +62,7 @@ def test_a_process_finishes_its_stream_after_sigterm_and_exits_with_0(tmp_path, 
         process.send_signal(signal.SIGTERM)
         text += "".join(piece.choices[0].text for piece in stream)
         assert len(text) == 100 and text == whole
-        assert process.wait(30) == 0 and process.stderr.read() == ""
+        assert process.wait(30) == 0 and not complaints(process)
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{url}/health")
 
@@ -73,7 +78,7 @@ def test_a_process_whose_time_is_up_ends_the_stream_with_an_error_and_exits_with
         process.send_signal(signal.SIGTERM)
         with pytest.raises(openai.APIError, match="has shut down"):
             list(stream)
-        assert process.wait(30) == 0 and process.stderr.read() == ""
+        assert process.wait(30) == 0 and not complaints(process)
 
 
 def test_command_lines_that_cannot_work_are_refused_before_anything_is_loaded(tmp_path):
