@@ -6,7 +6,7 @@
 
 It has three parts.
 
-Blocks: the time per call of the embedding, a decoder layer, the head and a decode step. Each is compiled in buckets
+Blocks: the time per call of a prefill and of a decode step of a model with a few layers. Each is compiled in buckets
 with XLA's command buffers (CUDA graphs), in buckets without them, for exactly the measured token counts, and for the
 largest bucket only. A call starts without waiting for the result of the call before it.
 
@@ -212,24 +212,10 @@ def failed_rows(failures: dict[tuple[str, str], str], tokens: int) -> list[dict[
 
 
 def prefill_calls(served: BucketedModel, tokens: int) -> dict[str, tuple[int, Callable[[], Any]]]:
-    """The blocks of a prefill, as {block: (bucket, function that calls it)}.
-
-    A call of the decoder layer takes the cache that the call before it returned.
-    """
-    bucket = next(b for b in served.layer.buckets if b >= tokens)
-    ids = np.random.default_rng(0).integers(0, served.config.vocab_size, (1, bucket)).astype(np.int32)
-    ids = Bucketed(jax.device_put(ids), tokens)
-    x, layer, cache = served.run_embedding(ids), served.layer_caller(0), [served.empty_cache(1)[0]]
-
-    def run_layer():
-        y, cache[0] = layer(x, 0, cache[0])
-        return y.values
-
-    return {
-        "embedding": (bucket, lambda: served.run_embedding(ids).values),
-        "decoder layer": (bucket, run_layer),
-        "head": (bucket, lambda: served.run_head(x)),
-    }
+    """The prefill of a prompt, as {block: (bucket, function that calls it)}."""
+    bucket = next(b for b in served.prefiller.buckets if b >= tokens)
+    ids = np.random.default_rng(0).integers(0, served.config.vocab_size, tokens).tolist()
+    return {"prefill": (bucket, lambda: served.prefill(ids).logits)}
 
 
 def decode_calls(served: BucketedModel, number: int) -> dict[str, tuple[int, Callable[[], Any]]]:

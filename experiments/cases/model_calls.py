@@ -1,4 +1,4 @@
-"""The calls of `engine.BucketedModel` that bench_model times: a prefill, a decode step, and their embedding and head.
+"""The calls of `engine.BucketedModel` that bench_model times: a prefill, a decode step, and the same without layers.
 
 Executables are compiled on the first call, not by `warm_up`, which would also compile the decode step of the whole
 model in order to time a prefill.
@@ -113,14 +113,12 @@ def prefill_calls(model: Any, tokens: int, chunk: int, page_size: int, compiler_
     done = served.prefill(ids)
     cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(done.cache))
     del done
-    embedded, headed = (sum(graph.stats.calls.values()) for graph in (served.embed, served.head))
-    padded = Bucketed(jax.device_put(np.resize(ids, (1, bucket))), bucket)
-    x = served.run_embedding(padded)
-    ends = [
-        (embedded, Call(lambda: served.run_embedding(padded).values)),
-        (headed, Call(lambda: served.run_head(x))),
-    ]
-    return Calls(Call(lambda: served.prefill(ids).logits), ends, lambda: _executables(served), cache_bytes, False)
+    ends = serve(
+        last_layers(model, 0), requests=1, tokens=tokens + 1, bucket=bucket, page_size=page_size,
+        compiler_options=compiler_options,
+    )  # fmt: skip
+    run, run_ends = (Call(lambda m=m: m.prefill(ids).logits) for m in (served, ends))
+    return Calls(run, [(1, run_ends)], lambda: _executables(served), cache_bytes, False)
 
 
 def decode_calls(

@@ -3,9 +3,9 @@
     python -m experiments.cases.model_compile qwen3-30b 48 w4a16 bf16
 
 The arguments are the model, its decoder layers, how its experts run, and what its linear layers run as. The model has
-random weights. Then the clock starts: `engine.BucketedModel` is made and compiles the embedding, the decoder layers and
-the head for two prefills, and the decode steps for two batch sizes, in as many threads as there are cores. The last
-line of the output is a JSON object with the columns of `Compiled`. `bench_model` starts this process twice.
+random weights. Then the clock starts: `engine.BucketedModel` is made and compiles its programs for two prefills and two
+batch sizes, in as many threads as there are cores. The last line of the output is a JSON object with the columns of
+`Compiled`. `bench_model` starts this process twice.
 """
 
 import json

@@ -20,34 +20,35 @@ def prefill_calls(
     model: Any, tokens: int, chunk: int, page_size: int, compiler_options: Options, *, mesh: Mesh
 ) -> Calls:  # fmt: skip
     """A prefill of one prompt of `tokens` random tokens on every device, in chunks of at most `chunk`."""
-    programs = RankPrograms(model, mesh, steps=1, draws=False, compiler_options=compiler_options)
     ranks, bucket, width = mesh.size, min(tokens, chunk), -(-tokens // page_size)
     rng = np.random.default_rng(0)
     ids = rng.integers(0, model.config.vocab_size, (ranks, -(-tokens // bucket), bucket)).astype(np.int32)
     everywhere = lambda number: np.full(ranks, number, np.int32)  # noqa: E731
-    chunks = [  # ids, starts, counts
-        programs.put((ids[:, i], everywhere(i * bucket), everywhere(min(bucket, tokens - i * bucket))))
-        for i in range(ids.shape[1])
-    ]
-    zeros, table = programs.put((everywhere(0), np.tile(np.arange(width, dtype=np.int32), (ranks, 1))))
-    drawing = programs.put(drawing_on_host([], ranks))
-    caches = programs.empty_caches(1, width, page_size)
 
-    def run():
-        x = counts = None
-        for chunk_ids, starts, counts in chunks:
-            x = programs.embed(chunk_ids)
-            for i in range(programs.layers):
-                x, caches[i] = programs.layer(i, x, starts, counts, zeros, caches[i], table)
-        return programs.head(x, counts, zeros, drawing, draws=False).tokens
+    def made(model):
+        """The prefill of a model, its programs, and its caches."""
+        programs = RankPrograms(model, mesh, steps=1, draws=False, compiler_options=compiler_options)
+        chunks = [  # ids, starts, counts
+            programs.put((ids[:, i], everywhere(i * bucket), everywhere(min(bucket, tokens - i * bucket))))
+            for i in range(ids.shape[1])
+        ]
+        zeros, table = programs.put((everywhere(0), np.tile(np.arange(width, dtype=np.int32), (ranks, 1))))
+        drawing = programs.put(drawing_on_host([], ranks))
+        caches = [programs.empty_caches(1, width, page_size)]
 
-    x = programs.embed(chunks[0][0])
-    ends = [
-        (len(chunks), Call(lambda: programs.embed(chunks[0][0]))),
-        (1, Call(lambda: programs.head(x, chunks[-1][2], zeros, drawing, draws=False).tokens)),
-    ]
+        def run():
+            x = None
+            for chunk in chunks:
+                x, caches[0] = programs.prefill(*chunk, zeros, caches[0], table)
+            return programs.head(x, zeros, drawing, draws=False).tokens
+
+        return run, programs, caches[0]
+
+    run, programs, caches = made(model)
+    cache_bytes = _bytes_on_a_device(caches)
+    run_ends, *_ = made(last_layers(model, 0))
     run()
-    return Calls(Call(run), ends, lambda: programs.executables, _bytes_on_a_device(caches), True)
+    return Calls(Call(run), [(1, Call(run_ends))], lambda: programs.executables, cache_bytes, True)
 
 
 def decode_calls(

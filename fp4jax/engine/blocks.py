@@ -65,23 +65,34 @@ def split(module, structures):
     return structures.setdefault((graphdef, treedef), Structure(graphdef, treedef)), weights
 
 
-def embed(weights, ids, *, structure):
-    """Embeds token ids [B, S] -> hidden states [B, S, H]."""
-    return structure.module(weights)(ids)
+def run_prefill(weights, ids, start, cache, table, *, structure, num_tokens):
+    """Runs a chunk of one request through the model; tokens from `num_tokens` on are pads.
+
+    Args:
+      weights: of the model.
+      ids: i32 [1, S].
+      start: i32 [], the position of the first token.
+      cache: of the request.
+      table: i32 [1, n], the request's pages.
+      structure: of the model.
+      num_tokens: i32 [], how many tokens are valid.
+
+    Returns:
+      The logits [1, V] behind the last valid token, and the new cache.
+    """
+    model, counts = structure.module(weights), jnp.reshape(num_tokens, 1)
+    x, cache = layers_of(model)(model.embed_tokens(ids), start, cache, table, counts, valid_tokens(ids, counts))
+    return model.head(last_valid(x, counts))[:, 0], cache
 
 
-def run_layer(weights, x, start, cache, table, *, structure, num_tokens):
-    """Runs one decoder layer on the tokens of one request; those from `num_tokens` on are pads -> x, cache."""
-    layer, valid = structure.module(weights), jnp.arange(x.shape[1], dtype=jnp.int32) < num_tokens
-    old = layer.self_attn.cache_format.of(cache, table, jnp.reshape(num_tokens, 1))
-    x, new, _ = layer(x, start, old, functools.partial(MoEBlock.__call__, valid=valid))
-    return x, new.arrays
+def valid_tokens(ids, counts):
+    """Which of the tokens [B, S] are among the first `counts` i32 [B] of their row: bool [B, S]."""
+    return jnp.arange(ids.shape[1], dtype=jnp.int32)[None, :] < counts[:, None]
 
 
-def run_head(weights, x, *, structure, num_tokens):
-    """Computes the logits [B, V] for the token after the last of `num_tokens` valid ones."""
-    last = jax.lax.dynamic_slice_in_dim(x, num_tokens - 1, 1, axis=1)
-    return structure.module(weights).head(last)[:, 0]
+def last_valid(x, counts):
+    """The hidden states [B, 1, H] of the last of the first `counts` i32 [B] tokens, of x [B, S, H]."""
+    return jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)
 
 
 def choose(logits, params, positions, *, draws):
@@ -115,34 +126,55 @@ def step_of(model):
 
     The logits are those behind the tokens `last`, and the new cache has these tokens in it.
     """
-    structures: dict[Any, Structure] = {}
-    layers = [split_layer(layer, structures) for layer in model.layers]
-    low_latency = is_low_latency(model)
+    run_layers, keeps = layers_of(model), is_low_latency(model)
 
     def step(last, lengths, cache, table, runs):
-        x, kept, buffers = model.embed_tokens(jnp.maximum(last, 0)[:, None]), [], ReceiveBuffers()
-        for layer, (structure, weights), old in zip(model.layers, layers, cache, strict=True):
-            if low_latency:
-                x, arrays, aux = _layer_step(layer, x, lengths, old, table, runs, buffers)
-                buffers = buffers if aux is None else aux.buffers
-            else:
-                x, arrays = _traced_layer_step(weights, x, lengths, old, table, runs, structure=structure)
-            kept.append(arrays)
+        x, buffers = model.embed_tokens(jnp.maximum(last, 0)[:, None]), ReceiveBuffers() if keeps else None
+        x, kept = run_layers(x, lengths, cache, table, runs.astype(jnp.int32), runs, buffers)
         return model.head(x)[:, 0], kept
 
     return step
 
 
-def _layer_step(layer, x, lengths, old, table, runs, buffers=None):
-    old = layer.self_attn.cache_format.of(old, table, runs.astype(jnp.int32))
-    x, new, aux = layer(x, lengths, old, functools.partial(MoEBlock.__call__, valid=runs, buffers=buffers))
+def layers_of(model):
+    """Returns a function that runs all decoder layers on some tokens of every request.
+
+    It maps (x, starts, cache, table, counts, valid, buffers) to (x, cache):
+      x: [B, S, H], hidden states.
+      starts: i32 [B] or [], the position of each request's first token.
+      cache: of all layers.
+      table: i32 [B, n], each request's pages.
+      counts: i32 [B], the valid tokens of each request.
+      valid: bool [B] or [B, S], which tokens are valid.
+      buffers: empty receive buffers, which the layers then share; None: the layers make their own.
+    """
+    structures: dict[Any, Structure] = {}
+    layers = [(layer, *split_layer(layer, structures)) for layer in model.layers]
+
+    def run(x, starts, cache, table, counts, valid, buffers=None):
+        kept = []
+        for (layer, structure, weights), old in zip(layers, cache, strict=True):
+            if buffers is None:
+                x, arrays = _traced_layer(weights, x, starts, old, table, counts, valid, structure=structure)
+            else:
+                x, arrays, aux = _run_layer(layer, x, starts, old, table, counts, valid, buffers)
+                buffers = buffers if aux is None else aux.buffers
+            kept.append(arrays)
+        return x, kept
+
+    return run
+
+
+def _run_layer(layer, x, starts, old, table, counts, valid, buffers=None):
+    old = layer.self_attn.cache_format.of(old, table, counts)
+    x, new, aux = layer(x, starts, old, functools.partial(MoEBlock.__call__, valid=valid, buffers=buffers))
     return x, new.arrays, aux
 
 
 @functools.partial(jax.jit, static_argnames="structure")
-def _traced_layer_step(weights, x, lengths, old, table, runs, *, structure):
-    """A step of one layer; JAX traces layers of one structure once."""
-    return _layer_step(structure.module(weights), x, lengths, old, table, runs)[:2]
+def _traced_layer(weights, x, starts, old, table, counts, valid, *, structure):
+    """Runs one layer; JAX traces layers of one structure once per program."""
+    return _run_layer(structure.module(weights), x, starts, old, table, counts, valid)[:2]
 
 
 def is_low_latency(model):

@@ -1,15 +1,13 @@
 """What one device of an `Engine` computes in each program: its requests, pages and slots are the only ones it sees."""
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from fp4jax.attention import PageFormat
-from fp4jax.engine.blocks import choose, step_of
+from fp4jax.engine.blocks import choose, last_valid, layers_of, step_of, valid_tokens
 from fp4jax.engine.drawing import Drawing
-from fp4jax.layers.moe_block import MoEBlock
 from fp4jax.sharded_moe import EP_AXIS
 
 
@@ -41,29 +39,30 @@ class Chosen(NamedTuple):
     logprobs: Any
 
 
-def embed(weights, ids, *, structure):
-    """Embeds a chunk: ids [1, bucket] -> [1, bucket, H]."""
-    return structure.module(weights)(ids)
+def prefill(weights, ids, starts, counts, slots, caches, table, *, structure):
+    """Runs a chunk through the model; see `RankPrograms.prefill`."""
+    model = structure.module(weights)
+    formats = model.cache_formats
+    old = [
+        cache if isinstance(f, PageFormat) else tuple(part[slots] for part in cache)
+        for f, cache in zip(formats, caches, strict=True)
+    ]
+    x, kept = layers_of(model)(model.embed_tokens(ids), starts, old, table, counts, valid_tokens(ids, counts))
+
+    def put(cache, new):
+        at = jnp.where(counts > 0, slots, cache[0].shape[0])
+        return tuple(part.at[at].set(one, mode="drop") for part, one in zip(cache, new, strict=True))
+
+    caches = [
+        new if isinstance(f, PageFormat) else put(cache, new)
+        for f, cache, new in zip(formats, caches, kept, strict=True)
+    ]
+    return last_valid(x, counts)[:, 0], caches
 
 
-def layer(weights, x, starts, counts, slots, cache, table, *, structure):
-    """Runs a layer on a chunk; see `RankPrograms.layer`."""
-    layer = structure.module(weights)
-    format = layer.self_attn.cache_format
-    old = cache if isinstance(format, PageFormat) else tuple(part[slots] for part in cache)
-    valid = jnp.arange(x.shape[1], dtype=jnp.int32)[None, :] < counts[:, None]
-    run_experts = functools.partial(MoEBlock.__call__, valid=valid)
-    x, new, _ = layer(x, starts, format.of(old, table, counts), run_experts)
-    if isinstance(format, PageFormat):
-        return x, new.arrays
-    at = jnp.where(counts > 0, slots, cache[0].shape[0])
-    return x, tuple(part.at[at].set(one, mode="drop") for part, one in zip(cache, new.arrays, strict=True))
-
-
-def head(weights, x, counts, positions, drawing, *, structure, draws):
+def head(weights, x, positions, drawing, *, structure, draws):
     """Chooses the token behind a chunk; see `RankPrograms.head`."""
-    last = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)
-    return _chosen(structure.module(weights).head(last)[:, 0], drawing, positions, draws)
+    return _chosen(structure.module(weights).head(x[:, None])[:, 0], drawing, positions, draws)
 
 
 def _chosen(logits, drawing, positions, draws):

@@ -20,7 +20,6 @@ from fp4jax.engine.blocks import (
     is_low_latency,
     placed_together,
     split,
-    split_layer,
     with_fused_projections,
     without_layers,
 )
@@ -51,11 +50,8 @@ class RankPrograms:
         self._by_rank = None if mesh is None else NamedSharding(mesh, P(EP_AXIS))
         model = with_fused_projections(placed_together(model))
         _inside_shard_map(model)
-        structures: dict[Any, Any] = {}
-        self._embed = split(model.embed_tokens, structures)
-        self._layers = [split_layer(layer, structures) for layer in model.layers]
-        self._rest = split(without_layers(model), structures)
-        self._whole = split(model, structures)
+        self._rest, self._whole = (split(part, {}) for part in (without_layers(model), model))
+        self._hidden = model.config.hidden_size, jnp.dtype(model.config.dtype)
         self._low_latency = is_low_latency(model)
         self.formats: list[CacheFormat] = model.cache_formats
         self._compiled: dict[Any, Any] = {}
@@ -89,26 +85,24 @@ class RankPrograms:
 
     # --- programs ---
 
-    def embed(self, ids: jax.Array) -> jax.Array:
-        """Embeds one chunk per device: ids i32 [R, bucket] -> [R, bucket, H]."""
-        return self._call(self._embedding(ids.shape[1]), ids)
-
-    def layer(self, index: int, x, starts, counts, slots, cache, table) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        """Runs a layer on one chunk per device.
+    def prefill(self, ids, starts, counts, slots, caches, table) -> tuple[jax.Array, Any]:
+        """Runs one chunk per device through the model.
 
         Args:
-          index: of the layer.
-          x: [R, bucket, H].
+          ids: i32 [R, bucket].
           starts, counts: i32 [R], the position of the first token, and the valid tokens; 0: the device has none.
           slots: i32 [R], the slot of the request on its device.
-          cache: of the layer; donated.
+          caches: donated.
           table: i32 [R, n], the pages of the request.
-        """
-        return self._call(self._layer(index, x.shape[1]), x, starts, counts, slots, cache, table)
 
-    def head(self, x, counts, positions, drawing: Drawing, draws: bool) -> Chosen:
-        """Chooses the token behind one chunk per device; `positions` i32 [R] are those of these tokens."""
-        return self._call(self._head(x.shape[1], draws), x, counts, positions, drawing)
+        Returns:
+          The hidden states [R, H] of the last valid tokens, and the new caches.
+        """
+        return self._call(self._prefilling(ids.shape[1]), ids, starts, counts, slots, caches, table)
+
+    def head(self, x, positions, drawing: Drawing, draws: bool) -> Chosen:
+        """Chooses the token behind the hidden states x [R, H]; `positions` i32 [R] are those of these tokens."""
+        return self._call(self._head(draws), x, positions, drawing)
 
     def change(self, slots: Slots, mask, values: Slots, first, joining) -> Slots:
         """Replaces the slots where `mask` holds; the newest token of slot `joining` of each device is its `first`.
@@ -170,32 +164,22 @@ class RankPrograms:
                 add_gathering(self.ranks * size, self.steps)
         for bucket in buckets:
             ids = struct((self.ranks, bucket), jnp.int32)
-            hidden = jax.eval_shape(self._embedding(bucket).run, self._embed[1], ids)
-            x = struct(hidden.shape, hidden.dtype)
-            add(self._embedding(bucket), ids)
-            for index, cache in enumerate(caches):
-                add(self._layer(index, bucket), x, numbers, numbers, numbers, cache, rows)
-            for draws in self.variants:
-                add(self._head(bucket, draws), x, numbers, numbers, drawing)
+            add(self._prefilling(bucket), ids, numbers, numbers, numbers, caches, rows)
+        hidden, dtype = self._hidden
+        for draws in self.variants:
+            add(self._head(draws), struct((self.ranks, hidden), dtype), numbers, drawing)
         add_gathering(self.ranks)
         add(_CHANGE, slots, struct(slots.last.shape, jnp.bool_), slots, numbers, numbers)
         return found
 
-    def _embedding(self, bucket):
-        structure, weights = self._embed
-        return _Program(("embed", bucket), functools.partial(rank_blocks.embed, structure=structure), weights)
+    def _prefilling(self, bucket):
+        structure, weights = self._whole
+        return _Program(("prefill", bucket), functools.partial(rank_blocks.prefill, structure=structure), weights, (4,))
 
-    def _layer(self, index, bucket):
-        structure, weights = self._layers[index]
-        return _Program(
-            ("layer", structure, bucket), functools.partial(rank_blocks.layer, structure=structure), weights, (4,)
-        )
-
-    def _head(self, bucket, draws):
+    def _head(self, draws):
         structure, weights = self._rest
-        return _Program(
-            ("head", bucket, draws), functools.partial(rank_blocks.head, structure=structure, draws=draws), weights
-        )
+        run = functools.partial(rank_blocks.head, structure=structure, draws=draws)
+        return _Program(("head", draws), run, weights)
 
     def _decoding(self, size, draws):
         structure, weights = self._whole
@@ -227,11 +211,6 @@ class RankPrograms:
     def executables(self) -> list[jax.stages.Compiled]:
         """The programs that were compiled."""
         return list(self._compiled.values())
-
-    @property
-    def layers(self) -> int:
-        """Layers of the model."""
-        return len(self._layers)
 
 
 class _Program(NamedTuple):

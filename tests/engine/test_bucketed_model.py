@@ -15,6 +15,7 @@ from fp4jax.engine import BucketedModel, Sampling, cache, drawing_of
 from fp4jax.engine.sampling import gumbel_noise, log_weights
 from fp4jax.layers import MoEBlock, RoutingConfig
 from fp4jax.models import Qwen3Moe, Qwen3MoeConfig, configure_experts, generate, quantize_experts
+from fp4jax.models.decoder import DecoderLayer
 
 CONFIG = Qwen3MoeConfig(
     vocab_size=97, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
@@ -74,10 +75,15 @@ def test_a_cache_in_fp8_takes_a_quarter(model):
     assert found == np.asarray(generate(coded, jnp.asarray([prompt], jnp.int32), max_new_tokens=6))[0, 11:].tolist()
 
 
-def test_layers_of_one_kind_share_executables(served):
-    """Layers 0 and 2 have experts, layer 1 is dense: two kinds, each compiled for every bucket."""
-    assert len(served.layer.stats.seconds) == 2 * len(BUCKETS)
-    assert len(served.embed.stats.seconds) == len(served.head.stats.seconds) == len(BUCKETS)
+def test_layers_of_one_kind_are_traced_once(model, monkeypatch):
+    """Layers 0 and 2 have experts, layer 1 is dense: two kinds, each traced once for the program of a bucket."""
+    traced = []
+    call = DecoderLayer.__call__
+    monkeypatch.setattr(DecoderLayer, "__call__", lambda self, *args: traced.append(self) or call(self, *args))
+    one = BucketedModel(model, buckets=(5,), batch_buckets=(1,), max_length=20)
+    one.prefill([1, 2, 3])
+    assert len(model.layers) == 3 and len(traced) == 2
+    assert len(one.prefiller.stats.seconds) == 1
 
 
 @pytest.mark.parametrize("tokens", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 8, 9, 41)), 66])
@@ -173,7 +179,7 @@ def test_many_requests_compile_nothing(served, requests):
             served.generate([rng.integers(0, 97, int(rng.integers(1, 40))).tolist() for _ in range(number)], 3)
     assert not compiled
     assert all(graph.stats.misses == 0 for graph in served.graphs)
-    calls = served.layer.stats.calls
+    calls = served.prefiller.stats.calls
     assert min(calls.values()) > requests / 4  # every bucket was used
 
 

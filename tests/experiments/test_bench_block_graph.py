@@ -40,12 +40,12 @@ def test_sizes_and_debug_of_the_environment(tmp_path):
     rows, done = run(tmp_path, FD_BLOCK_WISE_CUDA_GRAPH_SIZES="4,9", FD_BLOCK_WISE_DEBUG="1")
     blocks = [r for r in rows if r["part"] == "blocks"]
     found = {(r["block"], r["variant"]): r["bucket"] for r in blocks}
-    assert found["decoder layer", "graph"] == found["decoder layer", "graph, no command buffers"] == 4
-    assert found["decoder layer", "padded to the largest"] == 9
-    assert found["decoder layer", "exact"] == 3
+    assert found["prefill", "graph"] == found["prefill", "graph, no command buffers"] == 4
+    assert found["prefill", "padded to the largest"] == 9
+    assert found["prefill", "exact"] == 3
     assert found["decode step", "graph"] == 2
     assert all(r["us"] > 0 for r in blocks)
-    assert "block graph: compiled layer for 9 tokens in" in done.stderr
+    assert "block graph: compiled prefill for 9 tokens in" in done.stderr
     assert "calls per bucket" in done.stderr and "misses" in done.stderr
     first, second = [r["seconds"] for r in rows if r["part"] == "start"]
     assert second < first  # from the compilation cache
