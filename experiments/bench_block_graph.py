@@ -213,7 +213,7 @@ def failed_rows(failures: dict[tuple[str, str], str], tokens: int) -> list[dict[
 
 def prefill_calls(served: BucketedModel, tokens: int) -> dict[str, tuple[int, Callable[[], Any]]]:
     """The prefill of a prompt, as {block: (bucket, function that calls it)}."""
-    bucket = next(b for b in served.prefiller.buckets if b >= tokens)
+    bucket = next(b for b in served.layers.buckets if b >= tokens)
     ids = np.random.default_rng(0).integers(0, served.config.vocab_size, tokens).tolist()
     return {"prefill": (bucket, lambda: served.prefill(ids).logits)}
 

@@ -37,10 +37,10 @@ def prefill_calls(
         caches = [programs.empty_caches(1, width, page_size)]
 
         def run():
-            x = None
-            for chunk in chunks:
-                x, caches[0] = programs.prefill(*chunk, zeros, caches[0], table)
-            return programs.head(x, zeros, drawing, draws=False).tokens
+            x = counts = None
+            for ids, starts, counts in chunks:
+                x, caches[0] = programs.prefill(ids, starts, counts, zeros, caches[0], table)
+            return programs.head(x, counts, zeros, drawing, draws=False).tokens
 
         return run, programs, caches[0]
 

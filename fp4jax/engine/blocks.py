@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,8 @@ from fp4jax.layers.attention import Attention
 from fp4jax.layers.mlp import MLP
 from fp4jax.layers.moe_block import MoEBlock
 from fp4jax.models.decoder import DecoderLayer
+
+_LAYERS_PER_PROGRAM = 8
 
 
 def placed_together(model):
@@ -65,29 +67,35 @@ def split(module, structures):
     return structures.setdefault((graphdef, treedef), Structure(graphdef, treedef)), weights
 
 
-def run_prefill(weights, ids, start, cache, table, *, structure, num_tokens):
-    """Runs a chunk of one request through the model; tokens from `num_tokens` on are pads.
+def embed(weights, ids, *, structure):
+    """Embeds token ids [B, S] -> hidden states [B, S, H]."""
+    return structure.module(weights)(ids)
+
+
+def run_layers(weights, x, start, cache, table, *, structure, num_tokens):
+    """Runs some decoder layers on a chunk of one request; tokens from `num_tokens` on are pads -> x, cache.
 
     Args:
-      weights: of the model.
-      ids: i32 [1, S].
+      weights: of the layers.
+      x: [1, S, H].
       start: i32 [], the position of the first token.
-      cache: of the request.
+      cache: of the layers.
       table: i32 [1, n], the request's pages.
-      structure: of the model.
+      structure: of the layers.
       num_tokens: i32 [], how many tokens are valid.
-
-    Returns:
-      The logits [1, V] behind the last valid token, and the new cache.
     """
-    model, counts = structure.module(weights), jnp.reshape(num_tokens, 1)
-    x, cache = layers_of(model)(model.embed_tokens(ids), start, cache, table, counts, valid_tokens(ids, counts))
-    return model.head(last_valid(x, counts))[:, 0], cache
+    counts = jnp.reshape(num_tokens, 1)
+    return layers_of(structure.module(weights))(x, start, cache, table, counts, valid_tokens(x, counts))
 
 
-def valid_tokens(ids, counts):
-    """Which of the tokens [B, S] are among the first `counts` i32 [B] of their row: bool [B, S]."""
-    return jnp.arange(ids.shape[1], dtype=jnp.int32)[None, :] < counts[:, None]
+def run_head(weights, x, *, structure, num_tokens):
+    """Computes the logits [1, V] for the token after the last of `num_tokens` valid ones."""
+    return structure.module(weights).head(last_valid(x, jnp.reshape(num_tokens, 1)))[:, 0]
+
+
+def valid_tokens(x, counts):
+    """Which of the tokens of x [B, S, H] are among the first `counts` i32 [B] of their row: bool [B, S]."""
+    return jnp.arange(x.shape[1], dtype=jnp.int32)[None, :] < counts[:, None]
 
 
 def last_valid(x, counts):
@@ -126,7 +134,7 @@ def step_of(model):
 
     The logits are those behind the tokens `last`, and the new cache has these tokens in it.
     """
-    run_layers, keeps = layers_of(model), is_low_latency(model)
+    run_layers, keeps = layers_of(model.layers), is_low_latency(model)
 
     def step(last, lengths, cache, table, runs):
         x, buffers = model.embed_tokens(jnp.maximum(last, 0)[:, None]), ReceiveBuffers() if keeps else None
@@ -136,24 +144,24 @@ def step_of(model):
     return step
 
 
-def layers_of(model):
-    """Returns a function that runs all decoder layers on some tokens of every request.
+def layers_of(layers):
+    """Returns a function that runs decoder layers on some tokens of every request.
 
     It maps (x, starts, cache, table, counts, valid, buffers) to (x, cache):
       x: [B, S, H], hidden states.
       starts: i32 [B] or [], the position of each request's first token.
-      cache: of all layers.
+      cache: of these layers.
       table: i32 [B, n], each request's pages.
       counts: i32 [B], the valid tokens of each request.
       valid: bool [B] or [B, S], which tokens are valid.
       buffers: empty receive buffers, which the layers then share; None: the layers make their own.
     """
     structures: dict[Any, Structure] = {}
-    layers = [(layer, *split_layer(layer, structures)) for layer in model.layers]
+    parts = [(layer, *split_layers([layer], structures)) for layer in layers]
 
     def run(x, starts, cache, table, counts, valid, buffers=None):
         kept = []
-        for (layer, structure, weights), old in zip(layers, cache, strict=True):
+        for (layer, structure, weights), old in zip(parts, cache, strict=True):
             if buffers is None:
                 x, arrays = _traced_layer(weights, x, starts, old, table, counts, valid, structure=structure)
             else:
@@ -174,7 +182,8 @@ def _run_layer(layer, x, starts, old, table, counts, valid, buffers=None):
 @functools.partial(jax.jit, static_argnames="structure")
 def _traced_layer(weights, x, starts, old, table, counts, valid, *, structure):
     """Runs one layer; JAX traces layers of one structure once per program."""
-    return _run_layer(structure.module(weights), x, starts, old, table, counts, valid)[:2]
+    (layer,) = structure.module(weights)
+    return _run_layer(layer, x, starts, old, table, counts, valid)[:2]
 
 
 def is_low_latency(model):
@@ -182,23 +191,44 @@ def is_low_latency(model):
     return any(block.config.low_latency for block in model.moe_blocks())
 
 
+def groups_of(layers):
+    """Splits decoder layers into slices that a program of prefill computes: up to 8 layers of one structure each.
+
+    A program of all layers would start late: XLA looks at every argument and kernel of a program before it launches the
+    first one, which takes 3 ms for 48 layers, 10 ms on two GPUs. Programs of single layers would ask too much of the
+    host when there are few tokens. Groups of one size and structure share a program.
+    """
+    structures: dict[Any, Structure] = {}
+    groups: list[list[int]] = []
+    latest = None
+    for index, layer in enumerate(layers):
+        structure, _ = split_layers([layer], structures)
+        if structure is latest and len(groups[-1]) < _LAYERS_PER_PROGRAM:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+        latest = structure
+    return [slice(group[0], group[-1] + 1) for group in groups]
+
+
 @contextlib.contextmanager
-def _without_name(layer: DecoderLayer) -> Iterator[None]:
-    """Gives the layer's experts a common name meanwhile, so that layers that differ only in it share executables."""
-    if not isinstance(layer.mlp, MoEBlock):
-        yield
-        return
-    path, layer.mlp.path = layer.mlp.path, "mlp"
+def _without_names(layers: Sequence[DecoderLayer]) -> Iterator[None]:
+    """Gives the layers' experts a common name meanwhile, so that layers that differ only in it share executables."""
+    blocks = [layer.mlp for layer in layers if isinstance(layer.mlp, MoEBlock)]
+    paths = [block.path for block in blocks]
+    for block in blocks:
+        block.path = "mlp"
     try:
         yield
     finally:
-        layer.mlp.path = path
+        for block, path in zip(blocks, paths, strict=True):
+            block.path = path
 
 
-def split_layer(layer, structures):
-    """Returns `split` of a decoder layer, the same structure for layers that differ only in their name."""
-    with _without_name(layer):
-        return split(layer, structures)
+def split_layers(layers, structures):
+    """Returns `split` of a list of decoder layers, the same structure for lists that differ only in layers' names."""
+    with _without_names(layers):
+        return split(nnx.List(layers), structures)
 
 
 def without_layers(model):

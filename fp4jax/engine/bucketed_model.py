@@ -1,10 +1,10 @@
 """A language model that answers prompts of any length in programs that were compiled ahead of time.
 
-Prefill runs one request at a time, in a program of the whole model that is compiled for a few token counts (buckets). A
-prompt above the largest bucket runs in chunks, and each chunk attends to the earlier ones through the cache. Decoding
-runs a batch of requests, each at its own position, in one program per batch size. A call decodes several tokens of
-every request, draws them on the device and stops requests at their stop tokens, so the device does not wait for the
-host.
+Prefill runs one request at a time through three kinds of blocks: embedding, some decoder layers at a time, and head.
+Each block is compiled for a few token counts (buckets), and layers of one structure share executables. A prompt above
+the largest bucket runs in chunks, and each chunk attends to the earlier ones through the cache. Decoding runs a batch
+of requests, each at its own position, in one executable per batch size. A call decodes several tokens of every request,
+draws them on the device and stops requests at their stop tokens, so the device does not wait for the host.
 
 The cache of keys and values lies in pages of `page_size` positions. The kernels of attention read the filled pages
 only, so their time does not grow with `max_length`; the time to make and to copy a cache does.
@@ -22,13 +22,19 @@ import numpy as np
 from fp4jax.block_graph import BlockGraph, Bucketed, block_graph, check_buckets, compile_all
 from fp4jax.block_graph.arguments import home_of
 from fp4jax.engine.blocks import (
+    Structure,
     choose,
     decode_steps as run_decode_steps,
+    embed,
+    groups_of,
     is_low_latency,
     placed_together,
-    run_prefill,
+    run_head,
+    run_layers,
     split,
+    split_layers,
     with_fused_projections,
+    without_layers,
 )
 from fp4jax.engine.cache import Cache, PagedCaches
 from fp4jax.engine.drawing import Drawing, Sampling, drawing_of
@@ -96,15 +102,23 @@ class BucketedModel:
             raise ValueError(f"decode_steps must be at least 1, got {decode_steps}")
         buckets, batch_buckets = check_buckets(buckets), check_buckets(batch_buckets)
         self.config, self.max_length, self.decode_steps = model.config, max_length, decode_steps
+        options: dict[str, Any] = dict(static_argnames=("structure",), compiler_options=compiler_options)
+        counted: dict[str, Any] = dict(count_argname="num_tokens", **options)
+        structures: dict[Any, Structure] = {}
         model = with_fused_projections(placed_together(model))
-        whole, self._weights = split(model, {})
-        self._prefilling: dict[str, Any] = dict(structure=whole)
-        self._decoding: dict[str, Any] = dict(structure=whole, steps=decode_steps, draws=draws)
-        self.prefiller = block_graph(
-            run_prefill, buckets=buckets, in_axes=(None, 1, None, None, None), out_axes=None, donate_argnums=(3,),
-            count_argname="num_tokens", static_argnames=("structure",), compiler_options=compiler_options,
-            name="prefill",
+        layers = list(model.layers)
+        self._embed = split(model.embed_tokens, structures)
+        self._groups = [(group, *split_layers(layers[group], structures)) for group in groups_of(layers)]
+        self._rest = split(without_layers(model), structures)
+        self._whole = split(model, structures)
+        self.embed = block_graph(
+            embed, buckets=buckets, in_axes=(None, 1), out_axes=1, name="embedding", **options
         )  # fmt: skip
+        self.layers = block_graph(
+            run_layers, buckets=buckets, in_axes=(None, 1, None, None, None), out_axes=(1, None), name="layers",
+            donate_argnums=(3,), **counted,
+        )  # fmt: skip
+        self.head = block_graph(run_head, buckets=buckets, in_axes=(None, 1), out_axes=None, name="head", **counted)
         decoding: dict[str, Any] = dict(
             in_axes=(None, 0, 0, None, None, None), out_axes=(0, 0, 0, None), donate_argnums=(4,),
             count_argname="num_tokens", static_argnames=("structure", "steps", "draws"),
@@ -114,9 +128,13 @@ class BucketedModel:
             size: block_graph(run_decode_steps, buckets=(size,), name=f"decode of {size}", **decoding)
             for size in batch_buckets
         }
-        home = home_of(self._weights)
-        self._run_prefill = self.prefiller.bind(self._weights, **self._prefilling)
-        self._run_decoders = {size: d.bind(self._weights, **self._decoding) for size, d in self.decoders.items()}
+        whole, weights = self._whole
+        home = home_of(weights)
+        self._decoding: dict[str, Any] = dict(structure=whole, steps=decode_steps, draws=draws)
+        self._run_embedding = self.embed.bind(self._embed[1], structure=self._embed[0])
+        self._run_groups = [(group, self.layers.bind(w, structure=structure)) for group, structure, w in self._groups]
+        self._run_head = self.head.bind(self._rest[1], structure=self._rest[0])
+        self._run_decoders = {size: d.bind(weights, **self._decoding) for size, d in self.decoders.items()}
         self._drawing = functools.partial(drawing_of, home=home)
         self._greedy = functools.cache(lambda size: self._drawing([], size))
         # First positions of chunks are kept on the device: 0 for every prompt, then multiples of the largest bucket.
@@ -127,8 +145,8 @@ class BucketedModel:
 
     @property
     def graphs(self) -> list[BlockGraph]:
-        """The block of prefill and those of decoding, whose `stats` a report can show."""
-        return [self.prefiller, *self.decoders.values()]
+        """All blocks of the model, whose `stats` a report can show."""
+        return [self.embed, self.layers, self.head, *self.decoders.values()]
 
     def warm_up(self, *, workers: int = 1, progress: bool = True) -> None:
         """Compiles every program that `prefill` and `generate` use, so that they never compile afterwards.
@@ -137,22 +155,23 @@ class BucketedModel:
           workers: threads that compile in parallel; 1 compiles in the calling thread.
           progress: whether to show a progress bar.
         """
-        cache, todo = self.empty_cache(1), {}
+        one = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+        x = jax.ShapeDtypeStruct((1, 1, self.config.hidden_size), jnp.dtype(self.config.dtype))
+        start, cache, table = self._start_of(0), self.empty_cache(1), self._caches.table(1)
+        todo = dict(self.embed.compilations(self._embed[1], one, structure=self._embed[0]))
         for size, decoder in self.decoders.items():  # decode steps take longest to compile, so they start early
             batch, numbers = self.empty_cache(size), jax.ShapeDtypeStruct((size,), jnp.int32)
-            table = self._caches.table(size)
             todo |= decoder.compilations(
-                self._weights, numbers, numbers, self._greedy(size), batch, table, **self._decoding
+                self._whole[1], numbers, numbers, self._greedy(size), batch, self._caches.table(size), **self._decoding
             )
-        ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-        todo |= self.prefiller.compilations(
-            self._weights, ids, self._start_of(0), cache, self._caches.table(1), **self._prefilling
-        )
+        for group, structure, weights in self._groups:  # of one structure have equal keys, and are compiled once
+            todo |= self.layers.compilations(weights, x, start, cache[group], table, structure=structure)
+        todo |= self.head.compilations(self._rest[1], x, structure=self._rest[0])
         compile_all(todo, workers=workers, progress=progress)
         for size in self.decoders:
             batch = self.empty_cache(size)
             jax.block_until_ready(self._caches.insert(batch, cache, np.int32(0)))
-        logits = jax.device_put(np.zeros((1, self.config.vocab_size), np.float32), home_of(self._weights))
+        logits = jax.device_put(np.zeros((1, self.config.vocab_size), np.float32), home_of(self._whole[1]))
         jax.block_until_ready(self._choose_first(logits, self._greedy(1).params, np.zeros(1, np.int32)))
 
     def prefill(self, ids: Sequence[int]) -> Prefilled:
@@ -171,14 +190,16 @@ class BucketedModel:
         prompt = np.asarray(ids)
         if prompt.dtype.kind not in "iu" or prompt.min() < 0 or prompt.max() >= self.config.vocab_size:
             raise ValueError(f"token ids are whole numbers from 0 to {self.config.vocab_size - 1}, got {prompt}")
-        cache, logits, largest = self.empty_cache(1), None, self.prefiller.buckets[-1]
+        cache, logits, largest = self.empty_cache(1), None, self.layers.buckets[-1]
+        table = self._caches.table(1)
         for start in range(0, len(ids), largest):
             chunk = prompt[start : start + largest].astype(np.int32)
-            bucket = next(b for b in self.prefiller.buckets if b >= len(chunk))
+            bucket = next(b for b in self.layers.buckets if b >= len(chunk))
             padded = jax.device_put(np.pad(chunk, (0, bucket - len(chunk)))[None])
-            logits, cache = self._run_prefill(
-                Bucketed(padded, len(chunk)), self._start_of(start), cache, self._caches.table(1)
-            )
+            x = self._run_embedding(Bucketed(padded, len(chunk)))
+            for group, run in self._run_groups:
+                x, cache[group] = run(x, self._start_of(start), cache[group], table)
+            logits = self._run_head(x)
         assert logits is not None
         return Prefilled(logits, cache, len(ids))
 

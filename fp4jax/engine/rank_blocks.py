@@ -39,15 +39,20 @@ class Chosen(NamedTuple):
     logprobs: Any
 
 
-def prefill(weights, ids, starts, counts, slots, caches, table, *, structure):
-    """Runs a chunk through the model; see `RankPrograms.prefill`."""
-    model = structure.module(weights)
-    formats = model.cache_formats
+def embed(weights, ids, *, structure):
+    """Embeds a chunk: ids [1, bucket] -> [1, bucket, H]."""
+    return structure.module(weights)(ids)
+
+
+def layers(weights, x, starts, counts, slots, caches, table, *, structure):
+    """Runs some layers on a chunk; see `RankPrograms.layers`."""
+    layers = structure.module(weights)
+    formats = [layer.self_attn.cache_format for layer in layers]
     old = [
         cache if isinstance(f, PageFormat) else tuple(part[slots] for part in cache)
         for f, cache in zip(formats, caches, strict=True)
     ]
-    x, kept = layers_of(model)(model.embed_tokens(ids), starts, old, table, counts, valid_tokens(ids, counts))
+    x, kept = layers_of(layers)(x, starts, old, table, counts, valid_tokens(x, counts))
 
     def put(cache, new):
         at = jnp.where(counts > 0, slots, cache[0].shape[0])
@@ -57,12 +62,12 @@ def prefill(weights, ids, starts, counts, slots, caches, table, *, structure):
         new if isinstance(f, PageFormat) else put(cache, new)
         for f, cache, new in zip(formats, caches, kept, strict=True)
     ]
-    return last_valid(x, counts)[:, 0], caches
+    return x, caches
 
 
-def head(weights, x, positions, drawing, *, structure, draws):
+def head(weights, x, counts, positions, drawing, *, structure, draws):
     """Chooses the token behind a chunk; see `RankPrograms.head`."""
-    return _chosen(structure.module(weights).head(x[:, None])[:, 0], drawing, positions, draws)
+    return _chosen(structure.module(weights).head(last_valid(x, counts))[:, 0], drawing, positions, draws)
 
 
 def _chosen(logits, drawing, positions, draws):

@@ -17,9 +17,11 @@ from fp4jax.attention import CacheFormat, PageFormat
 from fp4jax.block_graph import LOWERING
 from fp4jax.engine import rank_blocks
 from fp4jax.engine.blocks import (
+    groups_of,
     is_low_latency,
     placed_together,
     split,
+    split_layers,
     with_fused_projections,
     without_layers,
 )
@@ -50,8 +52,12 @@ class RankPrograms:
         self._by_rank = None if mesh is None else NamedSharding(mesh, P(EP_AXIS))
         model = with_fused_projections(placed_together(model))
         _inside_shard_map(model)
-        self._rest, self._whole = (split(part, {}) for part in (without_layers(model), model))
-        self._hidden = model.config.hidden_size, jnp.dtype(model.config.dtype)
+        structures: dict[Any, Any] = {}
+        self._embed = split(model.embed_tokens, structures)
+        layers = list(model.layers)
+        self._groups = [(group, *split_layers(layers[group], structures)) for group in groups_of(layers)]
+        self._rest = split(without_layers(model), structures)
+        self._whole = split(model, structures)
         self._low_latency = is_low_latency(model)
         self.formats: list[CacheFormat] = model.cache_formats
         self._compiled: dict[Any, Any] = {}
@@ -96,13 +102,25 @@ class RankPrograms:
           table: i32 [R, n], the pages of the request.
 
         Returns:
-          The hidden states [R, H] of the last valid tokens, and the new caches.
+          The hidden states [R, bucket, H], and the new caches.
         """
-        return self._call(self._prefilling(ids.shape[1]), ids, starts, counts, slots, caches, table)
+        x, kept = self._call(self._embedding(ids.shape[1]), ids), []
+        for group in self._groups:
+            x, new = self._call(self._layers(group, ids.shape[1]), x, starts, counts, slots, caches[group[0]], table)
+            kept += new
+        return x, kept
 
-    def head(self, x, positions, drawing: Drawing, draws: bool) -> Chosen:
-        """Chooses the token behind the hidden states x [R, H]; `positions` i32 [R] are those of these tokens."""
-        return self._call(self._head(draws), x, positions, drawing)
+    def head(self, x, counts, positions, drawing: Drawing, draws: bool) -> Chosen:
+        """Chooses the token behind one chunk per device.
+
+        Args:
+          x: [R, bucket, H], from `prefill`.
+          counts: i32 [R], the valid tokens.
+          positions: i32 [R], those of the tokens that are chosen.
+          drawing: how they are drawn.
+          draws: whether any temperature is above 0.
+        """
+        return self._call(self._head(x.shape[1], draws), x, counts, positions, drawing)
 
     def change(self, slots: Slots, mask, values: Slots, first, joining) -> Slots:
         """Replaces the slots where `mask` holds; the newest token of slot `joining` of each device is its `first`.
@@ -164,22 +182,30 @@ class RankPrograms:
                 add_gathering(self.ranks * size, self.steps)
         for bucket in buckets:
             ids = struct((self.ranks, bucket), jnp.int32)
-            add(self._prefilling(bucket), ids, numbers, numbers, numbers, caches, rows)
-        hidden, dtype = self._hidden
-        for draws in self.variants:
-            add(self._head(draws), struct((self.ranks, hidden), dtype), numbers, drawing)
+            hidden = jax.eval_shape(self._embedding(bucket).run, self._embed[1], ids)
+            x = struct(hidden.shape, hidden.dtype)
+            add(self._embedding(bucket), ids)
+            for group in self._groups:
+                add(self._layers(group, bucket), x, numbers, numbers, numbers, caches[group[0]], rows)
+            for draws in self.variants:
+                add(self._head(bucket, draws), x, numbers, numbers, drawing)
         add_gathering(self.ranks)
         add(_CHANGE, slots, struct(slots.last.shape, jnp.bool_), slots, numbers, numbers)
         return found
 
-    def _prefilling(self, bucket):
-        structure, weights = self._whole
-        return _Program(("prefill", bucket), functools.partial(rank_blocks.prefill, structure=structure), weights, (4,))
+    def _embedding(self, bucket):
+        structure, weights = self._embed
+        return _Program(("embed", bucket), functools.partial(rank_blocks.embed, structure=structure), weights)
 
-    def _head(self, draws):
+    def _layers(self, group, bucket):
+        _, structure, weights = group
+        run = functools.partial(rank_blocks.layers, structure=structure)
+        return _Program(("layers", structure, bucket), run, weights, (4,))
+
+    def _head(self, bucket, draws):
         structure, weights = self._rest
         run = functools.partial(rank_blocks.head, structure=structure, draws=draws)
-        return _Program(("head", draws), run, weights)
+        return _Program(("head", bucket, draws), run, weights)
 
     def _decoding(self, size, draws):
         structure, weights = self._whole

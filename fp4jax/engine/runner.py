@@ -68,9 +68,9 @@ class Runner:
             for size in self._sizes:
                 _, self._slots, self._caches = programs.decode(size, self._slots, self._caches, table, draws)
         for bucket in self.buckets:
-            x = self._run_chunks(nobody, bucket)
+            x, counts = self._run_chunks(nobody, bucket)
             for draws in programs.variants:
-                programs.head(x, zeros, drawing, draws)
+                programs.head(x, counts, zeros, drawing, draws)
         self._apply_changes(zeros, np.full(len(nobody), -1, np.int32))
         jax.block_until_ready(self._caches)
 
@@ -81,14 +81,14 @@ class Runner:
           The call that chooses the tokens behind prompts that are complete now; None if there are none.
         """
         bucket = self.bucket_of(max(len(chunk.tokens) for chunk in chunks if chunk is not None))
-        x = self._run_chunks(chunks, bucket)
+        x, counts = self._run_chunks(chunks, bucket)
         done = [chunk if chunk is not None and chunk.is_last else None for chunk in chunks]
         if not any(done):
             return None
         requests = [None if chunk is None else chunk.request for chunk in done]
         positions = np.asarray([0 if r is None else r.started_with for r in requests], np.int32)
         drawing, draws = self.programs.put(self._drawing(requests)), self._draws(requests)
-        chosen = self.programs.head(x, self.programs.put(positions), drawing, draws)
+        chosen = self.programs.head(x, counts, self.programs.put(positions), drawing, draws)
         for request in filter(None, requests):
             self._changed[self._index(request)] = request
         joining = np.asarray([-1 if r is None else r.slot for r in requests], np.int32)
@@ -99,8 +99,8 @@ class Runner:
         """Returns the bucket that computes a chunk of so many tokens."""
         return next(b for b in self.buckets if b >= tokens)
 
-    def _run_chunks(self, chunks: Sequence[Chunk | None], bucket: int) -> jax.Array:
-        """Runs chunks through the model, and returns the hidden states [R, H] of their last tokens."""
+    def _run_chunks(self, chunks: Sequence[Chunk | None], bucket: int) -> tuple[jax.Array, jax.Array]:
+        """Runs chunks through the model, and returns the hidden states [R, bucket, H], and their valid tokens [R]."""
         ids = np.zeros((len(chunks), bucket), np.int32)
         numbers = np.zeros((3, len(chunks)), np.int32)
         table = np.zeros((len(chunks), self._table_width), np.int32)
@@ -109,9 +109,9 @@ class Runner:
                 ids[rank, : len(chunk.tokens)] = chunk.tokens
                 numbers[:, rank] = chunk.start, len(chunk.tokens), chunk.request.slot
                 table[rank, : len(chunk.request.pages)] = chunk.request.pages
-        ids, *numbers, table = self.programs.put((ids, *numbers, table))
-        x, self._caches = self.programs.prefill(ids, *numbers, self._caches, table)
-        return x
+        ids, starts, counts, slots, table = self.programs.put((ids, *numbers, table))
+        x, self._caches = self.programs.prefill(ids, starts, counts, slots, self._caches, table)
+        return x, counts
 
     def decode(self, requests: Sequence[Request]) -> Call:
         """Decodes the next tokens of these requests."""

@@ -11,7 +11,8 @@ from small_models import forward
 
 from experiments.harness.timing import count_compilations
 from fp4jax import MoEConfig
-from fp4jax.engine import BucketedModel, Sampling, cache, drawing_of
+from fp4jax.engine import BucketedModel, Sampling, blocks, cache, drawing_of
+from fp4jax.engine.blocks import groups_of
 from fp4jax.engine.sampling import gumbel_noise, log_weights
 from fp4jax.layers import MoEBlock, RoutingConfig
 from fp4jax.models import Qwen3Moe, Qwen3MoeConfig, configure_experts, generate, quantize_experts
@@ -75,15 +76,27 @@ def test_a_cache_in_fp8_takes_a_quarter(model):
     assert found == np.asarray(generate(coded, jnp.asarray([prompt], jnp.int32), max_new_tokens=6))[0, 11:].tolist()
 
 
-def test_layers_of_one_kind_are_traced_once(model, monkeypatch):
-    """Layers 0 and 2 have experts, layer 1 is dense: two kinds, each traced once for the program of a bucket."""
+def test_layers_of_one_kind_share_executables(served):
+    """Layers 0 and 2 have experts, layer 1 is dense: two kinds, each compiled for every bucket."""
+    assert len(served.layers.stats.seconds) == 2 * len(BUCKETS)
+    assert len(served.embed.stats.seconds) == len(served.head.stats.seconds) == len(BUCKETS)
+
+
+@pytest.mark.slow
+def test_layers_in_groups(rng, monkeypatch):
+    """Five equal layers behind a dense one, two in a program: each kind is traced once per program."""
+    monkeypatch.setattr(blocks, "_LAYERS_PER_PROGRAM", 2)
     traced = []
     call = DecoderLayer.__call__
     monkeypatch.setattr(DecoderLayer, "__call__", lambda self, *args: traced.append(self) or call(self, *args))
-    one = BucketedModel(model, buckets=(5,), batch_buckets=(1,), max_length=20)
-    one.prefill([1, 2, 3])
-    assert len(model.layers) == 3 and len(traced) == 2
-    assert len(one.prefiller.stats.seconds) == 1
+    model = Qwen3Moe(dataclasses.replace(CONFIG, num_hidden_layers=6, mlp_only_layers=(0,)), rngs=nnx.Rngs(5))
+    assert groups_of(model.layers) == [slice(0, 1), slice(1, 3), slice(3, 5), slice(5, 6)]
+    several = BucketedModel(model, buckets=(5,), batch_buckets=(1,), max_length=20)
+    ids = rng.integers(0, 97, 13).tolist()
+    found = np.asarray(several.prefill(ids).logits)[0]
+    assert len(several.layers.stats.seconds) == len(traced) == 3  # the dense layer; two with experts; one
+    expected = logits_of(model, ids)[-1]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("tokens", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 8, 9, 41)), 66])
@@ -179,7 +192,7 @@ def test_many_requests_compile_nothing(served, requests):
             served.generate([rng.integers(0, 97, int(rng.integers(1, 40))).tolist() for _ in range(number)], 3)
     assert not compiled
     assert all(graph.stats.misses == 0 for graph in served.graphs)
-    calls = served.prefiller.stats.calls
+    calls = served.layers.stats.calls
     assert min(calls.values()) > requests / 4  # every bucket was used
 
 

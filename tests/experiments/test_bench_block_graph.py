@@ -45,7 +45,7 @@ def test_sizes_and_debug_of_the_environment(tmp_path):
     assert found["prefill", "exact"] == 3
     assert found["decode step", "graph"] == 2
     assert all(r["us"] > 0 for r in blocks)
-    assert "block graph: compiled prefill for 9 tokens in" in done.stderr
+    assert "block graph: compiled layers for 9 tokens in" in done.stderr
     assert "calls per bucket" in done.stderr and "misses" in done.stderr
     first, second = [r["seconds"] for r in rows if r["part"] == "start"]
     assert second < first  # from the compilation cache
