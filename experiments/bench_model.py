@@ -172,7 +172,7 @@ def main(argv):
                 model = make_model(variant, layers, mesh)
             for work in plan.works:
                 row = make_row(variant.name, layers, work, "fp4jax", variant.experts, variant.dense, *variant.split)
-                row |= {"cache": _CACHE_FORMAT.value}
+                row |= {"cache": _CACHE_FORMAT.value, "page_size": _PAGE_SIZE.value}
                 progress.set_description(f"{variant}, {work.phase} {size_of(row)}")
                 add(row | (reason if model is None else measured(model, work, mesh)))
                 progress.update()

@@ -46,9 +46,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "moe": lambda: layers.moe_table(read_nodes("bench_moe.json")),
     "stages": lambda: layers.stage_table(read("h100/bench_moe.json")),
     "model": lambda: models.model_table(read("h200/bench_model.json")),
+    "model-variants": lambda: models.model_table(read("h200/bench_model_variants.json")),
     "model-ranks": lambda: models.ranks_table(read("h200/bench_model_ranks.json")),
     "model-compile": lambda: models.compile_text(read("h200/bench_model.json")),
     "model-transformers": lambda: models.model_table(read("h200/bench_model_transformers.json")),
+    "serving": lambda: models.serving_table(read("h200/bench_serving.json")),
     "blocks": lambda: layers.block_table(read("h100/bench_block_graph.json")),
 }
 

@@ -28,7 +28,7 @@ COLUMNS = [
     "model", "layers", "phase", "implementation", "experts", "dense", "ranks", "requests", "tokens", "context",
     "us_per_layer", "kernel_us_per_layer", "kernels_per_layer", "in_graph", "tokens_per_s", "floor_us_per_layer",
     "percent_of_floor", "peak_gb", "weights_gb", "cache_gb", "wire_format", "stages", "seconds", "seconds_from_cache",
-    "programs", "cache", "exchange_us_per_layer", "wall_over_kernels",
+    "programs", "cache", "page_size", "exchange_us_per_layer", "wall_over_kernels",
 ]  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def test_the_script_measures_a_tiny_model(tmp_path):
         assert list(row["stages"]) == list(STAGES) and min(row["stages"].values()) > 0, row["stages"]
         assert row["kernel_us_per_layer"] is row["in_graph"] is None  # of a GPU
         assert row["seconds"] is row["seconds_from_cache"] is row["programs"] is None  # of compiling
-        assert row["cache"] == "compute"
+        assert row["cache"] == "compute" and row["page_size"] == 64
     assert (prefill["phase"], prefill["requests"], prefill["tokens"], prefill["context"]) == ("prefill", 1, 20, None)
     assert (decode["phase"], decode["requests"], decode["tokens"], decode["context"]) == ("decode", 2, None, 12)
     assert (tmp_path / "bench_model.png").read_bytes().startswith(b"\x89PNG")

@@ -25,8 +25,7 @@ def model_table(report: dict[str, Any]) -> str:
         us, peer = r["us_per_layer"], peers.get(_work(r))
         rows.append(
             (
-                r["model"], r["layers"], r["experts"], r["dense"] + (", FP8 cache" if r.get("cache") == "fp8" else ""),
-                r["phase"], r["requests"],
+                r["model"], r["layers"], r["experts"], ", ".join([r["dense"], *_unusual(r)]), r["phase"], r["requests"],
                 r["context"] if r["tokens"] is None else r["tokens"],
                 r["error"].partition(":")[0] if us is None else f"{us:.0f}",
                 _cell(r["kernel_us_per_layer"], 0), _cell(r["floor_us_per_layer"], 0), _cell(r["percent_of_floor"], 0),
@@ -35,6 +34,12 @@ def model_table(report: dict[str, Any]) -> str:
             )
         )  # fmt: skip
     return table(columns, rows)
+
+
+def _unusual(row: dict[str, Any]) -> list[str]:
+    """What is unusual about the cache of a row."""
+    found = ["FP8 cache"] if row.get("cache") == "fp8" else []
+    return found + ([f"pages of {row['page_size']}"] if row.get("page_size") not in (None, 64) else [])
 
 
 def ranks_table(report: dict[str, Any]) -> str:
@@ -59,6 +64,34 @@ def ranks_table(report: dict[str, Any]) -> str:
             )
         )  # fmt: skip
     return table(columns, rows)
+
+
+def serving_table(report: dict[str, Any]) -> str:
+    """What users of an engine see of requests that arrive at random, and what the engine adds to its decode program.
+
+    Args:
+      report: results of bench_serving.
+    """
+    columns = ("model", "GPUs", "wire format", "slots per GPU", "requests", "tokens/s", "first token, ms (99%)")
+    columns += ("each token behind it, ms (99%)", "pages in use", "engine over program")
+    rows = []
+    for r in report["rows"]:
+        trace = r["phase"] == "trace"
+        what = (
+            ("all at once" if r["rate"] == "inf" else f"{r['rate']} a second and GPU") if trace else "every slot full"
+        )
+        times = [_percentiles(r[name]) if trace else "" for name in ("first_token_ms", "token_ms")]
+        rows.append(
+            (
+                r["model"], r["ranks"], r["wire_format"] or "", r["requests"], what, f"{r['tokens_per_s']:.0f}", *times,
+                f"{r['most_pages']:.0%}" if trace else "", "" if trace else f"{r['overhead']:+.1%}",
+            )
+        )  # fmt: skip
+    return table(columns, rows)
+
+
+def _percentiles(ms: dict[str, float]) -> str:
+    return f"{ms['p50']:.1f} ({ms['p99']:.1f})"
 
 
 def compile_text(report: dict[str, Any]) -> str:
