@@ -4,7 +4,8 @@
     python experiments/demo.py --output_dir=output/demo          # the same; about 2 minutes on 2 CPU cores
 
 It loads the byte-level model in experiments/checkpoints/tiny_lm and measures bits per byte on held-out text in several
-variants: bf16, W4A16, W4A4, and W4A4 on 1, 2 and 4 devices with the wire format nvfp4. It reads the bytes on the wire
+variants: bf16, with its cache of keys and values in FP8 too, W4A16, W4A4, and W4A4 on 1, 2 and 4 devices with the wire
+format nvfp4. It reads the bytes on the wire
 from the compiled programs, times the stages of one expert layer, and lets the quantized model continue a prompt.
 Without GPUs it uses 4 virtual CPU devices. Prints a table, and writes demo.json and demo.png into --output_dir.
 """
@@ -31,6 +32,7 @@ from experiments.harness.stages import compiler_options, stage_times
 from experiments.text.corpora import load_corpus, windows
 from experiments.text.evaluation import evaluate
 from experiments.text.files import check_text
+from fp4jax.attention.cache_formats import FP8
 from fp4jax.checkpoint import load_model
 from fp4jax.expert_parallel import WireBytes, wire_bytes
 from fp4jax.models.expert_setup import configure_experts, quantize_experts
@@ -67,6 +69,7 @@ class Variant(NamedTuple):
       activation_format: the format of both GEMMs' activations.
       wire_format: the format of tokens that cross devices.
       ep: the number of devices; None: one device without a mesh, where nothing is dispatched.
+      fp8_cache: whether keys and values go through a cache in FP8, without calibrated scales.
     """
 
     name: str
@@ -74,12 +77,14 @@ class Variant(NamedTuple):
     activation_format: str = "bf16"
     wire_format: str = "bf16"
     ep: int | None = None
+    fp8_cache: bool = False
 
 
 def variants(num_devices: int) -> list[Variant]:
     """The variants that this many devices can run, in the order of the table."""
     wired = [Variant(f"W4A4 + nvfp4 wire, ep={n}", True, "nvfp4", "nvfp4", n) for n in EP if n <= num_devices]
-    return [Variant("bf16", False), Variant("W4A16", True), Variant("W4A4", True, "nvfp4"), *wired]
+    plain = [Variant("bf16", False), Variant("bf16, cache in FP8", False, fp8_cache=True)]
+    return [*plain, Variant("W4A16", True), Variant("W4A4", True, "nvfp4"), *wired]
 
 
 def build(variant: Variant, folder: str, calibration: np.ndarray) -> Any:
@@ -91,6 +96,8 @@ def build(variant: Variant, folder: str, calibration: np.ndarray) -> Any:
       calibration: training text [windows, length], from which the activation scales are computed.
     """
     model, _ = load_model(folder)
+    if variant.fp8_cache:
+        model.set_cache_dtype(FP8)
     if variant.quantized:
         quantize_experts(model, jnp.asarray(calibration, jnp.int32))
     mesh = None
@@ -136,7 +143,7 @@ def measure(variant: Variant, folder: str, text: np.ndarray, calibration: np.nda
     """One row of the table."""
     model = build(variant, folder, calibration)
     start = time.perf_counter()
-    result = evaluate(model, text, settings.batch_size)
+    result = evaluate(model, text, settings.batch_size, cached=variant.fp8_cache)
     row = {**variant._asdict(), "bits_per_byte": result.bits_per_byte, "dropped": result.dropped}
     row["seconds"] = time.perf_counter() - start
     if variant.ep is not None:

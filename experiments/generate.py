@@ -25,7 +25,16 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from experiments.harness import block_graph_flags, block_report, model_flags, outputs, rates, script, wire_flag
+from experiments.harness import (
+    block_graph_flags,
+    block_report,
+    cache_flag,
+    model_flags,
+    outputs,
+    rates,
+    script,
+    wire_flag,
+)
 from experiments.harness.flag_values import finite
 from experiments.text.files import check_text, read_text
 from experiments.text.tokenizers import tokenizer_of
@@ -185,7 +194,7 @@ def loaded_model(request: Request) -> Any:
     try:
         model, config = load_model(
             request.folder, mesh=mesh, quantization=model_flags.QUANTIZATION.value, dtype=model_flags.DTYPE.value,
-            input_scales=model_flags.INPUT_SCALES.value, cache_format=model_flags.CACHE_FORMAT.value,
+            input_scales=model_flags.INPUT_SCALES.value, cache_format=cache_flag.CACHE_FORMAT.value,
         )  # fmt: skip
     except (ValueError, FileNotFoundError) as error:
         raise app.UsageError(str(error)) from error
@@ -211,7 +220,7 @@ def cache_kind(model: Any) -> str:
         return f"keys and values are cached in {', '.join(sorted(kinds))}"
     asked = (
         "as the folder asks; --cache_format=compute turns it off"
-        if model_flags.CACHE_FORMAT.value == "stored"
+        if cache_flag.CACHE_FORMAT.value == "stored"
         else "as asked"
     )
     return f"keys and values are cached in FP8 (e4m3), {asked}"

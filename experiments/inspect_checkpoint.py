@@ -15,25 +15,13 @@ import sys
 
 from absl import app, flags
 
-from experiments.harness import outputs, script
+from experiments.harness import model_flags, outputs, script
 from fp4jax.checkpoint.inspect import as_text, inspect_folder
 
 _MODEL = flags.DEFINE_string(
     "model", None, "Folder of the checkpoint, in Hugging Face layout; required.", required=True
 )
-_QUANTIZATION = flags.DEFINE_string(
-    "quantization", None, "How to quantize, as JSON or a method's name, as for generate.py; default: as the folder is."
-)
 _EP = flags.DEFINE_integer("ep", 1, "Number of devices that the experts are split over.", lower_bound=1)
-_INPUT_SCALES = flags.DEFINE_enum(
-    "input_scales",
-    "stored",
-    ["stored", "per_token"],
-    "Activation scales of layers with NVFP4 activations: those of the folder, or one per token.",
-)
-_DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["bfloat16", "float32"], "Dtype that the model computes in; default: the one in its config."
-)
 _JSON = flags.DEFINE_string(
     "json", None, "File to write the report to, as JSON; -: print JSON instead of text; default: no file."
 )
@@ -46,8 +34,8 @@ def main(argv):
         outputs.check_file("json", _JSON.value)
     try:
         report = inspect_folder(
-            _MODEL.value, quantization=_QUANTIZATION.value, ep=_EP.value, dtype=_DTYPE.value,
-            input_scales=_INPUT_SCALES.value,
+            _MODEL.value, quantization=model_flags.QUANTIZATION.value, ep=_EP.value, dtype=model_flags.DTYPE.value,
+            input_scales=model_flags.INPUT_SCALES.value,
         )  # fmt: skip
     except (ValueError, FileNotFoundError) as error:
         raise app.UsageError(str(error)) from error

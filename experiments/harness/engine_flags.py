@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 from absl import app, flags
 
-from experiments.harness import model_flags, wire_flag
+from experiments.harness import cache_flag, model_flags, wire_flag
 from experiments.harness.flag_values import integers, switch
 from fp4jax.block_graph import check_buckets, parse_buckets
 from fp4jax.checkpoint import load_model
@@ -137,7 +137,7 @@ def load_engine(options: EngineOptions, **more: Any) -> Engine:
     try:
         model, config = load_model(
             options.folder, mesh=mesh, quantization=model_flags.QUANTIZATION.value, dtype=model_flags.DTYPE.value,
-            input_scales=model_flags.INPUT_SCALES.value, cache_format=model_flags.CACHE_FORMAT.value,
+            input_scales=model_flags.INPUT_SCALES.value, cache_format=cache_flag.CACHE_FORMAT.value,
         )  # fmt: skip
     except (ValueError, FileNotFoundError) as error:
         raise app.UsageError(str(error)) from error

@@ -1,4 +1,4 @@
-"""The flags that say how the model of a folder is loaded, for scripts that run it."""
+"""The flags that say how the model of a folder is loaded, for scripts that run or inspect it."""
 
 from absl import flags
 
@@ -13,10 +13,4 @@ INPUT_SCALES = flags.DEFINE_enum(
     "stored",
     ["stored", "per_token"],
     "Activation scales of layers with NVFP4 activations: those of the folder, or one per token.",
-)
-CACHE_FORMAT = flags.DEFINE_enum(
-    "cache_format",
-    "stored",
-    ["stored", "compute", "fp8"],
-    "How keys and values are kept: in FP8 if the folder asks for it, always in the compute dtype, or always in FP8.",
 )
