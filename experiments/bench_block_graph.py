@@ -42,7 +42,7 @@ from tqdm import tqdm
 from configs import qwen3_30b_a3b
 from experiments.harness import block_graph_flags, block_report, outputs, script, timing
 from experiments.harness.block_graph_report import block_table, plan_table, plot, plot_timelines
-from experiments.harness.cold_start import two_starts
+from experiments.harness.cold_start import starts
 from experiments.harness.flag_values import integers
 from experiments.harness.graph_kernels import KEEP_GRAPHS, Kernel, kernel_columns, profile_kernels
 from fp4jax.block_graph import Bucketed, planner as bucket_planner
@@ -284,7 +284,7 @@ def start_rows(buckets: Sequence[int], batches: Sequence[int]) -> list[dict[str,
         f"--batch={','.join(map(str, batches))}",
     ]  # fmt: skip
     rows = []
-    for start, answer in zip(("first", "second"), two_starts(command), strict=True):
+    for start, answer in zip(("first", "second"), starts(command, command), strict=True):
         rows.append({"part": "start", "start": start, **answer})
         print(f"{start} start: {answer['seconds']:.1f} s to compile everything")
     return rows

@@ -33,6 +33,7 @@ from experiments.harness import (
     outputs,
     rates,
     script,
+    store_flag,
     wire_flag,
 )
 from experiments.harness.flag_values import finite
@@ -244,6 +245,7 @@ def in_blocks(model: Any, request: Request) -> tuple[list[int], dict[str, Any]]:
     served = BucketedModel(
         model, buckets=sorted(chunks), batch_buckets=(1,), max_length=length, draws=request.sampling.temperature > 0,
         decode_steps=1 if _LOW_LATENCY.value else max(1, min(8, _NEW_TOKENS.value - 1)),
+        store=store_flag.program_store(),
     )  # fmt: skip
     if options.debug:
         block_report.watch(served.graphs)

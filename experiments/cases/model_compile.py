@@ -1,16 +1,17 @@
 """Measures in a fresh process how long it takes to compile all programs that serve a model.
 
-    python -m experiments.cases.model_compile qwen3-30b 48 w4a16 bf16
+    python -m experiments.cases.model_compile qwen3-30b 48 w4a16 bf16 [STORE]
 
-The arguments are the model, its decoder layers, how its experts run, and what its linear layers run as. The model has
-random weights. Then the clock starts: `engine.BucketedModel` is made and compiles its programs for two prefills and two
-batch sizes, in as many threads as there are cores. The last line of the output is a JSON object with the columns of
-`Compiled`. `bench_model` starts this process twice.
+The arguments are the model, its decoder layers, how its experts run, what its linear layers run as, and a folder for a
+`ProgramStore`. The model has random weights. Then the clock starts: `engine.BucketedModel` is made and compiles its
+programs for two prefills and two batch sizes, in as many threads as there are cores. The last line of the output is a
+JSON object with the columns of `Compiled`. `bench_model` starts this process three times.
 """
 
 import json
 import os
 import sys
+import tempfile
 import time
 from typing import Any, NamedTuple
 
@@ -18,8 +19,9 @@ import jax
 
 from experiments.cases.models import model_config, random_model
 from experiments.harness import timing
-from experiments.harness.cold_start import two_starts
+from experiments.harness.cold_start import starts
 from experiments.harness.graph_kernels import KEEP_GRAPHS
+from fp4jax.block_graph import ProgramStore
 from fp4jax.engine import BucketedModel
 
 # Token counts of the prefills, and batch sizes of the decode steps.
@@ -48,7 +50,7 @@ class Compiled(NamedTuple):
     peak_gb: float | None
 
 
-def compile_model(name: str, layers: int, experts: str, dense: str) -> Compiled:
+def compile_model(name: str, layers: int, experts: str, dense: str, store: str | None = None) -> Compiled:
     """Make a model with random weights and compile all programs that serve it; see `random_model`."""
     start = time.perf_counter()
     model = random_model(model_config(name, layers), experts, dense)
@@ -56,8 +58,9 @@ def compile_model(name: str, layers: int, experts: str, dense: str) -> Compiled:
     gpu = timing.on_gpu()
     sizes = _ON_GPU if gpu else _ON_CPU
     served = BucketedModel(
-        model, max_length=sizes["buckets"][-1], compiler_options=KEEP_GRAPHS if gpu else None, **sizes
-    )
+        model, max_length=sizes["buckets"][-1], compiler_options=KEEP_GRAPHS if gpu else None,
+        store=None if store is None else ProgramStore(store), **sizes,
+    )  # fmt: skip
     served.warm_up(workers=os.cpu_count() or 1)
     end = time.perf_counter()
     took = [seconds for graph in served.graphs for seconds in graph.stats.seconds]
@@ -69,24 +72,29 @@ def compile_model(name: str, layers: int, experts: str, dense: str) -> Compiled:
 
 
 def compile_columns(name: str, layers: int, experts: str, dense: str) -> tuple[dict[str, Any], str]:
-    """Compile a model in two processes, of which the second one finds the first one's programs in JAX's cache.
+    """Compile a model in three processes: at first, with JAX's compilation cache, and with the programs in a store.
+
+    The first process fills the cache and the store.
 
     Returns:
       The measured columns of a row of bench_model, or its `error`; and a sentence about where the time went.
     """
     command = [sys.executable, "-m", "experiments.cases.model_compile", name, str(layers), experts, dense]
     try:
-        first, second = (Compiled(**answer) for answer in two_starts(command))
+        with tempfile.TemporaryDirectory() as store:
+            answers = starts([*command, store], command, [*command, store])
+            first, second, third = (Compiled(**answer) for answer in answers)
     except RuntimeError as error:
         return {"error": f"failed: {error}"}, f"{name}, {experts}, {dense}: {error}"
     columns = {
-        "seconds": first.seconds, "seconds_from_cache": second.seconds, "programs": first.programs,
-        "peak_gb": first.peak_gb,
+        "seconds": first.seconds, "seconds_from_cache": second.seconds, "seconds_from_store": third.seconds,
+        "programs": first.programs, "peak_gb": first.peak_gb,
     }  # fmt: skip
     return columns, (
         f"{name}, {experts}, {dense}: {first.seconds} s to compile {first.programs} programs, {second.seconds} s from "
-        f"the cache; summed over threads, {first.lowering_s} and {second.lowering_s} s of tracing, {first.compiling_s} "
-        f"and {second.compiling_s} s of XLA; and {first.weights_s} s to make the weights"
+        f"the cache, {third.seconds} s from a store; summed over threads, {first.lowering_s}, {second.lowering_s} and "
+        f"{third.lowering_s} s of tracing, {first.compiling_s}, {second.compiling_s} and {third.compiling_s} s of XLA "
+        f"or reading; and {first.weights_s} s to make the weights"
     )
 
 

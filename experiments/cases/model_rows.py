@@ -22,7 +22,7 @@ COLUMNS = (
     "model", "layers", "phase", "implementation", "experts", "dense", "ranks", "requests", "tokens", "context",
     "us_per_layer", "kernel_us_per_layer", "kernels_per_layer", "in_graph", "tokens_per_s", "floor_us_per_layer",
     "percent_of_floor", "peak_gb", "weights_gb", "cache_gb", "wire_format", "stages", "seconds", "seconds_from_cache",
-    "programs", "cache", "page_size", "exchange_us_per_layer", "wall_over_kernels",
+    "seconds_from_store", "programs", "cache", "page_size", "exchange_us_per_layer", "wall_over_kernels",
 )  # fmt: skip
 PEERS = ("transformers", "transformers compiled")
 _ROOT = Path(__file__).resolve().parents[2]

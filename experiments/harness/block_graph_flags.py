@@ -3,9 +3,8 @@
 A flag wins over its variable, and a variable wins over the script's own default:
 
     --block_graph          FD_USE_BLOCK_WISE_CUDA_GRAPH=1            compile blocks ahead of time for a few token counts
-    --block_graph_sizes    FD_BLOCK_WISE_CUDA_GRAPH_SIZES=128,256    the token counts, or a JSON file of a bucket
-    planner --block_graph_debug    FD_BLOCK_WISE_DEBUG=1                     print each compilation, and a summary at
-    the end
+    --block_graph_sizes    FD_BLOCK_WISE_CUDA_GRAPH_SIZES=128,256    the token counts, or the JSON file of a plan
+    --block_graph_debug    FD_BLOCK_WISE_DEBUG=1                     print each compilation, and a summary at the end
 
 The variables have the names that they have in the serving system whose deployments this library is compared with.
 """

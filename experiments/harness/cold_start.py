@@ -17,11 +17,11 @@ import jax
 _ROOT = Path(__file__).resolve().parents[2]
 
 
-def two_starts(command: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Run a command in two processes, one after the other, that share a new folder as JAX's compilation cache.
+def starts(*commands: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Run commands in processes, one after the other, that share a new folder as JAX's compilation cache.
 
     The first process finds the folder empty. Every program is stored in it, however small it is and however quickly it
-    was compiled, so that the second process compiles nothing that the first one has compiled.
+    was compiled, so that a later process compiles nothing that an earlier one has compiled.
 
     Yields:
       The last line that each process prints, which must be a JSON object.
@@ -34,10 +34,10 @@ def two_starts(command: Sequence[str]) -> Iterator[dict[str, Any]]:
             "JAX_ENABLE_COMPILATION_CACHE": "true", "JAX_COMPILATION_CACHE_DIR": folder,
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }  # fmt: skip
-        for start in ("first", "second"):
+        for number, command in enumerate(commands, 1):
             done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=False)
             if done.returncode:
-                raise RuntimeError(f"the {start} start ended with status {done.returncode}")
+                raise RuntimeError(f"start {number} ended with status {done.returncode}")
             yield json.loads(done.stdout.splitlines()[-1])
 
 

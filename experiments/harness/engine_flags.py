@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 from absl import app, flags
 
-from experiments.harness import cache_flag, model_flags, wire_flag
+from experiments.harness import cache_flag, model_flags, store_flag, wire_flag
 from experiments.harness.flag_values import integers, switch
 from fp4jax.block_graph import check_buckets, parse_buckets
 from fp4jax.checkpoint import load_model
@@ -115,6 +115,7 @@ def engine_options() -> EngineOptions:
     sizes = dict(
         max_requests=_MAX_REQUESTS.value, num_pages=_NUM_PAGES.value, page_size=_PAGE_SIZE.value,
         prefill_buckets=prefill, prefill_tokens=_PREFILL_TOKENS.value, decode_buckets=decode,
+        store=store_flag.program_store(),
     )  # fmt: skip
     return EngineOptions(folder, config, stop_ids, max_length, ep * _MAX_REQUESTS.value, wire_format, sizes)
 

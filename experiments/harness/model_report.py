@@ -34,7 +34,8 @@ def model_text(rows: Sequence[dict[str, Any]]) -> str:
             peak = "" if r["peak_gb"] is None else f", peak {r['peak_gb']:.1f} GB"
             lines.append(
                 f"{line}  {r['seconds']:.1f} s for {r['programs']} programs, "
-                f"{r['seconds_from_cache']:.1f} s from JAX's compilation cache{peak}"
+                f"{r['seconds_from_cache']:.1f} s from JAX's compilation cache, "
+                f"{r['seconds_from_store']:.1f} s from a store{peak}"
             )
             continue
         if r["us_per_layer"] is None:

@@ -81,6 +81,11 @@ class Block:
 
         return run
 
+    def made_from(self, bucket: int, static: Mapping[str, Any]) -> tuple[Any, ...]:
+        """What a program of the block depends on, but for the arrays and the options for XLA."""
+        statics = tuple(sorted(static.items()))
+        return self.fn, bucket, statics, self.in_axes, self.out_axes, self.donate_argnums, self.count_argname
+
     def check_call(self, args: Sequence[Any], static: Mapping[str, Any]) -> None:
         """Raises ValueError unless a call has as many arguments as the block, and its static ones."""
         if len(args) != len(self.in_axes):

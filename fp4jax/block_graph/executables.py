@@ -1,7 +1,6 @@
 """The compiled programs of one block, by what they depend on."""
 
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,21 +8,20 @@ import jax
 
 from fp4jax.block_graph.arguments import Argument, structs_of
 from fp4jax.block_graph.block import Block
+from fp4jax.block_graph.programs import make_program
 from fp4jax.block_graph.stats import CompileSeconds
-
-# Whoever traces and lowers a program holds this lock. It is all Python code, so that threads which do it at the same
-# time only take the interpreter from each other: for 48 layers 41 s in 16 threads, where one after the other takes 27.
-LOWERING = threading.RLock()
+from fp4jax.block_graph.stored import ProgramStore
 
 
 class Executables:
     """Compiles a block for arguments of one kind and one bucket when it is asked for, and keeps the program.
 
-    on_compile: a function that the caller may set; it is called with (name, CompileSeconds) after each compilation.
+    store: where programs are looked for and saved. on_compile: a function that the caller may set; it is called with
+    (name, CompileSeconds) after each compilation.
     """
 
-    def __init__(self, block: Block):
-        self._block = block
+    def __init__(self, block: Block, store: ProgramStore | None = None):
+        self._block, self._store = block, store
         self._programs: dict[Any, jax.stages.Compiled] = {}
         self._compiling: dict[Any, threading.RLock] = {}
         self._lock = threading.Lock()
@@ -63,14 +61,13 @@ class Executables:
                 self._compiling.pop(key, None)
 
     def _compile(self, key, arguments, home, bucket, static):
-        with LOWERING:
-            start = time.perf_counter()
-            lowered = self._block.lower(structs_of(arguments, home, bucket), bucket, static, home)
-            middle = time.perf_counter()
-        program = lowered.compile(compiler_options=self._block.compiler_options or None)
-        if self._block.check_compiled is not None:
-            self._block.check_compiled(program)
-        seconds = CompileSeconds(bucket, middle - start, time.perf_counter() - middle)
+        block, structs = self._block, structs_of(arguments, home, bucket)
+        made = make_program(
+            lambda: block.lower(structs, bucket, static, home), options=block.compiler_options,
+            check=block.check_compiled, store=self._store, name=block.name, structs=structs,
+            made_from=(block.made_from(bucket, static), home is None),
+        )  # fmt: skip
+        program, seconds = made.program, CompileSeconds(bucket, made.lowering, made.compiling)
         with self._lock:
             self._programs[key] = program
             self._seconds.append(seconds)

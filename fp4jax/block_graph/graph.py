@@ -34,6 +34,7 @@ from fp4jax.block_graph.block import Block
 from fp4jax.block_graph.executables import Executables
 from fp4jax.block_graph.planner import check_buckets
 from fp4jax.block_graph.stats import BlockStats, CompileSeconds, compile_all
+from fp4jax.block_graph.stored import ProgramStore
 
 
 class BlockGraph:
@@ -42,9 +43,9 @@ class BlockGraph:
     It is called like the wrapped function. buckets: the token counts, ascending. name: what messages call the block.
     """
 
-    def __init__(self, block: Block, buckets: Sequence[int]):
+    def __init__(self, block: Block, buckets: Sequence[int], store: ProgramStore | None = None):
         self.buckets, self.name, self._block = check_buckets(buckets), block.name, block
-        self._executables = Executables(block)
+        self._executables = Executables(block, store)
         self._axes: dict[Any, tuple[int | None, ...]] = {}
         self._outputs: dict[Any, Any] = {}  # key of an executable -> ShapeDtypeStructs of its outputs
         # Token counts are kept on the device, so that a call with a known count copies nothing there.
@@ -289,6 +290,7 @@ def block_graph(
     compiler_options: Mapping[str, str | bool] | None = None,
     name: str | None = None,
     check_compiled: Callable[[jax.stages.Compiled], None] | None = None,
+    store: ProgramStore | None = None,
 ) -> BlockGraph:
     """Wraps `fn(*args, **static)` so that it runs for any number of tokens in executables of fixed token counts.
 
@@ -311,6 +313,7 @@ def block_graph(
       compiler_options: options for XLA, e.g. {"xla_gpu_enable_command_buffer": ""}.
       name: what messages call the block; None takes the name of `fn`.
       check_compiled: a function that receives every executable before it is first used, and raises to refuse it.
+      store: where executables are looked for, and saved for later processes; None: nowhere.
 
     Arrays that were committed to devices (weights on a mesh) stay there. The other arrays and the outputs are put on
     the devices of the first committed array; on a mesh they are replicated.
@@ -331,4 +334,4 @@ def block_graph(
         compiler_options=dict(compiler_options or {}),
         check_compiled=check_compiled,
     )
-    return BlockGraph(block, buckets)
+    return BlockGraph(block, buckets, store)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fp4jax.block_graph import BlockGraph, Bucketed, block_graph, check_buckets, compile_all
+from fp4jax.block_graph import BlockGraph, Bucketed, ProgramStore, block_graph, check_buckets, compile_all
 from fp4jax.block_graph.arguments import home_of
 from fp4jax.engine.blocks import (
     Structure,
@@ -74,6 +74,7 @@ class BucketedModel:
       draws: whether requests may have a temperature above 0. Then programs are compiled that draw tokens; they take
         some 35 passes over the logits more.
       compiler_options: options for XLA that every executable is compiled with.
+      store: where executables are looked for, and saved for later processes; None: nowhere.
 
     Raises:
       ValueError: `max_length` is below 1 or above the model's number of positions; `page_size` or `decode_steps` is
@@ -91,6 +92,7 @@ class BucketedModel:
         decode_steps: int | None = None,
         draws: bool = False,
         compiler_options: Mapping[str, str | bool] | None = None,
+        store: ProgramStore | None = None,
     ):
         if not 1 <= max_length <= model.config.max_position_embeddings:
             raise ValueError(f"max_length must be 1..{model.config.max_position_embeddings}, got {max_length}")
@@ -102,7 +104,9 @@ class BucketedModel:
             raise ValueError(f"decode_steps must be at least 1, got {decode_steps}")
         buckets, batch_buckets = check_buckets(buckets), check_buckets(batch_buckets)
         self.config, self.max_length, self.decode_steps = model.config, max_length, decode_steps
-        options: dict[str, Any] = dict(static_argnames=("structure",), compiler_options=compiler_options)
+        options: dict[str, Any] = dict(
+            static_argnames=("structure",), compiler_options=compiler_options, store=store
+        )  # fmt: skip
         counted: dict[str, Any] = dict(count_argname="num_tokens", **options)
         structures: dict[Any, Structure] = {}
         model = with_fused_projections(placed_together(model))
@@ -123,6 +127,7 @@ class BucketedModel:
             in_axes=(None, 0, 0, None, None, None), out_axes=(0, 0, 0, None), donate_argnums=(4,),
             count_argname="num_tokens", static_argnames=("structure", "steps", "draws"),
             compiler_options=compiler_options, check_compiled=check_no_copies if is_low_latency(model) else None,
+            store=store,
         )  # fmt: skip
         self.decoders = {
             size: block_graph(run_decode_steps, buckets=(size,), name=f"decode of {size}", **decoding)

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fp4jax.attention import PageFormat
-from fp4jax.block_graph import check_buckets
+from fp4jax.block_graph import ProgramStore, check_buckets
 from fp4jax.engine.blocks import is_low_latency
 from fp4jax.engine.drawing import Sampling
 from fp4jax.engine.rank_programs import RankPrograms
@@ -77,6 +77,7 @@ class Engine:
       draws: whether requests may have a temperature above 0. A step without such requests does not pay for them.
       max_waiting: waiting requests from which on `submit` raises `QueueFull`; None: any number may wait.
       compiler_options: options for XLA.
+      store: where programs are looked for, and saved for later processes; None: nowhere.
 
     Raises:
       ValueError: sizes are not positive or do not fit each other or the model, or the experts are not on the mesh.
@@ -99,6 +100,7 @@ class Engine:
         draws: bool = True,
         max_waiting: int | None = None,
         compiler_options: Any = None,
+        store: ProgramStore | None = None,
     ):
         if not 1 <= max_length <= model.config.max_position_embeddings:
             raise ValueError(f"max_length must be 1..{model.config.max_position_embeddings}, got {max_length}")
@@ -120,7 +122,9 @@ class Engine:
         if decode_steps is None:
             decode_steps = 1 if is_low_latency(model) else _DECODE_STEPS
         self.config, self.max_length, self._max_waiting = model.config, max_length, max_waiting
-        programs = RankPrograms(model, mesh, steps=decode_steps, draws=draws, compiler_options=compiler_options)
+        programs = RankPrograms(
+            model, mesh, steps=decode_steps, draws=draws, compiler_options=compiler_options, store=store
+        )
         self._runner = Runner(
             programs, buckets=check_buckets(prefill_buckets), sizes=sizes, num_pages=num_pages, page_size=page_size,
             table_width=pages,

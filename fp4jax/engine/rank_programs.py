@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from fp4jax.attention import CacheFormat, PageFormat
-from fp4jax.block_graph import LOWERING
+from fp4jax.block_graph import ProgramStore, make_program
 from fp4jax.engine import rank_blocks
 from fp4jax.engine.blocks import (
     groups_of,
@@ -41,14 +41,16 @@ class RankPrograms:
       steps: tokens that a call of `decode` gives every request.
       draws: whether programs that draw tokens are compiled too.
       compiler_options: options for XLA.
+      store: where programs are looked for, and saved for later processes; None: nowhere.
     """
 
     def __init__(
-        self, model: Any, mesh: Mesh | None, *, steps: int, draws: bool, compiler_options: Any = None
+        self, model: Any, mesh: Mesh | None, *, steps: int, draws: bool, compiler_options: Any = None,
+        store: ProgramStore | None = None,
     ):  # fmt: skip
         self.mesh, self.ranks, self.steps = mesh, 1 if mesh is None else mesh.size, steps
         self.variants = (False, True) if draws else (False,)
-        self._options = compiler_options
+        self._options, self._store = compiler_options, store
         self._by_rank = None if mesh is None else NamedSharding(mesh, P(EP_AXIS))
         model = with_fused_projections(placed_together(model))
         _inside_shard_map(model)
@@ -226,12 +228,13 @@ class RankPrograms:
                 out_specs=P(EP_AXIS) if program.splits else P(), check_vma=False,
             )  # fmt: skip
         donated = tuple(i + 1 for i in program.donated)
-        with LOWERING:
-            lowered = jax.jit(run, donate_argnums=donated).lower(program.weights, *args)
-        compiled = lowered.compile(self._options)
-        if self._low_latency and program.key[0] == "decode":
-            check_no_copies(compiled)
-        self._compiled[program.key] = compiled
+        kind = str(program.key[0])
+        self._compiled[program.key] = make_program(
+            lambda: jax.jit(run, donate_argnums=donated).lower(program.weights, *args), options=self._options,
+            check=check_no_copies if self._low_latency and kind == "decode" else None, store=self._store,
+            name=f"engine-{kind}", structs=(program.weights, args),
+            made_from=(_parts(program.run), program.donated, program.splits, self.mesh is None),
+        ).program  # fmt: skip
 
     @property
     def executables(self) -> list[jax.stages.Compiled]:
@@ -250,6 +253,11 @@ class _Program(NamedTuple):
     weights: list[Any]
     donated: tuple[int, ...] = ()
     splits: bool = True
+
+
+def _parts(run: Callable[..., Any]) -> Any:
+    """The function and the static arguments of a program."""
+    return (run.func, run.keywords) if isinstance(run, functools.partial) else run
 
 
 def _inside_shard_map(model: Any) -> None:

@@ -94,11 +94,17 @@ def _percentiles(ms: dict[str, float]) -> str:
     return f"{ms['p50']:.1f} ({ms['p99']:.1f})"
 
 
+def _from_store(row: dict[str, Any]) -> str:
+    seconds = row.get("seconds_from_store")
+    return "" if seconds is None else f", {seconds:.1f} s from a `ProgramStore`"
+
+
 def compile_text(report: dict[str, Any]) -> str:
     """A list with the seconds to compile all programs of a model, one line per measurement."""
     return "\n".join(
         f"* {r['model']}, {r['layers']} layers: {r['seconds']:.1f} s for {r['programs']} programs, "
-        f"{r['seconds_from_cache']:.1f} s where JAX's compilation cache has them (at {r['commit']})"
+        f"{r['seconds_from_cache']:.1f} s where JAX's compilation cache has them"
+        f"{_from_store(r)} (at {r['commit']})"
         for r in report["rows"]
         if r["phase"] == "compile"
     )
