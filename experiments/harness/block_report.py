@@ -11,8 +11,9 @@ def watch(graphs: Sequence[BlockGraph]) -> None:
     """Print every compilation of these blocks to stderr from now on, and `summary` of them when the process ends."""
 
     def line(name: str, took: CompileSeconds) -> None:
+        done = "compiled" if took.lowering else "found"  # in a program store
         seconds = took.lowering + took.compiling
-        print(f"block graph: compiled {name} for {took.bucket} tokens in {seconds:.2f} s", file=sys.stderr, flush=True)
+        print(f"block graph: {done} {name} for {took.bucket} tokens in {seconds:.2f} s", file=sys.stderr, flush=True)
 
     for graph in graphs:
         graph.on_compile = line

@@ -9,8 +9,9 @@ class CompileSeconds(NamedTuple):
     """Seconds that the compilation of one executable took.
 
     bucket: the token count that the executable was compiled for. lowering: seconds to trace the function and lower it
-    to StableHLO, which is Python code and runs in one thread at a time. compiling: seconds in XLA (less when the
-    executable comes from JAX's compilation cache) and in the block's `check_compiled`.
+    to StableHLO, which is Python code and runs in one thread at a time; 0 where a `ProgramStore` had the executable.
+    compiling: seconds in XLA (less when the executable comes from JAX's compilation cache) and in the block's
+    `check_compiled`, or to read the executable from the store.
     """
 
     bucket: int

@@ -14,7 +14,7 @@ from refusals import check_refusals
 
 from experiments.cases import dispatch as dispatch_cases
 from experiments.cases.moe import make_shape
-from experiments.harness import wire_flag
+from experiments.harness import store_flag, wire_flag
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -122,3 +122,16 @@ def test_rows_that_kernels_send_are_counted_from_the_routing():
     ids = np.asarray(dispatch_cases.make_routing(cell)[0])
     assert dispatch_cases.rows_sent(cell, ids).tolist() == [len({int(i) // 6 for i in row}) for row in ids]
     assert dispatch_cases.rows_sent(cell._replace(form="per_slot"), ids).tolist() == [3] * 1000
+
+
+def test_the_program_store(tmp_path):
+    assert store_flag.program_store() is None
+    with flagsaver.flagsaver(program_store=str(tmp_path / "programs")):
+        found = store_flag.program_store()
+        assert found is not None and found.folder == tmp_path / "programs"
+    (tmp_path / "file").write_text("")
+    with (
+        flagsaver.flagsaver(program_store=str(tmp_path / "file")),
+        pytest.raises(app.UsageError, match="program_store"),
+    ):
+        store_flag.program_store()

@@ -51,6 +51,22 @@ def test_the_command_line_of_the_serving_system(make_folder, tmp_path_factory):
 
 
 @pytest.mark.slow
+def test_a_program_store_makes_the_second_start_short(make_folder, tmp_path):
+    folder, _ = make_folder("modelopt")
+    add_tokenizer(folder)
+    command = [ROOT / "experiments" / "generate.py", f"--model={folder}", "--prompt=w3 w1 w30", "--max_new_tokens=4"]
+    command += ["--block_graph_sizes=4", "--block_graph_debug", f"--program_store={tmp_path / 'programs'}"]
+    settings = {"jax_disable_most_optimizations": True, "jax_enable_compilation_cache": False}
+    files = [tmp_path / "first.json", tmp_path / "second.json"]
+    runs = [run_python(*command, f"--json={file}", settings=settings, warnings="ignore") for file in files]
+    for done, word, other in zip(runs, ("compiled", "found"), ("found", "compiled"), strict=True):
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"{word} layers for 4 tokens in" in done.stderr and f" {other} layers for" not in done.stderr
+    first, second = (json.loads(file.read_text())["ids"] for file in files)
+    assert first == second and len(first) == 4
+
+
+@pytest.mark.slow
 def test_a_cache_in_fp8_has_a_line_and_a_flag(make_folder):
     """The folder asks for it; one flag turns it off, and the same flag asks for it without the folder."""
     folder, _ = make_folder("modelopt")
