@@ -20,11 +20,11 @@ exchange_us_per_layer is the part of the kernels' time that dispatch, combine an
 a GPU also waits for the others. wall_over_kernels is the wall time over the sum of all kernels' times.
 
 First, all programs of the model are compiled in a process of its own, for two prefills (2048 and 8192 tokens; CPU: 8
-and 16) and two batch sizes (1 and 32; CPU: 1 and 2), with an empty compilation cache of JAX and an empty
-`ProgramStore`, which it fills; then in another process with that cache, and in a third one with that store. The rows
-have the phase "compile": seconds, seconds_from_cache and seconds_from_store are those of the three starts without the
-time to make the weights, programs is the number of compiled programs, and peak_gb is the peak of the first process.
---nocompile leaves them out.
+and 16) and two batch sizes (1 and 32; CPU: 1 and 2), with an empty compilation cache of JAX; then once more in another
+process, with the programs of the first one in the cache. A third process fills a `ProgramStore`, and a fourth one reads
+it. The rows have the phase "compile": seconds, seconds_from_cache and seconds_from_store are those of the first, second
+and fourth start without the time to make the weights, programs is the number of compiled programs, and peak_gb is the
+peak of the first process. --nocompile leaves them out.
 
 us_per_layer is the wall time of the model without embedding and head, over its layers: both are timed alone, and
 subtracted. kernel_us_per_layer and kernels_per_layer are the sum and the number of the layers' kernels, and in_graph is

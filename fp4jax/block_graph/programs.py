@@ -12,7 +12,6 @@ from fp4jax.block_graph.stored import ProgramStore
 # Whoever traces and lowers a program holds this lock. It is all Python code, so that threads which do it at the same
 # time only take the interpreter from each other: for 48 layers 41 s in 16 threads, where one after the other takes 27.
 _LOWERING = threading.RLock()
-_CACHE_HIT = "/jax/compilation_cache/cache_hits"
 
 
 class Made(NamedTuple):
@@ -38,40 +37,23 @@ def make_program(
     Args:
       lower: traces and lowers it.
       options: for XLA.
-      check: receives the program before it is used or saved, and raises to refuse it.
-      store: where it is looked for and, if JAX's compilation cache does not have it, saved; None: nowhere.
-      name, made_from, structs: as in `ProgramStore.path`; `options` are added to `made_from`.
+      check: receives the program before it is used or saved, and raises to refuse it; a program that is found has
+        passed it.
+      store: where it is looked for and saved; None: nowhere.
+      name, made_from, structs: as in `ProgramStore.path`; `options` and `check` are added to `made_from`.
     """
     start = time.perf_counter()
-    path = None if store is None else store.path(name, (made_from, dict(options or {})), structs)
+    path = None if store is None else store.path(name, (made_from, dict(options or {}), check), structs)
     if store is not None and path is not None and (found := store.load(path, structs)) is not None:
         return Made(found, 0.0, time.perf_counter() - start)
     with _LOWERING:
         start = time.perf_counter()
         lowered = lower()
         middle = time.perf_counter()
-    program, is_new = _compiled(lowered, options)
+    program = lowered.compile(compiler_options=dict(options) if options else None)
     if check is not None:
         check(program)
     end = time.perf_counter()
-    if store is not None and path is not None and is_new:
-        store.save(path, program)
+    if store is not None and path is not None:
+        store.save(path, program, structs)
     return Made(program, middle - start, end - middle)
-
-
-def _compiled(lowered: jax.stages.Lowered, options: Mapping[str, Any] | None) -> tuple[jax.stages.Compiled, bool]:
-    """The program, and whether XLA compiled it now.
-
-    A program that JAX has read from its own cache cannot be written: on a CPU some of its functions are missing then.
-    """
-    thread, hits = threading.get_ident(), []
-
-    def note(event: str, **_: Any) -> None:
-        if event == _CACHE_HIT and threading.get_ident() == thread:
-            hits.append(event)
-
-    jax.monitoring.register_event_listener(note)
-    try:
-        return lowered.compile(compiler_options=dict(options) if options else None), not hits
-    finally:
-        jax.monitoring.unregister_event_listener(note)
