@@ -344,7 +344,7 @@ def test_derivatives_of_a_residual(rng):
 @pytest.mark.parametrize("residual", [np.zeros((3, 8), np.float32), np.zeros((4, 8), np.float16)])
 def test_a_residual_that_does_not_fit_is_refused(residual):
     # Exception: jaxtyping may refuse first in tests; the value is in its message as well.
-    operands = jnp.zeros((2, 8)), jnp.zeros((4, 2), jnp.int32), jnp.zeros((4, 2))
+    operands = jnp.zeros((2, 8), jnp.float32), jnp.zeros((4, 2), jnp.int32), jnp.zeros((4, 2), jnp.float32)
     with pytest.raises(Exception, match=r"\(3, 8\)|residual must be float32 \(4, 8\), got float16|f32\[3,8\]"):
         permute.depermute_combine(*operands, jnp.asarray(residual))
 
