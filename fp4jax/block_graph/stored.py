@@ -70,21 +70,23 @@ class ProgramStore:
             )
 
     def path(self, name: str, made_from: Any, structs: Any) -> Path | None:
-        """Returns the file of a program; None for one that cannot be found by what it was made from.
+        """Returns the file of a program; None, with a warning, for one that cannot be found by what it was made from.
 
         Args:
           name: is part of the file's name.
           made_from: functions, static arguments and options: whatever makes the program, but for `structs`.
           structs: a tree of ShapeDtypeStructs or arrays, the program's arguments.
         """
-        # With several processes a program would have to be found by all of them, or by none.
-        if jax.process_count() > 1 or os.environ.get("XLA_FLAGS") != _FLAGS_AT_IMPORT:
-            return None
         try:
+            if jax.process_count() > 1:
+                raise ValueError("of several processes all would have to find it, or none")
+            if os.environ.get("XLA_FLAGS") != _FLAGS_AT_IMPORT:
+                raise ValueError("XLA_FLAGS have changed since this process began, and XLA may not have read them")
             leaves, tree = jax.tree.flatten(structs)
             kinds = [(leaf.shape, str(leaf.dtype), bool(leaf.weak_type), _place(leaf.sharding)) for leaf in leaves]
-            made = _pickled((made_from, kinds, tree, _surroundings(devices_of(structs))))
-        except Exception:  # whatever cannot be described has no file
+            made = _pickled((made_from, kinds, tree, _surroundings(_devices_of(structs))))
+        except Exception as error:  # there are many ways in which an object can refuse to be described
+            warnings.warn(f"{name} is not kept in {self.folder}: {error!r}", stacklevel=2)
             return None
         digest = hashlib.sha256(made).hexdigest()[:32]
         return self.folder / f"{re.sub('[^a-z0-9]+', '-', name.lower())}-{digest}.program"
@@ -93,7 +95,7 @@ class ProgramStore:
         """Returns the program in a file of `path`; None if there is none, or if it cannot be read: then it warns."""
         if not path.exists():
             return None
-        devices = devices_of(structs)
+        devices = _devices_of(structs)
         try:
             if not _is_private(path):
                 raise PermissionError("the file is not yours, or others can write into it")
@@ -113,7 +115,7 @@ class ProgramStore:
         temporary = None
         try:
             placed = jax.tree.leaves((program.input_shardings, program.output_shardings))
-            if {d for sharding in placed for d in sharding.device_set} - set(devices_of(structs)):
+            if {d for sharding in placed for d in sharding.device_set} - set(_devices_of(structs)):
                 raise ValueError("it runs on devices that its arguments do not tell")
             if _code.__wrapped__() != _CODE:
                 raise ValueError("files of the library have changed since this process began")
@@ -128,7 +130,7 @@ class ProgramStore:
                 os.unlink(temporary)
 
 
-def devices_of(structs: Any) -> list[Any]:
+def _devices_of(structs: Any) -> list[Any]:
     """The devices of a program, in the order of its mesh: those of most arguments, else JAX's default device."""
     places = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(structs)]
     default = jax.config.jax_default_device or jax.local_devices()[0]
@@ -152,7 +154,7 @@ class _Pickler(pickle.Pickler):
         named = [obj] if hasattr(obj, "__qualname__") else []
         for kind in named if isinstance(obj, type) else (*named, type(obj)):
             if str(kind.__module__).partition(".")[0] not in (*_PACKAGES, *_LIBRARIES, *_STANDARD):
-                raise _ForeignCode(f"{kind.__module__}.{kind.__qualname__}")
+                raise _ForeignCode(f"{kind.__module__}.{kind.__qualname__} is not the library's own")
         return NotImplemented
 
 

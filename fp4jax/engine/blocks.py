@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -199,16 +200,10 @@ def groups_of(layers):
     host when there are few tokens. Groups of one size and structure share a program.
     """
     structures: dict[Any, Structure] = {}
-    groups: list[list[int]] = []
-    latest = None
-    for index, layer in enumerate(layers):
-        structure, _ = split_layers([layer], structures)
-        if structure is latest and len(groups[-1]) < _LAYERS_PER_PROGRAM:
-            groups[-1].append(index)
-        else:
-            groups.append([index])
-        latest = structure
-    return [slice(group[0], group[-1] + 1) for group in groups]
+    kinds = [split_layers([layer], structures)[0] for layer in layers]
+    runs = itertools.groupby(range(len(kinds)), key=lambda index: id(kinds[index]))
+    parts = (part for _, run in runs for part in itertools.batched(run, _LAYERS_PER_PROGRAM))
+    return [slice(part[0], part[-1] + 1) for part in parts]
 
 
 @contextlib.contextmanager

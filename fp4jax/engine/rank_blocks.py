@@ -45,7 +45,7 @@ def embed(weights, ids, *, structure):
 
 
 def layers(weights, x, starts, counts, slots, caches, table, *, structure):
-    """Runs some layers on a chunk; see `RankPrograms.layers`."""
+    """Runs some layers on a chunk; the arguments are those of `RankPrograms.prefill`."""
     layers = structure.module(weights)
     formats = [layer.self_attn.cache_format for layer in layers]
     old = [

@@ -233,7 +233,7 @@ class RankPrograms:
             lambda: jax.jit(run, donate_argnums=donated).lower(program.weights, *args), options=self._options,
             check=check_no_copies if self._low_latency and kind == "decode" else None, store=self._store,
             name=f"engine-{kind}", structs=(program.weights, args),
-            made_from=(_parts(program.run), program.donated, program.splits, self.mesh is None),
+            made_from=(program.run, program.donated, program.splits, self.mesh is None),
         ).program  # fmt: skip
 
     @property
@@ -253,11 +253,6 @@ class _Program(NamedTuple):
     weights: list[Any]
     donated: tuple[int, ...] = ()
     splits: bool = True
-
-
-def _parts(run: Callable[..., Any]) -> Any:
-    """The function and the static arguments of a program."""
-    return (run.func, run.keywords) if isinstance(run, functools.partial) else run
 
 
 def _inside_shard_map(model: Any) -> None:

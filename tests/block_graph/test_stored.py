@@ -11,7 +11,7 @@ from python_runs import last_json, run_python
 from recurrent import Averaging
 from small_models import make_qwen3_moe
 
-from fp4jax.block_graph import ProgramStore, block_graph, make_program, stored
+from fp4jax.block_graph import ProgramStore, block_graph, check_buckets, make_program, stored
 from fp4jax.engine import BucketedModel, Engine
 from fp4jax.models import configure_experts
 from fp4jax.rounding import flush_subnormals
@@ -77,7 +77,8 @@ def test_other_code_or_surroundings_make_another_program(store, monkeypatch, mak
         assert made(store) > 0
     assert len(files(store)) == 3
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")  # too late for XLA
-    assert store.path("one", (), ()) is None
+    with pytest.warns(UserWarning, match="one is not kept in .*XLA_FLAGS have changed"):
+        assert store.path("one", (), ()) is None
 
 
 def test_the_hash_covers_every_file(monkeypatch, tmp_path):
@@ -97,13 +98,13 @@ def test_the_hash_covers_every_file(monkeypatch, tmp_path):
 def test_foreign_code_is_not_kept(store):
     """A function of this test, and a layer of this test in a model."""
     x = jax.ShapeDtypeStruct((3,), jnp.float32)
-    assert store.path("one", lambda: 0, x) is None
-    assert store.path("one", files, x) is None
-    assert store.path("one", Averaging, x) is None
-    assert store.path("one", Hidden(), x) is None
+    for foreign in (lambda: 0, files, Averaging, Hidden()):
+        with pytest.warns(UserWarning, match="one is not kept in .*is not the library's own"):
+            assert store.path("one", foreign, x) is None
     assert store.path("one", silu, x) is not None
     graph = block_graph(lambda x: x + 1, buckets=(4,), in_axes=(0,), store=store)
-    np.testing.assert_array_equal(graph(np.zeros(3, np.float32)), np.ones(3))
+    with pytest.warns(UserWarning, match="is not kept in .*<lambda> is not the library's own"):
+        np.testing.assert_array_equal(graph(np.zeros(3, np.float32)), np.ones(3))
     assert not files(store)
 
 
@@ -132,11 +133,11 @@ def test_a_folder_that_others_write_into_is_refused(store, tmp_path):
 def test_what_is_refused_is_not_saved(store):
     x = jax.ShapeDtypeStruct((3,), jnp.float32)
 
-    def refuse(program):
-        raise RuntimeError("not this one")
-
-    with pytest.raises(RuntimeError, match="not this one"):
-        make_program(lambda: jax.jit(jnp.sin).lower(x), options=None, check=refuse, store=store, structs=(x,))
+    # A check must belong to the library, or the program has no file; this one refuses all programs.
+    with pytest.raises(TypeError, match="Compiled"):
+        make_program(
+            lambda: jax.jit(jnp.sin).lower(x), options=None, check=check_buckets, store=store, name="one", structs=(x,)
+        )
     assert not files(store)
 
 
